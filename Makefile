@@ -1,0 +1,83 @@
+# make demo       convert, calibrate, export and run the model in examples/models: the first look
+# make test       the test suite for every day (needs no GPU)
+# make test-all   what CI runs: lint, types, oldest versions, the whole suite
+#
+# Each makes the environment it needs in $(VENV), once, and again when pyproject.toml or
+# constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_MIN ?= .venv-min
+PYTEST_ARGS ?=
+# The oldest versions that pyproject.toml admits; tests/test_packaging.py holds the two together.
+MIN_TORCH := 2.11.0
+MIN_TRANSFORMERS := 5.11.0
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One thread per worker: two workers with two threads each would fight over two cores.
+RUN_TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+SETTINGS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format smoke-min suite clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.ready-demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.ready-dev
+	$(RUN_TESTS) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
+
+# The whole suite comes last, so that its closing line is the last thing on the screen.
+test-all: lint smoke-min suite
+
+suite: $(VENV)/.ready-dev
+	$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --timeout=900 $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/typecheck.py
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch for CUDA is the only build of that version on the package index: 3 GB to download.
+smoke-min: $(VENV_MIN)/.ready
+	$(RUN_TESTS) $(VENV_MIN)/bin/python -m pytest -m smoke --timeout=300 $(PYTEST_ARGS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "reattend needs Python 3.11 or newer: make ... PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-demo: $(SETTINGS) | $(VENV)/bin/python
+	$(PIP_INSTALL) torch==2.13.0 -c constraints.txt
+	$(PIP_INSTALL) -e '.[onnx,plots]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(SETTINGS) | $(VENV)/bin/python
+	$(PIP_INSTALL) torch==2.13.0 -c constraints.txt
+	$(PIP_INSTALL) -e '.[dev]' -c constraints.txt
+	@touch $@ $(VENV)/.ready-demo
+
+$(VENV_MIN)/.ready: $(SETTINGS)
+	rm -rf $(VENV_MIN)
+	$(PYTHON) -m venv $(VENV_MIN)
+	grep -viE '^(torch|transformers|triton|setuptools|huggingface_hub|tokenizers)==' \
+		constraints.txt > $(VENV_MIN)/constraints.txt
+	$(VENV_MIN)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==$(MIN_TORCH) -c $(VENV_MIN)/constraints.txt
+	$(VENV_MIN)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==$(MIN_TORCH) transformers==$(MIN_TRANSFORMERS) -e '.[dev]' \
+		-c $(VENV_MIN)/constraints.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-ci .venv-min build dist demo-out *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,167 @@
+"""The public calls, and the pipeline in the order it runs.
+
+    capture -> find -> plan -> rewrite -> calibrate -> verify -> lower
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from reattend.errors import ArgumentError
+from reattend.events import OnEvent
+from reattend.finder import find_attention
+from reattend.plan import Plan
+from reattend.report import Report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from reattend.report import Run
+
+__all__ = ["Result", "convert", "export", "find_attention", "load"]
+
+
+@dataclass
+class Result:
+    """What `convert` returns.
+
+    Attributes:
+        model: the converted model, in eval mode; `generate` works where the original's did.
+        report: what was done, and the proof.
+        run: times and measured memory of this run; None when it was already complete.
+        out: the published folder, or None.
+    """
+
+    model: nn.Module
+    report: Report
+    run: Run | None = None
+    out: Path | None = None
+    tokenizer: Any = None
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Publish checkpoint, tokenizer and report into `folder` (through `folder.partial`).
+
+        Raises:
+            OutputError: the folder is taken, read-only or full.
+        """
+        from reattend.publishing import save_result
+
+        return save_result(self, Path(folder), overwrite=overwrite)
+
+
+def convert(
+    model: nn.Module | str | Path,
+    plan: str | Path | Mapping[str, Any] | Plan = "transmla",
+    *,
+    inputs: dict[str, Any] | None = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    device: Any = None,
+    device_map: Any = None,
+    dtype: Any = None,
+    seed: int = 0,
+    inplace: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    on_event: OnEvent | None = None,
+) -> Result:
+    """Give a trained model a new attention.
+
+    Args:
+        model: a transformers model or folder (or the id of one already downloaded), or any
+            `torch.nn.Module`.
+        plan: preset name, YAML path, dict or `Plan`.
+        inputs: example keyword arguments for modules that are not from transformers, batch and
+            length at least 2 and distinct.
+        data: text file, `.jsonl`, folder, list of strings, or token tensors. None: sequences
+            sampled from the model itself, for statistics only.
+        tokenizer: for text data; found in the model's folder when None.
+        out: folder to publish to; a killed run continues from `out.partial`.
+        device, device_map, dtype: how to load a model given as folder or id.
+        seed: of sampling, training and measurement.
+        inplace: change the given module instead of a copy that shares unchanged tensors.
+        overwrite: replace an earlier result in `out`.
+        trust_remote_code: run model code that lies in the model's folder.
+        on_event: called with every `reattend.events.Event`.
+
+    Returns:
+        The converted model, its report, and the published folder.
+
+    Raises:
+        ReattendError: a subclass for every user-visible failure; `exit_code` as documented.
+    """
+    from reattend.pipeline import Job
+
+    return Job(
+        plan=Plan.load(plan), inputs=inputs, data=data, seed=seed, inplace=inplace,
+        out=None if out is None else Path(out), overwrite=overwrite, on_event=on_event,
+    ).run(
+        model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def load(
+    folder: str | Path, model: nn.Module | None = None, inputs: Any = None, **kwargs: Any
+) -> Any:
+    """Load a converted model.
+
+    Args:
+        folder: what `convert(out=...)` or `Result.save` wrote.
+        model: for a hand-written module: an instance of the original class; its blocks are
+            replaced and the stored weights loaded into it.
+        inputs: accepted for symmetry with `convert`; not needed to load.
+        kwargs: passed to `from_pretrained` (dtype, device_map, ...).
+
+    Raises:
+        ModelError: not a reattend folder, or written by a newer reattend.
+    """
+    from reattend.publishing import load_folder
+
+    return load_folder(Path(folder), model, **kwargs)
+
+
+def export(
+    model: nn.Module | str | Path,
+    target: str = "onnx",
+    *,
+    out: str | Path,
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Any:
+    """Lower a converted model to an artifact.
+
+    Args:
+        model: a converted model or its folder.
+        target: `onnx`.
+        out: folder for `model.onnx`, its data and `manifest.json`.
+        dtype: `float32` or `float16` (bfloat16 has no CPU path in ONNX Runtime).
+
+    Raises:
+        ArgumentError: unknown target or dtype.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    if target != "onnx":
+        raise ArgumentError(
+            f"unknown export target {target!r}", next_step='known targets: "onnx"'
+        )
+    from reattend.targets.onnx import export_onnx
+
+    if isinstance(model, str | Path):
+        tokenizer = tokenizer or _folder_tokenizer(Path(model))
+        model = load(model)
+    return export_onnx(model, Path(out), dtype=dtype, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def _folder_tokenizer(folder: Path) -> Any:
+    from reattend.source import find_tokenizer
+
+    return find_tokenizer(str(folder), True, False)
+
+

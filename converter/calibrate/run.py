@@ -1,0 +1,122 @@
+"""`calibrate`: the stages in order, on working copies, and the result back into the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from reattend.calibrate.checkpoint import Saver
+from reattend.calibrate.end_to_end import EndToEnd
+from reattend.calibrate.layerwise import Layerwise
+from reattend.calibrate.loop import Loop
+from reattend.calibrate.ranks import Ranks
+from reattend.calibrate.stage import Stage, StageResult
+from reattend.calibrate.stream import Stream
+from reattend.calibrate.working import working_copies, write_back
+from reattend.data import Dataset
+from reattend.errors import DataError
+from reattend.events import OnEvent
+from reattend.plan_sections import Calibrate
+from reattend.workdir import Workdir, digest
+
+__all__ = ["StageResult", "budgets", "calibrate"]
+
+STAGES: dict[str, type[Stage]] = {"layerwise": Layerwise, "end-to-end": EndToEnd}
+SHARE = {"layerwise": 0.3, "end-to-end": 0.7}
+
+
+def calibrate(
+    teacher: nn.Module,
+    student: nn.Module,
+    dataset: Dataset,
+    settings: Calibrate,
+    *,
+    seed: int,
+    workdir: Workdir | None = None,
+    inputs_hash: str = "",
+    on_event: OnEvent | None = None,
+) -> list[StageResult]:
+    """Distil `teacher` into `student`; the student's mixers change, nothing else does.
+
+    All computation is in float32 (float64 where the models are), whatever dtype they are stored
+    in; at the end the trained weights are rounded to the student's dtype, as new parameters.
+    Until then `student` is untouched: an error or a kill leaves it as it was. The same models,
+    data, settings, seed and thread count give the same bytes on one machine type, also when the
+    run was killed and resumed in between.
+
+    The dense model is calibrated by the same call with an identity-converted student; as the
+    loss is the distance to the teacher, it starts and stays at zero.
+
+    Args:
+        teacher: the original model.
+        student: the converted one; may share unconverted parameters with the teacher.
+        dataset: training rows; repeated with reshuffling if shorter than `settings.tokens`.
+        settings: the plan's `calibrate` section.
+        seed: order of the rows and initial LoRA factors; `settings.seed` wins over it.
+        workdir: where checkpoints go; None keeps none. With several processes (`WORLD_SIZE`
+            above 1) only rank 0 may have one.
+        inputs_hash: hash of everything that decides teacher and student.
+        on_event: told after every step; may raise to stop.
+
+    Returns:
+        One result per stage.
+
+    Raises:
+        TrainingError: NaN or infinity in a loss, gradient or weight; names stage, step, site.
+        ModelError: the teacher itself produces NaN or infinity.
+        DataError: the data has no token.
+        ArgumentError: no mixer in the student, or the models do not belong together.
+        MissingExtraError: `lora_rank` without peft.
+        OutputError: a checkpoint cannot be written or read.
+    """
+    if not settings.trains:
+        return []
+    if dataset.tokens == 0:
+        raise DataError("there is no token to calibrate on", where=dataset.description)
+    seed = seed if settings.seed is None else settings.seed
+    ranks = Ranks(next(student.parameters()).device)
+    working = working_copies(teacher, student)
+    stream = Stream(dataset, settings.batch_size, seed)
+    results: list[StageResult] = []
+    position = 0
+    key = digest([inputs_hash, settings.model_dump(mode="json"), seed, dataset.fingerprint, ranks.world])
+    with _own_random_state(seed):
+        if settings.lora_rank is not None:
+            from reattend.calibrate.lora import inject
+
+            inject(working, settings.lora_rank)
+        for name, budget in budgets(settings).items():
+            stage = STAGES[name](working, ranks)
+            saver = Saver(workdir, name, digest([key, name, budget]))
+            loop = Loop(stage, stream, budget, settings.lr or stage.lr, saver, on_event)
+            results.append(loop.run(position))
+            position = loop.progress.position
+        if settings.lora_rank is not None:
+            from reattend.calibrate.lora import merge
+
+            merge(working)
+    write_back(student, working)
+    return results
+
+
+def budgets(settings: Calibrate) -> dict[str, int]:
+    """Tokens of each stage, in order; together `settings.tokens`."""
+    total = sum(SHARE[name] for name in settings.stages)
+    left = settings.tokens
+    found: dict[str, int] = {}
+    for name in settings.stages[:-1]:
+        found[name] = max(1, round(settings.tokens * SHARE[name] / total))
+        left -= found[name]
+    found[settings.stages[-1]] = max(1, left)
+    return found
+
+
+@contextmanager
+def _own_random_state(seed: int) -> Iterator[None]:
+    """Seed torch inside, restore the caller's state after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,133 @@
+"""Capture a model as an FX graph with torch.export, and watch its submodules run.
+
+The graph says *what* is computed; the watched calls say *who* computed it, so that arguments of
+a submodule and values in the graph can be matched by value, never by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reattend.errors import CaptureError
+from reattend.inputs import is_hf, made_up
+
+
+@dataclass
+class Call:
+    """One call of a submodule: its arguments and its result, tensors by reference."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass
+class Capture:
+    """A model's graph and the inputs it was captured with."""
+
+    model: nn.Module
+    gm: fx.GraphModule
+    inputs: dict[str, Any]
+    sizes: dict[str, int]
+    calls: dict[str, Call] = field(default_factory=dict)
+
+    def placeholders(self, inputs: dict[str, Any] | None = None) -> dict[fx.Node, Any]:
+        """The graph's input nodes with the values they take under `inputs`."""
+        nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        flat = torch.utils._pytree.tree_leaves(list((inputs or self.inputs).values()))
+        return dict(zip(nodes, flat, strict=True))
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode, restored afterwards module by module."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
+    """Export `model` without cache, sizes symbolic where the model allows.
+
+    Args:
+        model: any module; not changed.
+        inputs: example keyword arguments; None makes them up for transformers models. Batch
+            and length must be at least 2 and distinct, or sizes freeze.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model.
+        ArgumentError: inputs are needed.
+    """
+    if inputs is None:
+        if not is_hf(model):
+            from reattend.errors import ArgumentError
+
+            raise ArgumentError(
+                "example inputs are needed for a module that is not from transformers",
+                where=type(model).__name__,
+                next_step="pass inputs={'name': tensor, ...} with batch and length >= 2, distinct",
+            )
+        inputs = made_up(model)
+    auto = torch.export.Dim.AUTO
+    shapes = {
+        name: ({i: auto for i in range(v.dim())} if isinstance(v, Tensor) else None)
+        for name, v in inputs.items()
+    }
+    with evaluation(model), torch.no_grad():
+        try:
+            program = torch.export.export(
+                model, (), dict(inputs), dynamic_shapes=shapes, strict=False
+            )
+        except Exception as problem:
+            raise CaptureError(
+                "torch.export could not capture this model",
+                where=type(model).__name__,
+                why=f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
+                next_step="check that model(**inputs) runs; data-dependent Python branches cannot "
+                "be captured",
+            ) from problem
+    gm = program.module()
+    assert isinstance(gm, fx.GraphModule)
+    return Capture(model, gm, inputs, _sizes(inputs))
+
+
+def _sizes(inputs: dict[str, Any]) -> dict[str, int]:
+    """B and N of the first tensor with two axes or more."""
+    for value in inputs.values():
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return {"B": value.shape[0], "N": value.shape[1]}
+    return {}
+
+
+def watch(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, Call]:
+    """Run the model once and record the calls of the named submodules.
+
+    Returns:
+        path -> the first call (a module called twice keeps its first).
+    """
+    calls: dict[str, Call] = {}
+    handles = []
+    for path in paths:
+        module = model.get_submodule(path)
+
+        def hook(_m: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            calls.setdefault(path, Call(args, kwargs, output))
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        with evaluation(model), torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

@@ -1,0 +1,76 @@
+"""Example inputs: made up for Hugging Face models, resized for probing."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.errors import ArgumentError
+
+#: Example sizes: distinct primes, so that a batch is never mistaken for a length.
+BATCH, LENGTH = 2, 23
+
+
+def is_hf(model: nn.Module) -> bool:
+    """Whether this is a transformers model (without importing transformers for others)."""
+    return any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__)
+
+
+def made_up(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[str, Any]:
+    """Example keyword arguments of a transformers model.
+
+    Args:
+        model: a transformers model; its main input decides.
+        batch, length: B and N of the made tensors.
+
+    Raises:
+        ArgumentError: the model's main input is of a kind nobody taught us to make.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    if main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.randn(batch, vision.num_channels, height, width, generator=generator)
+        return {"pixel_values": pixels.to(device, next(model.parameters()).dtype)}
+    if main != "input_ids":
+        raise ArgumentError(
+            f"reattend cannot make example inputs for a model whose input is {main!r}",
+            where=type(model).__name__,
+            next_step="pass inputs={...}: a dict of example tensors for model(**inputs)",
+        )
+    vocabulary = int(text.vocab_size)
+    low = min(8, vocabulary - 1)
+    ids = torch.randint(low, vocabulary, (batch, length), generator=generator).to(device)
+    made: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        decoder = torch.randint(low, vocabulary, (batch, length - 4), generator=generator)
+        made["decoder_input_ids"] = decoder.to(device)
+    return without_cache(model, made)
+
+
+def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same call with caching off, where the model knows caching."""
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        return {**inputs, "use_cache": False}
+    return inputs
+
+
+def resized(inputs: dict[str, Any], length: int, new_length: int) -> dict[str, Any]:
+    """The same inputs at another length: axes after the first of size `length` are tiled."""
+    out: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            for axis in range(1, value.dim()):
+                if value.shape[axis] == length:
+                    index = torch.arange(new_length, device=value.device) % length
+                    value = value.index_select(axis, index)
+        out[name] = value
+    return out

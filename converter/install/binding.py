@@ -1,0 +1,191 @@
+"""How a submodule's call maps to a mixer's: which argument is what, found by value.
+
+Names differ between architectures (`layer_past`, positional hidden states, no `position_ids`);
+values do not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.capture import Call
+from reattend.mixers.config import Frozen
+
+Path = tuple[str | int, ...]
+
+
+class TableRef(Frozen):
+    """Where cos or sin of a pair stands: an argument's leaf, a component, columns, a factor."""
+
+    path: Path
+    part: str
+    columns: tuple[int, ...]
+
+
+class Binding(Frozen):
+    """Paths of a call's leaves: (parameter name, index or key, ...)."""
+
+    hidden: Path
+    memory: Path | None = None
+    mask: Path | None = None
+    cos: TableRef | None = None
+    sin: TableRef | None = None
+    position: Path | None = None
+    cache: Path | None = None
+    cache_part: str | None = None
+    layer_idx: int = 0
+    output: Any = "y"
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by parameter name, defaults left out, `**kwargs` flattened."""
+    return by_name(inspect.signature(module.forward), args, kwargs)
+
+
+def by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """`bound` for a known signature."""
+    found = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(found.pop(name, {}))
+    return found
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf of nested dicts, lists and tuples, with its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, index))
+    else:
+        yield path, value
+
+
+def read(arguments: dict[str, Any], path: Path | None) -> Any:
+    """The leaf at `path`, None where the call does not have it."""
+    value: Any = arguments if path is not None else None
+    for step in path or ():
+        if value is None:
+            return None
+        if isinstance(value, dict):
+            value = value.get(step)
+        else:
+            value = value[step] if int(step) < len(value) else None
+    return value
+
+
+def same(a: Any, b: Tensor) -> float:
+    """Relative difference of two tensors of one shape and kind; infinite otherwise."""
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.is_complex() != b.is_complex():
+        return float("inf")
+    if a.is_floating_point() != b.is_floating_point():
+        return float("inf")
+    if not a.is_floating_point():
+        return 0.0 if bool((a == b).all()) else float("inf")
+    x, y = a.double(), b.double()
+    finite = y.abs() < 1e30
+    if not bool((finite == (x.abs() < 1e30)).all()):
+        return float("inf")
+    scale = float(y[finite].abs().max()) if bool(finite.any()) else 0.0
+    gap = float((x[finite] - y[finite]).abs().max()) if bool(finite.any()) else 0.0
+    return gap / max(scale, 1e-30) if gap else 0.0
+
+
+def match(arguments: dict[str, Any], value: Tensor, tolerance: float = 0.03) -> Path | None:
+    """The leaf that equals `value` best, within rounding."""
+    scored = [(same(leaf, value), path) for path, leaf in leaves(arguments)]
+    best = min(scored, key=lambda s: s[0], default=(float("inf"), ()))
+    return best[1] if best[0] <= tolerance else None
+
+
+def match_table(
+    arguments: dict[str, Any], table_NP: Tensor
+) -> tuple[TableRef, float] | None:
+    """The leaf and columns that hold a rotary table, and the constant factor between them."""
+    for path, leaf in leaves(arguments):
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.shape[-2] != table_NP.shape[0]:
+            continue
+        for part in ("real", "imag") if leaf.is_complex() else ("all",):
+            values = component(leaf, part)
+            if not values.is_floating_point():
+                continue
+            columns_NC = values.reshape(-1, *values.shape[-2:])[0].double()
+            found = _columns(columns_NC, table_NP)
+            if found is not None:
+                return TableRef(path=path, part=part, columns=found[0]), found[1]
+    return None
+
+
+def component(leaf: Tensor, part: str) -> Tensor:
+    """A real tensor: the leaf itself or one part of a complex one."""
+    if part == "real":
+        return leaf.real
+    return leaf.imag if part == "imag" else leaf
+
+
+def _columns(columns_NC: Tensor, table_NP: Tensor) -> tuple[tuple[int, ...], float] | None:
+    """For each pair the column proportional to it, one factor for all."""
+    chosen: list[int] = []
+    factor = None
+    for p in range(table_NP.shape[1]):
+        wanted = table_NP[:, p]
+        factors = (columns_NC * wanted[:, None]).sum(0) / columns_NC.square().sum(0).clamp_min(1e-30)
+        gaps = (columns_NC * factors - wanted[:, None]).abs().amax(0)
+        good = gaps <= 1e-4 * wanted.abs().max().clamp_min(1e-12)
+        if factor is not None:
+            good &= (factors - factor).abs() <= 1e-3 * abs(factor)
+        candidates = torch.nonzero(good).flatten().tolist()
+        if not candidates:
+            return None
+        first = next((c for c in candidates if c not in chosen), candidates[0])
+        chosen.append(first)
+        factor = float(factors[first]) if factor is None else factor
+    assert factor is not None
+    return tuple(chosen), factor
+
+
+def match_output(output: Any, value: Tensor, arguments: dict[str, Any]) -> Any | None:
+    """The shape of a module's result with "y" where `value` stands, or None.
+
+    Other tensors that are arguments passed on become their path; the rest become None (they are
+    attention weights, which a converted layer does not form).
+    """
+    found = 0
+
+    def walk(part: Any) -> Any:
+        nonlocal found
+        if isinstance(part, Tensor):
+            if same(part, value) <= 0.03:
+                found += 1
+                return "y"
+            path = next((p for p, leaf in leaves(arguments) if leaf is part), None)
+            return {"path": list(path)} if path is not None else None
+        if type(part) in (tuple, list):
+            return {type(part).__name__: [walk(item) for item in part]}
+        path = next((p for p, leaf in leaves(arguments) if part is not None and leaf is part), None)
+        return {"path": list(path)} if path is not None else None
+
+    shape = walk(output)
+    return shape if found == 1 else None
+
+
+def pack(shape: Any, y: Tensor, arguments: dict[str, Any]) -> Any:
+    """Build a module's result from its shape."""
+    if shape == "y":
+        return y
+    if shape is None:
+        return None
+    if "path" in shape:
+        return read(arguments, tuple(shape["path"]))
+    kind, items = next(iter(shape.items()))
+    built = [pack(item, y, arguments) for item in items]
+    return tuple(built) if kind == "tuple" else built

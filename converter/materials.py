@@ -1,0 +1,116 @@
+"""The data of one run: what statistics and training read, and what is held back to measure on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from reattend.data import Dataset, load_data, self_data
+from reattend.errors import DataError
+from reattend.inputs import is_hf
+from reattend.plan import Plan
+from reattend.source import Source
+
+#: Rows held back for measuring quality (never calibrated on), and their largest share.
+HELD_ROWS, HELD_SHARE = 16, 8
+
+
+@dataclass
+class Materials:
+    """Datasets by use; None where a run does not need one.
+
+    `fingerprint` identifies the data in the run's fingerprint; `own` marks sequences sampled
+    from the model itself.
+    """
+
+    statistics: Dataset | None = None
+    training: Dataset | None = None
+    held_out: Dataset | None = None
+    own: bool = False
+    fingerprint: str = "none"
+    notes: list[str] = field(default_factory=list)
+
+
+def load_materials(
+    source: Source, plan: Plan, data: Any, *, seed: int, needed: bool, inputs: Any
+) -> Materials:
+    """Read, split and bound the data.
+
+    Args:
+        data: what the user passed; None falls back to the plan's, then to the model's own text.
+        needed: some conversion asks for statistics.
+
+    Raises:
+        DataError: training or a gate needs real data, or none can be made.
+    """
+    settings = plan.calibrate
+    if data is None and settings.data not in (None, "self"):
+        data = settings.data
+    if data is None or (isinstance(data, str) and data == "self"):
+        return _own(source, plan, seed, needed)
+    read = settings.statistics_tokens
+    if settings.trains:
+        read = max(read, min(settings.tokens, 4_000_000))
+    whole = load_data(
+        data, source.tokenizer, seq_len=settings.seq_len,
+        tokens=read + HELD_ROWS * settings.seq_len, seed=seed,
+    )  # fmt: skip
+    materials = Materials(fingerprint=whole.fingerprint)
+    if not _has_ids(whole):
+        materials.statistics = materials.training = whole
+        return materials
+    held, rest = split(whole, min(HELD_ROWS, whole.rows // HELD_SHARE))
+    materials.training = rest
+    materials.statistics = head(rest, max(1, settings.statistics_tokens // settings.seq_len))
+    materials.held_out = held if held.rows and is_hf(source.model) else None
+    if materials.held_out is None and plan.verify.gates:
+        raise DataError(
+            "the data is too short to hold rows back for the plan's gates",
+            why=f"{whole.rows} rows of {settings.seq_len} tokens; {HELD_SHARE} or more are needed",
+            next_step="give more text, or a smaller calibrate.seq_len",
+        )
+    return materials
+
+
+def _own(source: Source, plan: Plan, seed: int, needed: bool) -> Materials:
+    """No data: the model's own samples, for statistics only."""
+    if plan.calibrate.trains or plan.verify.gates:
+        what = "training" if plan.calibrate.trains else "the plan's verify gates"
+        raise DataError(
+            f"{what} needs real text", why="no data was given",
+            next_step="pass data=<.txt, .jsonl or folder> (--data on the command line)",
+        )  # fmt: skip
+    if not needed:
+        return Materials()
+    sampled = self_data(source.model, seed=seed)
+    note = (
+        "no data was given: statistics come from 64 sequences sampled from the original; "
+        "pass data=<.txt, .jsonl or folder> to use real text"
+    )
+    return Materials(statistics=sampled, own=True, fingerprint=f"self:{seed}", notes=[note])
+
+
+def _has_ids(data: Dataset) -> bool:
+    return all("input_ids" in block for block in data.blocks)
+
+
+def split(data: Dataset, rows: int) -> tuple[Dataset, Dataset]:
+    """`rows` rows at even distances, and the rest."""
+    ids, mask = data.packed
+    total = len(ids)
+    pick = {i * total // rows for i in range(rows)} if rows else set()
+    others = [i for i in range(total) if i not in pick]
+    return _part(data, sorted(pick), "held back from"), _part(data, others, "the rest of")
+
+
+def head(data: Dataset, rows: int) -> Dataset:
+    """`rows` rows, evenly spaced over the data."""
+    return data.take(rows)
+
+
+def _part(data: Dataset, rows: list[int], word: str) -> Dataset:
+    ids, mask = data.packed
+    block = {"input_ids": ids[rows], "attention_mask": mask[rows]}
+    return Dataset(
+        [block], description=f"{len(rows)} rows {word} {data.description}", seed=data.seed
+    )

@@ -1,0 +1,1 @@
+"""Mixers: attention blocks in our own terms. Each file is one family."""

@@ -1,0 +1,91 @@
+"""The frozen, serialisable description of a mixer: what `config.json` stores for a site."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Frozen(BaseModel):
+    """Base: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NormConfig(Frozen):
+    """`scope="head"`: over each head's width; `"full"`: over the whole stream."""
+
+    kind: Literal["rms", "layer"]
+    scope: Literal["head", "full"]
+    eps: float
+    gain: bool = True
+    gain_offset: float = 0.0
+    bias: bool = False
+    after_rotary: bool = False
+
+
+class StreamConfig(Frozen):
+    """One of q, k, v after its projection."""
+
+    bias: bool = False
+    norm: NormConfig | None = None
+    scale: float = 1.0
+
+
+class RotaryConfig(Frozen):
+    """The normal form rotates dimension i with i + pairs, i < pairs; the rest pass.
+
+    `inv_freq` in radians per token, one per pair; cos and sin are multiplied by `scaling`.
+    """
+
+    inv_freq: tuple[float, ...]
+    scaling: float = 1.0
+
+    @property
+    def pairs(self) -> int:
+        """Rotated pairs per head."""
+        return len(self.inv_freq)
+
+
+class CoreConfig(Frozen):
+    """Scores and pattern; query head h reads key/value head h // (heads // kv_heads)."""
+
+    heads: int
+    kv_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+    scale: float
+    softcap: float = 0.0
+    pattern: Literal["full", "causal", "sliding", "chunked"] = "causal"
+    window: int = 0
+    chunk: int = 0
+
+    @property
+    def causal(self) -> bool:
+        """Whether later keys are hidden."""
+        return self.pattern != "full"
+
+
+class BlockConfig(Frozen):
+    """What every mixer of a site shares: the block's outside and its scores."""
+
+    hidden_size: int
+    memory_size: int
+    q: StreamConfig
+    k: StreamConfig
+    v: StreamConfig
+    rotary: RotaryConfig | None
+    core: CoreConfig
+    out_features: int | None
+    out_bias: bool = False
+
+    @property
+    def cross(self) -> bool:
+        """Whether keys come from another stream (`memory_size` > 0)."""
+        return self.memory_size > 0
+
+    @property
+    def cache_per_token(self) -> int:
+        """Numbers the original block caches per token."""
+        return self.core.kv_heads * (self.core.qk_head_dim + self.core.v_head_dim)

@@ -1,0 +1,274 @@
+"""LatentAttention: multi-head latent attention (MLA) over a cache of r + R numbers per token.
+
+DeepSeek-V2, arXiv 2405.04434; the conversion that fills it is `reattend.passes.rewrite.mla`.
+Layout letters: B batch, N query length, M key length, H query heads, G key/value groups, d and e
+key and value head widths, r latent rank (`kv_lora_rank`), R rotary width (`qk_rope_head_dim`).
+
+Two forms of one module. *Expanded*: keys and values of every group are rebuilt from the latent,
+then ordinary attention; best for prefill. *Absorbed*: the up-projections move to the query and
+the output, and attention runs on the latent rows themselves; best for decode.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reattend.mixers.base import Context, Mixer, State
+from reattend.mixers.config import BlockConfig, CoreConfig
+from reattend.mixers.dense import stream_norm
+from reattend.mixers.norm import StreamNorm
+from reattend.mixers.rotary import rotate, rotation
+from reattend.mixers.scores import attend
+
+
+class LatentConfig(BlockConfig):
+    """A block in latent form.
+
+    Attributes:
+        kv_lora_rank: r, rows of the latent.
+        qk_rope_head_dim: R, rotary dimensions shared by all heads.
+        rope_columns: for each of the R / 2 rotary slots, the frequency (column of the model's
+            rotary table) it turns with.
+        q_lora_rank: rank of the query projection, None for a full one.
+        latent_norm: normalisation of the latent before it is cached.
+        value_bias: values carry a bias that could not be folded into the output projection.
+    """
+
+    kind: Literal["latent"] = "latent"
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    rope_columns: tuple[int, ...]
+    q_lora_rank: int | None = None
+    latent_norm: Literal["none", "rms"] = "none"
+    value_bias: bool = False
+    rope_key_bias: bool = False
+
+
+class LatentAttention(Mixer):
+    """MLA with DeepSeek's parameter names.
+
+    `kv_b_proj` rows are grouped per key/value group as [key d | value e]. Blocks whose keys are
+    normalised per head (Qwen3) keep `k_proj`, `v_proj`, `k_norm` before `kv_a_proj_with_mqa`,
+    and turn normalised queries by `q_rope` [G, R, d].
+    """
+
+    kind = "latent"
+    config: LatentConfig
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.form: Literal["auto", "expanded", "absorbed"] = "auto"
+        core, r, rope = config.core, config.kv_lora_rank, config.qk_rope_head_dim
+        d, e, groups = core.qk_head_dim, core.v_head_dim, core.kv_heads
+        memory = config.memory_size or config.hidden_size
+        self.normed = config.q.norm is not None or config.k.norm is not None
+        q_width = core.heads * (d if self.normed else d + rope)
+        q_bias = config.q.bias
+        if config.q_lora_rank is None:
+            self.q_proj: nn.Module = nn.Linear(config.hidden_size, q_width, q_bias)
+        else:
+            self.q_proj = nn.Sequential()
+            self.q_proj.add_module("q_a_proj", nn.Linear(config.hidden_size, config.q_lora_rank, False))
+            self.q_proj.add_module("q_b_proj", nn.Linear(config.q_lora_rank, q_width, q_bias))
+        self.q_norm = stream_norm(config.q, core.heads, d)
+        self.k_norm = stream_norm(config.k, groups, d)
+        if self.normed:
+            self.k_proj = nn.Linear(memory, groups * d, config.k.bias)
+            self.v_proj = nn.Linear(memory, groups * e, False)
+            self.q_rope = nn.Parameter(torch.zeros(groups, rope, d))
+            down_in = groups * (d + e)
+        else:
+            down_in = memory
+        self.kv_a_proj_with_mqa = nn.Linear(down_in, r + rope, False)
+        self.k_rope_bias = nn.Parameter(torch.zeros(rope)) if config.rope_key_bias else None
+        self.kv_a_layernorm = (
+            nn.RMSNorm(r, eps=1e-6) if config.latent_norm == "rms" else nn.Identity()
+        )
+        self.kv_b_proj = nn.Linear(r, groups * (d + e), False)
+        self.v_bias = nn.Parameter(torch.zeros(groups, e)) if config.value_bias else None
+        self.o_proj: nn.Module = nn.Identity()
+        if config.out_features is not None:
+            self.o_proj = nn.Linear(core.heads * e, config.out_features, config.out_bias)
+        self._up: tuple[Any, Tensor] | None = None
+
+    @property
+    def cache_per_token(self) -> int:
+        """r + R."""
+        return self.config.kv_lora_rank + self.config.qk_rope_head_dim
+
+    def forward(
+        self, x_BND: Tensor, ctx: Context, state: State | None = None, memory_BMD: Any = None
+    ) -> Tensor:
+        """See `Mixer.forward`."""
+        turn = self._turn(ctx, state, x_BND)
+        q_nope_BHNd, q_rope_BHNR = self._queries(x_BND, turn)
+        latent, rope = self._rows(x_BND if memory_BMD is None else memory_BMD, turn)
+        latent, rope = latent[:, None], rope[:, None]
+        if state is not None:
+            latent, rope = state.update(latent, rope)
+        span = state.span() if state is not None else None
+        if span is not None:
+            u, _ = torch.ops.reattend.latent_attention(
+                self._absorb(q_nope_BHNd), q_rope_BHNR, latent.squeeze(1), rope.squeeze(1), *span,
+                scale=self.config.core.scale, causal=self.config.core.causal,
+                sliding_window=self.config.core.window, softcap=self.config.core.softcap,
+            )  # fmt: skip
+            y_BHNe = self._values(u)
+        elif self._absorbs(x_BND.shape[1], latent.shape[2]):
+            y_BHNe = self._absorbed(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
+        else:
+            y_BHNe = self._expanded(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
+        return self.o_proj(y_BHNe.transpose(1, 2).flatten(2))
+
+    def _turn(
+        self, ctx: Context, state: State | None, x_BND: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """cos, sin [B or 1, N, R / 2] of the kept slots."""
+        if self.config.qk_rope_head_dim == 0:
+            return None
+        full = rotation(self.config.rotary, ctx, state, x_BND)
+        assert full is not None
+        columns = torch.tensor(self.config.rope_columns, device=x_BND.device)
+        return full[0].index_select(-1, columns), full[1].index_select(-1, columns)
+
+    def _queries(
+        self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Unrotated [B, H, N, d] and rotated [B, H, N, R] queries."""
+        c = self.config
+        heads, d, rope = c.core.heads, c.core.qk_head_dim, c.qk_rope_head_dim
+        y = self.q_proj(x_BND)
+        if not self.normed:
+            q = y.unflatten(-1, (heads, d + rope)).transpose(1, 2)
+            q = q if c.q.scale == 1.0 else q * c.q.scale
+            nope, turned = q.split([d, rope], -1)
+        else:
+            nope = _normed(y, heads, self.q_norm).transpose(1, 2)
+            nope = nope if c.q.scale == 1.0 else nope * c.q.scale
+            grouped = nope.unflatten(1, (c.core.kv_heads, -1))
+            turned = torch.einsum("bgjnd,grd->bgjnr", grouped, self.q_rope).flatten(1, 2)
+        return nope, rotate(turned, turn, rope // 2)
+
+    def _rows(
+        self, source_BMD: Tensor, turn: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """What is cached for each token: latent [B, M, r] and rotated key [B, M, R]."""
+        c = self.config
+        if self.normed:
+            keys = _normed(self.k_proj(source_BMD), c.core.kv_heads, self.k_norm).flatten(2)
+            source_BMD = torch.cat([keys, self.v_proj(source_BMD)], -1)
+        latent, rope = self.kv_a_proj_with_mqa(source_BMD).split(
+            [c.kv_lora_rank, c.qk_rope_head_dim], -1
+        )
+        if self.k_rope_bias is not None:
+            rope = rope + self.k_rope_bias
+        rope = rotate(rope[:, None], turn, c.qk_rope_head_dim // 2)[:, 0]
+        return self.kv_a_layernorm(latent), rope
+
+    def up(self) -> tuple[Tensor, Tensor]:
+        """W_UK [G, d, r] and W_UV [G, e, r], read *through* `kv_b_proj`.
+
+        A LoRA or quantised layer in its place is therefore honoured; its matrix is computed once
+        per version of its parameters.
+        """
+        c = self.config.core
+        if type(self.kv_b_proj) is nn.Linear:
+            weight = self.kv_b_proj.weight
+        else:
+            weight = self._through(self.kv_b_proj)
+        grouped = weight.unflatten(0, (c.kv_heads, c.qk_head_dim + c.v_head_dim))
+        keys, values = grouped.split([c.qk_head_dim, c.v_head_dim], 1)
+        return keys, values
+
+    def _through(self, layer: nn.Module) -> Tensor:
+        tensors = [*layer.parameters(), *layer.buffers()]
+        switches = [
+            (str(getattr(m, "active_adapters", "")), bool(getattr(m, "_disable_adapters", False)))
+            for m in layer.modules()
+        ]
+        key = ([(id(t), t._version) for t in tensors], switches, layer.training)
+        if not torch.is_grad_enabled() and self._up is not None and self._up[0] == key:
+            return self._up[1]
+        rank = self.config.kv_lora_rank
+        like = next(t for t in tensors if t.is_floating_point())
+        eye = torch.eye(rank, dtype=like.dtype, device=like.device)
+        weight: Tensor = layer(eye).t()
+        if not torch.is_grad_enabled():
+            self._up = (key, weight)
+        return weight
+
+    def _absorb(self, q_nope_BHNd: Tensor) -> Tensor:
+        """W_UK^T q [B, H, N, r]."""
+        up_key, _ = self.up()
+        grouped = q_nope_BHNd.unflatten(1, (self.config.core.kv_heads, -1))
+        return torch.einsum("bgjnd,gdr->bgjnr", grouped, up_key).flatten(1, 2)
+
+    def _values(self, u_BHNr: Tensor) -> Tensor:
+        """W_UV u [B, H, N, e]."""
+        _, up_value = self.up()
+        grouped = u_BHNr.unflatten(1, (self.config.core.kv_heads, -1))
+        y = torch.einsum("bgjnr,ger->bgjne", grouped, up_value)
+        if self.v_bias is not None:
+            y = y + self.v_bias[None, :, None, None]
+        return y.flatten(1, 2)
+
+    def _absorbs(self, n: int, m: int) -> bool:
+        """Whether the absorbed form needs fewer multiply-adds for N queries over M rows."""
+        if self.form != "auto":
+            return self.form == "absorbed"
+        if n == m:
+            return False
+        c = self.config
+        h, g, d, e = c.core.heads, c.core.kv_heads, c.core.qk_head_dim, c.core.v_head_dim
+        r, rope = c.kv_lora_rank, c.qk_rope_head_dim
+        expanded = m * r * g * (d + e) + n * m * h * (d + rope + e)
+        return n * h * r * (d + e) + n * m * h * (2 * r + rope) < expanded
+
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any
+    ) -> Tensor:
+        q_BHNw = torch.cat([self._absorb(q_nope), q_rope], -1)
+        rows_B1Mw = torch.cat([latent, rope], -1)
+        if q_BHNw.shape[2] == 1:  # heads become query rows: one product instead of H
+            single = self.config.core.model_copy(update={"heads": 1, "kv_heads": 1})
+            u = attend_rows(q_BHNw.transpose(1, 2), rows_B1Mw, latent, single, mask).transpose(1, 2)
+        else:
+            u = attend(q_BHNw, rows_B1Mw, latent, self._core(q_BHNw.shape[-1]), mask)
+        return self._values(u)
+
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any
+    ) -> Tensor:
+        c = self.config.core
+        both = self.kv_b_proj(latent[:, 0]).unflatten(-1, (c.kv_heads, c.qk_head_dim + c.v_head_dim))
+        keys, values = both.transpose(1, 2).split([c.qk_head_dim, c.v_head_dim], -1)
+        if self.v_bias is not None:
+            values = values + self.v_bias[None, :, None]
+        keys = torch.cat([keys, rope.expand(-1, c.kv_heads, -1, -1)], -1)
+        return attend(torch.cat([q_nope, q_rope], -1), keys, values, c, mask)
+
+    def _core(self, width: int) -> CoreConfig:
+        return self.config.core.model_copy(update={"kv_heads": 1, "qk_head_dim": width})
+
+
+def attend_rows(
+    q_B1Hw: Tensor, k_B1Mw: Tensor, v_B1Mr: Tensor, core: CoreConfig, mask: Any
+) -> Tensor:
+    """One query token: its H heads as rows over one shared key head; the mask is per key."""
+    from reattend.mixers.scores import visibility
+
+    per_key = visibility(mask, core, 1, k_B1Mw.shape[2], q_B1Hw)
+    full = core.model_copy(update={"pattern": "full", "window": 0, "chunk": 0})
+    return attend(q_B1Hw, k_B1Mw, v_B1Mr, full, per_key)
+
+
+def _normed(y_BNp: Tensor, heads: int, norm: StreamNorm | None) -> Tensor:
+    """[B, N, heads, d], normalised per head or over the full width."""
+    if norm is not None and norm.config.scope == "full":
+        y_BNp = norm(y_BNp)
+    y = y_BNp.unflatten(-1, (heads, -1))
+    return norm(y) if norm is not None and norm.config.scope == "head" else y

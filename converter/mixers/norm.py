@@ -1,0 +1,37 @@
+"""RMS and layer normalisation of a stream, per head or over its full width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from reattend.mixers.config import NormConfig
+
+
+class StreamNorm(nn.Module):
+    """Zhang & Sennrich, RMSNorm, arXiv 1910.07467; computed in at least float32.
+
+    `weight` [width] is stored as the model stores it; `gain_offset` is added (Gemma's 1 + w).
+    """
+
+    def __init__(self, config: NormConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.ones(width)) if config.gain else None
+        self.bias = nn.Parameter(torch.zeros(width)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        gain = None if self.weight is None else self.weight + self.config.gain_offset
+        if self.config.kind == "layer":
+            bias = None if self.bias is None else self.bias.to(wide.dtype)
+            scale = None if gain is None else gain.to(wide.dtype)
+            return F.layer_norm(wide, wide.shape[-1:], scale, bias, self.config.eps).to(x.dtype)
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.eps)
+        if gain is None:
+            return y.to(x.dtype)
+        if self.config.gain_offset:
+            return (y * gain.to(y.dtype)).to(x.dtype)
+        return y.to(x.dtype) * gain

@@ -1,0 +1,83 @@
+"""softmax(q k^T) v under a mask the model passed or a pattern of our own. Plain torch.
+
+Layout letters: B batch, N query length, M key length, H query heads, G kv heads, d, e widths.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from reattend.errors import ArgumentError
+from reattend.mixers.config import CoreConfig
+
+
+def attend(
+    q_BHNd: Tensor, k_BGMd: Tensor, v_BGMe: Tensor, core: CoreConfig, mask: Tensor | None
+) -> Tensor:
+    """Attention output [B, H, N, e]; differentiable.
+
+    Args:
+        q_BHNd, k_BGMd, v_BGMe: queries, keys, values; H is a multiple of G.
+        core: scale, softcap and pattern.
+        mask: as in `Context.mask`.
+    """
+    n, m = q_BHNd.shape[2], k_BGMd.shape[2]
+    bias = visibility(mask, core, n, m, q_BHNd)
+    grouped = k_BGMd.shape[1] != q_BHNd.shape[1]
+    if not core.softcap:
+        return F.scaled_dot_product_attention(
+            q_BHNd, k_BGMd, v_BGMe, attn_mask=bias, scale=core.scale, enable_gqa=grouped
+        )
+    repeat = q_BHNd.shape[1] // k_BGMd.shape[1]
+    k, v = k_BGMd.repeat_interleave(repeat, 1), v_BGMe.repeat_interleave(repeat, 1)
+    scores = torch.matmul(q_BHNd, k.transpose(-1, -2)) * core.scale
+    scores = core.softcap * torch.tanh(scores / core.softcap)
+    if bias is not None:
+        hidden = ~bias if bias.dtype == torch.bool else None
+        scores = scores.masked_fill(hidden, float("-inf")) if hidden is not None else scores + bias
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    probs = torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
+    return torch.matmul(probs.to(v.dtype), v)
+
+
+def visibility(
+    mask: Tensor | None, core: CoreConfig, n: int, m: int, like: Tensor
+) -> Tensor | None:
+    """The mask to apply to scores [B, H, N, M], or None when every key is visible.
+
+    A 4-D mask from the model is the whole truth about its own cache and is used as it is
+    (additive ones in the scores' dtype). Otherwise the pattern holds, with the N queries at the
+    end of the M keys, and 2-D validity hides padded keys.
+
+    Raises:
+        ArgumentError: the mask has another form (a FlexAttention BlockMask).
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ArgumentError(
+            f"attention mask of type {type(mask).__name__} is not supported by converted layers",
+            next_step='load the model with attn_implementation="sdpa"',
+        )
+    if mask is not None and mask.dim() == 4:
+        mask = mask[..., :m]
+        return mask if mask.dtype == torch.bool else mask.to(like.dtype)
+    pattern = _pattern(core, n, m, like.device)
+    if mask is None or mask.dim() != 2:
+        return pattern
+    valid_B11M = (mask != 0)[:, None, None, -m:]
+    return valid_B11M if pattern is None else pattern & valid_B11M
+
+
+def _pattern(core: CoreConfig, n: int, m: int, device: torch.device) -> Tensor | None:
+    """Boolean [1, 1, N, M] of the block's own pattern, None if nothing is hidden."""
+    if not core.causal or (n == 1 and core.pattern == "causal"):
+        return None
+    i = torch.arange(m - n, m, device=device)[:, None]
+    j = torch.arange(m, device=device)[None, :]
+    seen = j <= i
+    if core.pattern == "sliding":
+        seen = seen & (j > i - core.window)
+    elif core.pattern == "chunked":
+        seen = seen & (j // core.chunk == i // core.chunk)
+    return seen[None, None]

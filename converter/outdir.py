@@ -1,0 +1,103 @@
+"""What is on disk where the output should go: free, this very result, another one, not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from reattend.errors import OutputError
+
+FINGERPRINT = "fingerprint.json"
+State = Literal["new", "resumed", "complete"]
+
+
+def state_of_out(out: Path, fingerprint: Mapping[str, str], overwrite: bool) -> State:
+    """`complete` if `out` holds the result with this fingerprint, `new` if it may be written.
+
+    Raises:
+        OutputError: it holds another result and `overwrite` is off, or it is not ours at all.
+    """
+    if out.name.endswith(".partial"):
+        raise OutputError(
+            "an output folder cannot be called *.partial",
+            where=str(out),
+            why="that name is where the work for another output would happen",
+        )
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return "new"
+    known = inputs_of(out) if out.is_dir() else None
+    if known is None:
+        raise foreign(out)
+    differ = sorted(k for k in {*known, *fingerprint} if known.get(k) != fingerprint.get(k))
+    damaged = [] if differ else _damaged(out)
+    if not differ and not damaged:
+        return "complete"
+    if overwrite:
+        return "new"
+    why = f"made with another {', '.join(differ)}" if differ else f"damaged: {', '.join(damaged)}"
+    raise OutputError(
+        "the output folder holds another result",
+        where=str(out),
+        why=why,
+        next_step="pass --overwrite to replace it, or choose another --out",
+    )
+
+
+def _damaged(out: Path) -> list[str]:
+    sizes = (read_json(out / FINGERPRINT) or {}).get("files") or {}
+    return [
+        name
+        for name, size in sizes.items()
+        if not (out / name).is_file() or (size is not None and (out / name).stat().st_size != size)
+    ]
+
+
+def recover(out: Path) -> None:
+    """Undo or complete a replacement that a kill interrupted."""
+    aside = aside_of(out)
+    if not aside.exists():
+        return
+    if inputs_of(aside) is None:
+        raise foreign(aside)
+    if out.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(out)
+
+
+def foreign(path: Path) -> OutputError:
+    """The error for a folder or file that reattend did not make and will not touch."""
+    return OutputError(
+        "the output folder is taken",
+        where=str(path),
+        why="it exists and was not made by reattend, so it is never replaced",
+        next_step="choose another --out, or move it away yourself",
+    )
+
+
+def partial_of(out: Path) -> Path:
+    """The folder where the work for `out` happens."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def aside_of(out: Path) -> Path:
+    """Where an older result waits while the new one takes its name."""
+    return out.with_name(f".{out.name}.replaced-by-reattend")
+
+
+def inputs_of(folder: Path) -> dict[str, str] | None:
+    """The fingerprint in a folder that reattend made; None for any other folder."""
+    known = read_json(folder / FINGERPRINT)
+    return known["inputs"] if known and known.get("made_by") == "reattend" else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None if there is no such file or it holds anything else."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else None
+    return None

@@ -1,0 +1,243 @@
+"""One conversion from start to end: the stages in order, each reported, resumable where long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reattend import statistics
+from reattend.api import Result
+from reattend.data import Dataset
+from reattend.errors import DataError, GateError
+from reattend.events import Event, OnEvent
+from reattend.finder import FoundAttention, find_attention
+from reattend.inputs import is_hf, made_up
+from reattend.materials import Materials, load_materials
+from reattend.plan import Plan
+from reattend.preflight import Choice, preflight
+from reattend.report.evidence import Gate, ParityCheck
+from reattend.reporting import Evidence, build_report
+from reattend.rewriting import Rewritten, normal_forms, rewrite
+from reattend.runlog import RunLog
+from reattend.source import Source, open_source
+from reattend.verify.gates import check_gates, measured_rows
+from reattend.verify.parity import block_errors, decode_checks, exact_check
+from reattend.workdir import Workdir, digest
+
+if TYPE_CHECKING:
+    from reattend.calibrate import StageResult
+
+
+@dataclass
+class Job:
+    """The arguments of `convert` that do not concern opening the model."""
+
+    plan: Plan
+    inputs: dict[str, Any] | None = None
+    data: Any = None
+    seed: int = 0
+    inplace: bool = False
+    out: Path | None = None
+    overwrite: bool = False
+    on_event: OnEvent | None = None
+    log: RunLog = field(default_factory=RunLog)
+
+    def run(self, model: Any, **opening: Any) -> Result:
+        """All stages; see `reattend.convert`."""
+        torch.manual_seed(self.seed)
+        source = self._stage("open", lambda: open_source(model, **opening))
+        found = self._stage("find", lambda: find_attention(source.model, self.inputs))
+        choices = preflight(found, self.plan)
+        materials = self._stage("data", lambda: self._materials(source, choices))
+        with self._workdir(source, materials) as work:
+            if work is not None and work.state == "complete":
+                return self._already_there(work)
+            return self._convert(source, found, choices, materials, work)
+
+    def _convert(
+        self,
+        source: Source,
+        found: FoundAttention,
+        choices: list[Choice],
+        materials: Materials,
+        work: Workdir | None,
+    ) -> Result:
+        moments = self._stage("statistics", lambda: self._statistics(source, choices, materials, work))
+        done = self._stage("rewrite", lambda: self._rewrite(source, choices, moments))
+        stages = self._stage("calibrate", lambda: self._calibrate(source, done, materials, work))
+        evidence = self._stage("verify", lambda: self._verify(source, choices, done, materials))
+        evidence.stages = stages
+        report = build_report(source, self.plan, self.seed, found, choices, done, materials, evidence)
+        failed = [g for g in report.gates if g.verdict == "fail"]
+        failed_checks = [p for p in report.parity if p.verdict == "fail"]
+        if failed or failed_checks:
+            raise _gate_error(failed, failed_checks)
+        result = Result(done.model, report, None, None, source.tokenizer)
+        if work is not None:
+            from reattend.publishing import publish_result
+
+            self._stage("publish", lambda: publish_result(result, work, source))
+            result.out = work.out
+        result.run = self.log.finish(source, self.out)
+        if work is not None:
+            work.publish_bytes("run.json", result.run.to_json().encode())
+            work.finish()
+            self._tell("done", message=f"published to {work.out.name}")
+        return result
+
+    def _materials(self, source: Source, choices: list[Choice]) -> Materials:
+        needs = {n for c in choices if c.conversion is not None for n in c.conversion.needs}
+        return load_materials(
+            source, self.plan, self.data, seed=self.seed, needed=bool(needs), inputs=self.inputs
+        )
+
+    @contextmanager
+    def _workdir(self, source: Source, materials: Materials) -> Iterator[Workdir | None]:
+        if self.out is None:
+            yield None
+            return
+        with Workdir.open(self.out, self._fingerprint(source, materials), self.overwrite) as work:
+            if work.state == "resumed":
+                self._tell("resume", message="continuing an interrupted run")
+            yield work
+
+    def _fingerprint(self, source: Source, materials: Materials) -> dict[str, str]:
+        import transformers
+
+        from reattend import __version__
+
+        return {
+            "weights": digest(source.hashes),
+            "plan": self.plan.fingerprint(),
+            "data": materials.fingerprint,
+            "seed": str(self.seed),
+            "reattend": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def _already_there(self, work: Workdir) -> Result:
+        from reattend.publishing import load_folder
+        from reattend.report import Report, Run
+
+        self._tell("done", message=f"{work.out.name} is already complete: nothing to do")
+        report, run = Report.load(work.out), Run.load(work.out)
+        return Result(load_folder(work.out, None), report, run, work.out)
+
+    def _statistics(
+        self, source: Source, choices: list[Choice], materials: Materials, work: Workdir | None
+    ) -> dict[str, statistics.SiteStatistics]:
+        wanted = [c for c in choices if c.conversion is not None and "gram" in c.conversion.needs]
+        if not wanted:
+            return {}
+        paths = [c.site.path for c in wanted]
+        assert materials.statistics is not None
+        key = digest({"weights": source.hashes, "data": materials.fingerprint, "sites": paths})
+        names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}
+        if work is not None and work.has("statistics", key):
+            from safetensors.torch import load_file
+
+            self._tell("statistics", message="reused from the interrupted run")
+            read = {p: load_file(work.path(n)) for p, n in names.items()}
+            return {p: statistics.SiteStatistics.from_tensors(t) for p, t in read.items()}
+        forms = normal_forms(source.model, wanted)
+        data = materials.statistics
+        total = data.tokens
+
+        def progress(tokens: int) -> None:
+            self._tell("statistics", done=min(tokens, total), total=total)
+
+        queries = frozenset(
+            c.site.path for c in wanted if getattr(c.options, "q_lora_rank", None) is not None
+        )
+        found = statistics.collect(
+            source.model,
+            {c.site.path: (forms[c.site.path], c.site.binding) for c in wanted},
+            data.batches(self.plan.calibrate.batch_size),
+            queries=queries,
+            progress=progress,
+        )
+        if work is not None:
+            for path, name in names.items():
+                work.publish_tensors(name, found[path].tensors())
+            work.mark("statistics", key)
+        return found
+
+    def _rewrite(
+        self, source: Source, choices: list[Choice], moments: dict[str, Any]
+    ) -> Rewritten:
+        def progress(choice: Choice, done: int, total: int) -> None:
+            self._tell("rewrite", site=choice.site.path, layer=choice.layer, done=done, total=total)
+
+        return rewrite(source.model, choices, moments, inplace=self.inplace, progress=progress)
+
+    def _calibrate(
+        self, source: Source, done: Rewritten, materials: Materials, work: Workdir | None
+    ) -> list[StageResult]:
+        settings = self.plan.calibrate
+        if not settings.trains:
+            return []
+        if self.inplace:
+            raise DataError(
+                "inplace=True leaves no original to learn from",
+                next_step="set inplace=False for plans that train",
+            )
+        from reattend.calibrate import calibrate
+
+        assert materials.training is not None
+        key = digest([source.hashes, self.plan.fingerprint(), materials.fingerprint, self.seed])
+        return calibrate(
+            source.model, done.model, materials.training, settings,
+            seed=self.seed if settings.seed is None else settings.seed,
+            workdir=work, inputs_hash=key, on_event=self.on_event,
+        )  # fmt: skip
+
+    def _verify(
+        self, source: Source, choices: list[Choice], done: Rewritten, materials: Materials
+    ) -> Evidence:
+        if self.inplace:
+            return Evidence(notes=["inplace=True: the original is gone, so nothing was compared"])
+        paths = list(done.built)
+        sample = self._sample(source, materials)
+        errors = block_errors(source.model, done.model, paths, sample)
+        parity: list[ParityCheck] = []
+        if all(b.exactness == "exact" for b in done.built.values()) and not self.plan.calibrate.trains:
+            parity.append(exact_check(source.model, done.model, sample))
+        if is_hf(source.model):
+            parity += decode_checks(source.model, done.model, self.seed)
+        rows = measured_rows(source, done.model, choices, materials, self.seed)
+        gates = check_gates(self.plan.verify, rows)
+        return Evidence(errors=errors, parity=parity, rows=rows, gates=gates)
+
+    def _sample(self, source: Source, materials: Materials) -> dict[str, Any]:
+        data: Dataset | None = materials.held_out or materials.statistics
+        if data is not None:
+            return next(iter(data.batches(4)))
+        return self.inputs if self.inputs is not None else made_up(source.model)
+
+    def _stage(self, name: str, work: Any) -> Any:
+        self._tell(name)
+        with self.log.stage(name):
+            return work()
+
+    def _tell(self, stage: str, **what: Any) -> None:
+        if self.on_event is not None:
+            self.on_event(Event(stage, **what))
+
+
+def _gate_error(gates: list[Gate], checks: list[ParityCheck]) -> GateError:
+    lines = [f"{g.name}: {g.value} (limit {g.relation} {g.limit})" for g in gates]
+    lines += [
+        f"{p.name}: {p.judged_by} {getattr(p, p.judged_by):.3g} (limit {p.tolerance:.3g})"
+        for p in checks
+    ]
+    return GateError(
+        "the converted model failed verification; nothing was published",
+        why="; ".join(lines),
+        next_step="keep more cache (kv_keep), calibrate longer, or loosen the plan's verify section",
+    )

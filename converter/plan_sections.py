@@ -1,0 +1,77 @@
+"""The settings of a plan beside its rules: how to calibrate and what to verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from reattend.plan_text import Section
+
+Stage = Literal["layerwise", "end-to-end"]
+
+
+class Calibrate(Section):
+    """Which data is read and how the converted model is trained; the default trains nothing.
+
+    Attributes:
+        tokens: tokens to train on, over all stages; 0 collects statistics only.
+        stages: `layerwise` (each mixer against its own teacher block), then `end-to-end`
+            (logits and hidden states); used only where `tokens` is above 0.
+        seq_len: tokens per training sequence.
+        batch_size: sequences per optimiser step.
+        lr: peak learning rate; None leaves it to each stage.
+        data: text to read (`.txt`, `.jsonl`, a folder; relative to the current folder), or
+            `self` for sequences sampled from the original. `convert(data=...)` wins over it.
+        seed: of sampling and training; None takes the seed given to `convert`.
+        statistics_tokens: tokens whose second moments are collected.
+        lora_rank: train LoRA factors of this rank in place of full weights; None: full weights.
+    """
+
+    tokens: Annotated[int, Field(ge=0)] = 0
+    stages: tuple[Stage, ...] = ("layerwise", "end-to-end")
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    lr: Annotated[float, Field(gt=0)] | None = None
+    data: str | None = None
+    seed: int | None = None
+    statistics_tokens: Annotated[int, Field(ge=1)] = 65536
+    lora_rank: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _stages(cls, value: Any) -> Any:
+        if (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and len(set(value)) < len(value)
+        ):
+            raise ValueError("a stage is listed twice")
+        return value
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained at all."""
+        return self.tokens > 0 and bool(self.stages)
+
+
+class Verify(Section):
+    """Gates: a converted model that misses one is not published. None switches a gate off.
+
+    Attributes:
+        max_ppl_increase: largest growth of perplexity, as a share (0.05 is 5 %).
+        min_top1: smallest share of positions whose most likely token is the original's, 0 to 1.
+        min_recall: smallest share of the original's recall score that is kept, 0 to 1.
+        max_kl: largest mean KL(original || converted), nats per token.
+    """
+
+    max_ppl_increase: Annotated[float, Field(ge=0)] | None = None
+    min_top1: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_recall: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_kl: Annotated[float, Field(ge=0)] | None = None
+
+    @property
+    def gates(self) -> dict[str, float]:
+        """The gates that are set, by name."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}

@@ -1,0 +1,115 @@
+"""Before any weight moves: match the plan with the sites and list *every* refusal at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from reattend.errors import NothingFoundError, RefusedError
+from reattend.finder import AttentionSite, FoundAttention
+from reattend.mixers.dense import DenseConfig
+from reattend.passes.rewrite.base import Conversion, Cost, dense_cost
+from reattend.passes.rewrite.registry import conversion
+from reattend.plan import Plan, Rule
+from reattend.plan_rule import layer_of
+from reattend.weights import dense_config
+
+
+@dataclass
+class Choice:
+    """What happens to one site, and why."""
+
+    site: AttentionSite
+    config: DenseConfig
+    layer: int
+    action: str
+    conversion: Conversion | None = None
+    options: Any = None
+    reason: str = ""
+
+    @property
+    def before(self) -> Cost:
+        """The original block's cost."""
+        return dense_cost(self.config)
+
+    @property
+    def after(self) -> Cost:
+        """What it will cost; unchanged sites cost the same."""
+        if self.conversion is None:
+            return self.before
+        return self.conversion.cost(self.config, self.options)
+
+
+def preflight(found: FoundAttention, plan: Plan) -> list[Choice]:
+    """One choice per site, in the order they were found.
+
+    Raises:
+        NothingFoundError: no site was understood.
+        PlanError: a rule matches nothing.
+        RefusedError: some site cannot take its conversion and the plan says `on_refusal: error`.
+    """
+    if not found.sites:
+        reasons = "; ".join(f"{r.path}: {r.reason}" for r in found.refused[:5])
+        raise NothingFoundError(
+            "no attention block was found that could be converted",
+            why=reasons or "the graph has no softmax attention",
+            next_step="run `reattend find MODEL` for the list of blocks and reasons",
+        )
+    paths = [s.path for s in found.sites]
+    layers = layer_of(paths)
+    assigned = plan.assign(paths)
+    choices = [_choose(s, assigned[s.path], layers[s.path][0]) for s in found.sites]
+    choices = _units(choices)
+    refused = [c for c in choices if c.action == "refused"]
+    if refused and plan.on_refusal == "error":
+        raise RefusedError(
+            f"{len(refused)} of {len(choices)} sites cannot take the conversion the plan asks for",
+            where=_grouped(refused),
+            next_step="change the options, set on_refusal: keep, or put these rules first:\n"
+            + "\n".join(f'  - {{sites: "{c.site.path}", to: keep}}' for c in refused),
+        )
+    if not any(c.action == "converted" for c in choices):
+        raise NothingFoundError(
+            "no site would be converted by this plan",
+            why="every site is kept, refused or matched by no rule",
+            next_step="run `reattend convert ... --dry-run` to see the choice for every site",
+        )
+    return choices
+
+
+def _choose(site: AttentionSite, rule: Rule | None, layer: int) -> Choice:
+    config = dense_config(site.spec, site.hidden_size, site.memory_size)
+    if rule is None:
+        return Choice(site, config, layer, "unmatched", reason="no rule of the plan matches")
+    if rule.to == "keep":
+        return Choice(site, config, layer, "kept", reason="the plan keeps it")
+    chosen = conversion(rule.to)()
+    if rule.heads is not None:
+        reason = f"`heads` is not supported by to: {rule.to}, which converts whole blocks"
+        return Choice(site, config, layer, "refused", reason=reason)
+    refusal = chosen.check(config, rule.options)
+    if refusal is not None:
+        return Choice(site, config, layer, "refused", reason=refusal.reason)
+    return Choice(site, config, layer, "converted", chosen, rule.options)
+
+
+def _units(choices: list[Choice]) -> list[Choice]:
+    """Sites that share weights convert together: if one refuses, all do."""
+    by_weight: dict[str, list[Choice]] = {}
+    for choice in choices:
+        by_weight.setdefault(choice.site.spec.k.proj.weight, []).append(choice)
+    for group in by_weight.values():
+        if len({c.action for c in group}) > 1:
+            first = next(c for c in group if c.action != "converted")
+            for choice in group:
+                if choice.action == "converted":
+                    choice.action, choice.conversion = "refused", None
+                    choice.reason = f"shares its key weights with {first.site.path} ({first.reason})"
+    return choices
+
+
+def _grouped(refused: list[Choice]) -> str:
+    lines: dict[str, list[str]] = {}
+    for choice in refused:
+        lines.setdefault(choice.reason, []).append(choice.site.path)
+    return "\n" + "\n".join(f"    {', '.join(paths)}: {why}" for why, paths in lines.items())

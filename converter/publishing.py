@@ -1,0 +1,126 @@
+"""Write a result as a folder and read it back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from reattend.durable import tensors_writer
+from reattend.errors import ArgumentError, ModelError
+from reattend.inputs import is_hf
+from reattend.install.adapter import Adapter
+from reattend.source import Source
+from reattend.workdir import Workdir
+
+if TYPE_CHECKING:
+    from reattend.api import Result
+
+SITES_FILE = "reattend.json"
+_CARRIED = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+def publish_result(result: Result, work: Workdir, source: Source | None) -> None:
+    """Checkpoint, tokenizer, licence, plan and report, file by file."""
+
+    def write(folder: Path) -> None:
+        write_checkpoint(result.model, result.tokenizer, folder)
+        if source is not None and source.folder is not None:
+            for pattern in _CARRIED:
+                for file in sorted(source.folder.glob(pattern)):
+                    shutil.copyfile(file, folder / file.name)
+
+    work.publish_folder(write)
+    plan = json.dumps(result.report.plan, sort_keys=True, indent=2) + "\n"
+    work.publish_bytes("plan.json", plan.encode())
+    work.publish_bytes("report.json", result.report.to_json().encode())
+    work.publish_bytes("report.md", result.report.to_markdown().encode())
+    work.publish_bytes("report.html", result.report.to_html().encode())
+
+
+def write_checkpoint(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """A Hugging Face checkpoint, or weights and `reattend.json` for other modules."""
+    if is_hf(model):
+        model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    from reattend.targets.huggingface import FORMAT, describe
+
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    tensors_writer(_untied(state))(folder / "model.safetensors")
+    sites = {"format": FORMAT, "class": type(model).__name__, "sites": describe(model)}
+    (folder / SITES_FILE).write_text(json.dumps(sites, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _untied(state: dict[str, Any]) -> dict[str, Any]:
+    """safetensors refuses two names for one storage: the later names are copies."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in state.items():
+        pointer = tensor.data_ptr()
+        out[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return out
+
+
+def save_result(result: Result, folder: Path, *, overwrite: bool) -> Path:
+    """`Result.save`: the same files as `convert(out=...)`."""
+    fingerprint = {"report": result.report.to_json()}
+    with Workdir.open(folder, fingerprint, overwrite) as work:
+        if work.state == "complete":
+            return work.out
+        publish_result(result, work, None)
+        if result.run is not None:
+            work.publish_bytes("run.json", result.run.to_json().encode())
+        return work.finish()
+
+
+def load_folder(folder: Path, model: nn.Module | None, **kwargs: Any) -> nn.Module:
+    """`reattend.load`."""
+    if not folder.is_dir():
+        raise ModelError("no such folder", where=str(folder), next_step="give a converted folder")
+    if (folder / SITES_FILE).is_file():
+        return _load_module(folder, model)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ModelError(
+            "not a reattend folder: it has neither config.json nor reattend.json",
+            where=str(folder),
+            next_step="give the folder that convert(out=...) wrote",
+        )
+    from reattend.source import check_files
+    from reattend.targets.huggingface import checked_section, load_model
+
+    config = json.loads(config_file.read_text("utf-8"))
+    checked_section(config)
+    check_files(folder)
+    return load_model(str(folder), config["architectures"], **kwargs).eval()
+
+
+def _load_module(folder: Path, model: nn.Module | None) -> nn.Module:
+    from safetensors.torch import load_file
+
+    from reattend.targets.huggingface import FORMAT, install_empty
+
+    stored = json.loads((folder / SITES_FILE).read_text("utf-8"))
+    if int(stored.get("format", 0)) > FORMAT:
+        raise ModelError(
+            f"this folder has format {stored['format']}; this reattend reads up to {FORMAT}",
+            where=str(folder),
+            next_step="pip install -U reattend",
+        )
+    if model is None:
+        raise ArgumentError(
+            f"this is a converted {stored['class']}, whose code is yours",
+            where=str(folder),
+            next_step=f"load(dir, model={stored['class']}(...))",
+        )
+    if any(isinstance(m, Adapter) for m in model.modules()):
+        raise ArgumentError("the module given is already converted", next_step="pass a fresh one")
+    install_empty(model, stored["sites"])
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True, assign=True)
+    return model.eval()

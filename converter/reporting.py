@@ -1,0 +1,191 @@
+"""Assemble the report from what the stages measured."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reattend.finder import FoundAttention
+from reattend.materials import Materials
+from reattend.plan import Plan
+from reattend.preflight import Choice
+from reattend.report import Report
+from reattend.report.evidence import (
+    Calibration, Gate, ParityCheck, Provenance, Quality, QualityRow, Stage,
+)  # fmt: skip
+from reattend.report.site import Cost, ModelInfo, Owner, SiteCost, SiteEntry, SiteError, SpecSummary
+from reattend.rewriting import Rewritten
+from reattend.source import Source
+from reattend.spec import Norm, Rotary
+
+if TYPE_CHECKING:
+    from reattend.calibrate import StageResult
+
+
+@dataclass
+class Evidence:
+    """What verification and calibration found."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    parity: list[ParityCheck] = field(default_factory=list)
+    rows: list[QualityRow] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
+    stages: list[StageResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def build_report(
+    source: Source,
+    plan: Plan,
+    seed: int,
+    found: FoundAttention,
+    choices: list[Choice],
+    done: Rewritten,
+    materials: Materials,
+    evidence: Evidence,
+) -> Report:
+    """The whole record; nothing in it depends on time, host or path."""
+    size = next(source.model.parameters()).element_size()
+    sites = [_site(c, done, evidence, size) for c in choices]
+    sites += [
+        SiteEntry(path=_unique(r.path, i), action="not-understood", reason=r.reason)
+        for i, r in enumerate(found.refused)
+    ]
+    data = materials.held_out
+    return Report(
+        model=ModelInfo(
+            architecture=type(source.model).__name__,
+            dtype=str(next(source.model.parameters()).dtype).removeprefix("torch."),
+            name=source.name,
+            parameters_before=_parameters(source.model),
+            parameters_after=_parameters(done.model),
+            source_hash=next(iter(source.hashes.values()), ""),
+        ),
+        plan=plan.to_dict(),
+        sites=tuple(sites),
+        parity=tuple(evidence.parity),
+        quality=None
+        if not evidence.rows
+        else Quality(
+            rows=tuple(evidence.rows),
+            data=data.description if data is not None else "",
+            tokens=data.tokens if data is not None else None,
+            context=plan.calibrate.seq_len,
+        ),
+        calibration=_calibration(materials, evidence),
+        gates=tuple(evidence.gates),
+        provenance=_provenance(source, plan, materials, seed),
+        notes=tuple([*materials.notes, *evidence.notes]),
+    )
+
+
+def _unique(path: str, number: int) -> str:
+    return f"{path or 'model'}#{number}"
+
+
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> SiteEntry:
+    site, path = choice.site, choice.site.path
+    built = done.built.get(path)
+    facts = dict(built.evidence) if built is not None else {}
+    energy = facts.pop("energy", ())
+    after = choice.after if built is not None else choice.before
+    kept, total = [], 0.0
+    for share in energy:
+        total += share
+        kept.append(min(1.0, total))
+    error = None
+    if built is not None:
+        error = SiteError(
+            output_relative=evidence.errors.get(path),
+            discarded_energy=facts.pop("discarded_energy", None),
+            rank=facts.get("kv_lora_rank"),
+            energy_kept=tuple(kept),
+            rotary_energy_kept=facts.pop("rotary_energy", None),
+        )
+    trained = bool(evidence.stages)
+    return SiteEntry(
+        path=path,
+        action=choice.action,  # type: ignore[arg-type]
+        kind=site.spec.kind,  # type: ignore[arg-type]
+        layer=choice.layer,
+        spec=_spec(choice),
+        verified=site.verified,
+        conversion=choice.conversion.name if choice.conversion is not None else "",
+        options=facts,
+        reason=choice.reason,
+        exactness=None if built is None else ("learned" if trained else built.exactness),
+        cost=SiteCost(before=_cost(choice.before, size), after=_cost(after, size)),
+        error=error,
+        owner=Owner(path=path),
+    )
+
+
+def _cost(cost: Any, size: int) -> Cost:
+    return Cost(
+        cache_numbers_per_token=cost.cache, cache_bytes_per_token=cost.cache * size,
+        parameters=cost.parameters, flops_per_token=cost.flops_per_token, context=cost.context,
+    )  # fmt: skip
+
+
+def _spec(choice: Choice) -> SpecSummary:
+    spec, core = choice.site.spec, choice.site.spec.core
+    rotary = spec.q.first(Rotary)
+    named = (("q", spec.q), ("k", spec.k), ("v", spec.v))
+    pattern = core.pattern.kind
+    if core.pattern.window or core.pattern.chunk:
+        pattern += f"({core.pattern.window or core.pattern.chunk})"  # type: ignore[assignment]
+    bias = [n for n, s in named if s.proj.bias]
+    return SpecSummary(
+        heads=core.heads,
+        kv_heads=core.kv_heads,
+        hidden=choice.site.hidden_size,
+        qk_width=core.qk_head_dim,
+        v_width=core.v_head_dim,
+        rotary_width=rotary.width if isinstance(rotary, Rotary) else 0,
+        pattern=pattern,
+        norms=tuple(n for n, s in named if s.first(Norm) is not None),
+        bias=tuple([*bias, *(["o"] if spec.out is not None and spec.out.bias else [])]),
+        extras=(f"softcap {core.softcap:g}",) if core.softcap else (),
+    )
+
+
+def _calibration(materials: Materials, evidence: Evidence) -> Calibration | None:
+    data = materials.statistics
+    if data is None:
+        return None
+    stages = [Stage(name="statistics", tokens=data.tokens)]
+    stages += [
+        Stage(name=s.name, tokens=s.tokens, loss=tuple(s.loss), loss_name=s.loss_name)
+        for s in evidence.stages
+    ]
+    return Calibration(
+        stages=tuple(stages),
+        data="self" if materials.own else data.description,
+        note=materials.notes[0] if materials.notes else "",
+    )
+
+
+def _provenance(source: Source, plan: Plan, materials: Materials, seed: int) -> Provenance:
+    import transformers
+
+    from reattend import __version__
+
+    return Provenance(
+        weights=source.hashes,
+        plan="sha256:" + plan.fingerprint(),
+        data={"calibration": materials.fingerprint},
+        seeds={"run": seed},
+        versions={
+            "python": platform.python_version(),
+            "reattend": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )

@@ -1,0 +1,59 @@
+"""Times and measured memory of a run: what goes to `run.json` and nowhere else."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from reattend.report import Run
+from reattend.report.run import StageRun
+from reattend.source import Source
+
+
+class RunLog:
+    """Collects stages as they finish."""
+
+    def __init__(self) -> None:
+        self.started = datetime.now(UTC)
+        self.stages: list[StageRun] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage; peak memory is the process's high-water mark at its end, in bytes."""
+        begin = time.monotonic()
+        yield
+        seconds = time.monotonic() - begin
+        self.stages.append(StageRun(name=name, seconds=seconds, peak_bytes=peak_memory()))
+
+    def finish(self, source: Source, out: Path | None) -> Run:
+        """The record so far."""
+        paths = {} if source.folder is None else {"model": str(source.folder)}
+        if out is not None:
+            paths["out"] = str(out)
+        device = next(source.model.parameters()).device
+        return Run(
+            started=self.started.isoformat(timespec="seconds"),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            host=socket.gethostname(),
+            platform=platform.platform(),
+            device=str(device),
+            threads=torch.get_num_threads(),
+            command=tuple(sys.argv),
+            paths=paths,
+            stages=tuple(self.stages),
+        )
+
+
+def peak_memory() -> int:
+    """High-water mark of this process's resident memory, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

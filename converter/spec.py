@@ -1,0 +1,179 @@
+"""The words of the compiler: what one attention block is, without its weights.
+
+A block is three *streams* (query, key, value), each a source and ordered steps, a *core* that
+mixes them, and a projection out. The order of steps is data, not a list of flags, because real
+models differ in it. Layout letters: B batch, N query length, M key length, H query heads,
+G key/value heads, D hidden, d head width, P rotary pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PatternKind = Literal["full", "causal", "sliding", "chunked", "opaque"]
+
+
+@dataclass(frozen=True)
+class Proj:
+    """A row map of one linear layer.
+
+    `rows[h * d + i]` is the output row of `weight` that becomes dimension i of head h, so fused
+    and per-head interleaved layouts are the same case. `transposed`: stored as [in, out].
+    """
+
+    weight: str
+    bias: str | None
+    heads: int
+    width: int
+    rows: tuple[int, ...] = field(repr=False)
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Normalisation of each head (`scope="head"`) or of the whole stream (`"full"`)."""
+
+    kind: Literal["rms", "layer"]
+    scope: Literal["head", "full"]
+    eps: float
+    gain: str | None
+    gain_offset: float = 0.0
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotation of `pairs` of head dimensions by position x `inv_freq` (radians per token).
+
+    `scaling` is the factor the model multiplies cos and sin with (yarn, longrope). `pairing`
+    names the layout for people; the pairs decide.
+    """
+
+    pairs: tuple[tuple[int, int], ...] = field(repr=False)
+    inv_freq: tuple[float, ...] = field(repr=False)
+    pairing: Literal["half", "interleaved", "other"] = "half"
+    scaling: float = 1.0
+
+    @property
+    def width(self) -> int:
+        """Rotated dimensions per head."""
+        return 2 * len(self.pairs)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiplication by a constant, for example OPT's scaled queries."""
+
+    value: float
+
+
+Step = Proj | Norm | Rotary | Scale
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One of q, k, v: where it comes from and what happens on the way to the core."""
+
+    source: Literal["hidden", "encoder"]
+    steps: tuple[Step, ...]
+
+    @property
+    def proj(self) -> Proj:
+        """The projection (every stream has exactly one, and it comes first)."""
+        step = self.steps[0]
+        assert isinstance(step, Proj)
+        return step
+
+    def first(self, kind: type) -> Step | None:
+        """The first step of a kind, or None."""
+        return next((s for s in self.steps if isinstance(s, kind)), None)
+
+    def order(self) -> tuple[str, ...]:
+        """Names of the steps in order, for messages."""
+        return tuple(type(s).__name__.lower() for s in self.steps)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a query may see, before padding: `window` and `chunk` in tokens.
+
+    `sliding`: key j is visible to query i iff i - window < j <= i.
+    """
+
+    kind: PatternKind
+    window: int = 0
+    chunk: int = 0
+
+    @property
+    def causal(self) -> bool:
+        """Whether later keys are hidden."""
+        return self.kind in ("causal", "sliding", "chunked")
+
+
+@dataclass(frozen=True)
+class Core:
+    """softmax(softcap(q k^T * scale) + pattern) v."""
+
+    heads: int
+    kv_heads: int
+    kv_head_of: tuple[int, ...] = field(repr=False)
+    qk_head_dim: int = 0
+    v_head_dim: int = 0
+    scale: float = 1.0
+    softcap: float = 0.0
+    pattern: Pattern = Pattern("full")
+
+
+@dataclass(frozen=True)
+class Out:
+    """The projection that leaves the block: `columns[h * d + i]` reads head h, dimension i."""
+
+    weight: str
+    bias: str | None
+    features: int
+    columns: tuple[int, ...] = field(repr=False)
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention block. `out` is None where its projection lives outside the block."""
+
+    q: Stream
+    k: Stream
+    v: Stream
+    core: Core
+    out: Out | None
+
+    @property
+    def kind(self) -> str:
+        """`self` or `cross`."""
+        return "self" if self.k.source == "hidden" else "cross"
+
+    @property
+    def cache_per_token(self) -> int:
+        """Numbers cached per token by the block as it is: keys and values of all kv heads."""
+        return self.core.kv_heads * (self.core.qk_head_dim + self.core.v_head_dim)
+
+    def summary(self) -> str:
+        """One line for people."""
+        c = self.core
+        parts = [f"{self.kind}-attention", f"{c.heads} heads"]
+        if c.kv_heads != c.heads:
+            parts.append(f"{c.kv_heads} kv heads")
+        parts.append(
+            f"width {c.qk_head_dim}"
+            + (f"/{c.v_head_dim}" if c.v_head_dim != c.qk_head_dim else "")
+        )
+        rotary = self.q.first(Rotary)
+        if isinstance(rotary, Rotary):
+            parts.append(f"rotary {rotary.width} ({rotary.pairing})")
+        if self.q.first(Norm) or self.k.first(Norm):
+            parts.append("q/k norm")
+        if c.softcap:
+            parts.append(f"softcap {c.softcap:g}")
+        parts.append(c.pattern.kind + (f" {c.pattern.window}" if c.pattern.window else ""))
+        if any(s.proj.bias for s in (self.q, self.k, self.v)):
+            parts.append("bias")
+        return ", ".join(parts)

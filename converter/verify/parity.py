@@ -1,0 +1,158 @@
+"""Parity: the converted model against the original where it must be equal, and against itself.
+
+Tolerances are not invented: a cached run is compared with an uncached one, and allowed ten times
+the gap the *original* shows between the same two runs in the same dtype.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.capture import Call, evaluation, watch
+from reattend.inputs import without_cache
+from reattend.report.evidence import ParityCheck
+
+#: fp32 logits of an exact conversion, on real positions (design: identity).
+EXACT_LOGITS = 1e-4
+
+
+def compare(got: Tensor, expected: Tensor) -> dict[str, Any]:
+    """max_abs, relative, cosine and top-1 agreement of two tensors [..., V], in float64."""
+    a, b = got.double(), expected.double()
+    return {
+        "shape": tuple(got.shape),
+        "max_abs": float((a - b).abs().max()),
+        "relative": float((a - b).norm() / b.norm().clamp_min(1e-30)),
+        "cosine": float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
+        "top1": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+    }
+
+
+def block_errors(
+    original: nn.Module, converted: nn.Module, paths: list[str], inputs: dict[str, Any]
+) -> dict[str, float]:
+    """Relative error of each converted block on the original's own activations.
+
+    Norm of the difference of the block's output over the norm of the original's, on real tokens.
+    """
+    calls = watch(original, set(paths), without_cache(original, inputs))
+    mask = inputs.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    errors = {}
+    with evaluation(converted), torch.no_grad():
+        for path in paths:
+            call: Call = calls[path]
+            y = _main(converted.get_submodule(path)(*call.args, **call.kwargs))
+            expected = _main(call.output)
+            if real is not None and y.shape[:2] == real.shape:
+                y, expected = y[real], expected[real]
+            gap = (y.double() - expected.double()).norm()
+            errors[path] = float(gap / expected.double().norm().clamp_min(1e-30))
+    return errors
+
+
+def _main(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return next(o for o in output if isinstance(o, Tensor))
+
+
+def exact_check(original: nn.Module, converted: nn.Module, inputs: dict[str, Any]) -> ParityCheck:
+    """Logits of an exact conversion equal the original's, on real positions."""
+    with evaluation(original), evaluation(converted), torch.no_grad():
+        inputs = without_cache(original, inputs)
+        expected, got = _first(original(**inputs)), _first(converted(**inputs))
+    real = _real_positions(inputs, expected)
+    numbers = compare(got[real], expected[real])
+    floor = float(torch.finfo(expected.dtype).eps) * float(expected.abs().max())
+    limit = max(EXACT_LOGITS, 8 * floor) if expected.dtype != torch.float64 else 1e-9
+    verdict = "pass" if numbers["max_abs"] <= limit else "fail"
+    return ParityCheck(
+        name="equals the original", compared="output, converted / original, prefill",
+        verdict=verdict, tolerance=limit, judged_by="max_abs", noise_floor=floor, **numbers,
+    )  # fmt: skip
+
+
+def _real_positions(inputs: dict[str, Any], output: Tensor) -> Tensor:
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == output.shape[:2]:
+        return mask.bool()
+    return torch.ones(output.shape[:1], dtype=torch.bool)
+
+
+def _first(output: Any) -> Tensor:
+    for value in output.values() if hasattr(output, "values") else [output]:
+        if isinstance(value, Tensor):
+            return value
+    return _main(output)
+
+
+def decode_checks(original: nn.Module, converted: nn.Module, seed: int = 0) -> list[ParityCheck]:
+    """Prefill and cached decode agree: batch 1 and a left-padded batch of 3, at two lengths."""
+    if not _generates(converted):
+        return []
+    vocabulary = int(original.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    generator = torch.Generator().manual_seed(seed)
+    checks = []
+    for batch, length, pad in ((1, 37, 0), (3, 53, 6)):
+        ids = torch.randint(min(8, vocabulary - 1), vocabulary, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        for row in range(batch):
+            mask[row, : pad * row // max(1, batch - 1)] = 0
+        floor = _cache_gap(original, ids, mask)[1]
+        got, gap, expected = _cache_gap(converted, ids, mask, keep=True)
+        size = float(expected.abs().max())
+        eps = float(torch.finfo(expected.dtype).eps)
+        limit = max(10 * floor, 64 * eps * size)
+        numbers = compare(got, expected)
+        checks.append(
+            ParityCheck(
+                name=f"cached decode, batch {batch}" + (", left padding" if pad else ""),
+                compared="logits of the last 8 tokens, step by step / in one pass",
+                verdict="pass" if gap <= limit else "fail",
+                tolerance=limit, judged_by="max_abs", noise_floor=floor, **numbers,
+            )
+        )  # fmt: skip
+    return checks
+
+
+def _generates(model: nn.Module) -> bool:
+    can = getattr(model, "can_generate", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if can is None or not can() or encoder_decoder:
+        return False
+    return "past_key_values" in inspect.signature(model.forward).parameters
+
+
+def _cache_gap(
+    model: nn.Module, ids: Tensor, mask: Tensor, steps: int = 8, keep: bool = False
+) -> Any:
+    """Logits of the last tokens through the cache and in one pass, and their largest gap."""
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    named = inspect.signature(model.forward).parameters
+    place = "position_ids" in named
+
+    def where(start: int, end: int) -> dict[str, Tensor]:
+        return {"position_ids": positions[:, start:end]} if place else {}
+
+    start = ids.shape[1] - steps
+    with evaluation(model), torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False, **where(0, ids.shape[1]))
+        expected = whole.logits[:, start:]
+        out = model(
+            input_ids=ids[:, :start], attention_mask=mask[:, :start], use_cache=True, **where(0, start)
+        )
+        rows = []
+        for i in range(start, ids.shape[1]):
+            out = model(
+                input_ids=ids[:, i : i + 1], attention_mask=mask[:, : i + 1], use_cache=True,
+                past_key_values=out.past_key_values, **where(i, i + 1),
+            )  # fmt: skip
+            rows.append(out.logits)
+    got = torch.cat(rows, 1)
+    gap = float((got - expected).abs().max())
+    return (got, gap, expected) if keep else (None, gap)

@@ -1,0 +1,103 @@
+"""Tile sizes of every shipped kernel: the one table, no autotuning.
+
+Key: (target, kernel, width class, bytes per element). The width class is the smallest listed
+width that holds max(d, e) for `attention` and r for `latent`. A shape the table does not hold
+runs the torch implementation. Every entry is compiled ahead of time for its target by
+`reattend.kernels.aot`, which checks shared memory, registers and spill. No entry was tuned on a
+device: tiles are the largest that fit without spill. `latent_decode_wide` is the decode kernel
+with taller tiles, for many heads: every tile of rows reads the cache once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DECODE_QUERIES = 16  # more new tokens than this run the prefill kernel
+WIDE_ROWS = 16  # more (query, head) pairs than this decode with `latent_decode_wide`
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Tile and launch options of one kernel.
+
+    Attributes:
+        rows: rows (queries, or query-head pairs) of a tile.
+        keys: keys of a tile.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+Rows = dict[tuple[str, int], dict[int, KernelConfig]]
+
+
+def _heads(*tiles: tuple[int, int, int, int]) -> dict[int, KernelConfig]:
+    """Configs (rows, keys, warps, stages) for head widths up to 64, 128 and 256."""
+    return {w: KernelConfig(*t) for w, t in zip((64, 128, 256), tiles, strict=True)}
+
+
+def _ranks(*tiles: tuple[int, int, int, int]) -> dict[int, KernelConfig]:
+    """Configs (rows, keys, warps, stages) for latent ranks up to 128, 256 and 512."""
+    return {w: KernelConfig(*t) for w, t in zip((128, 256, 512), tiles, strict=True)}
+
+
+# fmt: off
+_SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
+    ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    ("attention_decode", 2): _heads((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
+    ("latent_prefill", 2): _ranks((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("latent_decode", 2): _ranks((16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
+    ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("attention_prefill", 4): _heads((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+    ("latent_prefill", 4): _ranks((32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
+    ("latent_decode", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+}
+_SM_90: Rows = {
+    **_SM_80,
+    ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 8, 2)),
+    ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)),
+}
+_GFX942: Rows = {
+    ("attention_prefill", 2): _heads((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
+    ("attention_decode", 2): _heads((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    ("latent_prefill", 2): _ranks((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+    ("latent_decode", 2): _ranks((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    ("latent_decode_wide", 2): _ranks((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    ("attention_prefill", 4): _heads((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+    ("attention_decode", 4): _heads((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    ("latent_prefill", 4): _ranks((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("latent_decode", 4): _ranks((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+# fmt: on
+_TABLE: dict[str, Rows] = {"sm_80": _SM_80, "sm_90": _SM_90, "sm_100": _SM_90, "gfx942": _GFX942}
+
+
+def find_config(target: str, kernel: str, width: int, size: int) -> KernelConfig | None:
+    """The configuration of a kernel, or None where none is shipped.
+
+    Args:
+        target: name from `reattend.kernels.targets`.
+        kernel: kernel of the table above.
+        width: max(d, e), or r.
+        size: bytes per element, 2 or 4.
+    """
+    classes = _TABLE.get(target, {}).get((kernel, size), {})
+    fitting = [w for w in classes if w >= width]
+    return classes[min(fitting)] if fitting else None
+
+
+def shipped(target: str) -> list[tuple[str, int, int, KernelConfig]]:
+    """Every (kernel, width class, bytes, config) of a target, for the ahead-of-time compile."""
+    return [
+        (kernel, width, size, config)
+        for (kernel, size), classes in sorted(_TABLE[target].items())
+        for width, config in classes.items()
+    ]

@@ -1,0 +1,116 @@
+"""What both launchers share on the host: target, device guard, number of splits, arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from reattend.kernels.configs import KernelConfig
+from reattend.kernels.core import Rule
+from reattend.kernels.targets import Target, target_of_device
+from reattend.kernels.triton_tiles import merge_splits
+
+PROGRAMS_PER_PROCESSOR = 2  # enough decode programs to hide each other's loads
+MIN_KEYS_PER_SPLIT = 256
+MAX_SPLITS = 64
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_target(device: torch.device) -> Target | None:
+    """The shipped target of a CUDA or ROCm device, None when there is none."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return target_of_device("hip", properties.gcnArchName.split(":")[0])
+    return target_of_device("cuda", 10 * properties.major + properties.minor)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU current: Triton launches on the current one."""
+    if tensor.device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def next_power_of_two(width: int) -> int:
+    """Tile width that holds ``width`` (at least 16, the smallest matrix tile)."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The kernels assume that the last dimension is dense; copy where it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def count_splits(device: torch.device, programs: int, capacity: int) -> int:
+    """Splits of the keys, a power of two, from sizes the host knows (never from kv_len).
+
+    Args:
+        device: where the kernel runs.
+        programs: programs without splitting.
+        capacity: rows of the cache.
+    """
+    if device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = PROGRAMS_PER_PROCESSOR * processors // max(programs, 1)
+    possible = min(wanted, capacity // MIN_KEYS_PER_SPLIT, MAX_SPLITS)
+    return 1 << (possible.bit_length() - 1) if possible > 1 else 1
+
+
+def common_options(rule: Rule, config: KernelConfig, paged: bool, x: Tensor) -> dict[str, Any]:
+    """Compile-time and launch options that every attention kernel takes."""
+    return {
+        "CAUSAL": rule.causal,
+        "HAS_WINDOW": rule.sliding_window > 0,
+        "HAS_SOFTCAP": rule.softcap > 0,
+        "PAGED": paged,
+        # the interpreter holds bf16 as integers: compute in fp32 there
+        "UPCAST": interpreting() and x.dtype == torch.bfloat16,
+        "PRECISION": "ieee",
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_KEYS": config.keys,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def outputs(
+    shape: tuple[int, int, int, int], splits: int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and lse, and the buffers the kernel writes (the same ones when not split)."""
+    b, h, n, e = shape
+    y = like.new_empty(shape)
+    lse = like.new_empty(b, h, n, dtype=torch.float32)
+    if splits == 1:
+        return y, lse, y, lse
+    part = like.new_empty(splits, b, h, n, e, dtype=torch.float32)
+    return y, lse, part, like.new_empty(splits, b, h, n, dtype=torch.float32)
+
+
+def merge(part: Tensor, part_lse: Tensor, y: Tensor, lse: Tensor) -> None:
+    """Combine the splits into ``y`` and ``lse``."""
+    e = y.shape[-1]
+    merge_splits[(lse.numel(),)](
+        part,
+        part_lse,
+        y,
+        lse,
+        lse.numel(),
+        E=e,
+        SPLITS=part.shape[0],
+        BLOCK_E=next_power_of_two(e),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

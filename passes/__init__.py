@@ -1,0 +1,1 @@
+"""FX passes: normalise a captured graph, find attention in it, rewrite what was found."""

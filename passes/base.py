@@ -1,0 +1,73 @@
+"""A pass: match (what), check (when legal), rewrite (what instead).
+
+The base class executes the contract: it applies `rewrite` to every match that passes `check`,
+lints the graph, and counts what happened, so a pass that matches nothing is visible.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something is not done, in words a user can act on."""
+
+    reason: str
+
+
+@dataclass
+class PassResult:
+    """What a pass did: how many rewrites, and the reasons of those it refused."""
+
+    name: str
+    rewrites: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def modified(self) -> bool:
+        """Whether the graph changed."""
+        return self.rewrites > 0
+
+
+class GraphPass(ABC):
+    """One rewrite of a captured graph, in place."""
+
+    name: str
+
+    @abstractmethod
+    def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
+        """The nodes this pass is about, in graph order."""
+
+    def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
+        """Why this node must stay as it is, or None."""
+        return None
+
+    @abstractmethod
+    def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """Replace `node` and erase what nobody uses any more."""
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Apply to every match; the graph is linted and recompiled if it changed."""
+        result = PassResult(self.name)
+        for node in list(self.match(gm)):
+            if (refusal := self.check(gm, node)) is not None:
+                result.refused.append((node.name, refusal.reason))
+                continue
+            self.rewrite(gm, node)
+            result.rewrites += 1
+        if result.modified:
+            gm.graph.lint()
+            gm.recompile()
+        return result
+
+
+def replace_node(node: fx.Node, new: fx.Node) -> None:
+    """Point every user of `node` to `new`, keep its metadata, and erase it."""
+    new.meta.update({k: v for k, v in node.meta.items() if k not in new.meta})
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)

@@ -1,0 +1,118 @@
+"""Run any part of a captured graph, on demand.
+
+The one tool behind every probe: masks, row maps, rotations and the self-check all ask for the
+value of some node under given values of others. Only what is needed is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def attribute(gm: fx.GraphModule, target: str) -> Any:
+    """The tensor a `get_attr` node reads."""
+    value: Any = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def parameter_only(node: fx.Node) -> bool:
+    """Whether a value depends on weights and constants alone, never on an input."""
+    return not any(n.op == "placeholder" for n in ancestors([node]))
+
+
+def ancestors(
+    wanted: Iterable[fx.Node], stop: Callable[[fx.Node], bool] | None = None
+) -> set[fx.Node]:
+    """`wanted` and everything they are computed from; nodes where `stop` holds end the walk."""
+    seen: set[fx.Node] = set()
+    todo = list(wanted)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if stop is None or not stop(node):
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+class Evaluator:
+    """Evaluates nodes of `gm`.
+
+    Args:
+        gm: a captured (functional, aten-level) graph.
+        promote: run in this dtype: float weights, given values and every float32/16 dtype
+            argument become it, so the model's own down-casts do not hide errors.
+        weights: tensors used instead of the stored ones, by attribute name.
+        replace: nodes computed by another function of the same arguments.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        *,
+        promote: torch.dtype | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        replace: Mapping[fx.Node, Callable[..., Any]] | None = None,
+    ) -> None:
+        self.gm, self.promote = gm, promote
+        self.weights, self.replace = dict(weights or {}), dict(replace or {})
+
+    def _cast(self, value: Any) -> Any:
+        if self.promote is None:
+            return value
+        if isinstance(value, Tensor) and value.dtype in _FLOATS:
+            return value.to(self.promote)
+        if isinstance(value, torch.dtype) and value in _FLOATS:
+            return self.promote
+        return value
+
+    @torch.no_grad()
+    def run(self, wanted: list[fx.Node], given: Mapping[fx.Node, Any]) -> list[Any]:
+        """Values of `wanted`, with `given` nodes fixed.
+
+        Raises:
+            KeyError: a placeholder is needed that was not given.
+        """
+        env: dict[fx.Node, Any] = {n: self._cast(v) for n, v in given.items()}
+        needed = ancestors(wanted, stop=lambda n: n in env)
+        uses = {n: sum(u in needed for u in n.users) for n in needed}
+        keep = set(wanted)
+        for node in self.gm.graph.nodes:
+            if node not in needed or node in env:
+                continue
+            env[node] = self._compute(node, env)
+            for source in node.all_input_nodes:
+                uses[source] -= 1
+                if uses[source] == 0 and source not in keep and source not in given:
+                    env.pop(source, None)
+        return [env[n] for n in wanted]
+
+    def _compute(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            name = str(node.target)
+            value = self.weights.get(name)
+            return self._cast(attribute(self.gm, name) if value is None else value)
+        if node.op == "placeholder":
+            raise KeyError(f"input {node.name!r} is needed here but was not given")
+        args = fx.map_arg(node.args, lambda n: env[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+        if self.promote is not None:
+            args = torch.utils._pytree.tree_map(self._cast, args)
+            kwargs = torch.utils._pytree.tree_map(self._cast, kwargs)
+        if node in self.replace:
+            return self.replace[node](*args, **kwargs)
+        if node.op == "call_module":
+            return self.gm.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return self._cast(node.target(*args, **kwargs))

@@ -1,0 +1,1 @@
+"""Find attention blocks in a normalised graph (see `sites.find`)."""

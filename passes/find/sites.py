@@ -1,0 +1,181 @@
+"""Find every attention block of a captured model and read its spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from reattend.passes.find.exits import FoundExit, read_exit
+from reattend.passes.find.masks import FoundMask, read_mask
+from reattend.passes.find.reasons import NotUnderstood
+from reattend.passes.find.rotary import Rotation
+from reattend.passes.find.streams import FoundStream, read_stream
+from reattend.passes.normalize.forms import attention, is_op
+from reattend.spec import AttentionSpec, Core, Pattern, Rotary, Stream
+
+
+@dataclass
+class Region:
+    """A block in the graph: its nodes, what enters, what leaves."""
+
+    core: fx.Node
+    hidden: fx.Node
+    memory: fx.Node | None
+    mask: fx.Node | None
+    exit: FoundExit
+    streams: dict[str, FoundStream]
+    rotation: Rotation | None
+    externals: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Every projection and the core: enough to tell which module owns the block."""
+        own = [s.projection for s in self.streams.values()] + [self.core]
+        return own + ([self.exit.node] if self.exit.out is not None else [])
+
+
+@dataclass
+class Found:
+    """One block that was understood."""
+
+    spec: AttentionSpec
+    region: Region
+    follows_padding: bool
+
+
+@dataclass
+class Missed:
+    """One core that was not."""
+
+    core: fx.Node
+    reason: str
+
+
+def find(
+    gm: fx.GraphModule,
+    given: dict[fx.Node, Any],
+    inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
+) -> list[Found | Missed]:
+    """Read every core of a normalised graph, in graph order.
+
+    Args:
+        gm: normalised graph.
+        given: placeholder values the graph was captured with.
+        inputs_at: (length or None, padded) -> placeholder values, for probing masks.
+    """
+    results: list[Found | Missed] = []
+    masks: dict[tuple[fx.Node | None, bool], FoundMask | NotUnderstood] = {}
+
+    def mask_of(node: fx.Node | None, is_causal: bool) -> FoundMask:
+        key = (node, is_causal)
+        if key not in masks:
+            try:
+                masks[key] = read_mask(gm, node, is_causal, inputs_at)
+            except NotUnderstood as reason:
+                masks[key] = reason
+        value = masks[key]
+        if isinstance(value, NotUnderstood):
+            raise value
+        return value
+
+    for node in list(gm.graph.nodes):
+        if is_op(node, attention):
+            try:
+                results.append(_read(gm, node, given, mask_of))
+            except NotUnderstood as reason:
+                results.append(Missed(node, str(reason)))
+    return results
+
+
+def _read(
+    gm: fx.GraphModule,
+    core: fx.Node,
+    given: dict[fx.Node, Any],
+    mask_of: Callable[[fx.Node | None, bool], FoundMask],
+) -> Found:
+    q_node, k_node, v_node, mask, scale, softcap, is_causal, sinks = core.args
+    if sinks is not None:
+        raise NotUnderstood("logit sinks")
+    streams = {
+        name: read_stream(gm, node, given)  # type: ignore[arg-type]
+        for name, node in (("q", q_node), ("k", k_node), ("v", v_node))
+    }
+    q, k, v = streams["q"], streams["k"], streams["v"]
+    hidden = q.hidden
+    memory = None if k.hidden is hidden and v.hidden is hidden else k.hidden
+    if k.hidden is not v.hidden:
+        raise NotUnderstood("keys and values come from different tensors")
+    if v.rotation is not None:
+        raise NotUnderstood("values are rotated")
+    rotation = _shared_rotation(q, k)
+    found_mask = mask_of(mask, bool(is_causal))  # type: ignore[arg-type]
+    spec = AttentionSpec(
+        q=Stream("hidden", q.steps),
+        k=Stream("hidden" if memory is None else "encoder", k.steps),
+        v=Stream("hidden" if memory is None else "encoder", v.steps),
+        core=_core(q, k, v, float(scale), float(softcap or 0.0), found_mask.pattern),  # type: ignore[arg-type]
+        out=None,
+    )
+    exit_ = read_exit(gm, core, spec.core.heads, given)
+    spec = AttentionSpec(spec.q, spec.k, spec.v, spec.core, exit_.out)
+    externals = {e for s in streams.values() for e in s.externals}
+    region = Region(
+        core, hidden, memory, mask, exit_, streams, rotation,  # type: ignore[arg-type]
+        sorted(externals, key=list(gm.graph.nodes).index),
+    )  # fmt: skip
+    return Found(spec, region, found_mask.follows_padding)
+
+
+def _shared_rotation(q: FoundStream, k: FoundStream) -> Rotation | None:
+    """The rotation of queries and keys, which must be the same one."""
+    if (q.rotation is None) != (k.rotation is None):
+        raise NotUnderstood("only one of queries and keys is rotated")
+    if q.rotation is None or k.rotation is None:
+        return None
+    a, b = q.rotation, k.rotation
+    assert isinstance(a.spec, Rotary) and isinstance(b.spec, Rotary)
+    same = a.spec.pairs == b.spec.pairs and a.cos_NP.shape == b.cos_NP.shape
+    if not same or bool((a.cos_NP - b.cos_NP).abs().max() > 1e-9) or bool(
+        (a.sin_NP - b.sin_NP).abs().max() > 1e-9
+    ):
+        raise NotUnderstood("queries and keys are rotated differently")
+    return a
+
+
+def _core(
+    q: FoundStream, k: FoundStream, v: FoundStream, scale: float, softcap: float, pattern: Pattern
+) -> Core:
+    """Heads and the key/value head each query head reads, from repeated row maps."""
+    k_proj, v_proj = k.steps[0], v.steps[0]
+    q_proj = q.steps[0]
+    k_rows = torch.tensor(k_proj.rows).reshape(k_proj.heads, -1)  # type: ignore[union-attr]
+    v_rows = torch.tensor(v_proj.rows).reshape(v_proj.heads, -1)  # type: ignore[union-attr]
+    heads = q_proj.heads  # type: ignore[union-attr]
+    if k_rows.shape[0] != heads or v_rows.shape[0] != heads:
+        raise NotUnderstood(
+            f"{heads} query heads meet {k_rows.shape[0]} key and {v_rows.shape[0]} value heads"
+        )
+    both = torch.cat([k_rows, v_rows], 1)
+    group_of, seen = [], []
+    for row in both.tolist():
+        if row not in seen:
+            seen.append(row)
+        group_of.append(seen.index(row))
+    if heads % len(seen) or any(group_of.count(g) != heads // len(seen) for g in range(len(seen))):
+        raise NotUnderstood("key/value heads are shared by unequal numbers of query heads")
+    return Core(
+        heads=heads,
+        kv_heads=len(seen),
+        kv_head_of=tuple(group_of),
+        qk_head_dim=q_proj.width,  # type: ignore[union-attr]
+        v_head_dim=v_proj.width,  # type: ignore[union-attr]
+        scale=scale,
+        softcap=softcap,
+        pattern=pattern,
+    )
+
+

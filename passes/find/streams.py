@@ -1,0 +1,222 @@
+"""Read one stream (q, k or v) of a core: from the core back to its projection.
+
+Nothing is matched by spelling. The subgraph between projection and core is *run*: an index
+tensor pushed through it shows which row of the weight lands where, unit vectors show how it
+rotates with position. Only norms, which are not linear, are recognised as nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reattend.passes.evaluate import Evaluator, ancestors, attribute, parameter_only
+from reattend.passes.find.reasons import NotUnderstood
+from reattend.passes.find.rotary import Rotation, fit_rotation
+from reattend.passes.normalize.forms import aten, is_op, is_projection, rms_norm
+from reattend.spec import Norm, Proj, Scale, Step
+
+
+@dataclass
+class FoundStream:
+    """A stream and the graph nodes it was read from."""
+
+    projection: fx.Node
+    hidden: fx.Node
+    nodes: set[fx.Node]
+    externals: list[fx.Node]
+    steps: tuple[Step, ...]
+    rotation: Rotation | None
+
+
+def find_projection(core_input: fx.Node) -> fx.Node:
+    """The one projection behind a core input."""
+    seen = ancestors([core_input], stop=is_projection)
+    found = [n for n in seen if is_projection(n)]
+    if len(found) != 1:
+        where = "no projection" if not found else f"{len(found)} projections"
+        raise NotUnderstood(f"{where} behind {core_input.name} (exactly one is understood)")
+    return found[0]
+
+
+def stream_nodes(core_input: fx.Node, projection: fx.Node) -> set[fx.Node]:
+    """Nodes on a path from the projection to the core, both ends included."""
+    behind = ancestors([core_input], stop=lambda n: n is projection)
+    on_path = {projection}
+    for node in core_input.graph.nodes:
+        if node in behind and any(i in on_path for i in node.all_input_nodes):
+            on_path.add(node)
+    return on_path
+
+
+def read_stream(
+    gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, Any]
+) -> FoundStream:
+    """Read the stream that ends in `core_input` ([B, H, N, d]).
+
+    Args:
+        gm: normalised graph.
+        core_input: argument of the core.
+        given: values of the graph's placeholders.
+
+    Raises:
+        NotUnderstood: with the first thing that is not of a known form.
+    """
+    projection = find_projection(core_input)
+    nodes = stream_nodes(core_input, projection)
+    externals = sorted(
+        {i for n in nodes - {projection} for i in n.all_input_nodes} - nodes,
+        key=list(gm.graph.nodes).index,
+    )
+    plain = Evaluator(gm)
+    values = dict(zip(externals, plain.run(externals, given), strict=True))
+    norms = [n for n in gm.graph.nodes if n in nodes and is_op(n, rms_norm, aten.layer_norm)]
+    skip: Callable[..., Any] = lambda x, *_a, **_k: x  # noqa: E731
+    linear = Evaluator(gm, promote=torch.float64, replace={n: skip for n in norms})
+
+    like = _projection_like(projection)
+
+    def push(y_BNp: Tensor) -> Tensor:
+        out: Tensor = linear.run([core_input], {**values, projection: y_BNp})[0]
+        return out
+
+    proj, scale_Hd = _row_map(gm, projection, push, like)
+    coarse = any(getattr(v, "dtype", None) in (torch.bfloat16, torch.float16) for v in values.values())
+    rotation = fit_rotation(push, like, proj, scale_Hd, 1e-2 if coarse else 1e-5)
+    steps: list[Step] = [proj]
+    if norms:
+        steps += _norm_steps(gm, norms, proj, core_input, linear, values, like)
+    if rotation is not None and rotation.spec is not None:
+        before = bool(norms) and _rotates_before(rotation, norms[0], linear, values, projection, like)
+        steps.insert(1 if before else len(steps), rotation.spec)
+    constant = rotation.constant if rotation is not None else _uniform(scale_Hd)
+    if constant != 1.0:
+        if norms:
+            raise NotUnderstood("a constant factor beside a norm in the same stream")
+        steps.append(Scale(constant))
+    hidden = projection.args[0]
+    assert isinstance(hidden, fx.Node)
+    return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation)
+
+
+def _projection_like(projection: fx.Node) -> Tensor:
+    """Zeros of the projection's concrete output shape ([B, N, p]), fp64.
+
+    Symbolic sizes take the value the example inputs gave them.
+    """
+    shape = projection.meta["val"].shape
+    sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in shape]
+    if len(sizes) != 3:
+        raise NotUnderstood(f"projection {projection.name} has {len(sizes)} axes, not batch, token, row")
+    return torch.zeros(sizes, dtype=torch.float64)
+
+
+def _row_map(
+    gm: fx.GraphModule, projection: fx.Node, push: Callable[[Tensor], Tensor], like: Tensor
+) -> tuple[Proj, Tensor]:
+    """Which projection row lands in (head, dimension), at position 0 where nothing rotates."""
+    rows = torch.arange(like.shape[-1], dtype=torch.float64)
+    scale_BHNd = push(torch.ones_like(like))
+    index_BHNd = push((rows + 1).expand_as(like).clone())
+    if scale_BHNd.dim() != 4 or scale_BHNd.shape[0] != like.shape[0]:
+        raise NotUnderstood(f"core input has shape {tuple(scale_BHNd.shape)}, not batch, head, token, width")
+    if scale_BHNd.shape[2] != like.shape[1]:
+        raise NotUnderstood("tokens are regrouped between projection and core (windows, chunks)")
+    scale, index = scale_BHNd[:, :, 0], index_BHNd[:, :, 0]
+    if (scale.abs() < 1e-12).any():
+        raise NotUnderstood("a head dimension that reads no single projection row")
+    row_Hd = (index / scale - 1).round()
+    exact = (index - (row_Hd + 1) * scale).abs() <= 1e-6 * index.abs().clamp_min(1)
+    if not bool(exact.all()) or not bool((row_Hd == row_Hd[:1]).all()):
+        raise NotUnderstood("between projection and core stands something that is not a row map")
+    heads, width = row_Hd.shape[1:]
+    weight, transposed = weight_of(gm, projection.args[1])
+    bias = weight_of(gm, projection.args[2])[0] if len(projection.args) > 2 and projection.args[2] else None
+    flat = tuple(int(r) for r in row_Hd[0].reshape(-1).tolist())
+    return Proj(weight, bias, heads, width, flat, transposed), scale[0]
+
+
+def weight_of(gm: fx.GraphModule, node: Any) -> tuple[str, bool]:
+    """(attribute name, stored transposed) of a weight argument."""
+    transposed = False
+    while is_op(node, aten.t, aten.numpy_T):
+        transposed, node = not transposed, node.args[0]
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        raise NotUnderstood(f"a projection weight is computed ({node}), not stored")
+    return str(node.target), transposed
+
+
+def _uniform(scale_Hd: Tensor) -> float:
+    if bool((scale_Hd - scale_Hd.flatten()[0]).abs().max() > 1e-12):
+        raise NotUnderstood("a stream is scaled per head or per dimension")
+    return float(scale_Hd.flatten()[0])
+
+
+def _norm_steps(
+    gm: fx.GraphModule,
+    norms: list[fx.Node],
+    proj: Proj,
+    core_input: fx.Node,
+    linear: Evaluator,
+    values: dict[fx.Node, Any],
+    like: Tensor,
+) -> list[Step]:
+    """Norm nodes as steps: over one head, or over the whole stream."""
+    if len(norms) > 1:
+        raise NotUnderstood("more than one norm in a stream")
+    node = norms[0]
+    size = int(node.meta["val"].shape[-1])
+    if size == proj.width:
+        scope = "head"
+    elif size == len(set(proj.rows)):
+        scope = "full"
+    else:
+        raise NotUnderstood(f"a norm over {size} dimensions, neither a head nor the stream")
+    if is_op(node, rms_norm):
+        gain, eps = node.args[1], float(node.args[2])  # type: ignore[arg-type]
+        name, offset = _gain(gm, gain)
+        return [Norm("rms", scope, eps, name, offset)]  # type: ignore[arg-type]
+    arguments = list(node.args) + [None] * 5
+    name, _ = _gain(gm, arguments[2])
+    bias, _ = _gain(gm, arguments[3])
+    eps = float(arguments[4]) if arguments[4] is not None else 1e-5  # type: ignore[arg-type]
+    return [Norm("layer", scope, eps, name, 0.0, bias)]  # type: ignore[arg-type]
+
+
+def _gain(gm: fx.GraphModule, node: Any) -> tuple[str | None, float]:
+    """(attribute, offset) of a gain: `w`, or `offset + w`, seen through casts."""
+    offset = 0.0
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        if is_op(node, aten.to, aten._to_copy, aten.type_as):
+            node = node.args[0]
+        elif is_op(node, aten.add):
+            left, right = node.args[:2]
+            number, node = (left, right) if isinstance(left, int | float) else (right, left)
+            if not isinstance(number, int | float):
+                raise NotUnderstood("a norm's gain is computed")
+            offset += float(number)
+        else:
+            raise NotUnderstood("a norm's gain is computed")
+    if node is None:
+        return None, offset
+    assert parameter_only(node) and attribute(gm, str(node.target)).dim() == 1
+    return str(node.target), offset
+
+
+def _rotates_before(
+    rotation: Rotation,
+    norm: fx.Node,
+    linear: Evaluator,
+    values: dict[fx.Node, Any],
+    projection: fx.Node,
+    like: Tensor,
+) -> bool:
+    """Whether the norm's input already depends on position."""
+    source = norm.args[0]
+    out = linear.run([source], {**values, projection: torch.ones_like(like)})[0]
+    tokens = out.movedim([i for i, s in enumerate(out.shape) if s == like.shape[1]][0], 0)
+    return bool((tokens - tokens[:1]).abs().max() > 1e-9)

@@ -1,0 +1,18 @@
+"""Rewrite a captured graph to the normal forms of `forms.py`, one small pass after another."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from reattend.passes.base import PassResult
+from reattend.passes.normalize.cores import FuseEager, FuseSdpa
+from reattend.passes.normalize.linear import ToLinear
+from reattend.passes.normalize.noops import DropNoops
+from reattend.passes.normalize.norms import FuseRmsNorm
+
+PIPELINE = (DropNoops(), ToLinear(), FuseRmsNorm(), FuseSdpa(), FuseEager())
+
+
+def normalize(gm: fx.GraphModule) -> list[PassResult]:
+    """Run the pipeline in place and return what each pass did."""
+    return [step(gm) for step in PIPELINE]

@@ -1,0 +1,187 @@
+"""SDPA, and softmax between two products, become `forms.attention`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from reattend.passes.base import GraphPass, Refusal, replace_node
+from reattend.passes.evaluate import parameter_only
+from reattend.passes.normalize.forms import aten, attention, is_op
+
+_VIEWS = (aten.transpose, aten.permute)
+_CASTS = (aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.clone, aten.nan_to_num)
+_PRODUCTS = (aten.matmul, aten.bmm)
+
+
+class FuseSdpa(GraphPass):
+    """`scaled_dot_product_attention`, with its default scale made explicit."""
+
+    name = "fuse-sdpa"
+
+    def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
+        """SDPA nodes."""
+        return [n for n in gm.graph.nodes if is_op(n, aten.scaled_dot_product_attention)]
+
+    def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
+        """Dropout must be off and heads explicit."""
+        args = _sdpa_arguments(node)
+        if args["dropout_p"]:
+            return Refusal("attention dropout is active: call model.eval() first")
+        if args["enable_gqa"]:
+            return Refusal("enable_gqa inside the captured graph")
+        return None
+
+    def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """One normal node."""
+        a = _sdpa_arguments(node)
+        scale = a["scale"]
+        if scale is None:
+            scale = 1.0 / math.sqrt(int(a["query"].meta["val"].shape[-1]))  # type: ignore[attr-defined]
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(
+                attention,
+                (a["query"], a["key"], a["value"], a["attn_mask"], scale, 0.0, a["is_causal"], None),
+            )
+        replace_node(node, new)
+
+
+def _sdpa_arguments(node: fx.Node) -> dict[str, object]:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    found: dict[str, object] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+    found.update(scale=None, enable_gqa=False)
+    found.update(zip(names, node.args, strict=False))
+    found.update(node.kwargs)
+    return found
+
+
+@dataclass
+class _Eager:
+    """Parts read off a softmax between two products."""
+
+    product: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float
+    softcap: float
+    bottom: fx.Node
+
+
+def _forward_to_product(softmax: fx.Node) -> fx.Node | None:
+    """The product with v that the probabilities reach through casts and dropout alone."""
+    node = softmax
+    while True:
+        users = [u for u in node.users if is_op(u, *_CASTS, *_PRODUCTS)]
+        if len(users) != 1:
+            return None
+        if is_op(users[0], *_PRODUCTS):
+            product = users[0]
+            return product if product.args[0] is node else None
+        node = users[0]
+
+
+def _backward_to_product(node: object) -> _Eager | None:
+    """Walk from the softmax input to q k^T: mask, softcap and scale on the way."""
+    mask: fx.Node | None = None
+    scale, softcap, capped = 1.0, 0.0, False
+    while isinstance(node, fx.Node):
+        if is_op(node, *_PRODUCTS):
+            left, right = node.args[:2]
+            assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+            return _Eager(node, left, right, left, mask, scale, softcap, node)
+        if is_op(node, *_CASTS):
+            node = node.args[0]
+        elif is_op(node, aten.mul, aten.div) and isinstance(node.args[1], int | float):
+            factor = float(node.args[1])
+            factor = factor if is_op(node, aten.mul) else 1.0 / factor
+            below = node.args[0]
+            if is_op(below, aten.tanh):
+                inner = below.args[0]  # type: ignore[union-attr]
+                if not (is_op(inner, aten.div, aten.mul) and not capped):
+                    return None
+                inverse = float(inner.args[1])
+                inverse = inverse if is_op(inner, aten.div) else 1.0 / inverse
+                if abs(inverse - factor) > 1e-9 * abs(factor):
+                    return None
+                softcap, capped, node = factor, True, inner.args[0]
+            else:
+                scale, node = scale * factor, below
+        elif is_op(node, aten.add) and mask is None and not capped and scale == 1.0:
+            below = node.args[0]
+            other = node.args[1]
+            if not isinstance(other, fx.Node) or not isinstance(below, fx.Node):
+                return None
+            mask, node = other, below
+        elif is_op(node, aten.masked_fill) and mask is None and not capped and scale == 1.0:
+            return None if not isinstance(node.args[1], fx.Node) else _masked(node)
+        else:
+            return None
+    return None
+
+
+def _masked(node: fx.Node) -> _Eager | None:
+    """masked_fill(scores, hidden, -inf): keep the fill node's own mask, inverted, as bool."""
+    hidden, fill = node.args[1], node.args[2]
+    if not isinstance(fill, int | float) or fill > -1e4:
+        return None
+    below = _backward_to_product(node.args[0])
+    if below is None or below.mask is not None:
+        return None
+    assert isinstance(hidden, fx.Node)
+    with node.graph.inserting_before(node):
+        visible = node.graph.call_function(aten.logical_not.default, (hidden,))
+    visible.meta["val"] = hidden.meta.get("val")
+    below.mask = visible
+    return below
+
+
+class FuseEager(GraphPass):
+    """softmax(q k^T * scale [capped] [+ mask]) v as written by hand."""
+
+    name = "fuse-eager"
+
+    def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
+        """softmax over the last axis that reaches a product of two activations."""
+        for node in gm.graph.nodes:
+            if not is_op(node, aten.softmax, aten._softmax):
+                continue
+            product = _forward_to_product(node)
+            if product is not None and not parameter_only(product.args[1]):  # type: ignore[arg-type]
+                yield node
+
+    def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
+        """Behind the softmax must stand one product of two activations."""
+        axis, value = node.args[1], node.meta["val"]
+        if axis not in (-1, value.dim() - 1):
+            return Refusal(f"softmax over axis {axis}, not over keys")
+        if value.dim() != 4:
+            return Refusal(f"scores have {value.dim()} axes, not batch, head, query, key")
+        parts = _backward_to_product(node.args[0])
+        if parts is None:
+            return Refusal(f"between product and softmax stands something else ({node.args[0]})")
+        if parameter_only(parts.k) or parameter_only(parts.q):
+            return Refusal("one factor of the scores is a weight")
+        return None
+
+    def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """One normal node in place of the second product."""
+        parts = _backward_to_product(node.args[0])
+        product = _forward_to_product(node)
+        assert parts is not None and product is not None
+        with gm.graph.inserting_before(product):
+            if is_op(parts.k, aten.transpose):
+                keys = parts.k.args[0]
+            else:
+                keys = gm.graph.call_function(aten.transpose.int, (parts.k, -1, -2))
+                keys.meta["val"] = parts.k.meta["val"].transpose(-1, -2)
+            new = gm.graph.call_function(
+                attention,
+                (parts.q, keys, product.args[1], parts.mask, parts.scale, parts.softcap, False, None),
+            )
+        replace_node(product, new)
+        gm.graph.eliminate_dead_code()

@@ -1,0 +1,1 @@
+"""Conversions: each file answers what a block becomes, when, and at what cost."""

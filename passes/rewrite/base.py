@@ -1,0 +1,82 @@
+"""A conversion: what replaces a block, when that is legal, and what it costs.
+
+One file per conversion in this folder. Third parties add theirs by the entry point group
+`reattend.conversions` (CONTRIBUTING.md shows how).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from reattend.mixers.base import Mixer
+from reattend.mixers.config import Frozen
+from reattend.mixers.dense import DenseAttention, DenseConfig
+from reattend.passes.base import Refusal
+
+Need = Literal["gram"]
+Exactness = Literal["exact", "bounded", "learned"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per site. `cache`: numbers cached per token; `flops_per_token`: multiply-adds x 2 for one
+    new token against `context` cached ones; `parameters` of the block.
+    """
+
+    cache: int
+    parameters: int
+    flops_per_token: int
+    context: int = 4096
+
+
+class Conversion(ABC):
+    """Base class; `Options` are the plan's YAML keys."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Frozen]]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @abstractmethod
+    def check(self, config: DenseConfig, options: Any) -> Refusal | None:
+        """Why this block cannot take these options, or None. Reads no weight."""
+
+    @abstractmethod
+    def build(self, dense: DenseAttention, statistics: Any, options: Any) -> Built:
+        """The mixer that replaces `dense`, and the evidence of what was lost."""
+
+    @abstractmethod
+    def exact_setting(self, config: DenseConfig) -> Frozen:
+        """Options under which the converted block equals the original."""
+
+    @abstractmethod
+    def cost(self, config: DenseConfig, options: Any) -> Cost:
+        """What the converted block will cost, before any weight moves."""
+
+
+@dataclass
+class Built:
+    """A new mixer and what is known about it.
+
+    `energy` (descending, sums to 1): share of calibration energy per kept and discarded
+    component; `evidence`: numbers for the report.
+    """
+
+    mixer: Mixer
+    exactness: Exactness
+    evidence: dict[str, Any]
+
+
+def dense_cost(config: DenseConfig, context: int = 4096) -> Cost:
+    """The original block's cost."""
+    c = config.core
+    memory = config.memory_size or config.hidden_size
+    rows = c.heads * c.qk_head_dim
+    kv = c.kv_heads * (c.qk_head_dim + c.v_head_dim)
+    out = c.heads * c.v_head_dim * (config.out_features or 0)
+    parameters = rows * config.hidden_size + kv * memory + out
+    parameters += (rows if config.q.bias else 0) + (config.out_features or 0) * config.out_bias
+    parameters += c.kv_heads * (c.qk_head_dim * config.k.bias + c.v_head_dim * config.v.bias)
+    attention = c.heads * (c.qk_head_dim + c.v_head_dim) * context
+    return Cost(kv, parameters, 2 * (parameters + attention), context)

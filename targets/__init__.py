@@ -1,0 +1,1 @@
+"""Artifacts: Hugging Face checkpoints, DeepSeek layout, ONNX."""

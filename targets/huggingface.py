@@ -1,0 +1,195 @@
+"""The Hugging Face checkpoint: `model_type: reattend`, round trip by transformers' own path.
+
+A converted model's class is a dynamic subclass of its base class with the mixers put in place
+by `__init__`; its config's class a dynamic subclass of the base config. So bf16, generate, tied
+weights, device_map and every Auto class the base has work as they do for the base, and a folder
+opened without reattend fails to load instead of running random attention.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from reattend.errors import ArgumentError, ModelError
+from reattend.install.adapter import Adapter, install, replace_module
+from reattend.install.binding import Binding
+from reattend.mixers.base import build_mixer
+
+FORMAT = 1
+MODEL_TYPE = "reattend"
+
+
+class ReattendConfig(PreTrainedConfig):  # type: ignore[misc]
+    """What `AutoConfig` finds for `model_type: reattend`; becomes the base's dynamic subclass."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the base architecture with the `reattend` section kept."""
+        section = checked_section(config_dict)
+        made = config_class(CONFIG_MAPPING[section["base_model_type"]])
+        register_auto_classes(made)
+        return made.from_dict(config_dict, **kwargs)
+
+
+def checked_section(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The `reattend` section of a config.json.
+
+    Raises:
+        ModelError: it is missing, or written by a newer reattend.
+    """
+    section = config_dict.get("reattend")
+    if not isinstance(section, dict) or "sites" not in section:
+        raise ModelError("config.json has no `reattend` section", next_step="convert the model again")
+    if int(section.get("format", 0)) > FORMAT:
+        raise ModelError(
+            f"this checkpoint has format {section['format']}; this reattend reads up to {FORMAT}",
+            next_step="pip install -U reattend",
+        )
+    return section
+
+
+@cache
+def config_class(base: type) -> Any:
+    """`Reattend<Base>Config`, one per base class."""
+    name = f"Reattend{base.__name__}"
+    return type(name, (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
+
+
+@cache
+def model_class(base: type) -> Any:
+    """`Reattend<Base>`: the base with the mixers of `config.reattend` in place."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        install_empty(self, config.reattend["sites"])
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_attention_weights(self.config, kwargs)
+        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    import inspect
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    made = type(
+        f"Reattend{base.__name__}",
+        (base,),
+        {
+            "__init__": __init__,
+            "forward": forward,
+            "config_class": config_class(base.config_class),  # type: ignore[attr-defined]
+            "__module__": __name__,
+        },
+    )
+    return made
+
+
+def refuse_attention_weights(config: Any, kwargs: dict[str, Any]) -> None:
+    """Converted layers do not form attention weights; say so instead of returning none.
+
+    Raises:
+        ArgumentError: the call or the config asks for them.
+    """
+    asked = kwargs.get("output_attentions")
+    if asked or (asked is None and getattr(config, "output_attentions", False)):
+        raise ArgumentError(
+            "a converted model does not form attention weights",
+            next_step="call it without output_attentions=True",
+        )
+
+
+def register_auto_classes(made: Any) -> None:
+    """Let every Auto class that knows the base config know its reattend subclass."""
+    base = made.__mro__[1]
+    for name in dir(modeling_auto):
+        auto = getattr(modeling_auto, name)
+        mapping = getattr(auto, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or base not in mapping:
+            continue
+        found = mapping[base]
+        found = found[0] if isinstance(found, tuple) else found
+        auto.register(made, model_class(found), exist_ok=True)
+
+
+def install_empty(model: nn.Module, sites: list[dict[str, Any]]) -> None:
+    """Put empty mixers where `sites` say; weights come from the checkpoint."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for site in sites:
+        path = local_path(model, site["path"], prefix)
+        if path is None:
+            continue
+        mixer = build_mixer(site["kind"], site["config"])
+        owner = model.get_submodule(path)
+        replace_module(model, path, install(owner, mixer, Binding.model_validate(site["binding"])))
+
+
+def local_path(model: nn.Module, path: str, prefix: str) -> str | None:
+    """A site's path seen from a headless (or headed) variant of the model; None if absent."""
+    for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def adopt(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a model whose blocks were swapped in memory into its reattend class, in place."""
+    base = type(model)
+    if base.__name__.startswith("Reattend"):
+        base = base.__mro__[1]
+    config = model.config
+    section = getattr(config, "reattend", None) or {"base_model_type": config.model_type}
+    made = config_class(type(config)) if config.model_type != MODEL_TYPE else type(config)
+    config.__class__ = made
+    config.reattend = {
+        "format": FORMAT,
+        "base_model_type": section["base_model_type"],
+        "sites": describe(model),
+    }
+    model.__class__ = model_class(base)
+    register_auto_classes(made)
+    return model
+
+
+def describe(model: nn.Module) -> list[dict[str, Any]]:
+    """Every installed mixer, as a checkpoint stores it."""
+    return [
+        {
+            "path": path,
+            "kind": module.mixer.kind,
+            "config": module.mixer.config.model_dump(mode="json"),
+            "binding": module.binding.model_dump(mode="json"),
+        }
+        for path, module in model.named_modules()
+        if isinstance(module, Adapter)
+    ]
+
+
+def load_model(folder: str, architectures: list[str], **kwargs: Any) -> PreTrainedModel:
+    """`from_pretrained` with the class the checkpoint was saved from."""
+    register()
+    name = architectures[0].removeprefix("Reattend")
+    base = getattr(transformers, name, None)
+    if base is None:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no class {name}",
+            where=folder,
+            next_step="install a transformers version that has it",
+        )
+    loaded: PreTrainedModel = model_class(base).from_pretrained(folder, **kwargs)
+    return loaded
+
+
+def register() -> None:
+    """Teach AutoConfig the model type (idempotent)."""
+    AutoConfig.register(MODEL_TYPE, ReattendConfig, exist_ok=True)

@@ -1,0 +1,159 @@
+"""From the wrapper module to an ONNX model with one node per attention layer.
+
+Layout letters: B batch, N new tokens, T total tokens, C capacity.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from reattend.errors import CaptureError, ReattendError
+from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, function_proto
+from reattend.targets.onnx.layout import LayerLayout
+from reattend.targets.onnx.translate import translation_table
+from reattend.targets.onnx.wrapper import Step
+
+# Distinct and not 1, so that no two dimensions are taken for one another or for a constant.
+_EXAMPLE = {"batch": 3, "new": 5, "past": 7, "capacity": 17}
+
+
+def build(step: Step, dtype: torch.dtype) -> Any:
+    """The `onnx_ir.Model` of a wrapper: named inputs and outputs, functions attached.
+
+    Raises:
+        CaptureError: torch cannot trace or translate the model; the reason is torch's.
+        RefusedError: a layer that was not converted.
+    """
+    with _quiet(), torch.no_grad():
+        try:
+            program = _capture(step, dtype)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=step.input_names,
+                output_names=step.output_names,
+                custom_translation_table=translation_table(),
+                optimize=True,
+                verbose=False,
+            )
+        except ReattendError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                "torch could not export the model to ONNX",
+                where=type(step.model).__name__,
+                why=f"{type(error).__name__}: {_first_line(error)}",
+            ) from error
+    assert exported is not None
+    model = exported.model
+    _name_dimensions(model, step)
+    _forget_shapes_inside(model)
+    _attach(model, step.layers)
+    return model
+
+
+def _capture(step: Step, dtype: torch.dtype) -> Any:
+    arguments = step.example(**_EXAMPLE, dtype=dtype)
+    auto = torch.export.Dim.AUTO
+    states = [_dynamic_state(t.heads) for t in step.state_tensors]
+    shapes = ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, states)
+    return torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
+
+
+def _dynamic_state(heads: int) -> dict[int, Any]:
+    auto = torch.export.Dim.AUTO
+    return {0: auto, 2 if heads else 1: auto}
+
+
+def _name_dimensions(model: Any, step: Step) -> None:
+    """Put the manifest's letters on the graph's border."""
+    import onnx_ir as ir
+
+    letters: dict[str, list[str | int]] = {
+        "input_ids": ["B", "N"],
+        "attention_mask": ["B", "T"],
+        "position_ids": ["B", "N"],
+    }
+    for tensor in step.state_tensors:
+        letters[tensor.input] = letters[tensor.output] = tensor.letters
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.name == "logits":
+            value.shape = ir.Shape(["B", "N", value.shape[-1]])
+        else:
+            value.shape = ir.Shape(letters[value.name])
+
+
+def _forget_shapes_inside(model: Any) -> None:
+    """Drop torch's own symbol names inside the graph: they do not match the border's letters."""
+    border = {id(v) for v in [*model.graph.inputs, *model.graph.outputs]}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if id(value) not in border and value.shape is not None and not value.shape.is_static():
+                value.shape = None
+
+
+def _attach(model: Any, layers: list[LayerLayout]) -> None:
+    """Add the function bodies and check that every layer became exactly one node."""
+    import onnx_ir as ir
+
+    wanted = Counter(layer.op for layer in layers)
+    found = Counter(n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN)
+    if wanted != found:
+        raise CaptureError(
+            "the exported graph does not have one node per converted layer",
+            why=f"expected {dict(wanted)}, found {dict(found)}",
+        )
+    model.opset_imports[DOMAIN] = VERSION
+    for name in sorted(wanted):
+        function = ir.serde.deserialize_function(function_proto(name))
+        model.functions[function.identifier()] = function
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else "no reason given"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports success through warnings and loggers; only errors matter here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in `dtype` and evaluation mode; tensors already in that dtype are shared.
+
+    Buffers that are not part of the checkpoint (rotary tables) keep their dtype, as transformers
+    itself keeps them.
+    """
+    import copy
+
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        wanted = dtype if parameter.is_floating_point() else parameter.dtype
+        data = parameter.detach().to(device="cpu", dtype=wanted)
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            saved = name not in module._non_persistent_buffers_set
+            wanted = dtype if saved and buffer.is_floating_point() else buffer.dtype
+            memo[id(buffer)] = buffer.detach().to(device="cpu", dtype=wanted)
+    made = copy.deepcopy(model, memo)
+    return made.eval()

@@ -1,0 +1,122 @@
+"""Which state tensors a converted model has in ONNX: names, shapes, order.
+
+Layout letters: B batch, C capacity (rows of a state), G kv heads, d, e key and value widths,
+r latent rank, R rotary width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from reattend.errors import NothingFoundError, RefusedError
+from reattend.install.adapter import Adapter
+from reattend.mixers.config import BlockConfig
+from reattend.mixers.dense import DenseConfig
+from reattend.mixers.latent import LatentConfig
+
+KEEP_DENSE = "convert the rest too, with the rule `to: dense` (or use plan identity)"
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One fixed-capacity tensor: [B, C, width], or [B, heads, C, width] where `heads` > 0."""
+
+    layer: int
+    name: str
+    heads: int
+    width: int
+
+    @property
+    def input(self) -> str:
+        """Its name as graph input."""
+        return f"state.{self.layer}.{self.name}"
+
+    @property
+    def output(self) -> str:
+        """Its name as graph output."""
+        return f"state_out.{self.layer}.{self.name}"
+
+    @property
+    def letters(self) -> list[str | int]:
+        """Its shape for the manifest."""
+        return ["B", self.heads, "C", self.width] if self.heads else ["B", "C", self.width]
+
+    def shape(self, batch: int, capacity: int) -> tuple[int, ...]:
+        """Its shape for these sizes."""
+        middle = (self.heads, capacity) if self.heads else (capacity,)
+        return (batch, *middle, self.width)
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One converted layer: the node it becomes and its two state tensors."""
+
+    path: str
+    layer: int
+    op: str
+    first: StateTensor
+    second: StateTensor
+
+    @property
+    def tensors(self) -> list[StateTensor]:
+        """What crosses the graph's border: a rotary part of width 0 holds nothing and is left out."""
+        return [t for t in (self.first, self.second) if t.width]
+
+
+def layout(model: nn.Module) -> list[LayerLayout]:
+    """The converted layers of a model, by layer index.
+
+    Raises:
+        NothingFoundError: the model has no converted layer.
+        RefusedError: a layer of a kind that has no ONNX form, or two layers share a cache slot.
+    """
+    found: dict[int, LayerLayout] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, Adapter):
+            continue
+        config, layer = module.mixer.config, module.binding.layer_idx
+        _check(path, config, cached=module.binding.cache is not None)
+        if layer in found:
+            raise RefusedError(
+                "two converted layers use one cache slot", where=f"{found[layer].path} and {path}"
+            )
+        found[layer] = _describe(path, layer, config)
+    if not found:
+        raise NothingFoundError(
+            "the model has no converted attention layer, so there is nothing to lower",
+            next_step='convert it first: convert(model, plan="identity") keeps it as it is',
+        )
+    return [found[layer] for layer in sorted(found)]
+
+
+def _check(path: str, config: object, *, cached: bool) -> None:
+    if not isinstance(config, BlockConfig):
+        raise RefusedError("this layer has no ONNX form yet", where=path)
+    why = ""
+    if config.cross:
+        why = "it attends to another stream (cross-attention)"
+    elif not cached:
+        why = "it keeps no cache; only decoders that generate token by token are exported"
+    elif config.core.pattern == "chunked":
+        why = "chunked attention has no ONNX form yet"
+    if why:
+        raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
+
+
+def _describe(path: str, layer: int, config: object) -> LayerLayout:
+    if isinstance(config, LatentConfig):
+        first = StateTensor(layer, "latent", 0, config.kv_lora_rank)
+        second = StateTensor(layer, "rope", 0, config.qk_rope_head_dim)
+        return LayerLayout(path, layer, "LatentAttention", first, second)
+    if isinstance(config, DenseConfig):
+        core = config.core
+        first = StateTensor(layer, "key", core.kv_heads, core.qk_head_dim)
+        second = StateTensor(layer, "value", core.kv_heads, core.v_head_dim)
+        return LayerLayout(path, layer, "Attention", first, second)
+    raise RefusedError(
+        f"a layer of kind {type(config).__name__} has no ONNX form yet",
+        where=path,
+        next_step="keep it dense for this target (`to: dense`)",
+    )

@@ -1,0 +1,125 @@
+"""The cache a model is traced with: fixed capacity, written by `reattend::cache_put`.
+
+Layout letters: B batch, N new tokens, C capacity.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from reattend.errors import RefusedError
+from reattend.kernels.attention import attention as _attention  # noqa: F401  (registered here)
+from reattend.kernels.cache_put import cache_put
+from reattend.kernels.latent_attention import latent_attention as _latent  # noqa: F401
+from reattend.targets.onnx.layout import KEEP_DENSE, LayerLayout
+
+
+class FixedState:
+    """One layer's state: all rows of its tensors, and which of them count."""
+
+    def __init__(self, layer: LayerLayout, given: dict[str, Tensor], cache: FixedCache) -> None:
+        self.layer, self.given, self.cache = layer, given, cache
+        self.written: dict[str, Tensor] = {}
+
+    def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, heads, N, width] rows after those seen; returns [B, heads, C, width]."""
+        return self._put(self.layer.first.name, first), self._put(self.layer.second.name, second)
+
+    def _put(self, name: str, new: Tensor) -> Tensor:
+        past = self.given.get(name)
+        if past is None:  # a rotary part of width 0
+            capacity = self.given[self.layer.first.name].shape[-2]
+            return new.new_zeros(new.shape[0], new.shape[1], capacity, 0)
+        if past.dim() == 3:
+            kept = cache_put(past, new.squeeze(1), self.cache.past_B, 1)
+            self.written[name] = kept
+            return kept.unsqueeze(1)
+        kept = cache_put(past, new, self.cache.past_B, 2)
+        self.written[name] = kept
+        return kept
+
+    def seen(self) -> int:
+        """Tokens before this call."""
+        return self.cache.past
+
+    def span(self) -> tuple[Tensor, Tensor] | None:
+        """First real row and one past the last, per batch row."""
+        return self.cache.start_B, self.cache.length_B
+
+
+class FixedCache(Cache):
+    """What a model is given as `past_key_values` while it is exported.
+
+    The model's own mask never matters: every layer reads `FixedState.span` instead.
+
+    Args:
+        layers: converted layers.
+        states: state tensors by input name.
+        mask_BT: 1 for real tokens, past ones included; padding is on the left.
+        new: N, tokens of this call.
+    """
+
+    def __init__(
+        self, layers: list[LayerLayout], states: dict[str, Tensor], mask_BT: Tensor, new: int
+    ) -> None:
+        super().__init__(layers=[])
+        batch, total = mask_BT.shape
+        self.past = total - new
+        self.length_B = torch.full((batch,), total, dtype=torch.int64, device=mask_BT.device)
+        self.past_B = self.length_B - new
+        self.start_B = self.length_B - mask_BT.to(torch.int64).sum(-1)
+        self.states = {
+            layer.layer: FixedState(
+                layer, {t.name: states[t.input] for t in layer.tensors}, self
+            )
+            for layer in layers
+        }
+
+    def reattend_state(self, layer_idx: int) -> FixedState:
+        """The state of a converted layer; `Adapter` asks for it."""
+        return self.states[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before this call."""
+        return self.past
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the first new token."""
+        return self.past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Keys a mask of the model would cover, and their offset."""
+        return self.past + query_length, 0
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            RefusedError: always: only a layer that was not converted calls this.
+        """
+        layer = kwargs.get("layer_idx", args[2] if len(args) > 2 else "?")
+        raise RefusedError(
+            "a layer that was not converted keeps its own cache, which has no ONNX form",
+            where=f"layer {layer}",
+            next_step=KEEP_DENSE,
+        )
+
+    def written(self) -> list[Tensor]:
+        """Every state tensor after the call, in the layout's order.
+
+        Raises:
+            RefusedError: a converted layer did not run or did not write its state.
+        """
+        found: list[Tensor] = []
+        for index, state in self.states.items():
+            for tensor in state.layer.tensors:
+                if tensor.name not in state.written:
+                    raise RefusedError(
+                        "a converted layer did not write its state", where=f"layer {index}"
+                    )
+                found.append(state.written[tensor.name])
+        return found

@@ -1,0 +1,110 @@
+"""Every shipped kernel compiles for every target within its limits, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reattend.kernels.configs import KernelConfig, find_config, shipped
+from reattend.kernels.targets import TARGETS, target_of_device
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "kernels" / "bench" / "results" / "aot.json"
+
+
+def identity(entry: dict[str, Any]) -> str:
+    keys = ("target", "kernel", "width", "element_bytes", "variant", "config")
+    return json.dumps([entry[key] for key in keys])
+
+
+def expected() -> set[str]:
+    return {
+        json.dumps([target.name, kernel, width, size, variant, asdict(config)])
+        for target in TARGETS
+        for kernel, width, size, config in shipped(target.name)
+        for variant in ("plain", "full")
+    }
+
+
+def test_committed_report_is_about_the_shipped_table() -> None:
+    report = json.loads(COMMITTED.read_text())
+    assert {identity(entry) for entry in report["kernels"]} == expected()
+    assert [target["name"] for target in report["targets"]] == [t.name for t in TARGETS]
+    assert [t["shared_limit"] for t in report["targets"]] == [t.shared_limit for t in TARGETS]
+    assert all(entry["problems"] == [] for entry in report["kernels"])
+
+
+def test_every_width_and_dtype_has_a_kernel_and_wider_ones_have_none() -> None:
+    for target in TARGETS:
+        for size in (2, 4):
+            for phase in ("prefill", "decode"):
+                for width in (1, 64, 65, 256):
+                    assert find_config(target.name, f"attention_{phase}", width, size), target
+                assert find_config(target.name, f"latent_{phase}", 512, size), target
+                assert find_config(target.name, f"attention_{phase}", 257, size) is None
+                assert find_config(target.name, f"latent_{phase}", 513, size) is None
+        assert find_config(target.name, "attention_prefill", 64, 8) is None
+    assert find_config("sm_75", "attention_prefill", 64, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "name"),
+    [("cuda", 80, "sm_80"), ("cuda", 89, "sm_80"), ("cuda", 90, "sm_90"), ("cuda", 100, "sm_100")]
+    + [("cuda", 120, "sm_80"), ("cuda", 75, None), ("hip", "gfx942", "gfx942")]
+    + [("hip", "gfx1100", None)],
+)
+def test_devices_map_to_targets(backend: str, arch: int | str, name: str | None) -> None:
+    target = target_of_device(backend, arch)
+    assert (target.name if target else None) == name
+
+
+@pytest.mark.slow
+def test_every_shipped_kernel_compiles_within_limits(tmp_path: Path) -> None:
+    """In a process of its own: the interpreter's variable must not be set there."""
+    out = tmp_path / "aot.json"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "kernels" / "bench" / "aot.py"), "--out", str(out)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    report = json.loads(out.read_text())
+    assert {identity(entry) for entry in report["kernels"]} == expected()
+    for entry in report["kernels"]:
+        assert entry["problems"] == [], entry
+        assert entry["shared"] > 0
+        assert entry["registers"] > 0
+        if entry["element_bytes"] == 2:
+            assert entry["matrix_ops"] > 0, entry
+
+
+@pytest.mark.slow
+def test_limits_are_noticed() -> None:
+    """A tile that cannot be launched compiles without complaint: our check must object."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter replaces the compiler in this process")
+    from reattend.kernels.aot import compile_config
+
+    too_big = KernelConfig(rows=64, keys=64, warps=4, stages=3)
+    result = compile_config(TARGETS[0], "latent_prefill", 512, 2, too_big, "plain")
+    assert any("shared memory" in problem for problem in result.problems)
+    assert any("spills" in problem for problem in result.problems)
+
+
+def test_refuses_to_run_in_the_interpreter(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "kernels" / "bench" / "aot.py"), "--out"]
+    run = subprocess.run(
+        [*command, str(tmp_path / "x.json")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "unset TRITON_INTERPRET" in run.stderr
+    assert not (tmp_path / "x.json").exists()
