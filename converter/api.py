@@ -1,6 +1,6 @@
 """The public calls, and the pipeline in the order it runs.
 
-    capture -> find -> plan -> rewrite -> calibrate -> verify -> lower
+capture -> find -> plan -> rewrite -> calibrate -> verify -> lower
 """
 
 from __future__ import annotations
@@ -148,9 +148,7 @@ def export(
         MissingExtraError: the `onnx` extra is not installed.
     """
     if target != "onnx":
-        raise ArgumentError(
-            f"unknown export target {target!r}", next_step='known targets: "onnx"'
-        )
+        raise ArgumentError(f"unknown export target {target!r}", next_step='known targets: "onnx"')
     from reattend.targets.onnx import export_onnx
 
     if isinstance(model, str | Path):
@@ -163,5 +161,3 @@ def _folder_tokenizer(folder: Path) -> Any:
     from reattend.source import find_tokenizer
 
     return find_tokenizer(str(folder), True, False)
-
-

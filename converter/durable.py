@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reattend.errors import OutputError
+from reattend.interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,21 +25,37 @@ _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 def os_errors_explained(where: Path) -> Iterator[None]:
     """Turn `OSError` inside the block into an `OutputError` about `where`.
 
+    Errors of safetensors count too: its Rust side reports the system's as text.
+
     Raises:
         OutputError: with the system's reason; full disks and missing permission say what to do.
     """
     try:
         yield
-    except OSError as error:
-        what, step = "the output cannot be written", ""
-        if error.errno in _FULL:
+    except Exception as error:
+        system = _system_error(error)
+        if system is None:
+            raise
+        what, step = "the output cannot be written", "choose another --out"
+        if system.errno in _FULL:
             what = "the disk of the output folder is full"
             step = "free some space and run the same command again: it continues where it stopped"
-        elif error.errno in _CLOSED:
+        elif system.errno in _CLOSED:
             what = "the output folder is not writable"
             step = "choose another --out, or change its permissions"
-        why = error.strerror or str(error)
+        why = system.strerror or str(system)
         raise OutputError(what, where=str(where), why=why, next_step=step) from error
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The system's error in this one: itself, or "... (os error 28)" from safetensors."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os error (\d+)", str(error))
+    if code is None or type(error).__name__ != "SafetensorError":
+        return None
+    number = int(code[1])
+    return OSError(number, os.strerror(number))
 
 
 def temporary_of(path: Path) -> Path:
@@ -54,12 +71,14 @@ def durable_write(path: Path, writer: Writer, before_replace: Callable[[], None]
         writer: writes the whole content to the path it is given.
         before_replace: called when the temporary file is complete and synced.
 
+    Ctrl-C waits until the file is in place.
+
     Raises:
         OutputError: the disk is full or not writable. Whatever is raised, the temporary file is
             removed and what `path` held before is still there.
     """
     temporary = temporary_of(path)
-    with os_errors_explained(path):
+    with os_errors_explained(path), interrupts_wait():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             writer(temporary)
@@ -81,19 +100,10 @@ def tensors_writer(tensors: Mapping[str, Tensor]) -> Writer:
     """
 
     def write(path: Path) -> None:
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        try:
-            save_file(plain, str(path), metadata={"format": "pt"})
-        except SafetensorError as error:
-            # The Rust side reports a full disk as text: "... (os error 28)".
-            code = re.search(r"os error (\d+)", str(error))
-            if code:
-                number = int(code[1])
-                raise OSError(number, os.strerror(number)) from error
-            raise
+        save_file(plain, str(path), metadata={"format": "pt"})
 
     return write
 

@@ -141,6 +141,7 @@ class JsonLog:
 
     def __init__(self, target: str | Path | IO[str]) -> None:
         self._own = isinstance(target, str | Path)
+        self._name = Path(target) if isinstance(target, str | Path) else Path("the event log")
         if isinstance(target, str | Path):
             with os_errors_explained(Path(target)):
                 self._stream: IO[str] = Path(target).open("a", encoding="utf-8")  # noqa: SIM115
@@ -163,8 +164,9 @@ class JsonLog:
     def __call__(self, event: Event) -> None:
         """Log one event."""
         seconds = round(time.monotonic() - self._start, 3)
-        self._stream.write(f'{{"seconds": {seconds}, {event.to_json()[1:]}\n')
-        self._stream.flush()
+        with os_errors_explained(self._name):
+            self._stream.write(f'{{"seconds": {seconds}, {event.to_json()[1:]}\n')
+            self._stream.flush()
 
 
 def _describe(event: Event) -> str:

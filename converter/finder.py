@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 
 from reattend.capture import Call, Capture, capture, watch
 from reattend.inputs import resized
+from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding, bound, match, match_output, match_table
+from reattend.passes.base import PassResult
 from reattend.passes.evaluate import Evaluator, ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found, Missed, find
@@ -70,7 +72,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         ArgumentError: inputs are needed.
     """
     captured = capture(model, inputs)
-    normalize(captured.gm)
+    passes = normalize(captured.gm)
     given = captured.placeholders()
 
     def inputs_at(length: int | None, padded: bool) -> dict[fx.Node, Any]:
@@ -79,9 +81,14 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     result = FoundAttention()
     seen = find(captured.gm, given, inputs_at)
     located = _locate(captured, [f for f in seen if isinstance(f, Found)])
+    ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
     for item in seen:
         if isinstance(item, Missed):
-            result.refused.append(RefusedSite(_owner_of([item.core]), item.reason))
+            path = _owner_of([item.core])
+            own = _adapter_of(path, ours)
+            latent = own is not None and ours[own].mixer.kind != "dense"
+            reason = f"already {ours[own].mixer.kind}" if own and latent else item.reason
+            result.refused.append(RefusedSite(own or path, reason))
             continue
         path, binding, reason = located[id(item)]
         if binding is None:
@@ -100,7 +107,24 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
                 0 if memory is None else int(memory.meta["val"].shape[-1]),
             )
         )  # fmt: skip
+    result.refused += _refused_cores(captured.gm, passes)
     return result
+
+
+def _refused_cores(gm: fx.GraphModule, passes: list[PassResult]) -> list[RefusedSite]:
+    """What looked like a core and was not taken by the passes that normalise cores."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    return [
+        RefusedSite(_owner_of([nodes[name]]) if name in nodes else name, reason)
+        for step in passes
+        if step.name in ("fuse-sdpa", "fuse-eager")
+        for name, reason in step.refused
+    ]
+
+
+def _adapter_of(path: str, ours: dict[str, Adapter]) -> str | None:
+    """The converted block that `path` lies in."""
+    return next((p for p in ours if path == p or path.startswith(p + ".")), None)
 
 
 def _probe_inputs(
@@ -125,9 +149,7 @@ def _probe_inputs(
 
 def _owner_of(nodes: list[fx.Node]) -> str:
     """Dotted path of the smallest module whose code holds all nodes."""
-    stacks = [
-        [path for path, _ in node.meta.get("nn_module_stack", {}).values()] for node in nodes
-    ]
+    stacks = [[path for path, _ in node.meta.get("nn_module_stack", {}).values()] for node in nodes]
     paths = [(stack[-1] if stack else "").split(".") for stack in stacks]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
@@ -137,9 +159,7 @@ def _owner_of(nodes: list[fx.Node]) -> str:
     return ".".join(common)
 
 
-def _locate(
-    captured: Capture, found: list[Found]
-) -> dict[int, tuple[str, Binding | None, str]]:
+def _locate(captured: Capture, found: list[Found]) -> dict[int, tuple[str, Binding | None, str]]:
     """Owner and binding of every found block, or the reason it has none."""
     owners = {id(f): [_owner_of(f.region.nodes), _owner_of(f.region.nodes[:4])] for f in found}
     paths = {p for pair in owners.values() for p in pair if p}
@@ -150,8 +170,15 @@ def _locate(
     run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
     values = dict(zip(wanted, run, strict=True))
     located: dict[int, tuple[str, Binding | None, str]] = {}
+    ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
     for item in found:
         whole, inner = owners[id(item)]
+        own = _adapter_of(inner, ours)
+        if own is not None:
+            if item.region.rotation is not None:
+                _exact_frequencies(captured, item)
+            located[id(item)] = (own, ours[own].binding, "")
+            continue
         path, binding, reasons = whole, None, ["no submodule holds exactly this block"]
         for candidate, stop in ((whole, False), (inner, True)):
             if candidate not in calls or (stop and item.region.exit.out is None):
@@ -215,7 +242,9 @@ def _bind(
     )  # fmt: skip
 
 
-def _bind_rotation(captured: Capture, item: Found, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _bind_rotation(
+    captured: Capture, item: Found, arguments: dict[str, Any]
+) -> tuple[Any, Any, Any]:
     """The model's own tables where the owner receives them, else positions, else inv_freq."""
     rotation = item.region.rotation
     assert rotation is not None and rotation.spec is not None
@@ -280,5 +309,3 @@ def _watch_cache(
     from reattend.install.caching import watch_cache
 
     return watch_cache(model, paths, inputs)
-
-

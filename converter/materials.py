@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from reattend.data import Dataset, load_data, self_data
+from reattend.data_text import pieces_of_path
 from reattend.errors import DataError
 from reattend.inputs import is_hf
 from reattend.plan import Plan
@@ -29,6 +31,20 @@ class Materials:
     own: bool = False
     fingerprint: str = "none"
     notes: list[str] = field(default_factory=list)
+
+
+def check_data(plan: Plan, data: Any) -> None:
+    """Before the model is opened: what can be known to be wrong with the data.
+
+    Raises:
+        DataError: training or a gate needs real text and none was given, or the file is missing,
+            empty, or not text.
+    """
+    chosen = plan.calibrate.data if data is None else data
+    if chosen is None or (isinstance(chosen, str) and chosen == "self"):
+        _refuse_own(plan)
+    elif isinstance(chosen, str | Path):
+        next(pieces_of_path(chosen), None)
 
 
 def load_materials(
@@ -74,12 +90,7 @@ def load_materials(
 
 def _own(source: Source, plan: Plan, seed: int, needed: bool) -> Materials:
     """No data: the model's own samples, for statistics only."""
-    if plan.calibrate.trains or plan.verify.gates:
-        what = "training" if plan.calibrate.trains else "the plan's verify gates"
-        raise DataError(
-            f"{what} needs real text", why="no data was given",
-            next_step="pass data=<.txt, .jsonl or folder> (--data on the command line)",
-        )  # fmt: skip
+    _refuse_own(plan)
     if not needed:
         return Materials()
     sampled = self_data(source.model, seed=seed)
@@ -88,6 +99,16 @@ def _own(source: Source, plan: Plan, seed: int, needed: bool) -> Materials:
         "pass data=<.txt, .jsonl or folder> to use real text"
     )
     return Materials(statistics=sampled, own=True, fingerprint=f"self:{seed}", notes=[note])
+
+
+def _refuse_own(plan: Plan) -> None:
+    if plan.calibrate.trains or plan.verify.gates:
+        what = "training needs" if plan.calibrate.trains else "the plan's verify gates need"
+        raise DataError(
+            f"{what} real text",
+            why="no data was given, and a model cannot be judged or taught by its own samples",
+            next_step="pass data=<.txt, .jsonl or folder> (--data on the command line)",
+        )
 
 
 def _has_ids(data: Dataset) -> bool:

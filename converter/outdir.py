@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,12 +34,12 @@ def state_of_out(out: Path, fingerprint: Mapping[str, str], overwrite: bool) -> 
     if known is None:
         raise foreign(out)
     differ = sorted(k for k in {*known, *fingerprint} if known.get(k) != fingerprint.get(k))
-    damaged = [] if differ else _damaged(out)
-    if not differ and not damaged:
+    broken = [] if differ else damaged(out)
+    if not differ and not broken:
         return "complete"
     if overwrite:
         return "new"
-    why = f"made with another {', '.join(differ)}" if differ else f"damaged: {', '.join(damaged)}"
+    why = f"made with another {', '.join(differ)}" if differ else f"damaged: {', '.join(broken)}"
     raise OutputError(
         "the output folder holds another result",
         where=str(out),
@@ -47,7 +48,37 @@ def state_of_out(out: Path, fingerprint: Mapping[str, str], overwrite: bool) -> 
     )
 
 
-def _damaged(out: Path) -> list[str]:
+def check_claimable(out: Path) -> None:
+    """Before any work: whether an output could go here at all. Creates nothing.
+
+    Raises:
+        OutputError: it is taken by something that is not ours, or cannot be written.
+    """
+    for folder in (out, partial_of(out)):
+        if folder.is_file():
+            raise foreign(folder)
+        inside = [p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".tmp")]
+        if inside and inputs_of(folder) is None:
+            raise foreign(folder)
+    above = next(p for p in out.parents if p.exists())
+    if not above.is_dir():
+        raise OutputError(
+            "the output folder cannot be made",
+            where=str(out),
+            why=f"{above.name} is a file",
+            next_step="choose another --out",
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(
+            "the output folder is not writable",
+            where=str(out),
+            why=f"no permission to write in {above}",
+            next_step="choose another --out, or change its permissions",
+        )
+
+
+def damaged(out: Path) -> list[str]:
+    """Files of a complete result that are missing or have another size than when it was made."""
     sizes = (read_json(out / FINGERPRINT) or {}).get("files") or {}
     return [
         name

@@ -17,9 +17,11 @@ from reattend.errors import DataError, GateError
 from reattend.events import Event, OnEvent
 from reattend.finder import FoundAttention, find_attention
 from reattend.inputs import is_hf, made_up
-from reattend.materials import Materials, load_materials
+from reattend.materials import Materials, check_data, load_materials
+from reattend.outdir import check_claimable
 from reattend.plan import Plan
-from reattend.preflight import Choice, preflight
+from reattend.predict import Prediction, predict
+from reattend.preflight import Choice, choose, preflight
 from reattend.report.evidence import Gate, ParityCheck
 from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
@@ -49,15 +51,44 @@ class Job:
 
     def run(self, model: Any, **opening: Any) -> Result:
         """All stages; see `reattend.convert`."""
-        torch.manual_seed(self.seed)
-        source = self._stage("open", lambda: open_source(model, **opening))
-        found = self._stage("find", lambda: find_attention(source.model, self.inputs))
+        source, found = self._look(model, opening)
         choices = preflight(found, self.plan)
         materials = self._stage("data", lambda: self._materials(source, choices))
+        self.log.predicted = self._predict(source, choices, materials).peaks
         with self._workdir(source, materials) as work:
             if work is not None and work.state == "complete":
                 return self._already_there(work)
             return self._convert(source, found, choices, materials, work)
+
+    def dry_run(self, model: Any, **opening: Any) -> tuple[list[Choice], Prediction]:
+        """What `run` would do with every site, and what that would cost; nothing is written.
+
+        Refusals are in the choices; `preflight.enforce` raises them.
+        """
+        source, found = self._look(model, opening)
+        choices = choose(found, self.plan)
+        materials = Materials()
+        if self.data is not None or self.plan.calibrate.data not in (None, "self"):
+            materials = self._materials(source, choices)
+        return choices, self._predict(source, choices, materials)
+
+    def _look(self, model: Any, opening: dict[str, Any]) -> tuple[Source, FoundAttention]:
+        """Check what can be checked at once, then open the model and find its attention."""
+        check_data(self.plan, self.data)
+        if self.out is not None:
+            check_claimable(self.out.expanduser().absolute())
+        torch.manual_seed(self.seed)
+        source = self._stage("open", lambda: open_source(model, **opening))
+        return source, self._stage("find", lambda: find_attention(source.model, self.inputs))
+
+    def _predict(
+        self, source: Source, choices: list[Choice], materials: Materials
+    ) -> Prediction:
+        data = None if materials.own else materials.statistics
+        rows = None if data is None else data.rows
+        if rows is not None and materials.held_out is not None:
+            rows += materials.held_out.rows
+        return predict(source.model, choices, self.plan, rows=rows)
 
     def _convert(
         self,
@@ -67,12 +98,16 @@ class Job:
         materials: Materials,
         work: Workdir | None,
     ) -> Result:
-        moments = self._stage("statistics", lambda: self._statistics(source, choices, materials, work))
+        moments = self._stage(
+            "statistics", lambda: self._statistics(source, choices, materials, work)
+        )
         done = self._stage("rewrite", lambda: self._rewrite(source, choices, moments))
         stages = self._stage("calibrate", lambda: self._calibrate(source, done, materials, work))
         evidence = self._stage("verify", lambda: self._verify(source, choices, done, materials))
         evidence.stages = stages
-        report = build_report(source, self.plan, self.seed, found, choices, done, materials, evidence)
+        report = build_report(
+            source, self.plan, self.seed, found, choices, done, materials, evidence
+        )
         failed = [g for g in report.gates if g.verdict == "fail"]
         failed_checks = [p for p in report.parity if p.verdict == "fail"]
         if failed or failed_checks:
@@ -143,6 +178,7 @@ class Job:
             from safetensors.torch import load_file
 
             self._tell("statistics", message="reused from the interrupted run")
+            self.log.reused("statistics")
             read = {p: load_file(work.path(n)) for p, n in names.items()}
             return {p: statistics.SiteStatistics.from_tensors(t) for p, t in read.items()}
         forms = normal_forms(source.model, wanted)
@@ -168,9 +204,7 @@ class Job:
             work.mark("statistics", key)
         return found
 
-    def _rewrite(
-        self, source: Source, choices: list[Choice], moments: dict[str, Any]
-    ) -> Rewritten:
+    def _rewrite(self, source: Source, choices: list[Choice], moments: dict[str, Any]) -> Rewritten:
         def progress(choice: Choice, done: int, total: int) -> None:
             self._tell("rewrite", site=choice.site.path, layer=choice.layer, done=done, total=total)
 
@@ -206,7 +240,10 @@ class Job:
         sample = self._sample(source, materials)
         errors = block_errors(source.model, done.model, paths, sample)
         parity: list[ParityCheck] = []
-        if all(b.exactness == "exact" for b in done.built.values()) and not self.plan.calibrate.trains:
+        if (
+            all(b.exactness == "exact" for b in done.built.values())
+            and not self.plan.calibrate.trains
+        ):
             parity.append(exact_check(source.model, done.model, sample))
         if is_hf(source.model):
             parity += decode_checks(source.model, done.model, self.seed)

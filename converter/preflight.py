@@ -44,9 +44,21 @@ def preflight(found: FoundAttention, plan: Plan) -> list[Choice]:
     """One choice per site, in the order they were found.
 
     Raises:
-        NothingFoundError: no site was understood.
+        NothingFoundError: no site was understood, or none would be converted.
         PlanError: a rule matches nothing.
         RefusedError: some site cannot take its conversion and the plan says `on_refusal: error`.
+    """
+    choices = choose(found, plan)
+    enforce(choices, plan)
+    return choices
+
+
+def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
+    """What the plan would do with every site, refusals included.
+
+    Raises:
+        NothingFoundError: no site was understood.
+        PlanError: a rule matches nothing.
     """
     if not found.sites:
         reasons = "; ".join(f"{r.path}: {r.reason}" for r in found.refused[:5])
@@ -59,7 +71,16 @@ def preflight(found: FoundAttention, plan: Plan) -> list[Choice]:
     layers = layer_of(paths)
     assigned = plan.assign(paths)
     choices = [_choose(s, assigned[s.path], layers[s.path][0]) for s in found.sites]
-    choices = _units(choices)
+    return _units(choices)
+
+
+def enforce(choices: list[Choice], plan: Plan) -> None:
+    """Stop where the plan says so.
+
+    Raises:
+        NothingFoundError: no site would be converted.
+        RefusedError: some site cannot take its conversion and the plan says `on_refusal: error`.
+    """
     refused = [c for c in choices if c.action == "refused"]
     if refused and plan.on_refusal == "error":
         raise RefusedError(
@@ -74,7 +95,6 @@ def preflight(found: FoundAttention, plan: Plan) -> list[Choice]:
             why="every site is kept, refused or matched by no rule",
             next_step="run `reattend convert ... --dry-run` to see the choice for every site",
         )
-    return choices
 
 
 def _choose(site: AttentionSite, rule: Rule | None, layer: int) -> Choice:
@@ -104,7 +124,9 @@ def _units(choices: list[Choice]) -> list[Choice]:
             for choice in group:
                 if choice.action == "converted":
                     choice.action, choice.conversion = "refused", None
-                    choice.reason = f"shares its key weights with {first.site.path} ({first.reason})"
+                    choice.reason = (
+                        f"shares its key weights with {first.site.path} ({first.reason})"
+                    )
     return choices
 
 

@@ -14,6 +14,7 @@ from reattend.errors import ArgumentError, ModelError
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.source import Source
+from reattend.weight_files import check_files, read_config
 from reattend.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -92,13 +93,15 @@ def load_folder(folder: Path, model: nn.Module | None, **kwargs: Any) -> nn.Modu
             where=str(folder),
             next_step="give the folder that convert(out=...) wrote",
         )
-    from reattend.source import check_files
+    from reattend.source import complete
     from reattend.targets.huggingface import checked_section, load_model
 
-    config = json.loads(config_file.read_text("utf-8"))
+    config = read_config(config_file)
     checked_section(config)
     check_files(folder)
-    return load_model(str(folder), config["architectures"], **kwargs).eval()
+    kwargs["output_loading_info"] = True
+    loaded: Any = load_model(str(folder), config["architectures"], **kwargs)
+    return complete(*loaded, str(folder)).eval()
 
 
 def _load_module(folder: Path, model: nn.Module | None) -> nn.Module:
@@ -106,7 +109,7 @@ def _load_module(folder: Path, model: nn.Module | None) -> nn.Module:
 
     from reattend.targets.huggingface import FORMAT, install_empty
 
-    stored = json.loads((folder / SITES_FILE).read_text("utf-8"))
+    stored = read_config(folder / SITES_FILE)
     if int(stored.get("format", 0)) > FORMAT:
         raise ModelError(
             f"this folder has format {stored['format']}; this reattend reads up to {FORMAT}",

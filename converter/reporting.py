@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reattend.finder import FoundAttention
+from reattend.finder import AttentionSite, FoundAttention
 from reattend.materials import Materials
 from reattend.plan import Plan
 from reattend.preflight import Choice
@@ -115,7 +115,7 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
         action=choice.action,  # type: ignore[arg-type]
         kind=site.spec.kind,  # type: ignore[arg-type]
         layer=choice.layer,
-        spec=_spec(choice),
+        spec=spec_summary(site),
         verified=site.verified,
         conversion=choice.conversion.name if choice.conversion is not None else "",
         options=facts,
@@ -134,8 +134,9 @@ def _cost(cost: Any, size: int) -> Cost:
     )  # fmt: skip
 
 
-def _spec(choice: Choice) -> SpecSummary:
-    spec, core = choice.site.spec, choice.site.spec.core
+def spec_summary(site: AttentionSite) -> SpecSummary:
+    """A site's spec in the numbers a reader asks for."""
+    spec, core = site.spec, site.spec.core
     rotary = spec.q.first(Rotary)
     named = (("q", spec.q), ("k", spec.k), ("v", spec.v))
     pattern = core.pattern.kind
@@ -145,7 +146,7 @@ def _spec(choice: Choice) -> SpecSummary:
     return SpecSummary(
         heads=core.heads,
         kv_heads=core.kv_heads,
-        hidden=choice.site.hidden_size,
+        hidden=site.hidden_size,
         qk_width=core.qk_head_dim,
         v_width=core.v_head_dim,
         rotary_width=rotary.width if isinstance(rotary, Rotary) else 0,

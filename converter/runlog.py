@@ -20,11 +20,23 @@ from reattend.source import Source
 
 
 class RunLog:
-    """Collects stages as they finish."""
+    """Collects stages as they finish.
+
+    Attributes:
+        baseline: peak memory before the first stage, bytes: the interpreter and its packages.
+        predicted: by stage, predicted growth of peak memory over `baseline`, bytes.
+    """
 
     def __init__(self) -> None:
         self.started = datetime.now(UTC)
         self.stages: list[StageRun] = []
+        self.baseline = peak_memory()
+        self.predicted: dict[str, int] = {}
+        self._reused: set[str] = set()
+
+    def reused(self, name: str) -> None:
+        """Note that a stage's result was taken from an interrupted run."""
+        self._reused.add(name)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -32,7 +44,16 @@ class RunLog:
         begin = time.monotonic()
         yield
         seconds = time.monotonic() - begin
-        self.stages.append(StageRun(name=name, seconds=seconds, peak_bytes=peak_memory()))
+        growth = self.predicted.get(name)
+        self.stages.append(
+            StageRun(
+                name=name,
+                seconds=seconds,
+                peak_bytes_predicted=None if growth is None else self.baseline + growth,
+                peak_bytes=peak_memory(),
+                reused=name in self._reused,
+            )
+        )
 
     def finish(self, source: Source, out: Path | None) -> Run:
         """The record so far."""

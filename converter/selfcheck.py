@@ -103,7 +103,11 @@ def _compare(
         y = mixer(x, Context(mask=valid, rotation=rotation), None, memory)
     if y.shape != expected.shape:
         return float("inf")
-    rows = valid.bool() if valid is not None and memory is None else torch.ones(x.shape[:2], dtype=torch.bool)
+    rows = (
+        valid.bool()
+        if valid is not None and memory is None
+        else torch.ones(x.shape[:2], dtype=torch.bool)
+    )
     gap = (y - expected)[rows].abs().max()
     return float(gap / expected[rows].abs().max().clamp_min(1e-30))
 

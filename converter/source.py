@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from reattend.errors import ArgumentError, ModelError
 from reattend.inputs import is_hf
+from reattend.weight_files import check_files, hash_files, read_config
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _load(
         check_files(folder)
     model = _from_pretrained(given, local, architecture, device_map, dtype, trust_remote_code)
     if device is not None:
-        model = model.to(device)
+        model = _moved(model, device)
     if tokenizer is None:
         tokenizer = find_tokenizer(given, local, trust_remote_code)
     hashes = hash_files(folder) if local else {"state_dict": _hash_state(model)}
@@ -135,12 +135,7 @@ def _load(
 
 def _architecture(folder: Path, given: str, trust_remote_code: bool) -> str | None:
     """The class config.json names; refuses remote code that was not asked for."""
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as problem:
-        raise ModelError("config.json is not JSON", where=given, why=str(problem)) from problem
-    if not isinstance(config, dict):
-        raise ModelError("config.json is not a mapping", where=given)
+    config = read_config(folder / "config.json")
     if config.get("auto_map") and not trust_remote_code:
         raise ModelError(
             "the model's code lies in its own folder and would be executed",
@@ -158,44 +153,6 @@ def _architecture(folder: Path, given: str, trust_remote_code: bool) -> str | No
     return None if config.get("auto_map") else names[0]
 
 
-def check_files(folder: Path) -> None:
-    """Weights must be safetensors, complete and readable."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        why = f"it only has {pickled[0].name}, which could run code when opened" if pickled else ""
-        raise ModelError(
-            "the model folder has no safetensors weights",
-            where=str(folder),
-            why=why,
-            next_step="save the model with save_pretrained (safetensors is its default)",
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-        except (SafetensorError, OSError, ValueError) as problem:
-            raise ModelError(
-                "a weight file is damaged or cut short",
-                where=str(file),
-                why=str(problem),
-                next_step="copy or download it again",
-            ) from problem
-        if not names:
-            raise ModelError("a weight file holds no tensor", where=str(file))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        missing = sorted(wanted - {f.name for f in files})
-        if missing:
-            raise ModelError(
-                "a weight file is missing", where=str(folder / missing[0]),
-                next_step="copy or download the whole model",
-            )  # fmt: skip
-
-
 def _from_pretrained(
     given: str, local: bool, architecture: str | None, device_map: Any, dtype: Any, trust: bool
 ) -> nn.Module:
@@ -204,21 +161,21 @@ def _from_pretrained(
     kwargs: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
     if device_map is not None:
         kwargs["device_map"] = device_map
-    kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else (
-        dtype or "auto"
-    )
+    kwargs |= {"dtype": _dtype(dtype), "output_loading_info": True}
+    loaded: Any
     try:
         if architecture and architecture.startswith("Reattend"):
             from reattend.targets.huggingface import load_model
 
             kwargs.pop("trust_remote_code")
-            return load_model(given, [architecture], **kwargs)
-        chosen = getattr(transformers, architecture, None) if architecture else None
-        if chosen is None:
-            chosen = transformers.AutoModelForCausalLM
-        elif not trust:
-            kwargs.pop("trust_remote_code")
-        loaded: nn.Module = chosen.from_pretrained(given, **kwargs)
+            loaded = load_model(given, [architecture], **kwargs)
+        else:
+            chosen = getattr(transformers, architecture, None) if architecture else None
+            if chosen is None:
+                chosen = transformers.AutoModelForCausalLM
+            elif not trust:
+                kwargs.pop("trust_remote_code")
+            loaded = chosen.from_pretrained(given, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
         raise ModelError(
@@ -227,7 +184,57 @@ def _from_pretrained(
             why=f"{type(problem).__name__}: {first}",
             next_step="check the folder" if local else f"download it first: hf download {given}",
         ) from problem
-    return loaded
+    return complete(*loaded, given)
+
+
+def complete(model: nn.Module, loading_info: dict[str, Any], where: str) -> nn.Module:
+    """The loaded model, if its checkpoint held every weight.
+
+    transformers only warns about the others, and fills them with random numbers.
+
+    Raises:
+        ModelError: naming the first weights that are missing.
+    """
+    missing = sorted(loading_info.get("missing_keys") or ())
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            "the checkpoint does not hold every weight of the model",
+            where=where,
+            why=f"missing: {', '.join(missing[:3])}{more}",
+            next_step="copy or download the whole model, and check `architectures` in config.json",
+        )
+    return model
+
+
+def _dtype(dtype: Any) -> Any:
+    """A torch dtype from what the user wrote; None keeps the checkpoint's."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArgumentError(
+            f"unknown dtype {str(dtype)!r}",
+            why="known here: float32, float64, bfloat16, float16, auto",
+            next_step="leave dtype out to keep the checkpoint's own",
+        )
+    return found
+
+
+def _moved(model: nn.Module, device: Any) -> nn.Module:
+    """The model on a device.
+
+    Raises:
+        ArgumentError: there is no such device here.
+    """
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as problem:
+        raise ArgumentError(
+            f"the model cannot be moved to device {str(device)!r}",
+            why=str(problem).strip().partition("\n")[0],
+            next_step="leave device out to stay on the CPU",
+        ) from problem
 
 
 def find_tokenizer(given: str, local: bool, trust: bool) -> Any:
@@ -243,15 +250,6 @@ def find_tokenizer(given: str, local: bool, trust: bool) -> Any:
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every weight file of a model folder."""
-    hashes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            hashes[file.name] = "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
-    return hashes
 
 
 def _hash_state(model: nn.Module) -> str:

@@ -163,8 +163,7 @@ class AttentionSpec:
         if c.kv_heads != c.heads:
             parts.append(f"{c.kv_heads} kv heads")
         parts.append(
-            f"width {c.qk_head_dim}"
-            + (f"/{c.v_head_dim}" if c.v_head_dim != c.qk_head_dim else "")
+            f"width {c.qk_head_dim}" + (f"/{c.v_head_dim}" if c.v_head_dim != c.qk_head_dim else "")
         )
         rotary = self.q.first(Rotary)
         if isinstance(rotary, Rotary):

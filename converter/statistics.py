@@ -45,7 +45,9 @@ class SiteStatistics:
         query = torch.zeros(q, q, dtype=wide) if queries else None
         return cls(torch.zeros(width, width, dtype=wide), torch.zeros(width, dtype=wide), query)
 
-    def add(self, dense: DenseAttention, x_BND: Tensor, memory: Tensor | None, valid: Tensor | None) -> None:
+    def add(
+        self, dense: DenseAttention, x_BND: Tensor, memory: Tensor | None, valid: Tensor | None
+    ) -> None:
         """Add the tokens of one call; `valid` [B, N] marks real ones."""
         source = x_BND if memory is None else memory
         y = torch.cat([keys(dense, source), values(dense, source)], -1)

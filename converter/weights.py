@@ -49,7 +49,11 @@ def dense_state(spec: AttentionSpec, lookup: Lookup) -> dict[str, Tensor]:
     """
     q_heads, kv_heads = _head_order(spec)
     state: dict[str, Tensor] = {}
-    for name, stream, heads in (("q", spec.q, q_heads), ("k", spec.k, kv_heads), ("v", spec.v, kv_heads)):
+    for name, stream, heads in (
+        ("q", spec.q, q_heads),
+        ("k", spec.k, kv_heads),
+        ("v", spec.v, kv_heads),
+    ):
         order = _dimension_order(stream)
         rows = _rows(stream.proj, heads, order)
         state[f"{name}_proj.weight"] = _gather(_matrix(stream.proj, lookup), rows)

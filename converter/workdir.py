@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from reattend.durable import Writer, durable_write, os_errors_explained, tensors_writer
 from reattend.errors import OutputError
+from reattend.interrupts import interrupts_wait
 from reattend.outdir import (
     FINGERPRINT,
     State,
@@ -148,7 +149,7 @@ class Workdir:
         For writers that want a folder (`save_pretrained`); `prefix` is the folder to publish to.
         """
         staging = self.partial / ".staging.tmp"
-        with os_errors_explained(staging):
+        with os_errors_explained(self.partial):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             try:
@@ -201,6 +202,11 @@ class Workdir:
         """
         if self.state == "complete":
             return self.out
+        with interrupts_wait():
+            self._finish()
+        return self.out
+
+    def _finish(self) -> None:
         with os_errors_explained(self.out):
             for file in sorted(p for p in self.partial.rglob("*") if p.is_file()):
                 if file.relative_to(self.partial).as_posix() not in self._kept:
@@ -226,7 +232,6 @@ class Workdir:
             shutil.rmtree(aside, ignore_errors=True)
         self.state = "complete"
         self.close()
-        return self.out
 
     def _at(self, phase: str, name: str) -> None:
         """Called at every point where a kill could fall; tests replace it to die there."""

@@ -48,7 +48,9 @@ def checked_section(config_dict: dict[str, Any]) -> dict[str, Any]:
     """
     section = config_dict.get("reattend")
     if not isinstance(section, dict) or "sites" not in section:
-        raise ModelError("config.json has no `reattend` section", next_step="convert the model again")
+        raise ModelError(
+            "config.json has no `reattend` section", next_step="convert the model again"
+        )
     if int(section.get("format", 0)) > FORMAT:
         raise ModelError(
             f"this checkpoint has format {section['format']}; this reattend reads up to {FORMAT}",
@@ -116,6 +118,8 @@ def register_auto_classes(made: Any) -> None:
             continue
         found = mapping[base]
         found = found[0] if isinstance(found, tuple) else found
+        if getattr(found, "config_class", None) is not base:
+            continue  # a composite that merely contains this architecture
         auto.register(made, model_class(found), exist_ok=True)
 
 

@@ -125,9 +125,11 @@ def test_absorbed_equals_expanded_through_a_cache(case: str, chunk: int) -> None
 
 def test_padding_is_hidden_in_both_forms() -> None:
     original = dense(config())
-    built: Any = ToMla().build(
-        original, moments(original), MlaOptions(kv_lora_rank=9, qk_rope_head_dim=4)
-    ).mixer
+    built: Any = (
+        ToMla()
+        .build(original, moments(original), MlaOptions(kv_lora_rank=9, qk_rope_head_dim=4))
+        .mixer
+    )
     x = torch.randn(2, 12, HIDDEN, dtype=torch.float64)
     valid = torch.ones(2, 12)
     valid[0, :4] = 0
@@ -182,9 +184,11 @@ def test_latent_norm_keeps_the_mean_size() -> None:
     original = dense(config())
     options = MlaOptions(kv_lora_rank=12, qk_rope_head_dim=8, latent_norm="rms")
     built: Any = ToMla().build(original, moments(original), options).mixer
-    plain: Any = ToMla().build(
-        original, moments(original), options.model_copy(update={"latent_norm": "none"})
-    ).mixer
+    plain: Any = (
+        ToMla()
+        .build(original, moments(original), options.model_copy(update={"latent_norm": "none"}))
+        .mixer
+    )
     x = torch.randn(4, 50, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
         ratio = built._rows(x, built._turn(Context(), None, x))[0].norm() / (
@@ -251,9 +255,11 @@ def test_up_projection_is_read_through_the_layer() -> None:
             return self.base(x) + x @ self.a.t() @ self.b.t()
 
     original = dense(config())
-    built: Any = ToMla().build(
-        original, moments(original), MlaOptions(kv_lora_rank=9, qk_rope_head_dim=4)
-    ).mixer
+    built: Any = (
+        ToMla()
+        .build(original, moments(original), MlaOptions(kv_lora_rank=9, qk_rope_head_dim=4))
+        .mixer
+    )
     built.kv_b_proj = Lora(built.kv_b_proj)
     x = torch.randn(2, 12, HIDDEN, dtype=torch.float64)
     for _ in range(2):

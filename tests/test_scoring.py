@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from reattend.errors import ArgumentError, GateError
 from reattend.verify.scoring import cached_scorer, evaluating, full_scorer, logits_of, token_nll
@@ -43,7 +43,11 @@ def test_cached_equals_full(model: Any, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("make", [full_scorer, cached_scorer])
-def test_left_padding_changes_nothing(model: Any, make: Any) -> None:
+@pytest.mark.parametrize("positions", ["rotary", "learned"])  # rotary alone forgives a shift
+def test_left_padding_changes_nothing(model: Any, make: Any, positions: str) -> None:
+    if positions == "learned":
+        config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+        model = GPT2LMHeadModel(config).eval()
     ids = torch.randint(0, 64, (2, 15))
     padded = torch.cat([torch.zeros(2, 6, dtype=torch.long), ids], dim=1)
     mask = torch.ones_like(padded)

@@ -63,7 +63,10 @@ class Saver:
         return f"calibrate.{self.stage}"
 
     def save(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, progress: Progress
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
     ) -> None:
         """Publish a checkpoint; the final one also marks the stage as finished."""
         if self.workdir is None:

@@ -54,7 +54,7 @@ class EndToEnd(Stage):
             target, wanted = self._watched(teacher, arguments)
         guess, hidden = self._watched(student, arguments)
         self._broken = next((p for p in hidden if not _finite(hidden[p])), "")
-        loss = torch.zeros((), device=(target if target is not None else next(iter(wanted.values()))).device)
+        parts: list[Tensor] = []
         pairs = [(p, hidden[p], wanted[p]) for p in self.blocks if p in hidden and p in wanted]
         for path, y, t in pairs:
             real = real_tokens(arguments, t, is_below(path, self.decoder))
@@ -62,15 +62,16 @@ class EndToEnd(Stage):
             gap, size = squared_error(y, t, counted(real, t, silent))
             (norm,) = self.ranks.sum(size)
             part = gap / norm.clamp_min(torch.finfo(torch.float32).tiny).to(gap.dtype)
-            loss = loss + (HIDDEN_WEIGHT / len(pairs)) * part.to(loss.device)
+            parts.append(HIDDEN_WEIGHT / len(pairs) * part)
         if target is not None and guess is not None:
-            loss = loss + self._divergence(guess, target, arguments, silent).to(loss.device)
-        elif not pairs:
+            parts.append(self._divergence(guess, target, arguments, silent))
+        if not parts:
             raise ArgumentError(
                 "stage end-to-end finds neither logits nor blocks to compare",
                 where=type(student).__name__,
                 next_step="calibrate with stages: [layerwise]",
             )
+        loss = torch.stack([part.to(parts[0].device) for part in parts]).sum()
         loss.backward()
         (total,) = self.ranks.sum(loss.detach())
         return {"": total}

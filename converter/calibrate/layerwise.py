@@ -4,8 +4,9 @@ Inputs and targets come from the teacher's stream, so errors do not build up fro
 and nothing is propagated through the stack. One pass of the teacher feeds all sites: a hook on
 each teacher block runs the student's block on the very arguments of that call, adds its gradient
 and drops its activations, so memory holds one block's activations at a time. The sites remain
-independent (gradient, clipping and AdamW are their own), only the pass is shared; measured on
-the shipped model this costs a sixth of one pass per site. The teacher stops after its last site.
+independent (gradient, clipping and AdamW are their own); only the teacher's pass is shared, and
+so paid once instead of once per site. In exchange a checkpoint holds all sites at one step, and
+resuming continues all of them. The teacher stops after its last site: no logits are formed.
 """
 
 from __future__ import annotations

@@ -114,7 +114,9 @@ class Loop:
 
     def _culprit(self, group: str, parameters: list[nn.Parameter]) -> str:
         names = {id(q): n for n, q in self.parameters.items()}
-        bad = (q for q in parameters if q.grad is not None and not bool(torch.isfinite(q.grad).all()))
+        bad = (
+            q for q in parameters if q.grad is not None and not bool(torch.isfinite(q.grad).all())
+        )
         return next((names[id(q)] for q in bad), group)
 
     def _check_weights(self) -> None:

@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def squared_error(y_BND: Tensor, target_BND: Tensor, real_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+def squared_error(
+    y_BND: Tensor, target_BND: Tensor, real_BN: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Sum over real tokens of |y - t|^2 (differentiable) and of |t|^2.
 
     Their quotient is the normalised mean squared error: 0 is the teacher, 1 is as far as zeros.
     """
-    gap, size = (y_BND - target_BND).square(), target_BND.square()
-    if real_BN is None:
-        return gap.sum(), size.sum()
-    keep = real_BN[..., None]
-    return gap.masked_fill(~keep, 0).sum(), size.masked_fill(~keep, 0).sum()
+    gap_BND = y_BND - target_BND
+    if real_BN is not None:  # before squaring: 0 x NaN would reach the gradient
+        gap_BND = gap_BND.masked_fill(~real_BN[..., None], 0)
+        target_BND = target_BND.masked_fill(~real_BN[..., None], 0)
+    return gap_BND.square().sum(), target_BND.square().sum()
 
 
 class _Divergence(torch.autograd.Function):

@@ -82,7 +82,9 @@ def calibrate(
     stream = Stream(dataset, settings.batch_size, seed)
     results: list[StageResult] = []
     position = 0
-    key = digest([inputs_hash, settings.model_dump(mode="json"), seed, dataset.fingerprint, ranks.world])
+    key = digest(
+        [inputs_hash, settings.model_dump(mode="json"), seed, dataset.fingerprint, ranks.world]
+    )
     with _own_random_state(seed):
         if settings.lora_rank is not None:
             from reattend.calibrate.lora import inject

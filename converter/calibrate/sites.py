@@ -46,7 +46,9 @@ def block_paths(student: nn.Module) -> list[str]:
             parent = ".".join(parts[: i - 1])
             holder = student.get_submodule(parent) if parent else student
             if isinstance(holder, nn.ModuleList):
-                paths.update({f"{parent}.{k}" if parent else str(k): None for k in range(len(holder))})
+                paths.update(
+                    {f"{parent}.{k}" if parent else str(k): None for k in range(len(holder))}
+                )
                 break
         else:
             paths[path] = None
@@ -90,6 +92,14 @@ def accepts(model: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def _names(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def _left_padded(mask: Tensor) -> bool:
+    return mask.dim() == 2 and not bool(mask[:, 0].bool().all())
+
+
 def call_arguments(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of one forward pass: on the model's device, without a cache.
 
@@ -107,16 +117,17 @@ def call_arguments(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any
                 next_step="pass full rows",
             )
         del arguments["attention_mask"]
-    elif mask is not None and mask.dim() == 2 and not bool(mask[:, 0].bool().all()):
-        # left padding: count positions over real tokens, as `generate` does
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            arguments.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+    elif mask is not None and _left_padded(mask) and _names(model, "position_ids"):
+        # positions count real tokens, as `generate` counts them
+        arguments.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
     if accepts(model, "use_cache"):
         arguments["use_cache"] = False
     return arguments
 
 
-def real_tokens(arguments: dict[str, Any], like_BND: Tensor, decoder: bool = False) -> Tensor | None:
+def real_tokens(
+    arguments: dict[str, Any], like_BND: Tensor, decoder: bool = False
+) -> Tensor | None:
     """Which tokens of `like_BND` are real, [B, N] bool; None where every one counts."""
     mask = arguments.get("decoder_attention_mask" if decoder else "attention_mask")
     if not isinstance(mask, Tensor) or tuple(mask.shape) != tuple(like_BND.shape[:2]):
@@ -126,9 +137,10 @@ def real_tokens(arguments: dict[str, Any], like_BND: Tensor, decoder: bool = Fal
 
 def decoder_prefix(model: nn.Module) -> str | None:
     """Path of the decoder of an encoder-decoder model; its tokens have their own mask."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    whole: Any = model
+    if not getattr(getattr(whole, "config", None), "is_encoder_decoder", False):
         return None
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = whole.get_decoder() if hasattr(whole, "get_decoder") else None
     return next((p for p, m in model.named_modules() if m is decoder), None)
 
 

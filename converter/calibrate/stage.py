@@ -94,5 +94,3 @@ def finite_or_raise(tensor: Tensor, where: str, real: Tensor | None) -> None:
             where=where,
             next_step="check the original's weights and the data",
         )
-
-

@@ -58,7 +58,7 @@ def mixer_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
         raise ArgumentError(
             "there is nothing to calibrate: the model has no converted attention block",
             where=type(student).__name__,
-            next_step='convert it first; plan="identity" gives the dense model in calibratable form',
+            next_step='convert it first (plan="identity" prepares the dense model)',
         )
     return found
 
@@ -69,8 +69,11 @@ def working_copies(teacher: nn.Module, student: nn.Module) -> Working:
     Args:
         teacher: the original.
         student: a model with mixers; may share parameters with the teacher.
+
+    Raises:
+        ArgumentError: no mixer, or a model that accelerate has spread over devices.
     """
-    memo: dict[int, Any] = {}
+    _refuse_dispatched(teacher, student)
     shared: dict[Any, Tensor] = {}
     masters: dict[str, nn.Parameter] = {}
     names: dict[int, str] = {}
@@ -78,7 +81,7 @@ def working_copies(teacher: nn.Module, student: nn.Module) -> Working:
         masters[name] = nn.Parameter(_wide(parameter.detach()).clone())
         names[id(parameter)] = name
     for model, trained in ((teacher, False), (student, True)):
-        memo = {}
+        memo: dict[int, Any] = {}
         for tensor in [*model.parameters(), *model.buffers()]:
             if trained and id(tensor) in names:
                 memo[id(tensor)] = masters[names[id(tensor)]]
@@ -117,6 +120,18 @@ def write_back(student: nn.Module, working: Working) -> list[str]:
             if held is not None and id(held) in changed:
                 module._parameters[name] = changed[id(held)]
     return sorted(working.names[key] for key in changed)
+
+
+def _refuse_dispatched(*models: nn.Module) -> None:
+    """A dispatched module's `forward` is bound to the module itself; its copy would run it."""
+    for model in models:
+        for path, module in model.named_modules():
+            if hasattr(module, "_hf_hook"):
+                raise ArgumentError(
+                    "a model spread over devices by accelerate cannot be calibrated",
+                    where=path or type(model).__name__,
+                    next_step="load it on one device (without device_map)",
+                )
 
 
 def _wide(tensor: Tensor) -> Tensor:

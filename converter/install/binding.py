@@ -107,9 +107,7 @@ def match(arguments: dict[str, Any], value: Tensor, tolerance: float = 0.03) -> 
     return best[1] if best[0] <= tolerance else None
 
 
-def match_table(
-    arguments: dict[str, Any], table_NP: Tensor
-) -> tuple[TableRef, float] | None:
+def match_table(arguments: dict[str, Any], table_NP: Tensor) -> tuple[TableRef, float] | None:
     """The leaf and columns that hold a rotary table, and the constant factor between them."""
     for path, leaf in leaves(arguments):
         if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.shape[-2] != table_NP.shape[0]:
@@ -138,7 +136,9 @@ def _columns(columns_NC: Tensor, table_NP: Tensor) -> tuple[tuple[int, ...], flo
     factor = None
     for p in range(table_NP.shape[1]):
         wanted = table_NP[:, p]
-        factors = (columns_NC * wanted[:, None]).sum(0) / columns_NC.square().sum(0).clamp_min(1e-30)
+        factors = (columns_NC * wanted[:, None]).sum(0) / columns_NC.square().sum(0).clamp_min(
+            1e-30
+        )
         gaps = (columns_NC * factors - wanted[:, None]).abs().amax(0)
         good = gaps <= 1e-4 * wanted.abs().max().clamp_min(1e-12)
         if factor is not None:

@@ -27,7 +27,12 @@ def watch_cache(
         part: str | None = None
 
         def update(
-            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+            self,
+            key_states: Tensor,
+            value_states: Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:
             if active and active[-1] not in found:
                 path = next((p for p, v in leaves(arguments[active[-1]]) if v is cache), None)

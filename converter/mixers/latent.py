@@ -72,7 +72,9 @@ class LatentAttention(Mixer):
             self.q_proj: nn.Module = nn.Linear(config.hidden_size, q_width, q_bias)
         else:
             self.q_proj = nn.Sequential()
-            self.q_proj.add_module("q_a_proj", nn.Linear(config.hidden_size, config.q_lora_rank, False))
+            self.q_proj.add_module(
+                "q_a_proj", nn.Linear(config.hidden_size, config.q_lora_rank, False)
+            )
             self.q_proj.add_module("q_b_proj", nn.Linear(config.q_lora_rank, q_width, q_bias))
         self.q_norm = stream_norm(config.q, core.heads, d)
         self.k_norm = stream_norm(config.k, groups, d)
@@ -135,9 +137,7 @@ class LatentAttention(Mixer):
         columns = torch.tensor(self.config.rope_columns, device=x_BND.device)
         return full[0].index_select(-1, columns), full[1].index_select(-1, columns)
 
-    def _queries(
-        self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _queries(self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Unrotated [B, H, N, d] and rotated [B, H, N, R] queries."""
         c = self.config
         heads, d, rope = c.core.heads, c.core.qk_head_dim, c.qk_rope_head_dim
@@ -244,7 +244,9 @@ class LatentAttention(Mixer):
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any
     ) -> Tensor:
         c = self.config.core
-        both = self.kv_b_proj(latent[:, 0]).unflatten(-1, (c.kv_heads, c.qk_head_dim + c.v_head_dim))
+        both = self.kv_b_proj(latent[:, 0]).unflatten(
+            -1, (c.kv_heads, c.qk_head_dim + c.v_head_dim)
+        )
         keys, values = both.transpose(1, 2).split([c.qk_head_dim, c.v_head_dim], -1)
         if self.v_bias is not None:
             values = values + self.v_bias[None, :, None]

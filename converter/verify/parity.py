@@ -99,7 +99,9 @@ def decode_checks(original: nn.Module, converted: nn.Module, seed: int = 0) -> l
     generator = torch.Generator().manual_seed(seed)
     checks = []
     for batch, length, pad in ((1, 37, 0), (3, 53, 6)):
-        ids = torch.randint(min(8, vocabulary - 1), vocabulary, (batch, length), generator=generator)
+        ids = torch.randint(
+            min(8, vocabulary - 1), vocabulary, (batch, length), generator=generator
+        )
         mask = torch.ones_like(ids)
         for row in range(batch):
             mask[row, : pad * row // max(1, batch - 1)] = 0
@@ -144,7 +146,10 @@ def _cache_gap(
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False, **where(0, ids.shape[1]))
         expected = whole.logits[:, start:]
         out = model(
-            input_ids=ids[:, :start], attention_mask=mask[:, :start], use_cache=True, **where(0, start)
+            input_ids=ids[:, :start],
+            attention_mask=mask[:, :start],
+            use_cache=True,
+            **where(0, start),
         )
         rows = []
         for i in range(start, ids.shape[1]):

@@ -37,7 +37,7 @@ def key_range(
     lo = tl.maximum(start, 0)
     hi = end
     if HAS_WINDOW:
-        lo = tl.maximum(lo, first_pos - window + 2)
+        lo = tl.maximum(lo, first_pos - window + 1)
     if CAUSAL:
         hi = tl.minimum(hi, last_pos + 1)
     return lo, hi

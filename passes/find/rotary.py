@@ -67,9 +67,7 @@ def fit_rotation(
     radius = float(cos[0, 0])
     scaling = 1.0 if abs(radius - 1) <= precision else radius
     inv_freq = torch.atan2(sin[1], cos[1])
-    spec = Rotary(
-        tuple(pairs), tuple(inv_freq.tolist()), _pairing(pairs), scaling
-    )
+    spec = Rotary(tuple(pairs), tuple(inv_freq.tolist()), _pairing(pairs), scaling)
     return Rotation(spec, cos, sin, constant)
 
 

@@ -139,8 +139,10 @@ def _shared_rotation(q: FoundStream, k: FoundStream) -> Rotation | None:
     a, b = q.rotation, k.rotation
     assert isinstance(a.spec, Rotary) and isinstance(b.spec, Rotary)
     same = a.spec.pairs == b.spec.pairs and a.cos_NP.shape == b.cos_NP.shape
-    if not same or bool((a.cos_NP - b.cos_NP).abs().max() > 1e-9) or bool(
-        (a.sin_NP - b.sin_NP).abs().max() > 1e-9
+    if (
+        not same
+        or bool((a.cos_NP - b.cos_NP).abs().max() > 1e-9)
+        or bool((a.sin_NP - b.sin_NP).abs().max() > 1e-9)
     ):
         raise NotUnderstood("queries and keys are rotated differently")
     return a
@@ -177,5 +179,3 @@ def _core(
         softcap=softcap,
         pattern=pattern,
     )
-
-

@@ -53,9 +53,7 @@ def stream_nodes(core_input: fx.Node, projection: fx.Node) -> set[fx.Node]:
     return on_path
 
 
-def read_stream(
-    gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, Any]
-) -> FoundStream:
+def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, Any]) -> FoundStream:
     """Read the stream that ends in `core_input` ([B, H, N, d]).
 
     Args:
@@ -69,7 +67,12 @@ def read_stream(
     projection = find_projection(core_input)
     nodes = stream_nodes(core_input, projection)
     externals = sorted(
-        {i for n in nodes - {projection} for i in n.all_input_nodes} - nodes,
+        {
+            i
+            for n in nodes - {projection}
+            for i in n.all_input_nodes
+            if i not in nodes and not parameter_only(i)
+        },
         key=list(gm.graph.nodes).index,
     )
     plain = Evaluator(gm)
@@ -85,13 +88,17 @@ def read_stream(
         return out
 
     proj, scale_Hd = _row_map(gm, projection, push, like)
-    coarse = any(getattr(v, "dtype", None) in (torch.bfloat16, torch.float16) for v in values.values())
+    coarse = any(
+        getattr(v, "dtype", None) in (torch.bfloat16, torch.float16) for v in values.values()
+    )
     rotation = fit_rotation(push, like, proj, scale_Hd, 1e-2 if coarse else 1e-5)
     steps: list[Step] = [proj]
     if norms:
         steps += _norm_steps(gm, norms, proj, core_input, linear, values, like)
     if rotation is not None and rotation.spec is not None:
-        before = bool(norms) and _rotates_before(rotation, norms[0], linear, values, projection, like)
+        before = bool(norms) and _rotates_before(
+            rotation, norms[0], linear, values, projection, like
+        )
         steps.insert(1 if before else len(steps), rotation.spec)
     constant = rotation.constant if rotation is not None else _uniform(scale_Hd)
     if constant != 1.0:
@@ -111,7 +118,9 @@ def _projection_like(projection: fx.Node) -> Tensor:
     shape = projection.meta["val"].shape
     sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in shape]
     if len(sizes) != 3:
-        raise NotUnderstood(f"projection {projection.name} has {len(sizes)} axes, not batch, token, row")
+        raise NotUnderstood(
+            f"projection {projection.name} has {len(sizes)} axes, not batch, token, row"
+        )
     return torch.zeros(sizes, dtype=torch.float64)
 
 
@@ -123,7 +132,9 @@ def _row_map(
     scale_BHNd = push(torch.ones_like(like))
     index_BHNd = push((rows + 1).expand_as(like).clone())
     if scale_BHNd.dim() != 4 or scale_BHNd.shape[0] != like.shape[0]:
-        raise NotUnderstood(f"core input has shape {tuple(scale_BHNd.shape)}, not batch, head, token, width")
+        raise NotUnderstood(
+            f"core input has shape {tuple(scale_BHNd.shape)}, not batch, head, token, width"
+        )
     if scale_BHNd.shape[2] != like.shape[1]:
         raise NotUnderstood("tokens are regrouped between projection and core (windows, chunks)")
     scale, index = scale_BHNd[:, :, 0], index_BHNd[:, :, 0]
@@ -135,7 +146,11 @@ def _row_map(
         raise NotUnderstood("between projection and core stands something that is not a row map")
     heads, width = row_Hd.shape[1:]
     weight, transposed = weight_of(gm, projection.args[1])
-    bias = weight_of(gm, projection.args[2])[0] if len(projection.args) > 2 and projection.args[2] else None
+    bias = (
+        weight_of(gm, projection.args[2])[0]
+        if len(projection.args) > 2 and projection.args[2]
+        else None
+    )
     flat = tuple(int(r) for r in row_Hd[0].reshape(-1).tolist())
     return Proj(weight, bias, heads, width, flat, transposed), scale[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -27,12 +28,10 @@ class FuseSdpa(GraphPass):
         return [n for n in gm.graph.nodes if is_op(n, aten.scaled_dot_product_attention)]
 
     def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
-        """Dropout must be off and heads explicit."""
+        """Dropout must be off."""
         args = _sdpa_arguments(node)
         if args["dropout_p"]:
             return Refusal("attention dropout is active: call model.eval() first")
-        if args["enable_gqa"]:
-            return Refusal("enable_gqa inside the captured graph")
         return None
 
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
@@ -42,16 +41,40 @@ class FuseSdpa(GraphPass):
         if scale is None:
             scale = 1.0 / math.sqrt(int(a["query"].meta["val"].shape[-1]))  # type: ignore[attr-defined]
         with gm.graph.inserting_before(node):
+            if a["enable_gqa"]:
+                _repeat_heads(gm, a)
             new = gm.graph.call_function(
                 attention,
-                (a["query"], a["key"], a["value"], a["attn_mask"], scale, 0.0, a["is_causal"], None),
+                (
+                    a["query"],
+                    a["key"],
+                    a["value"],
+                    a["attn_mask"],
+                    scale,
+                    0.0,
+                    a["is_causal"],
+                    None,
+                ),
             )
         replace_node(node, new)
 
 
-def _sdpa_arguments(node: fx.Node) -> dict[str, object]:
+def _repeat_heads(gm: fx.GraphModule, arguments: dict[str, Any]) -> None:
+    """Make grouped keys and values explicit: one head for every query head."""
+    heads = int(arguments["query"].meta["val"].shape[1])
+    for name in ("key", "value"):
+        node = arguments[name]
+        value = node.meta["val"]
+        times = heads // int(value.shape[1])
+        if times > 1:
+            new = gm.graph.call_function(aten.repeat_interleave.self_int, (node, times, 1))
+            new.meta["val"] = value.repeat_interleave(times, 1)
+            arguments[name] = new
+
+
+def _sdpa_arguments(node: fx.Node) -> dict[str, Any]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    found: dict[str, object] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+    found: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
     found.update(scale=None, enable_gqa=False)
     found.update(zip(names, node.args, strict=False))
     found.update(node.kwargs)
@@ -181,7 +204,16 @@ class FuseEager(GraphPass):
                 keys.meta["val"] = parts.k.meta["val"].transpose(-1, -2)
             new = gm.graph.call_function(
                 attention,
-                (parts.q, keys, product.args[1], parts.mask, parts.scale, parts.softcap, False, None),
+                (
+                    parts.q,
+                    keys,
+                    product.args[1],
+                    parts.mask,
+                    parts.scale,
+                    parts.softcap,
+                    False,
+                    None,
+                ),
             )
         replace_node(product, new)
         gm.graph.eliminate_dead_code()

@@ -65,6 +65,6 @@ class ToLinear(GraphPass):
                 view.replace_all_uses_with(new)
             else:
                 view.replace_input_with(node, new)
-        for dead in [*[v for v in views if not v.users], node]:
+        for dead in [*[v for v in views if not v.users], node, x]:
             if not dead.users:
                 gm.graph.erase_node(dead)

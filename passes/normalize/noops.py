@@ -19,8 +19,10 @@ def _same_value(node: fx.Node) -> bool:
         return True
     if is_op(node, aten.slice):
         args = list(node.args) + [0, 0, None, 1][len(node.args) :]
-        return args[2] in (0, None) and args[3] in (None, torch.iinfo(torch.int64).max) and (
-            args[4:] in ([], [1])
+        return (
+            args[2] in (0, None)
+            and args[3] in (None, torch.iinfo(torch.int64).max)
+            and (args[4:] in ([], [1]))
         )
     if is_op(node, aten.dropout, aten.native_dropout):
         return not node.args[2] or node.args[1] == 0.0

@@ -20,7 +20,12 @@ from reattend.mixers.latent import LatentAttention, LatentConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Conversion, Cost, Exactness
 from reattend.passes.rewrite.mla_latent import LatentChoice, joint_pca
-from reattend.passes.rewrite.mla_rotary import RotaryChoice, select_real, slot_columns, smallest_fold
+from reattend.passes.rewrite.mla_rotary import (
+    RotaryChoice,
+    select_real,
+    slot_columns,
+    smallest_fold,
+)
 from reattend.statistics import SiteStatistics
 
 
@@ -133,7 +138,9 @@ class ToMla(Conversion):
         if config.core.pattern == "chunked":
             return Refusal("chunked attention is not supported by to: mla yet")
         if config.core.softcap and config.k.bias and config.k.norm is None:
-            return Refusal("a key bias under a softcap cannot be dropped (softmax does not cancel it)")
+            return Refusal(
+                "a key bias under a softcap cannot be dropped (softmax does not cancel it)"
+            )
         if options.q_lora_rank and (config.q.norm or config.q.bias):
             return Refusal("q_lora_rank with a query norm or bias is not supported yet")
         if options.q_lora_rank and options.q_lora_rank > min(
@@ -176,7 +183,9 @@ class ToMla(Conversion):
         flops = without_up + absorb + core.heads * context * (2 * r + rope)
         return Cost(r + rope, parameters, 2 * flops, context)
 
-    def build(self, dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions) -> Built:
+    def build(
+        self, dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions
+    ) -> Built:
         """Select, compress, absorb; all in float64, stored in the source dtype."""
         config = dense.config
         sizes = resolve(config, options)
@@ -192,7 +201,9 @@ class ToMla(Conversion):
         state = _weights(dense, choice, latent, mixer.config, statistics)
         dtype, device = dense.q_proj.weight.dtype, dense.q_proj.weight.device
         mixer.load_state_dict(
-            {k: v.to(device, dtype).contiguous() for k, v in state.items()}, strict=True, assign=True
+            {k: v.to(device, dtype).contiguous() for k, v in state.items()},
+            strict=True,
+            assign=True,
         )
         for parameter in mixer.parameters():
             parameter.requires_grad_(True)
@@ -340,5 +351,3 @@ def _mean_rms(down: Tensor, statistics: SiteStatistics) -> float:
     """Root mean square of the latent over the calibration tokens: the gain that keeps its size."""
     energy = torch.einsum("ry,yz,rz->", down, statistics.gram, down)
     return float((energy / (statistics.count * down.shape[0])).sqrt())
-
-

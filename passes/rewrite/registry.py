@@ -41,7 +41,8 @@ def conversion(name: str) -> type[Conversion]:
         near = get_close_matches(name, [*homes, "keep"], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise PlanError(
-            f"unknown conversion {name!r}", next_step=f"{hint}known: {', '.join(sorted(homes))}, keep"
+            f"unknown conversion {name!r}",
+            next_step=f"{hint}known: {', '.join(sorted(homes))}, keep",
         )
     module, _, attribute = homes[name].partition(":")
     found: type[Conversion] = getattr(import_module(module), attribute)

@@ -163,9 +163,7 @@ _BODIES = {"LatentAttention": _LATENT, "Attention": _DENSE}
 
 def function_text(name: str) -> str:
     """The body of `ai.reattend::<name>` in ONNX's textual syntax."""
-    header = _HEADER.format(
-        domain=DOMAIN, opset=OPSET, name=name, inputs=", ".join(_INPUTS[name])
-    )
+    header = _HEADER.format(domain=DOMAIN, opset=OPSET, name=name, inputs=", ".join(_INPUTS[name]))
     return header + _BODIES[name].replace("SOFTMAX", _SOFTMAX)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from reattend.errors import CaptureError, ReattendError
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, function_proto
 from reattend.targets.onnx.layout import LayerLayout
+from reattend.targets.onnx.simplify import cancel_squeezes
 from reattend.targets.onnx.translate import translation_table
 from reattend.targets.onnx.wrapper import Step
 
@@ -56,7 +57,8 @@ def build(step: Step, dtype: torch.dtype) -> Any:
     assert exported is not None
     model = exported.model
     _name_dimensions(model, step)
-    _forget_shapes_inside(model)
+    _forget_the_trace(model)
+    cancel_squeezes(model)
     _attach(model, step.layers)
     return model
 
@@ -92,11 +94,20 @@ def _name_dimensions(model: Any, step: Step) -> None:
             value.shape = ir.Shape(letters[value.name])
 
 
-def _forget_shapes_inside(model: Any) -> None:
-    """Drop torch's own symbol names inside the graph: they do not match the border's letters."""
+def _forget_the_trace(model: Any) -> None:
+    """Drop what torch noted about the trace: stack traces (they name files of this machine) and
+    its own symbol names inside the graph, which do not match the border's letters.
+    """
     border = {id(v) for v in [*model.graph.inputs, *model.graph.outputs]}
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
     for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
         for value in node.outputs:
+            value.metadata_props.clear()
             if id(value) not in border and value.shape is not None and not value.shape.is_static():
                 value.shape = None
 
@@ -126,15 +137,17 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter reports success through warnings and loggers; only errors matter here."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

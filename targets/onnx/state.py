@@ -73,9 +73,7 @@ class FixedCache(Cache):
         self.past_B = self.length_B - new
         self.start_B = self.length_B - mask_BT.to(torch.int64).sum(-1)
         self.states = {
-            layer.layer: FixedState(
-                layer, {t.name: states[t.input] for t in layer.tensors}, self
-            )
+            layer.layer: FixedState(layer, {t.name: states[t.input] for t in layer.tensors}, self)
             for layer in layers
         }
 

@@ -29,7 +29,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         q: Any, k: Any, v: Any, start: Any, length: Any, table: Any = None, **scalars: Any
     ) -> Any:
         _no_pages(table)
-        return _twice(attention(q, k, v, start, length, **_attributes(**scalars)))
+        return _with_lse(attention(q, k, v, start, length, **_attributes(**scalars)))
 
     def translate_latent(
         q_nope: Any, q_rope: Any, latent_rows: Any, rope_rows: Any, start: Any, length: Any,
@@ -37,7 +37,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:  # fmt: skip
         _no_pages(table)
         inputs = (q_nope, q_rope, latent_rows, rope_rows, start, length)
-        return _twice(latent(*inputs, **_attributes(**scalars)))
+        return _with_lse(latent(*inputs, **_attributes(**scalars)))
 
     def translate_put(cache: Any, new: Any, start: Any, axis: int) -> Any:
         return scatter(cache, new, start, axis=axis)
@@ -61,9 +61,15 @@ def _attributes(
     }
 
 
-def _twice(y: Any) -> tuple[Any, Any]:
-    """The torch op also returns the log-sum-exp, which no mixer reads: it never gets a node."""
-    return y, y
+def _with_lse(y: Any) -> tuple[Any, Any]:
+    """The torch op also returns the log-sum-exp, which no mixer reads.
+
+    A value must stand for it (a second one: the exporter writes its shape on it); nothing uses
+    the node made for it, so the exporter's optimiser removes it.
+    """
+    from onnxscript import opset18
+
+    return y, opset18.Identity(y)
 
 
 def _no_pages(table: Any) -> None:

@@ -1,0 +1,308 @@
+"""Milliseconds per decoded token in ONNX Runtime: converted, original, and transformers' export.
+
+    python kernels/bench/onnx_decode.py --out kernels/bench/results/onnx_decode.json
+
+One thread, batch 1, float32, random weights (speed does not depend on them) in the geometry of the
+shipped model with a longer context. Every variant runs in the same process, in turns, so that what
+else the machine does hits all alike; figures are medians, read the ratios. The states are filled
+with random rows: a step costs the same whatever they hold.
+
+Variants:
+    mla-50, mla-25      converted to MLA at 50 and 25 % of the original cache, exported by reattend
+    original            plan identity (`to: dense`), exported by reattend
+    transformers        the original by transformers' own exporter with its ONNX Runtime fusions
+                        (GroupQueryAttention over a cache of fixed size, buffers shared in place)
+    transformers-grow   the same with a cache that grows (DynamicCache), as generate() uses it
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from reattend.finder import find_attention
+from reattend.install.adapter import install, replace_module
+from reattend.passes.rewrite.mla import MlaOptions, ToMla
+from reattend.statistics import collect
+from reattend.targets.huggingface import adopt
+from reattend.targets.onnx import Session, export_onnx
+from reattend.weights import build_dense
+
+CONTEXTS = (512, 2048, 8192)
+ROOM = 64
+KEEP = {"mla-50": 0.5, "mla-25": 0.25}
+Step = Callable[[], None]
+
+
+def original(kv_heads: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=kv_heads, head_dim=32,
+        max_position_embeddings=max(CONTEXTS) + ROOM, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def converted(model: Any, kv_keep: float | None) -> Any:
+    """The model with every site dense (None) or as MLA with this share of the cache."""
+    sites = find_attention(model).sites
+    weights = dict(model.named_parameters()).__getitem__
+    dense = {
+        s.path: (build_dense(s.spec, weights, s.hidden_size, s.memory_size), s.binding)
+        for s in sites
+    }
+    tokens = [{"input_ids": torch.randint(0, model.config.vocab_size, (4, 256))}]
+    moments = collect(model, dense, tokens) if kv_keep is not None else {}
+    shared = {id(p): p for p in [*model.parameters(), *model.buffers()]}
+    made = copy.deepcopy(model, shared)
+    for path, (block, binding) in dense.items():
+        mixer: Any = block
+        if kv_keep is not None:
+            mixer = ToMla().build(block, moments[path], MlaOptions(kv_keep=kv_keep)).mixer
+        owner = made.get_submodule(path)
+        replace_module(made, path, install(owner, mixer.float().eval(), binding))
+    return adopt(made).eval()
+
+
+class Ours:
+    """A variant exported by reattend."""
+
+    def __init__(self, name: str, model: Any, folder: Path) -> None:
+        self.name = name
+        self.artifact = export_onnx(converted(model, KEEP.get(name)), folder / name)
+        self.session = Session(self.artifact.path, threads=1)
+        self.bytes_per_token = self.artifact.manifest.cache_bytes_per_token
+        self.nodes = Counter(layer.op for layer in self.artifact.manifest.layers)
+
+    def prepare(self, context: int) -> Step:
+        session, token = self.session, np.array([[5]])
+        session.prefill(np.full((1, 2), 5), reserve=context + ROOM)
+        generator = np.random.default_rng(0)
+        for value in session.states.values:
+            value.update_inplace(generator.standard_normal(value.shape(), np.float32) * 0.1)
+
+        def step() -> None:
+            session.seen, session._mask = context, np.ones((1, context), np.int64)
+            session.step(token)
+
+        return step
+
+    def logits(self, ids: torch.Tensor) -> np.ndarray:
+        """Logits of the last token, fed as a step after the others."""
+        self.session.prefill(ids[:, :-1].numpy(), reserve=ROOM)
+        return self.session.step(ids[:, -1:].numpy())
+
+
+class Theirs:
+    """The original by transformers' exporter; `fixed`: StaticCache, one file per capacity."""
+
+    def __init__(self, name: str, model: Any, folder: Path, fixed: bool) -> None:
+        self.name, self.model, self.folder, self.fixed = name, model, folder, fixed
+        config = model.config
+        self.bytes_per_token = 4 * config.num_hidden_layers * 2 * config.num_key_value_heads * 32
+        self.nodes: Counter[str] = Counter()
+        self.sessions: dict[int, Any] = {}
+
+    def _cache(self, past: torch.Tensor, capacity: int) -> Any:
+        cache: Any = DynamicCache(config=self.model.config)
+        if self.fixed:
+            cache = StaticCache(config=self.model.config, max_cache_len=capacity)
+        with torch.no_grad():
+            self.model(past, past_key_values=cache, use_cache=True)
+        return cache
+
+    def _export(self, capacity: int) -> Any:
+        import onnx_ir
+        from transformers.exporters import OnnxConfig, OnnxExporter
+
+        total = capacity if self.fixed else 8
+        inputs = {
+            "input_ids": torch.tensor([[5]]),
+            "attention_mask": torch.ones(1, total, dtype=torch.int64),
+            "position_ids": torch.tensor([[7]]),
+            "past_key_values": self._cache(torch.full((1, 7), 5), capacity),
+            "use_cache": True,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = OnnxExporter().export(
+                self.model, inputs, OnnxConfig(dynamic=not self.fixed, ort_fusions="cpu")
+            )
+        self.nodes = Counter(
+            n.op_type for n in made.program.graph if n.domain == "com.microsoft"
+        )
+        path = self.folder / f"{self.name}-{capacity}.onnx"
+        onnx_ir.save(made.program, str(path), external_data=f"{path.name}.data")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+
+    def _binding(self, context: int, capacity: int, cache: Any, token: int) -> tuple[Any, Any]:
+        key = capacity if self.fixed else 0
+        if key not in self.sessions:
+            self.sessions[key] = self._export(capacity)
+        session = self.sessions[key]
+        binding = session.io_binding()
+        given = {
+            "input_ids": np.array([[token]]),
+            "attention_mask": np.ones((1, context + 1), np.int64),
+            "position_ids": np.array([[context]]),
+        }
+        if self.fixed:
+            given["attention_mask"] = (np.arange(capacity)[None] <= context).astype(np.int64)
+        binding.bind_output("logits", "cpu")
+        outputs = {o.name for o in session.get_outputs()}
+        for value in session.get_inputs():
+            if value.name in given:
+                binding.bind_cpu_input(value.name, given[value.name])
+                continue
+            part, layer = value.name.split(".")[-1], int(value.name.split(".")[-2])
+            array = np.array(context, np.int64)
+            if part in ("keys", "values"):
+                array = getattr(cache.layers[layer], part).numpy()
+            held = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            binding.bind_ortvalue_input(value.name, held)
+            out = value.name.replace("input.", "output.", 1)
+            if self.fixed and part in ("keys", "values") and out in outputs:
+                binding.bind_ortvalue_output(out, held)
+        if not self.fixed:
+            for name in sorted(outputs - {"logits"}):
+                binding.bind_output(name, "cpu")
+        return session, binding
+
+    def prepare(self, context: int) -> Step:
+        capacity = context + ROOM
+        cache = self._cache(torch.full((1, 2), 5), capacity)
+        config = self.model.config
+        rows = capacity if self.fixed else context
+        for layer in cache.layers:
+            shape = (1, config.num_key_value_heads, rows, 32)
+            layer.keys, layer.values = 0.1 * torch.randn(shape), 0.1 * torch.randn(shape)
+        session, binding = self._binding(context, capacity, cache, 5)
+
+        def step() -> None:
+            session.run_with_iobinding(binding)
+
+        return step
+
+    def logits(self, ids: torch.Tensor) -> np.ndarray:
+        """Logits of the last token, fed as a step after the others."""
+        context = ids.shape[1] - 1
+        cache = self._cache(ids[:, :-1], context + ROOM)
+        session, binding = self._binding(context, context + ROOM, cache, int(ids[0, -1]))
+        session.run_with_iobinding(binding)
+        found: np.ndarray = binding.get_outputs()[0].numpy()
+        return found
+
+
+def measure(steps: dict[str, Step], rounds: int, block: int) -> dict[str, float]:
+    """Median ms per step; variants take turns in blocks, the first step of a block warms up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()
+            for _ in range(block):
+                start = time.perf_counter()
+                step()
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def run(kv_heads: int, rounds: int, block: int, folder: Path) -> dict[str, Any]:
+    model = original(kv_heads)
+    variants: list[Any] = [Ours(name, model, folder) for name in (*KEEP, "original")]
+    failures = {}
+    ids = torch.randint(0, model.config.vocab_size, (1, 65))
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1:].numpy()
+    parity = {"original": float(np.abs(variants[-1].logits(ids) - expected).max())}
+    for name, fixed in (("transformers", True), ("transformers-grow", False)):
+        made = Theirs(name, model, folder, fixed)
+        try:
+            parity[name] = float(np.abs(made.logits(ids) - expected).max())
+        except Exception as error:  # what fails is part of the result
+            failures[name] = f"{type(error).__name__}: {error}"
+            continue
+        variants.append(made)
+    figures = {}
+    for context in CONTEXTS:
+        steps = {variant.name: variant.prepare(context) for variant in variants}
+        figures[str(context)] = measure(steps, rounds, block)
+    return {
+        "kv_heads": kv_heads,
+        "ms_per_token": figures,
+        "cache_bytes_per_token": {v.name: v.bytes_per_token for v in variants},
+        "nodes": {v.name: dict(v.nodes) for v in variants},
+        "logit_difference_from_torch": parity,
+        "failures": failures,
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    made = Table(title=f"ms/token (x: relative to transformers), {result['kv_heads']} kv heads")
+    made.add_column("context", justify="right")
+    names = list(result["cache_bytes_per_token"])
+    for name in names:
+        made.add_column(name, justify="right")
+    for context, row in result["ms_per_token"].items():
+        base = row.get("transformers", row["original"])
+        made.add_row(context, *(f"{row[n]:.2f} (x{row[n] / base:.2f})" for n in names))
+    made.add_row("B/token", *(str(result["cache_bytes_per_token"][n]) for n in names))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--block", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    results = []
+    for kv_heads in (2, 8):
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(run(kv_heads, arguments.rounds, arguments.block, Path(folder)))
+        Console(width=140).print(table(results[-1]))
+    content = {
+        "schema_version": 1,
+        "command": "python kernels/bench/onnx_decode.py --out kernels/bench/results/onnx_decode.json",
+        "date": date.today().isoformat(),
+        "threads": 1,
+        "rounds": arguments.rounds,
+        "block": arguments.block,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {p: version(p) for p in packages},
+        "results": results,
+    }
+    arguments.out.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The state tensors of a running session: one buffer each, bound as input and as output.
+
+ONNX Runtime does not know that both are the same memory; the graph is built so that this is safe:
+nothing reads a state after its TensorScatter. So a step writes N rows and copies nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+GROWTH = 256
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A state tensor as the manifest lists it; `shape` holds letters B and C and numbers."""
+
+    input: str
+    output: str
+    shape: tuple[str | int, ...]
+
+    @property
+    def row_axis(self) -> int:
+        """Which axis is the capacity."""
+        return self.shape.index("C")
+
+    def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
+        """The shape in numbers."""
+        letters: dict[str | int, int] = {"B": batch, "C": capacity}
+        return tuple(letters.get(s, s if isinstance(s, int) else 0) for s in self.shape)
+
+
+class StateBuffers:
+    """Zero-initialised state tensors of one batch.
+
+    Args:
+        specs: what the manifest lists.
+        dtype: numpy dtype of the states.
+        batch: rows.
+        capacity: tokens that fit.
+    """
+
+    def __init__(
+        self, specs: list[StateSpec], dtype: np.dtype[Any], batch: int, capacity: int
+    ) -> None:
+        self.specs, self.dtype, self.batch, self.capacity = specs, dtype, batch, capacity
+        self.values = [self._new(np.zeros(s.sizes(batch, capacity), dtype)) for s in specs]
+
+    @staticmethod
+    def _new(array: np.ndarray[Any, Any]) -> Any:
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+    def pointers(self) -> list[int]:
+        """Address of every buffer."""
+        return [int(value.data_ptr()) for value in self.values]
+
+    def bytes(self) -> int:
+        """Memory held by all states."""
+        items = sum(int(np.prod(s.sizes(self.batch, self.capacity))) for s in self.specs)
+        return items * self.dtype.itemsize
+
+    def bind(self, binding: Any) -> None:
+        """Bind every state as the input and the output of a run."""
+        for spec, value in zip(self.specs, self.values, strict=True):
+            binding.bind_ortvalue_input(spec.input, value)
+            binding.bind_ortvalue_output(spec.output, value)
+
+    def grow(self, needed: int, used: int) -> None:
+        """Move to larger buffers if `needed` tokens do not fit: at least 1.5 times as large.
+
+        Rows before `used` are copied; the rest is zero. This is the only time a state is copied.
+        """
+        if needed <= self.capacity:
+            return
+        wanted = max(needed, self.capacity + self.capacity // 2)
+        capacity = -(-wanted // GROWTH) * GROWTH
+        grown = []
+        for spec, value in zip(self.specs, self.values, strict=True):
+            array = np.zeros(spec.sizes(self.batch, capacity), self.dtype)
+            rows = (slice(None),) * spec.row_axis + (slice(0, used),)
+            array[rows] = value.numpy()[rows]
+            grown.append(self._new(array))
+        self.values, self.capacity = grown, capacity

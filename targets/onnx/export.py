@@ -1,0 +1,159 @@
+"""`export_onnx`: a converted model to a folder with one ONNX file for prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from reattend.errors import ArgumentError
+from reattend.targets.onnx.layout import layout
+from reattend.targets.onnx.manifest import (
+    DATA,
+    MANIFEST,
+    MODEL,
+    Manifest,
+    describe,
+    read_manifest,
+    weights_sha256,
+)
+from reattend.targets.onnx.requirements import need_exporter
+from reattend.workdir import Workdir, digest
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_PACKAGES = ("reattend", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished export.
+
+    Attributes:
+        path: the folder.
+        manifest: what `manifest.json` in it says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file; its weights lie beside it."""
+        return self.path / self.manifest.file
+
+    @property
+    def max_error(self) -> float:
+        """Largest difference from torch that was measured at export."""
+        return max(check.error for check in self.manifest.checks)
+
+
+def export_onnx(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Write a converted language model as ONNX, opset 24.
+
+    Each converted layer is one node of domain `ai.reattend` with a function body in standard ops;
+    prefill and decode are one file. The folder holds `model.onnx`, `model.onnx.data`,
+    `manifest.json`, the generation config, and the tokenizer if given. It appears under its name
+    only after the file passed onnx.checker and gave torch's logits in ONNX Runtime. `model` is
+    not changed.
+
+    Args:
+        model: a model of `convert` or `load`; every attention layer must be converted.
+        out: folder to create.
+        dtype: "float32" or "float16".
+        tokenizer: saved beside the model.
+        overwrite: replace another export in `out`.
+
+    Raises:
+        ArgumentError: dtype is something else, or the model is not a decoder-only language model.
+        MissingExtraError: the packages of the extra `onnx` are not installed.
+        RefusedError: a layer has no ONNX form; the message names it.
+        CaptureError: torch cannot export the model.
+        GateError: the exported file does not give torch's logits.
+        OutputError: `out` is taken or cannot be written.
+    """
+    if dtype not in _DTYPES:
+        why = "ONNX Runtime has no bfloat16 kernels for CPUs" if "bf" in dtype else ""
+        raise ArgumentError(
+            f"ONNX export does not support dtype {dtype!r}",
+            why=why,
+            next_step='use dtype="float32" (or "float16")',
+        )
+    need_exporter()
+    from reattend.targets.onnx.wrapper import check_language_model
+
+    check_language_model(model)
+    layout(model)
+    asked = {
+        "weights": weights_sha256(model),
+        "model": digest(model.config.to_dict() if hasattr(model, "config") else {}),
+        "target": f"onnx {dtype}",
+        "tokenizer": type(tokenizer).__name__,
+        "versions": digest(_versions()),
+    }
+    with Workdir.open(out, asked, overwrite) as work:
+        if work.state != "complete":
+            _write(model, work, cast("Literal['float32', 'float16']", dtype), tokenizer, asked)
+            work.finish()
+    return Artifact(work.out, read_manifest(work.out))
+
+
+def _write(
+    model: nn.Module,
+    work: Workdir,
+    dtype: Literal["float32", "float16"],
+    tokenizer: Any,
+    asked: dict[str, str],
+) -> None:
+    from reattend.targets.onnx.graph import build, evaluation_copy
+    from reattend.targets.onnx.session import Session
+    from reattend.targets.onnx.verify import check_file, check_logits
+    from reattend.targets.onnx.wrapper import Step
+
+    copied = evaluation_copy(model, _DTYPES[dtype])
+    layers = layout(copied)
+    graph = build(Step(copied, layers), _DTYPES[dtype])
+    work.publish_folder(_graph_writer(graph))
+    check_file(work.path(MODEL))
+    fields = describe(graph, layers, model, dtype)
+    fields |= {"model_sha256": asked["weights"], "versions": _versions()}
+    # The session reads the manifest for its states, so a first one without checks is published.
+    work.publish_json(MANIFEST, Manifest(**fields, checks=[]).model_dump(mode="json"))
+    vocabulary = int(cast("Any", model).config.vocab_size)
+    checks = check_logits(lambda: Session(work.partial), copied, dtype, vocabulary)
+    work.publish_json(MANIFEST, Manifest(**fields, checks=checks).model_dump(mode="json"))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        work.publish_folder(lambda folder: generation.save_pretrained(folder))
+    if tokenizer is not None:
+        work.publish_folder(lambda folder: tokenizer.save_pretrained(folder))
+
+
+def _graph_writer(graph: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        import onnx_ir as ir
+
+        ir.save(graph, str(folder / MODEL), external_data=DATA)
+
+    return write
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # onnxruntime-gpu is the same module under another name
+            continue
+    return found

@@ -1,0 +1,190 @@
+"""`manifest.json`: everything a program needs to run the exported file without reading the graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from reattend.errors import ModelError
+from reattend.targets.onnx.layout import LayerLayout, StateTensor
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorEntry(_Part):
+    """An input or output: letters B batch, N new tokens, T total tokens, C capacity, V vocabulary."""
+
+    name: str
+    dtype: str
+    shape: list[str | int]
+
+
+class StateEntry(_Part):
+    """A state: bind one buffer, filled with zeros at first, as `input` and as `output`."""
+
+    input: str
+    output: str
+    layer: int
+    name: str
+    shape: list[str | int]
+
+
+class LayerEntry(_Part):
+    """One converted layer and the node it became."""
+
+    path: str
+    layer: int
+    op: str
+
+
+class Generation(_Part):
+    """Special token ids."""
+
+    bos_token_id: int | None = None
+    eos_token_id: list[int] = Field(default_factory=list)
+    pad_token_id: int | None = None
+
+
+class CheckEntry(_Part):
+    """One comparison with torch at export: largest |difference| / max(1, largest |logit|)."""
+
+    runtime: str
+    batch: int
+    prefill: int
+    padding: int
+    steps: int
+    error: float
+    limit: float
+
+
+class Manifest(_Part):
+    """The file as a whole; `schema_version` rises when a reader must change."""
+
+    schema_version: Literal[1] = 1
+    file: str = MODEL
+    data: str = DATA
+    dtype: Literal["float32", "float16"]
+    opset: int
+    domains: dict[str, int]
+    functions: list[str]
+    model_class: str
+    model_sha256: str
+    layers: list[LayerEntry]
+    inputs: list[TensorEntry]
+    outputs: list[TensorEntry]
+    states: list[StateEntry]
+    cache_bytes_per_token: int
+    generation: Generation
+    checks: list[CheckEntry]
+    versions: dict[str, str]
+
+
+def describe(
+    graph: Any, layers: list[LayerLayout], model: nn.Module, dtype: Literal["float32", "float16"]
+) -> dict[str, Any]:
+    """The fields of a `Manifest` that follow from the graph and the model."""
+    tensors = [t for layer in layers for t in layer.tensors]
+    size = {"float32": 4, "float16": 2}[dtype]
+    config: Any = model.config
+    return {
+        "dtype": dtype,
+        "opset": graph.opset_imports[""],
+        "domains": dict(sorted(graph.opset_imports.items())),
+        "functions": sorted(f"{key[0]}::{key[1]}" for key in graph.functions),
+        "model_class": type(model).__name__,
+        "layers": [LayerEntry(path=x.path, layer=x.layer, op=x.op) for x in layers],
+        "inputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.inputs],
+        "outputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.outputs],
+        "states": [_state(t) for t in tensors],
+        "cache_bytes_per_token": size * sum(max(t.heads, 1) * t.width for t in tensors),
+        "generation": generation(model),
+    }
+
+
+def _entry(value: Any, dtype: str, vocabulary: int) -> TensorEntry:
+    kind = dtype if value.dtype.is_floating_point() else "int64"
+    shape = [s if isinstance(s, int) else str(s.value) for s in value.shape]
+    if value.name == "logits":
+        shape = ["B", "N", vocabulary if not isinstance(shape[-1], int) else shape[-1]]
+    return TensorEntry(name=value.name, dtype=kind, shape=shape)
+
+
+def _state(tensor: StateTensor) -> StateEntry:
+    return StateEntry(
+        input=tensor.input, output=tensor.output, layer=tensor.layer, name=tensor.name,
+        shape=tensor.letters,
+    )  # fmt: skip
+
+
+def generation(model: nn.Module) -> Generation:
+    """Special token ids from the generation config, else the model config."""
+    sources = [getattr(model, "generation_config", None), getattr(model, "config", None)]
+
+    def first(name: str) -> Any:
+        return next((v for s in sources if (v := getattr(s, name, None)) is not None), None)
+
+    eos = first("eos_token_id")
+    ends = [] if eos is None else [int(e) for e in (eos if isinstance(eos, list) else [eos])]
+    return Generation(
+        bos_token_id=first("bos_token_id"), eos_token_id=ends, pad_token_id=first("pad_token_id")
+    )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of names, dtypes, shapes and bytes of the checkpoint's tensors."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        assert isinstance(tensor, Tensor)
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(memoryview(plain.numpy()))
+    return found.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an export.
+
+    Raises:
+        ModelError: the folder has none, or one of a newer schema.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "this folder is not an ONNX export of reattend",
+            where=str(folder),
+            why=f"{MANIFEST} cannot be read: {error}",
+            next_step='write one with export(model, target="onnx", out=...)',
+        ) from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise ModelError(
+            f"this export has manifest version {version}; this reattend reads up to {SCHEMA}",
+            where=str(path),
+            next_step="pip install -U reattend",
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(
+            "the manifest of this export is damaged",
+            where=f"{path}: {'.'.join(str(x) for x in first['loc'])}",
+            why=first["msg"],
+            next_step="export the model again",
+        ) from error

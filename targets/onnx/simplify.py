@@ -1,0 +1,43 @@
+"""Small rewrites of the exported graph that a runtime would not do by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def cancel_squeezes(model: Any) -> int:
+    """Replace Squeeze(Unsqueeze(x, a), a) by x.
+
+    The mixers see a latent state as one head, [B, 1, C, r], while its tensor is [B, C, r]: the
+    pair would stand between the scattered state and its reader, and a runtime that does not alias
+    both would copy the whole state at every step.
+
+    Args:
+        model: an `onnx_ir.Model`, changed in place.
+
+    Returns:
+        The number of pairs removed.
+    """
+    import onnx_ir as ir
+
+    removed = 0
+    for node in list(model.graph):
+        if node.op_type != "Squeeze" or node.domain:
+            continue
+        inner = node.inputs[0].producer()
+        if inner is None or inner.op_type != "Unsqueeze" or _axes(node) != _axes(inner):
+            continue
+        if _axes(node) is None or node.outputs[0].is_graph_output():
+            continue
+        ir.convenience.replace_all_uses_with(node.outputs[0], inner.inputs[0])
+        model.graph.remove(node, safe=True)
+        if not inner.outputs[0].uses() and not inner.outputs[0].is_graph_output():
+            model.graph.remove(inner, safe=True)
+        removed += 1
+    return removed
+
+
+def _axes(node: Any) -> tuple[int, ...] | None:
+    if len(node.inputs) < 2 or node.inputs[1] is None or node.inputs[1].const_value is None:
+        return None
+    return tuple(int(a) for a in node.inputs[1].const_value.numpy().ravel())

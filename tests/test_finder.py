@@ -1,0 +1,104 @@
+"""Breadth: every architecture of the zoo, both spellings, found, proven and replaced unchanged."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reattend import convert, find_attention
+from reattend.inputs import made_up
+
+
+def _zoo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "zoo_models", Path(__file__).with_name("zoo_models.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ZOO = _zoo()
+#: sites per model; one per block of attention, cross-attention counted
+SITES = {"t5": 6, "gemma3_vision": 2}
+FAST = {("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "sdpa"), ("bert", "sdpa")}
+CASES = [
+    pytest.param(name, how, marks=[] if (name, how) in FAST else [pytest.mark.slow])
+    for name in ZOO.ZOO
+    for how in ("sdpa", "eager")
+    if (name, how) != ("gemma2", "sdpa")  # its class only has the eager spelling
+]
+
+
+def _inputs(model: Any, batch: int, length: int, pad: int) -> tuple[dict[str, Any], Tensor]:
+    """Made-up inputs with the first row left-padded, and the real positions of the output."""
+    inputs = made_up(model, batch, length)
+    target = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if target is None:
+        return inputs, torch.ones(batch, dtype=torch.bool)
+    real = torch.ones(target.shape, dtype=torch.bool)
+    if pad:
+        inputs["attention_mask"][0, :pad] = 0
+        if "decoder_input_ids" not in inputs:
+            real[0, :pad] = False
+    return inputs, real
+
+
+def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_identity_equals_the_original(name: str, how: str) -> None:
+    model = ZOO.build(name, how)
+    result = convert(model, plan="identity")
+    assert result.report.totals.converted == SITES.get(name, 2)
+    assert result.report.totals.verified == result.report.totals.converted
+    for batch, length, pad in ((2, 19, 0), (3, 31, 4)):
+        inputs, real = _inputs(model, batch, length, pad)
+        expected, got = _logits(model, inputs)[real], _logits(result.model, inputs)[real]
+        assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_cached_generation_equals_the_original(name: str, how: str) -> None:
+    model = ZOO.build(name, how)
+    if not model.can_generate() or name in ("bert",):
+        pytest.skip("does not generate")
+    inputs, _ = _inputs(model, 2, 11, 3)
+    asked = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    run = {"max_new_tokens": 16, "do_sample": False}
+    converted = convert(model, plan="identity").model
+    assert bool((model.generate(**asked, **run) == converted.generate(**asked, **run)).all())
+
+
+def test_sites_describe_what_is_there() -> None:
+    found = find_attention(ZOO.build("mistral"))
+    assert [s.path for s in found.sites] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert not found.refused
+    site = found.sites[0]
+    assert site.verified
+    assert site.spec.core.kv_heads == 2
+    assert (site.spec.core.pattern.kind, site.spec.core.pattern.window) == ("sliding", 8)
+
+
+def test_a_converted_model_is_an_input_again() -> None:
+    once = convert(ZOO.build("llama"), plan="identity").model
+    found = find_attention(once)
+    assert len(found.sites) == 2
+    data = torch.randint(3, 97, (8, 40))
+    plan = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 14, "qk_rope_head_dim": 8}]}
+    twice = convert(once, plan=plan, data=data)
+    assert twice.report.totals.converted == 2
+    again = find_attention(twice.model)
+    assert not again.sites
+    assert all("already latent" in r.reason for r in again.refused)

@@ -1,0 +1,97 @@
+"""Tiny models of every architecture the suite converts: built from config, O(1) activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+VOCABULARY = 97
+DECODER = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+ENCODER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def _without(*names: str) -> dict[str, Any]:
+    return {k: v for k, v in DECODER.items() if k not in names}
+
+
+def _gemma3_vision() -> Any:
+    text = {**DECODER, "sliding_window": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 2}
+    text["layer_types"] = ["sliding_attention", "full_attention"]
+    vision = {**ENCODER, "image_size": 16, "patch_size": 4, "num_channels": 3}
+    config = tf.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5,
+        image_token_id=5,
+        boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    return tf.Gemma3ForConditionalGeneration(config)
+
+
+ZOO: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**DECODER, sliding_window=8)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_without("head_dim"))),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(**DECODER, sliding_window=8, query_pre_attn_scalar=8)
+    ),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(
+            **DECODER, sliding_window=8, query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_without("head_dim"))),
+    "gpt2": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512,
+            bos_token_id=1, eos_token_id=None, pad_token_id=0,
+        )
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(
+        tf.GPTNeoXConfig(**_without("num_key_value_heads", "head_dim"), rotary_pct=0.5)
+    ),
+    "bert": lambda: tf.BertForMaskedLM(
+        tf.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=512)
+    ),
+    "vit": lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(**ENCODER, image_size=16, patch_size=4)
+    ),
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
+        )
+    ),
+    "gemma3_vision": _gemma3_vision,
+}  # fmt: skip
+
+
+def build(name: str, attention: str = "sdpa") -> Any:
+    """A random model whose attention logits are of order one, so no detail is invisible."""
+    torch.manual_seed(11)
+    model = ZOO[name]().eval()
+    liven(model)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def liven(model: nn.Module) -> None:
+    """Re-draw weights: matrices at 1/sqrt(fan in), norms near one, biases nonzero."""
+    generator = torch.Generator().manual_seed(12)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() >= 2:
+            parameter.data = noise * (2.0 / parameter[0].numel() ** 0.5)
+        else:
+            near_one = bool((parameter.data == 1).all())
+            parameter.data = (1.0 if near_one else 0.0) + 0.3 * noise
