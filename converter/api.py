@@ -115,7 +115,7 @@ def load(
         folder: what `convert(out=...)` or `Result.save` wrote.
         model: for a hand-written module: an instance of the original class; its blocks are
             replaced and the stored weights loaded into it.
-        inputs: accepted for symmetry with `convert`; not needed to load.
+        inputs: the example inputs given to `convert`; needed where the model became a graph.
         kwargs: passed to `from_pretrained` (dtype, device_map, ...).
 
     Raises:
@@ -123,7 +123,7 @@ def load(
     """
     from reattend.publishing import load_folder
 
-    return load_folder(Path(folder), model, **kwargs)
+    return load_folder(Path(folder), model, inputs, **kwargs)
 
 
 def export(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -52,9 +53,8 @@ class _Watch(MetaPathFinder):
 
 
 def _register() -> None:
-    from reattend.targets.huggingface import register
-
-    register()
+    """Import our side, which registers itself; it may be what is importing transformers now."""
+    import_module("reattend.targets.huggingface")
 
 
 def arm() -> None:

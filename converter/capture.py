@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reattend.errors import CaptureError
-from reattend.inputs import is_hf, made_up
+from reattend.inputs import is_hf, made_up, resized
 
 
 @dataclass
@@ -43,12 +43,32 @@ class Capture:
         flat = torch.utils._pytree.tree_leaves(list((inputs or self.inputs).values()))
         return dict(zip(nodes, flat, strict=True))
 
+    def probe(
+        self, length: int | None = None, padded: bool = False, side: slice = slice(0, 3)
+    ) -> dict[str, Any]:
+        """The example inputs at another length, the first row padded where there is a mask.
+
+        Left padding (the default) leaves rows that see nothing; the right side does not, so there
+        every value is comparable.
+        """
+        inputs = dict(self.inputs)
+        if length is not None and "N" in self.sizes:
+            inputs = resized(inputs, self.sizes["N"], length)
+        if padded:
+            for name, value in inputs.items():
+                if isinstance(value, Tensor) and value.dim() == 2 and bool((value == 1).all()):
+                    value = value.clone()
+                    value[0, side] = 0
+                    inputs[name] = value
+        return inputs
+
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode, restored afterwards module by module."""
     modes = {m: m.training for m in model.modules()}
-    model.eval()
+    for module in modes:  # a captured graph has no eval()
+        module.training = False
     try:
         yield
     finally:
@@ -80,7 +100,7 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
         inputs = made_up(model)
     auto = torch.export.Dim.AUTO
     shapes = {
-        name: ({i: auto for i in range(v.dim())} if isinstance(v, Tensor) else None)
+        name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
         for name, v in inputs.items()
     }
     with evaluation(model), torch.no_grad():

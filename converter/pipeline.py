@@ -17,6 +17,7 @@ from reattend.errors import DataError, GateError
 from reattend.events import Event, OnEvent
 from reattend.finder import FoundAttention, find_attention
 from reattend.inputs import is_hf, made_up
+from reattend.install.graph import hidden_values
 from reattend.materials import Materials, check_data, load_materials
 from reattend.outdir import check_claimable
 from reattend.plan import Plan
@@ -99,9 +100,9 @@ class Job:
         work: Workdir | None,
     ) -> Result:
         moments = self._stage(
-            "statistics", lambda: self._statistics(source, choices, materials, work)
+            "statistics", lambda: self._statistics(source, found, choices, materials, work)
         )
-        done = self._stage("rewrite", lambda: self._rewrite(source, choices, moments))
+        done = self._stage("rewrite", lambda: self._rewrite(source, found, choices, moments))
         stages = self._stage("calibrate", lambda: self._calibrate(source, done, materials, work))
         evidence = self._stage("verify", lambda: self._verify(source, choices, done, materials))
         evidence.stages = stages
@@ -165,14 +166,23 @@ class Job:
         return Result(load_folder(work.out, None), report, run, work.out)
 
     def _statistics(
-        self, source: Source, choices: list[Choice], materials: Materials, work: Workdir | None
+        self,
+        source: Source,
+        found: FoundAttention,
+        choices: list[Choice],
+        materials: Materials,
+        work: Workdir | None,
     ) -> dict[str, statistics.SiteStatistics]:
         wanted = [c for c in choices if c.conversion is not None and "gram" in c.conversion.needs]
         if not wanted:
             return {}
         paths = [c.site.path for c in wanted]
         assert materials.statistics is not None
-        key = digest({"weights": source.hashes, "data": materials.fingerprint, "sites": paths})
+        queries = frozenset(
+            c.site.path for c in wanted if getattr(c.options, "q_lora_rank", None) is not None
+        )
+        data = materials.statistics
+        key = digest([source.hashes, data.fingerprint, paths, sorted(queries)])
         names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}
         if work is not None and work.has("statistics", key):
             from safetensors.torch import load_file
@@ -182,33 +192,44 @@ class Job:
             read = {p: load_file(work.path(n)) for p, n in names.items()}
             return {p: statistics.SiteStatistics.from_tensors(t) for p, t in read.items()}
         forms = normal_forms(source.model, wanted)
-        data = materials.statistics
         total = data.tokens
+        regions = {c.site.path: c.site.region for c in wanted if c.site.owner == "graph"}
+
+        def inside(batch: dict[str, Any]) -> dict[str, Any]:
+            known = {k: v for k, v in batch.items() if k in found.capture.inputs}
+            return hidden_values(found.capture.gm, regions, found.capture.placeholders(known))
 
         def progress(tokens: int) -> None:
             self._tell("statistics", done=min(tokens, total), total=total)
 
-        queries = frozenset(
-            c.site.path for c in wanted if getattr(c.options, "q_lora_rank", None) is not None
-        )
-        found = statistics.collect(
+        moments = statistics.collect(
             source.model,
             {c.site.path: (forms[c.site.path], c.site.binding) for c in wanted},
             data.batches(self.plan.calibrate.batch_size),
             queries=queries,
+            inside=inside if regions else None,
             progress=progress,
         )
         if work is not None:
             for path, name in names.items():
-                work.publish_tensors(name, found[path].tensors())
+                work.publish_tensors(name, moments[path].tensors())
             work.mark("statistics", key)
-        return found
+        return moments
 
-    def _rewrite(self, source: Source, choices: list[Choice], moments: dict[str, Any]) -> Rewritten:
+    def _rewrite(
+        self,
+        source: Source,
+        found: FoundAttention,
+        choices: list[Choice],
+        moments: dict[str, Any],
+    ) -> Rewritten:
         def progress(choice: Choice, done: int, total: int) -> None:
             self._tell("rewrite", site=choice.site.path, layer=choice.layer, done=done, total=total)
 
-        return rewrite(source.model, choices, moments, inplace=self.inplace, progress=progress)
+        return rewrite(
+            source.model, choices, moments, capture=found.capture, inplace=self.inplace,
+            progress=progress,
+        )  # fmt: skip
 
     def _calibrate(
         self, source: Source, done: Rewritten, materials: Materials, work: Workdir | None
@@ -238,7 +259,7 @@ class Job:
             return Evidence(notes=["inplace=True: the original is gone, so nothing was compared"])
         paths = list(done.built)
         sample = self._sample(source, materials)
-        errors = block_errors(source.model, done.model, paths, sample)
+        errors = {} if done.graph else block_errors(source.model, done.model, paths, sample)
         parity: list[ParityCheck] = []
         if (
             all(b.exactness == "exact" for b in done.built.values())

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
 from reattend.durable import tensors_writer
 from reattend.errors import ArgumentError, ModelError
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
+from reattend.install.stored import FORMAT, check_format, describe, install_empty
 from reattend.source import Source
 from reattend.weight_files import check_files, read_config
 from reattend.workdir import Workdir
@@ -49,11 +50,9 @@ def write_checkpoint(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return
-    from reattend.targets.huggingface import FORMAT, describe
-
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     tensors_writer(_untied(state))(folder / "model.safetensors")
-    sites = {"format": FORMAT, "class": type(model).__name__, "sites": describe(model)}
+    sites = {"format": FORMAT, "class": _class_name(model), "sites": describe(model)}
     (folder / SITES_FILE).write_text(json.dumps(sites, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -80,12 +79,14 @@ def save_result(result: Result, folder: Path, *, overwrite: bool) -> Path:
         return work.finish()
 
 
-def load_folder(folder: Path, model: nn.Module | None, **kwargs: Any) -> nn.Module:
+def load_folder(
+    folder: Path, model: nn.Module | None = None, inputs: Any = None, **kwargs: Any
+) -> nn.Module:
     """`reattend.load`."""
     if not folder.is_dir():
         raise ModelError("no such folder", where=str(folder), next_step="give a converted folder")
     if (folder / SITES_FILE).is_file():
-        return _load_module(folder, model)
+        return _load_module(folder, model, inputs)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ModelError(
@@ -104,18 +105,16 @@ def load_folder(folder: Path, model: nn.Module | None, **kwargs: Any) -> nn.Modu
     return complete(*loaded, str(folder)).eval()
 
 
-def _load_module(folder: Path, model: nn.Module | None) -> nn.Module:
+def _class_name(model: nn.Module) -> str:
+    """The user's class, also behind a graph."""
+    return str(getattr(model, "meta", {}).get("reattend_class", type(model).__name__))
+
+
+def _load_module(folder: Path, model: nn.Module | None, inputs: Any) -> nn.Module:
     from safetensors.torch import load_file
 
-    from reattend.targets.huggingface import FORMAT, install_empty
-
     stored = read_config(folder / SITES_FILE)
-    if int(stored.get("format", 0)) > FORMAT:
-        raise ModelError(
-            f"this folder has format {stored['format']}; this reattend reads up to {FORMAT}",
-            where=str(folder),
-            next_step="pip install -U reattend",
-        )
+    check_format(stored, str(folder))
     if model is None:
         raise ArgumentError(
             f"this is a converted {stored['class']}, whose code is yours",
@@ -124,6 +123,41 @@ def _load_module(folder: Path, model: nn.Module | None) -> nn.Module:
         )
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise ArgumentError("the module given is already converted", next_step="pass a fresh one")
-    install_empty(model, stored["sites"])
+    if any(site["binding"] is None for site in stored["sites"]):
+        model = _graph_with(model, stored["sites"], inputs, folder)
+    else:
+        install_empty(model, stored["sites"])
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True, assign=True)
-    return model.eval()
+    return model.eval() if not isinstance(model, fx.GraphModule) else model
+
+
+def _graph_with(
+    model: nn.Module, sites: list[dict[str, Any]], inputs: Any, folder: Path
+) -> nn.Module:
+    """Capture the module again and put empty mixers where the stored sites were."""
+    from reattend.finder import find_attention
+    from reattend.install.graph import drop_unused, replace_region
+    from reattend.mixers.base import build_mixer
+
+    if inputs is None:
+        raise ArgumentError(
+            "this folder holds a rewritten graph, which must be captured again",
+            where=str(folder),
+            next_step="pass the inputs given to convert: load(dir, model=module, inputs={...})",
+        )
+    found = find_attention(model, inputs)
+    here = {site.path: site for site in found.sites}
+    for stored in sites:
+        site = here.get(stored["path"])
+        if site is None:
+            raise ModelError(
+                f"the module given has no attention block {stored['path']!r}", where=str(folder)
+            )
+        mixer = build_mixer(stored["kind"], stored["config"])
+        given = found.capture.placeholders()
+        replace_region(
+            found.capture.gm, site.path, site.region, mixer, given, site.follows_padding
+        )
+    drop_unused(found.capture.gm)
+    found.capture.gm.meta["reattend_class"] = type(model).__name__
+    return found.capture.gm

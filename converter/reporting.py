@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reattend.finder import AttentionSite, FoundAttention
+from reattend.install.graph import LACKS
 from reattend.materials import Materials
 from reattend.plan import Plan
 from reattend.preflight import Choice
 from reattend.report import Report
 from reattend.report.evidence import (
-    Calibration, Gate, ParityCheck, Provenance, Quality, QualityRow, Stage,
+    Calibration,
+    Gate,
+    ParityCheck,
+    Provenance,
+    Quality,
+    QualityRow,
+    Stage,
 )  # fmt: skip
 from reattend.report.site import Cost, ModelInfo, Owner, SiteCost, SiteEntry, SiteError, SpecSummary
 from reattend.rewriting import Rewritten
@@ -123,7 +130,11 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
         exactness=None if built is None else ("learned" if trained else built.exactness),
         cost=SiteCost(before=_cost(choice.before, size), after=_cost(after, size)),
         error=error,
-        owner=Owner(path=path),
+        owner=Owner(
+            kind="graph" if built is not None and done.graph else "module",
+            path=path,
+            lacks=LACKS if built is not None and done.graph else (),
+        ),
     )
 
 

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from reattend.capture import Capture
+from reattend.errors import ArgumentError
 from reattend.inputs import is_hf
 from reattend.install.adapter import install, replace_module
+from reattend.install.graph import drop_unused, replace_region
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.rewrite.base import Built
 from reattend.preflight import Choice
@@ -19,10 +22,11 @@ from reattend.weights import build_dense
 
 @dataclass
 class Rewritten:
-    """The converted model and what was built for each site, by path."""
+    """The converted model, what was built for each site by path, and whether it is a graph."""
 
     model: nn.Module
     built: dict[str, Built] = field(default_factory=dict)
+    graph: bool = False
 
 
 def lookup(model: nn.Module) -> Callable[[str], Tensor]:
@@ -61,6 +65,7 @@ def rewrite(
     choices: list[Choice],
     statistics: dict[str, Any],
     *,
+    capture: Capture | None = None,
     inplace: bool = False,
     progress: Callable[[Choice, int, int], None] | None = None,
 ) -> Rewritten:
@@ -70,23 +75,43 @@ def rewrite(
         model: the original.
         choices: from `preflight`.
         statistics: by site path, what the conversions asked for.
+        capture: where the sites were found; needed if one has no owning module, because then
+            the captured graph becomes the model.
         inplace: change `model` itself.
         progress: (choice, done, total) after each site.
     """
     forms = normal_forms(model, choices)
-    target = model if inplace else shared_copy(model)
-    result = Rewritten(target)
     converted = [c for c in choices if c.action == "converted"]
+    graph = any(c.site.owner == "graph" for c in converted)
+    if graph and (capture is None or inplace):
+        raise ArgumentError(
+            "a block of this model has no module of its own, so the model becomes a graph",
+            next_step="set inplace=False",
+        )
+    target = model if inplace else (capture.gm if graph and capture else shared_copy(model))
+    result = Rewritten(target, graph=graph)
     for number, choice in enumerate(converted, 1):
         path = choice.site.path
         assert choice.conversion is not None
         built = choice.conversion.build(forms.pop(path), statistics.get(path), choice.options)
-        owner = target.get_submodule(path)
-        replace_module(target, path, install(owner, built.mixer, choice.site.binding))
+        if graph:
+            assert capture is not None and isinstance(target, fx.GraphModule)
+            replace_region(
+                target, path, choice.site.region, built.mixer, capture.placeholders(),
+                choice.site.follows_padding,
+            )  # fmt: skip
+        else:
+            assert choice.site.binding is not None
+            owner = target.get_submodule(path)
+            replace_module(target, path, install(owner, built.mixer, choice.site.binding))
         result.built[path] = built
         if progress is not None:
             progress(choice, number, len(converted))
-    if is_hf(target):
+    if graph:
+        assert isinstance(target, fx.GraphModule)
+        drop_unused(target)
+        target.meta["reattend_class"] = type(model).__name__
+    elif is_hf(target):
         from reattend.targets.huggingface import adopt
 
         adopt(target)

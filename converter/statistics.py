@@ -18,6 +18,9 @@ from reattend.errors import ModelError
 from reattend.install.binding import Binding, bound, read
 from reattend.mixers.dense import DenseAttention
 
+#: batch -> hidden and encoder states of sites that no module owns
+Inside = Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor | None]]]
+
 
 @dataclass
 class SiteStatistics:
@@ -99,19 +102,21 @@ def _real(y_BNp: Tensor, valid: Tensor | None) -> Tensor:
 
 def collect(
     model: nn.Module,
-    sites: dict[str, tuple[DenseAttention, Binding]],
+    sites: dict[str, tuple[DenseAttention, Binding | None]],
     batches: Iterable[dict[str, Any]],
     *,
     queries: frozenset[str] = frozenset(),
+    inside: Inside | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, SiteStatistics]:
     """Run the original model over batches and accumulate each site's moments.
 
     Args:
         model: the original; not changed.
-        sites: owner path -> (normal form, binding).
+        sites: site path -> (normal form, binding of its owner, None where it has none).
         batches: keyword arguments of the model; `attention_mask` [B, N] marks real tokens.
         queries: sites whose query moments are wanted too.
+        inside: reads the inputs of sites without an owner, from a batch.
         progress: called with the number of tokens seen so far.
 
     Raises:
@@ -121,6 +126,8 @@ def collect(
     valid: Tensor | None = None
     handles = []
     for path, (dense, binding) in sites.items():
+        if binding is None:
+            continue
         module = model.get_submodule(path)
 
         def hook(
@@ -138,7 +145,11 @@ def collect(
             for batch in batches:
                 mask = batch.get("attention_mask")
                 valid = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-                model(**batch)
+                if len(handles) > 0:
+                    model(**batch)
+                if inside is not None and len(handles) < len(sites):
+                    for path, (x, memory) in inside(batch).items():
+                        found[path].add(sites[path][0], x, memory, valid)
                 first = next(v for v in batch.values() if isinstance(v, Tensor))
                 tokens += int(valid.sum()) if valid is not None else first.shape[0] * first.shape[1]
                 if progress is not None:

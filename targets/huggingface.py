@@ -12,17 +12,13 @@ from functools import cache
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reattend.errors import ArgumentError, ModelError
-from reattend.install.adapter import Adapter, install, replace_module
-from reattend.install.binding import Binding
-from reattend.mixers.base import build_mixer
+from reattend.install.stored import FORMAT, check_format, describe, install_empty
 
-FORMAT = 1
 MODEL_TYPE = "reattend"
 
 
@@ -51,11 +47,7 @@ def checked_section(config_dict: dict[str, Any]) -> dict[str, Any]:
         raise ModelError(
             "config.json has no `reattend` section", next_step="convert the model again"
         )
-    if int(section.get("format", 0)) > FORMAT:
-        raise ModelError(
-            f"this checkpoint has format {section['format']}; this reattend reads up to {FORMAT}",
-            next_step="pip install -U reattend",
-        )
+    check_format(section, "config.json")
     return section
 
 
@@ -123,29 +115,6 @@ def register_auto_classes(made: Any) -> None:
         auto.register(made, model_class(found), exist_ok=True)
 
 
-def install_empty(model: nn.Module, sites: list[dict[str, Any]]) -> None:
-    """Put empty mixers where `sites` say; weights come from the checkpoint."""
-    prefix = getattr(model, "base_model_prefix", "")
-    for site in sites:
-        path = local_path(model, site["path"], prefix)
-        if path is None:
-            continue
-        mixer = build_mixer(site["kind"], site["config"])
-        owner = model.get_submodule(path)
-        replace_module(model, path, install(owner, mixer, Binding.model_validate(site["binding"])))
-
-
-def local_path(model: nn.Module, path: str, prefix: str) -> str | None:
-    """A site's path seen from a headless (or headed) variant of the model; None if absent."""
-    for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
-    return None
-
-
 def adopt(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a model whose blocks were swapped in memory into its reattend class, in place."""
     base = type(model)
@@ -163,20 +132,6 @@ def adopt(model: PreTrainedModel) -> PreTrainedModel:
     model.__class__ = model_class(base)
     register_auto_classes(made)
     return model
-
-
-def describe(model: nn.Module) -> list[dict[str, Any]]:
-    """Every installed mixer, as a checkpoint stores it."""
-    return [
-        {
-            "path": path,
-            "kind": module.mixer.kind,
-            "config": module.mixer.config.model_dump(mode="json"),
-            "binding": module.binding.model_dump(mode="json"),
-        }
-        for path, module in model.named_modules()
-        if isinstance(module, Adapter)
-    ]
 
 
 def load_model(folder: str, architectures: list[str], **kwargs: Any) -> PreTrainedModel:
@@ -197,3 +152,6 @@ def load_model(folder: str, architectures: list[str], **kwargs: Any) -> PreTrain
 def register() -> None:
     """Teach AutoConfig the model type (idempotent)."""
     AutoConfig.register(MODEL_TYPE, ReattendConfig, exist_ok=True)
+
+
+register()

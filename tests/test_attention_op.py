@@ -273,6 +273,7 @@ def test_flops_are_counted() -> None:
         ({"v": torch.zeros(2, 2, 7, 8, dtype=torch.float64)}, "one dtype"),
         ({"start": torch.zeros(3, dtype=torch.int64)}, "length of kv_start_B"),
         ({"length": torch.zeros(2)}, "int32 or int64"),
+        ({"start": torch.zeros(2, dtype=torch.int64, device="meta")}, "device of the queries"),
         ({"sliding_window": -1}, "sliding_window and softcap"),
         ({"table": torch.zeros(2, dtype=torch.int64)}, "2-D int32 or int64"),
     ],

@@ -40,7 +40,10 @@ def data(rows: int, seed: int, padded: bool = False) -> Dataset:
 
 
 def convert(teacher: nn.Module, rank: int | None) -> nn.Module:
-    """Every block to MLA of that rank, or to the normal form; weights shared with the teacher."""
+    """Every block to MLA of that rank (0: the exact setting), or to the normal form (None).
+
+    The normal form shares its weights with the teacher.
+    """
     found = find_attention(teacher)
     assert len(found.sites) == 2
     look = dict(teacher.named_parameters()).__getitem__
@@ -50,11 +53,12 @@ def convert(teacher: nn.Module, rank: int | None) -> nn.Module:
     }
     tensors = [*teacher.parameters(), *teacher.buffers()]
     student = copy.deepcopy(teacher, {id(t): t for t in tensors})
-    seen = collect(teacher, dense, data(8, 1).batches(4)) if rank else {}
+    seen = collect(teacher, dense, data(8, 1).batches(4)) if rank is not None else {}
     for path, (block, binding) in dense.items():
         mixer: Any = block
-        if rank:
-            options = MlaOptions(kv_lora_rank=rank, qk_rope_head_dim=4)
+        if rank is not None:
+            exact = ToMla().exact_setting(block.config)
+            options = MlaOptions(kv_lora_rank=rank, qk_rope_head_dim=4) if rank else exact
             mixer = ToMla().build(block, seen[path], options).mixer
         mixer.to(next(teacher.parameters()).dtype)
         replace_module(student, path, install(student.get_submodule(path), mixer, binding))
@@ -123,11 +127,20 @@ def test_layerwise_improves_every_site(pair: Any) -> None:
     assert all(after < 0.9 * before for before, after in result.sites.values())
 
 
-def test_exact_start_stays_exact(pair: Any) -> None:
-    """AdamW on rounding noise would walk off at full speed; the floor keeps the weights."""
+def test_the_dense_model_stays_where_it_is(pair: Any) -> None:
     teacher, student = pair[0], fresh(pair[2])
     before = state(student)
     results = calibrate(teacher, student, data(40, 3), SHORT, seed=0)
+    assert all(abs(v) < 1e-6 for r in results for _, v in r.loss)
+    assert same(state(student), before)
+
+
+def test_an_exact_start_stays_exact(pair: Any) -> None:
+    """Exact up to rounding: AdamW would walk off at full speed on rounding noise alone."""
+    teacher, student = pair[0], convert(pair[0], 0)
+    before = state(student)
+    results = calibrate(teacher, student, data(40, 3), SHORT, seed=0)
+    assert any(v != 0 for r in results for _, v in r.loss), "not a rounding-only start"
     assert all(abs(v) < 1e-6 for r in results for _, v in r.loss)
     assert same(state(student), before)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.capture import Call
 from reattend.mixers.config import Frozen
 
 Path = tuple[str | int, ...]

@@ -58,6 +58,10 @@ class Mixer(nn.Module, ABC):
     ) -> Tensor:
         """[B, N, D] -> [B, N, out_features], or joined heads where the block has no projection."""
 
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint stores; `build_mixer` reads it back."""
+        return {"kind": self.kind, "config": self.config.model_dump(mode="json")}
+
     @property
     @abstractmethod
     def cache_per_token(self) -> int:

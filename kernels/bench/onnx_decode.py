@@ -4,8 +4,9 @@
 
 One thread, batch 1, float32, random weights (speed does not depend on them) in the geometry of the
 shipped model with a longer context. Every variant runs in the same process, in turns, so that what
-else the machine does hits all alike; figures are medians, read the ratios. The states are filled
-with random rows: a step costs the same whatever they hold.
+else the machine does hits all alike; figures are medians, read the ratios. Wall time and the time
+the processor spent on the step are both kept: on a shared machine only the second is steady. The
+states are filled with random rows: a step costs the same whatever they hold.
 
 Variants:
     mla-50, mla-25      converted to MLA at 50 and 25 % of the original cache, exported by reattend
@@ -150,17 +151,13 @@ class Theirs:
             made = OnnxExporter().export(
                 self.model, inputs, OnnxConfig(dynamic=not self.fixed, ort_fusions="cpu")
             )
-        self.nodes = Counter(
-            n.op_type for n in made.program.graph if n.domain == "com.microsoft"
-        )
+        self.nodes = Counter(n.op_type for n in made.program.graph if n.domain == "com.microsoft")
         path = self.folder / f"{self.name}-{capacity}.onnx"
         onnx_ir.save(made.program, str(path), external_data=f"{path.name}.data")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def _binding(self, context: int, capacity: int, cache: Any, token: int) -> tuple[Any, Any]:
         key = capacity if self.fixed else 0
@@ -220,17 +217,26 @@ class Theirs:
         return found
 
 
-def measure(steps: dict[str, Step], rounds: int, block: int) -> dict[str, float]:
+def measure(steps: dict[str, Step], rounds: int, block: int) -> dict[str, dict[str, float]]:
     """Median ms per step; variants take turns in blocks, the first step of a block warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             step()
             for _ in range(block):
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.thread_time()
                 step()
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
+                cpu[name].append(1000 * (time.thread_time() - busy))
+                wall[name].append(1000 * (time.perf_counter() - start))
+    return {
+        name: {
+            "cpu": statistics.median(cpu[name]),
+            "wall": statistics.median(wall[name]),
+            "wall_best": min(wall[name]),
+        }
+        for name in steps
+    }
 
 
 def run(kv_heads: int, rounds: int, block: int, folder: Path) -> dict[str, Any]:
@@ -264,14 +270,15 @@ def run(kv_heads: int, rounds: int, block: int, folder: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    made = Table(title=f"ms/token (x: relative to transformers), {result['kv_heads']} kv heads")
+    title = f"processor ms/token (x: relative to transformers), {result['kv_heads']} kv heads"
+    made = Table(title=title)
     made.add_column("context", justify="right")
     names = list(result["cache_bytes_per_token"])
     for name in names:
         made.add_column(name, justify="right")
     for context, row in result["ms_per_token"].items():
-        base = row.get("transformers", row["original"])
-        made.add_row(context, *(f"{row[n]:.2f} (x{row[n] / base:.2f})" for n in names))
+        base = row.get("transformers", row["original"])["cpu"]
+        made.add_row(context, *(f"{row[n]['cpu']:.2f} (x{row[n]['cpu'] / base:.2f})" for n in names))
     made.add_row("B/token", *(str(result["cache_bytes_per_token"][n]) for n in names))
     return made
 

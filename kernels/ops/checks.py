@@ -19,15 +19,20 @@ def same_size(op: str, a: Any, b: Any, what: str) -> None:
     torch._check(a == b, lambda: f"{op}: {what} differ: {a} and {b}")
 
 
-def check_rows(op: str, batch: Any, kv_start_B: Tensor, kv_len_B: Tensor) -> None:
-    """kv_start and kv_len are 1-D integer tensors, one entry per row of the batch."""
+def check_rows(op: str, q: Tensor, kv_start_B: Tensor, kv_len_B: Tensor) -> None:
+    """kv_start and kv_len are 1-D integer tensors beside q, one entry per row of the batch."""
     for name, x in (("kv_start_B", kv_start_B), ("kv_len_B", kv_len_B)):
         if x.dim() != 1 or x.dtype not in (torch.int32, torch.int64):
             raise ArgumentError(
                 f"{op}: {name} must be a 1-D int32 or int64 tensor",
                 why=f"it has {x.dim()} dimensions and dtype {x.dtype}",
             )
-        same_size(op, x.shape[0], batch, f"the batch of the queries and the length of {name}")
+        if x.device != q.device:
+            raise ArgumentError(
+                f"{op}: {name} must be on the device of the queries",
+                why=f"{x.device} and {q.device}",
+            )
+        same_size(op, x.shape[0], q.shape[0], f"the batch of the queries and the length of {name}")
 
 
 def check_table(op: str, batch: Any, block_table_BP: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Triton is imported at the first launch on a GPU, never before."""
+"""The Triton kernels are imported at the first launch on a GPU, never before."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     values = dict(zip(externals, plain.run(externals, given), strict=True))
     norms = [n for n in gm.graph.nodes if n in nodes and is_op(n, rms_norm, aten.layer_norm)]
     skip: Callable[..., Any] = lambda x, *_a, **_k: x  # noqa: E731
-    linear = Evaluator(gm, promote=torch.float64, replace={n: skip for n in norms})
+    linear = Evaluator(gm, promote=torch.float64, replace=dict.fromkeys(norms, skip))
 
     like = _projection_like(projection)
 

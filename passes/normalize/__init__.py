@@ -7,10 +7,10 @@ from torch import fx
 from reattend.passes.base import PassResult
 from reattend.passes.normalize.cores import FuseEager, FuseSdpa
 from reattend.passes.normalize.linear import ToLinear
-from reattend.passes.normalize.noops import DropNoops
+from reattend.passes.normalize.noops import DropNoops, ViewToReshape
 from reattend.passes.normalize.norms import FuseRmsNorm
 
-PIPELINE = (DropNoops(), ToLinear(), FuseRmsNorm(), FuseSdpa(), FuseEager())
+PIPELINE = (DropNoops(), ViewToReshape(), ToLinear(), FuseRmsNorm(), FuseSdpa(), FuseEager())
 
 
 def normalize(gm: fx.GraphModule) -> list[PassResult]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.base import GraphPass
+from reattend.passes.base import GraphPass, replace_node
 from reattend.passes.normalize.forms import aten, is_op
 
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
@@ -72,3 +72,19 @@ class DropNoops(GraphPass):
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
         gm.graph.erase_node(node)
+
+
+class ViewToReshape(GraphPass):
+    """`view` demands strides that a normalised core need not give; `reshape` never does."""
+
+    name = "view-to-reshape"
+
+    def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
+        """Views."""
+        return [n for n in gm.graph.nodes if is_op(n, aten.view, aten._unsafe_view)]
+
+    def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """The same shape by `reshape`."""
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(aten.reshape.default, node.args)
+        replace_node(node, new)

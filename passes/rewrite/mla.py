@@ -8,7 +8,7 @@ rank. Derivation with the symbols used here: docs/math/mla.md.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field

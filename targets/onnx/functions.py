@@ -7,8 +7,8 @@ operators are used, so any runtime runs the file; a kernel registered for the no
 over where one is loaded.
 
 The branch on R > 0 is there because a product over zero columns is not zero in ONNX Runtime 1.31
-(its fused transposed MatMul leaves the output unset); both branches fold away when a model is
-loaded.
+(its fused transposed MatMul leaves the output unset); the width is read
+from the state, whose shape is known, so the branch folds away when a model is loaded.
 
 Semantics are those of `reattend::attention`: query i is at index kv_len - N + i and sees key j iff
 kv_start <= j < kv_len, j <= index (causal) and index - j < sliding_window (if > 0). A query that
@@ -35,8 +35,8 @@ _LATENT = """{
   n = Shape <start = 2, end = 3> (q_nope)
   m = Shape <start = 1, end = 2> (latent)
   hn = Mul (h, n)
-  r = Shape <start = 3, end = 4> (q_nope)
-  rotary = Shape <start = 3, end = 4> (q_rope)
+  r = Shape <start = 2, end = 3> (latent)
+  rotary = Shape <start = 2, end = 3> (rope)
   scale_float = Constant <value_float: float = @scale> ()
   factor = CastLike (scale_float, q_nope)
   q_nope_scaled = Mul (q_nope, factor)
@@ -74,7 +74,7 @@ _DENSE = """{
   b = Shape <start = 0, end = 1> (q)
   h = Shape <start = 1, end = 2> (q)
   n = Shape <start = 2, end = 3> (q)
-  d = Shape <start = 3, end = 4> (q)
+  d = Shape <start = 3, end = 4> (key)
   g = Shape <start = 1, end = 2> (key)
   m = Shape <start = 2, end = 3> (key)
   e = Shape <start = 3, end = 4> (value)

@@ -18,7 +18,7 @@ from torch import nn
 from reattend.errors import CaptureError, ReattendError
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, function_proto
 from reattend.targets.onnx.layout import LayerLayout
-from reattend.targets.onnx.simplify import cancel_squeezes
+from reattend.targets.onnx.simplify import cancel_squeezes, fuse_norms
 from reattend.targets.onnx.translate import translation_table
 from reattend.targets.onnx.wrapper import Step
 
@@ -59,6 +59,7 @@ def build(step: Step, dtype: torch.dtype) -> Any:
     _name_dimensions(model, step)
     _forget_the_trace(model)
     cancel_squeezes(model)
+    fuse_norms(model)
     _attach(model, step.layers)
     return model
 
@@ -98,6 +99,8 @@ def _forget_the_trace(model: Any) -> None:
     """Drop what torch noted about the trace: stack traces (they name files of this machine) and
     its own symbol names inside the graph, which do not match the border's letters.
     """
+    import onnx_ir as ir
+
     border = {id(v) for v in [*model.graph.inputs, *model.graph.outputs]}
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -108,8 +111,8 @@ def _forget_the_trace(model: Any) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if id(value) not in border and value.shape is not None and not value.shape.is_static():
-                value.shape = None
+            if id(value) not in border and value.shape is not None:
+                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
 def _attach(model: Any, layers: list[LayerLayout]) -> None:

@@ -5,6 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 
+def fuse_norms(model: Any) -> int:
+    """Write each spelled-out RMS norm as the standard RMSNormalization: one kernel, not six.
+
+    Args:
+        model: an `onnx_ir.Model` of opset 23 or later, changed in place.
+
+    Returns:
+        The number of norms replaced.
+    """
+    from onnxscript.rewriter.rules.fusion import _rms_normalization as rules
+
+    count: int = rules.rms_normalization_ruleset.apply_to_model(model)
+    return count
+
+
 def cancel_squeezes(model: Any) -> int:
     """Replace Squeeze(Unsqueeze(x, a), a) by x.
 

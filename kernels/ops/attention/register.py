@@ -55,7 +55,7 @@ def check(
             f"{NAME}: the query heads must be a multiple of the KV heads",
             why=f"{q_BHNd.shape[1]} query heads, {k_BGMd.shape[1]} KV heads",
         )
-    check_rows(NAME, q_BHNd.shape[0], kv_start_B, kv_len_B)
+    check_rows(NAME, q_BHNd, kv_start_B, kv_len_B)
     check_table(NAME, q_BHNd.shape[0], block_table_BP)
     check_scalars(NAME, sliding_window, softcap)
 

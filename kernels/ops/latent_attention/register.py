@@ -65,7 +65,7 @@ def check(
     same_size(NAME, latent_BMr.shape[1], rope_BMR.shape[1], "the lengths of latent and rope")
     if block_table_BP is None:
         same_size(NAME, q_nope_BHNr.shape[0], latent_BMr.shape[0], "the batches of q and cache")
-    check_rows(NAME, q_nope_BHNr.shape[0], kv_start_B, kv_len_B)
+    check_rows(NAME, q_nope_BHNr, kv_start_B, kv_len_B)
     check_table(NAME, q_nope_BHNr.shape[0], block_table_BP)
     check_scalars(NAME, sliding_window, softcap)
 

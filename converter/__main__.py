@@ -1,0 +1,7 @@
+"""`python -m reattend`."""
+
+from __future__ import annotations
+
+from reattend.cli import main
+
+main()

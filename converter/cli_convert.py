@@ -1,0 +1,174 @@
+"""`reattend convert`: one conversion, or its forecast with `--dry-run`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reattend.cli_guard import console, dumped, emit, guarded, quiet
+from reattend.cli_look import Model, Trust
+from reattend.errors import ArgumentError, InterruptedRun
+
+if TYPE_CHECKING:
+    from reattend.events import OnEvent
+    from reattend.pipeline import Job
+    from reattend.predict import Prediction
+
+LOADING, OUTPUT = "How the model is opened", "What is shown"
+
+
+@guarded
+def convert(
+    model: Model,
+    plan: Annotated[
+        str, typer.Option("--plan", "-p", help="A shipped plan or a YAML file.")
+    ] = "transmla",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", help=".txt, .jsonl or folder; none: the model's own samples."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to create.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the plan: kv_keep=0.25; repeat."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling, training and measurement.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another result of reattend in OUT.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change and cost; write nothing.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, ...: none keeps it.", rich_help_panel=LOADING),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=LOADING)
+    ] = None,
+    trust_remote_code: Trust = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)
+    ] = False,
+    log_json: Annotated[
+        Path | None,
+        typer.Option("--log-json", help="Append every event as a line.", rich_help_panel=OUTPUT),
+    ] = None,
+) -> None:
+    """Give a model a new attention, and prove what was done.
+
+    Works in OUT.partial and renames it to OUT when everything is there. A run that was stopped
+    continues when the same command is given again.
+    """
+    if out is None and not dry_run:
+        raise ArgumentError(
+            "there is no output folder",
+            next_step="add --out DIR, or --dry-run to see what would happen",
+        )
+    from reattend.plan import Plan
+
+    chosen = Plan.load(plan).with_set(settings or [])
+    with _listening(log_json) as listen:
+        quiet()
+        from reattend.pipeline import Job
+
+        job = Job(chosen, data=data, seed=seed, out=out, overwrite=overwrite, on_event=listen)
+        opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        try:
+            if dry_run:
+                _dry_run(job, model, opening, json)
+                return
+            result = job.run(model, **opening)
+        except KeyboardInterrupt:
+            raise _interrupted(out) from None
+    if json:
+        emit(result.report.to_json())
+        return
+    screen = console()
+    screen.print(result.report.summary())
+    screen.print()
+    screen.print(f"{result.out}", markup=False, soft_wrap=True)
+    screen.print(f"report: {Path(str(result.out)) / 'report.html'}", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _listening(log: Path | None) -> Iterator[OnEvent]:
+    from reattend.events import JsonLog, Progress, both
+
+    with contextlib.ExitStack() as stack:
+        lines = None if log is None else stack.enter_context(JsonLog(log))
+        yield both(lines, stack.enter_context(Progress()))
+
+
+def _interrupted(out: Path | None) -> InterruptedRun:
+    from reattend.outdir import partial_of
+
+    if out is None or not partial_of(out).exists():
+        return InterruptedRun("interrupted; nothing was written", next_step="run the command again")
+    return InterruptedRun(
+        "interrupted; what was finished is kept",
+        where=str(partial_of(out)),
+        next_step="run the same command again: it continues where it stopped",
+    )
+
+
+def _dry_run(job: Job, model: str, opening: dict[str, Any], json: bool) -> None:
+    """Print the forecast, then refuse what the run would refuse."""
+    from reattend.preflight import enforce
+
+    choices, prediction = job.dry_run(model, **opening)
+    if json:
+        emit(dumped(prediction.to_dict()))
+    else:
+        show_prediction(prediction)
+    enforce(choices, job.plan)
+
+
+def show_prediction(prediction: Prediction) -> None:
+    """Tables of sites and stages."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from reattend.report.numbers import size
+
+    def table(heads: tuple[str, ...]) -> Table:
+        made = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        for i, head in enumerate(heads):
+            made.add_column(head, justify="left" if i < 2 else "right", overflow="fold")
+        return made
+
+    sites = table(("Block", "Would become", "Cache B/token", "after", "Parameters", "after"))
+    for s in prediction.sites:
+        what = s.conversion if s.action == "converted" else f"{s.action}: {s.reason}"
+        sites.add_row(
+            Text(s.path), Text(what), f"{s.cache_bytes_before:,}", f"{s.cache_bytes_after:,}",
+            f"{s.parameters_before:,}", f"{s.parameters_after:,}",
+        )  # fmt: skip
+    before = sum(s.cache_bytes_before for s in prediction.sites)
+    after = sum(s.cache_bytes_after for s in prediction.sites)
+    sites.add_row(
+        Text("together", style="bold"), "", f"{before:,}", f"{after:,}",
+        f"{prediction.parameters_before:,}", f"{prediction.parameters_after:,}", end_section=True,
+    )  # fmt: skip
+    stages = table(("Stage", "", "Peak memory", "Time, rough"))
+    for stage in prediction.stages:
+        stages.add_row(stage.name, "", size(stage.peak_bytes), _duration(stage.seconds))
+    stages.add_row(
+        Text("whole run", style="bold"), "", size(prediction.peak_bytes),
+        _duration(prediction.seconds),
+    )  # fmt: skip
+    screen = console()
+    screen.print(sites)
+    screen.print()
+    screen.print(stages)
+    screen.print(Text("memory beside about 0.5 GB for Python, torch and transformers", style="dim"))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,153 @@
+"""Commands that change nothing: `find` and `plans`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reattend.cli_guard import console, dumped, emit, guarded, quiet
+from reattend.errors import NothingFoundError
+
+if TYPE_CHECKING:
+    from reattend.finder import FoundAttention
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or id on this machine.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that lies in the folder.")
+]
+
+plans = typer.Typer(
+    help="List, show and check plans.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@guarded
+def find(model: Model, json: Json = False, trust_remote_code: Trust = False) -> None:
+    """List the attention blocks of a model, what they compute, and which cannot be converted.
+
+    A block is verified when, rebuilt from its description, it gives the original's output to
+    1e-12 in float64.
+    """
+    quiet()
+    from reattend.finder import find_attention
+    from reattend.source import open_source
+
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    found = find_attention(source.model)
+    if json:
+        emit(dumped(_found(found)))
+    else:
+        _show(found)
+    if not found.sites:
+        raise NothingFoundError(
+            "no attention block was found that could be converted",
+            where=model,
+            why="; ".join(f"{r.path}: {r.reason}" for r in found.refused[:5])
+            or "the graph has no softmax attention",
+        )
+
+
+def _found(found: FoundAttention) -> dict[str, Any]:
+    from reattend.reporting import spec_summary
+
+    return {
+        "sites": [
+            {
+                "path": s.path,
+                "kind": s.spec.kind,
+                "spec": spec_summary(s).model_dump(mode="json"),
+                "verified": s.verified,
+                "error": s.error,
+            }
+            for s in found.sites
+        ],
+        "refused": [asdict(r) for r in found.refused],
+    }
+
+
+def _show(found: FoundAttention) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from reattend.reporting import spec_summary
+
+    out = console()
+    if found.sites:
+        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        for head in ("Block", "Attention", "Verified"):
+            table.add_column(head, overflow="fold")
+        for s in found.sites:
+            spec = Text(spec_summary(s).text() + (", cross" if s.spec.kind == "cross" else ""))
+            table.add_row(Text(s.path), spec, Text(f"✓ {s.error:.0e}" if s.verified else "no"))
+        out.print(table)
+    if found.refused:
+        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        for head in ("Not understood", "Reason"):
+            table.add_column(head, overflow="fold")
+        for r in found.refused:
+            table.add_row(Text(r.path or "(model)"), Text(r.reason))
+        out.print(table)
+    out.print(Text(f"{len(found.sites)} found, {len(found.refused)} not understood", style="bold"))
+
+
+@plans.command("list")
+@guarded
+def list_plans(json: Json = False) -> None:
+    """The plans that are shipped."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from reattend.plans import preset_names, preset_summary
+
+    if json:
+        emit(dumped({name: preset_summary(name) for name in preset_names()}))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in preset_names():
+        table.add_row(Text(name, style="bold"), Text(preset_summary(name)))
+    console().print(table)
+
+
+@plans.command("show")
+@guarded
+def show_plan(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of `reattend plans list`.")],
+) -> None:
+    """The YAML of a shipped plan, as a start for your own."""
+    from reattend.plan_text import unknown_name
+    from reattend.plans import preset_names, preset_text
+
+    if name not in preset_names():
+        raise unknown_name("plan", name, preset_names(), "plans show")
+    emit(preset_text(name))
+
+
+@plans.command("check")
+@guarded
+def check_plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan in YAML.")],
+    json: Json = False,
+) -> None:
+    """Read a plan and every option in it; nothing else is done."""
+    from rich.text import Text
+
+    from reattend.plan import Plan
+
+    plan = Plan.load(file)
+    if json:
+        emit(dumped(plan.to_dict()))
+        return
+    out = console()
+    for number, rule in enumerate(plan.rules):
+        given = {} if rule.options is None else rule.options.model_dump(exclude_unset=True)
+        options = ", ".join(f"{k}: {v}" for k, v in given.items())
+        what = f"{number}  {rule.describe()}  ->  {rule.to}" + (f"  ({options})" if options else "")
+        out.print(Text(what))
+    out.print(Text(f"{file}: a valid plan, {len(plan.rules)} rules", style="bold"))

@@ -1,0 +1,185 @@
+"""Who owns a block, and how the owner's call maps to a mixer's: found by running, by value."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reattend.capture import Call, Capture, watch
+from reattend.install.adapter import Adapter
+from reattend.install.binding import Binding, bound, match, match_output, match_table
+from reattend.passes.evaluate import Evaluator, ancestors, attribute
+from reattend.passes.find.reasons import NotUnderstood
+from reattend.passes.find.sites import Found
+from reattend.spec import AttentionSpec, Rotary, Stream
+
+#: (owner path, binding or None, why there is none)
+Place = tuple[str, Binding | None, str]
+
+
+def owner_of(nodes: list[fx.Node]) -> str:
+    """Dotted path of the smallest module whose code holds all nodes."""
+    stacks = [[path for path, _ in node.meta.get("nn_module_stack", {}).values()] for node in nodes]
+    paths = [(stack[-1] if stack else "").split(".") for stack in stacks]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def adapter_of(path: str, ours: dict[str, Adapter]) -> str | None:
+    """The converted block that `path` lies in."""
+    return next((p for p in ours if path == p or path.startswith(p + ".")), None)
+
+
+def locate(captured: Capture, found: list[Found]) -> dict[int, tuple[str, Binding | None, str]]:
+    """Owner and binding of every found block, or the reason it has none."""
+    owners = {id(f): [owner_of(f.region.nodes), owner_of(f.region.nodes[:4])] for f in found}
+    paths = {p for pair in owners.values() for p in pair if p}
+    inputs = captured.probe(padded=True, side=slice(-3, None))
+    calls = watch(captured.model, paths, inputs)
+    cached = _watch_cache(captured.model, paths, captured.inputs)
+    wanted = [n for f in found for n in _boundary(f)]
+    run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
+    values = dict(zip(wanted, run, strict=True))
+    located: dict[int, tuple[str, Binding | None, str]] = {}
+    ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
+    for item in found:
+        whole, inner = owners[id(item)]
+        own = adapter_of(inner, ours)
+        if own is not None:
+            if item.region.rotation is not None:
+                _exact_frequencies(captured, item)
+            located[id(item)] = (own, ours[own].binding, "")
+            continue
+        path, binding, reasons = whole, None, ["no submodule holds exactly this block"]
+        for candidate, stop in ((whole, False), (inner, True)):
+            if candidate not in calls or (stop and item.region.exit.out is None):
+                continue
+            try:
+                binding = _bind(captured, item, candidate, calls[candidate], values, cached, stop)
+            except NotUnderstood as why:
+                reasons.append(str(why))
+                continue
+            path = candidate
+            if stop:
+                item.region.exit.node, item.region.exit.out = item.region.exit.joined, None
+                item.spec = AttentionSpec(
+                    item.spec.q, item.spec.k, item.spec.v, item.spec.core, None
+                )
+            break
+        located[id(item)] = (path, binding, reasons[min(1, len(reasons) - 1)])
+    return located
+
+
+def _boundary(item: Found) -> list[fx.Node]:
+    region = item.region
+    nodes = [region.hidden, region.memory, region.mask, region.exit.node, region.exit.joined]
+    return [n for n in nodes if n is not None]
+
+
+def _bind(
+    captured: Capture,
+    item: Found,
+    path: str,
+    call: Call,
+    values: dict[fx.Node, Any],
+    cached: dict[str, tuple[Any, ...]],
+    stop: bool,
+) -> Binding:
+    """Match the region's boundary with the owner's arguments and result, by value."""
+    region = item.region
+    arguments = bound(captured.model.get_submodule(path), call.args, call.kwargs)
+    hidden = match(arguments, values[region.hidden])
+    if hidden is None:
+        raise NotUnderstood(f"{path or 'the model'} does not receive the block's input")
+    memory = None
+    if region.memory is not None:
+        memory = match(arguments, values[region.memory])
+        if memory is None:
+            raise NotUnderstood(f"{path} does not receive the block's encoder states")
+    exit_node = region.exit.joined if stop else region.exit.node
+    output = match_output(call.output, values[exit_node], arguments)
+    if output is None:
+        raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
+    mask = match(arguments, values[region.mask]) if region.mask is not None else None
+    if region.mask is not None and mask is None and item.follows_padding:
+        raise NotUnderstood(f"{path} does not receive the mask that hides padding")
+    cos = sin = position = None
+    if region.rotation is not None:
+        cos, sin, position = _bind_rotation(captured, item, arguments)
+    cache, part, layer_idx = cached.get(path, (None, None, 0))
+    return Binding(
+        hidden=hidden, memory=memory, mask=mask, cos=cos, sin=sin, position=position,
+        cache=cache, cache_part=part, layer_idx=layer_idx, output=output,
+    )  # fmt: skip
+
+
+def _bind_rotation(
+    captured: Capture, item: Found, arguments: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """The model's own tables where the owner receives them, else positions, else inv_freq."""
+    rotation = item.region.rotation
+    assert rotation is not None and rotation.spec is not None
+    cos = match_table(arguments, rotation.cos_NP)
+    sin = match_table(arguments, rotation.sin_NP)
+    _exact_frequencies(captured, item)
+    if cos is not None and sin is not None:
+        if abs(cos[1] - 1) > 1e-4 or abs(sin[1] - 1) > 1e-4:
+            raise NotUnderstood(f"the stream scales the model's rotary table by {cos[1]:g}")
+        return cos[0], sin[0], None
+    positions = torch.arange(rotation.cos_NP.shape[0])
+    for batch in (1, captured.sizes.get("B", 1)):
+        path = match(arguments, positions.expand(batch, -1))
+        if path is not None:
+            return None, None, path
+    return None, None, None
+
+
+def _exact_frequencies(captured: Capture, item: Found) -> None:
+    """Replace fitted frequencies by the stored tensor they came from, where one matches."""
+    region = item.region
+    assert region.rotation is not None and region.rotation.spec is not None
+    fitted = torch.tensor(region.rotation.spec.inv_freq, dtype=torch.float64)
+    for node in ancestors(region.externals):
+        if node.op != "get_attr":
+            continue
+        value = attribute(captured.gm, str(node.target))
+        if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() != fitted.numel():
+            continue
+        exact = value.double().cpu()
+        if bool(((exact - fitted).abs() <= 1e-4 * fitted.abs().clamp_min(1e-6)).all()):
+            frequencies = tuple(float(v) for v in exact)
+            q, k = item.spec.q, item.spec.k
+            item.spec = replace(
+                item.spec,
+                q=_with_frequencies(q, frequencies),
+                k=_with_frequencies(k, frequencies),
+            )
+            return
+
+
+def _with_frequencies(stream: Stream, frequencies: tuple[float, ...]) -> Stream:
+    steps = tuple(
+        replace(s, inv_freq=frequencies) if isinstance(s, Rotary) else s for s in stream.steps
+    )
+    return replace(stream, steps=steps)
+
+
+def _watch_cache(
+    model: nn.Module, paths: set[str], inputs: dict[str, Any]
+) -> dict[str, tuple[Any, ...]]:
+    """path -> (leaf of the call that is the cache, its part, layer index), by running once.
+
+    Empty for models without a transformers cache.
+    """
+    if inputs.get("use_cache") is not False or not hasattr(model, "config"):
+        return {}
+    from reattend.install.caching import watch_cache
+
+    return watch_cache(model, paths, inputs)

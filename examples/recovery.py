@@ -1,0 +1,294 @@
+"""Recovery curves: perplexity after 0, 50k, 200k ... tokens of calibration, by student.
+
+    OMP_NUM_THREADS=1 python examples/recovery.py --model examples/models/pycode-gqa \\
+        --out examples/results/recovery.json
+
+Students: MLA at several cache sizes, and the dense model itself (plan `identity`) put through the
+very same call. Every finished row is written at once and training checkpoints lie beside the
+file (`recovery.work`), so the same command continues after an interruption. Other inputs than
+those of the file are refused; `--fresh` starts again. `--table` prints the Markdown table of an
+existing file and computes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STUDENTS: dict[str, dict[str, int] | None] = {
+    "dense": None,
+    "MLA 48 + 16": {"kv_lora_rank": 48, "qk_rope_head_dim": 16},
+    "MLA 16 + 16": {"kv_lora_rank": 16, "qk_rope_head_dim": 16},
+    "MLA 24 + 8": {"kv_lora_rank": 24, "qk_rope_head_dim": 8},
+}
+TOKENS = (0, 50_000, 200_000, 1_000_000)
+SEQ_LEN, RECALL_LEN, STATISTICS = 256, 512, 32_768
+
+
+def row_names(tokens: tuple[int, ...] = TOKENS) -> list[tuple[str, int]]:
+    """Every (student, tokens) of the campaign, cheap ones first."""
+    return [(student, count) for count in tokens for student in STUDENTS]
+
+
+class Campaign:
+    """Model and data, loaded once; `row(student, tokens)` trains and measures one row."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from reattend.data import load_data
+
+        self.args = args
+        self.converted: dict[str, Any] = {}
+        self.work = args.out.with_suffix(".work")
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.stored, self.original = (
+            AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+            for dtype in ("auto", torch.float32)
+        )
+        read = {"tokenizer": tokenizer, "seed": args.seed}
+        text = args.model / "heldout.txt"
+        self.held = load_data(text, seq_len=SEQ_LEN, **read).take(args.rows)
+        self.long = load_data(text, seq_len=RECALL_LEN, **read).take(args.rows)
+        self.train = load_data(args.model / "calibration.txt", seq_len=SEQ_LEN, **read)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the rows depend on; a results file of other inputs is not continued."""
+        from reattend.calibrate import run
+
+        return {
+            "weights": _sha256(self.args.model / "model.safetensors"),
+            "calibration": self.train.fingerprint,
+            "heldout_256": self.held.fingerprint,
+            "heldout_512": self.long.fingerprint,
+            "rows": self.args.rows,
+            "seed": self.args.seed,
+            "lr": {name: stage.lr for name, stage in run.STAGES.items()},
+            "share": dict(run.SHARE),
+        }
+
+    def student(self, name: str) -> Any:
+        """The converted model in the dtype of the checkpoint, statistics only."""
+        from reattend import convert
+
+        if name not in self.converted:
+            options = STUDENTS[name]
+            to = {"to": "dense"} if options is None else {"to": "mla", **options}
+            plan = {
+                "rules": [{"sites": "*", **to}],
+                "calibrate": {"statistics_tokens": STATISTICS, "seq_len": SEQ_LEN},
+            }
+            result = convert(self.stored, plan=plan, data=self.train, seed=self.args.seed)
+            self.converted[name] = result.model
+        return copy.deepcopy(self.converted[name])
+
+    def row(self, name: str, tokens: int) -> dict[str, Any]:
+        """Convert, calibrate, and measure perplexity, agreement and recall."""
+        from reattend.calibrate import calibrate
+        from reattend.plan_sections import Calibrate
+        from reattend.verify.quality import measure
+        from reattend.workdir import Workdir, digest
+
+        student = self.student(name)
+        start, stages = time.perf_counter(), []
+        if tokens:
+            settings = Calibrate(tokens=tokens, seq_len=SEQ_LEN)
+            folder = self.work / f"{name.replace(' ', '')}-{tokens}"
+            key = digest([self.inputs(), name, tokens])
+            with Workdir.open(folder, {"row": key}) as workdir:
+                stages = calibrate(
+                    self.stored, student, self.train, settings, seed=self.args.seed,
+                    workdir=workdir, inputs_hash=key, on_event=_show,
+                )  # fmt: skip
+            shutil.rmtree(workdir.partial)
+        seconds = time.perf_counter() - start
+        quality = measure(
+            student.float(), self.held, self.original, recall_data=self.long, seed=self.args.seed
+        )
+        options = STUDENTS[name]
+        numbers = sum(options.values()) if options else _dense_cache(self.original)
+        return {
+            "student": name,
+            "tokens": tokens,
+            "cache": numbers,
+            "seconds": round(seconds, 1),
+            "stages": {
+                s.name: {
+                    "tokens": s.tokens,
+                    "loss": [s.loss[0][1], s.loss[-1][1]],
+                    "loss_name": s.loss_name,
+                }
+                for s in stages
+            },
+            **quality.to_dict(),
+        }
+
+
+def _dense_cache(model: Any) -> int:
+    c = model.config
+    return int(2 * c.num_key_value_heads * c.head_dim)
+
+
+def _show(event: Any) -> None:
+    """One line of progress, overwritten."""
+    loss = event.values.get("loss", float("nan"))
+    print(f"\r  {event.stage} {event.done}/{event.total} loss {loss:.4f}   ", end="",
+          file=sys.stderr, flush=True)  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown: one line per student, one column per budget."""
+    rows = {(row["student"], row["tokens"]): row for row in results["rows"]}
+    budgets = sorted({tokens for _, tokens in rows})
+    heads = [f"{tokens:,} tokens" for tokens in budgets]
+    lines = [
+        f"| student | cache, numbers/token/layer | {' | '.join(heads)} |",
+        f"|---|---|{'---|' * len(budgets)}",
+    ]
+    for student in STUDENTS:
+        found = [rows.get((student, tokens)) for tokens in budgets]
+        if any(found):
+            cache = next(row["cache"] for row in found if row)
+            cells = " | ".join(_cell(row) for row in found)
+            lines.append(f"| {student} | {cache} | {cells} |")
+    share, lr = results["inputs"]["share"], results["inputs"]["lr"]
+    stages = ", ".join(f"{n} {100 * share[n]:g} % at lr {lr[n]:g}" for n in share)
+    lines += [
+        "",
+        f"{results['model']}, {results['date']}, {results['device']}. Each cell: held-out "
+        f"perplexity (KL to the original in nats per token; copy recall right), "
+        f"{results['inputs']['rows']} x {SEQ_LEN} tokens; copy at {RECALL_LEN}. Training text: "
+        f"calibration.txt, never the held-out one. Stages: {stages}. The dense model under the "
+        f"same call stays where it is: the loss is the distance to the original, so the text "
+        f"itself teaches nothing. Command: `{results['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    copied = 100 * row["recall"]["copy"]["accuracy"]
+    return f"{row['perplexity']:.2f} ({row['kl']:.3f}; {copied:.0f} %)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", type=Path, default=Path("examples/models/pycode-gqa"))
+    parser.add_argument("--out", type=Path, default=Path("examples/results/recovery.json"))
+    parser.add_argument("--rows", type=int, default=40, help="held-out rows, evenly spaced")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="students whose name contains this")
+    parser.add_argument("--max-tokens", type=int, default=200_000, help="skip larger budgets")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of the file")
+    parser.add_argument("--table", action="store_true", help="print the table of the file")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(json.loads(args.out.read_text())))
+        return 0
+
+    from reattend.errors import ReattendError
+
+    try:
+        return _run(args)
+    except ReattendError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Measure the missing rows, writing after each."""
+    import torch
+    import transformers
+
+    campaign = Campaign(args)
+    inputs = campaign.inputs()
+    results = {} if args.fresh or not args.out.exists() else json.loads(args.out.read_text())
+    if results and results["inputs"] != inputs:
+        changed = sorted(key for key in inputs if results["inputs"].get(key) != inputs[key])
+        print(f"{args.out} holds rows of other inputs ({', '.join(changed)}); pass --fresh or "
+              "another --out.", file=sys.stderr)  # fmt: skip
+        return 2
+    words = ["python", "examples/recovery.py", "--model", _shown(args.model), "--out",
+             _shown(args.out), "--rows", str(args.rows), "--seed", str(args.seed),
+             "--device", args.device]  # fmt: skip
+    done = {(row["student"], row["tokens"]) for row in results.get("rows", [])}
+    todo = [
+        (student, tokens)
+        for student, tokens in row_names()
+        if (student, tokens) not in done and args.only in student and tokens <= args.max_tokens
+    ]
+    reached = max([args.max_tokens, *(tokens for _, tokens in done)])
+    results = {
+        "schema": 1,
+        "model": args.model.name,
+        "command": shlex.join([*words, "--max-tokens", str(reached)]),
+        "device": _device(args.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "inputs": inputs,
+        "rows": results.get("rows", []),
+        "date": results.get("date", ""),
+    }
+    for student, tokens in todo:
+        print(f"{student}, {tokens} tokens ...", file=sys.stderr, flush=True)
+        row = campaign.row(student, tokens)
+        print(file=sys.stderr)
+        results["date"] = row["date"] = datetime.date.today().isoformat()
+        results["rows"].append(row)
+        _write(args.out, results)
+    if results["rows"]:
+        print(table(results))
+    return 0
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} thread(s)"
+
+
+def _shown(path: Path) -> str:
+    """A path as it belongs in a result: relative, or the bare name where it lies elsewhere."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """Replace the file in one step, so an interruption leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
