@@ -143,7 +143,9 @@ def show_prediction(prediction: Prediction) -> None:
 
     sites = table(("Block", "Would become", "Cache B/token", "after", "Parameters", "after"))
     for s in prediction.sites:
-        what = s.conversion if s.action == "converted" else f"{s.action}: {s.reason}"
+        options = ", ".join(f"{k}: {v}" for k, v in s.options.items())
+        what = f"{s.conversion} ({options})" if options else s.conversion
+        what = what if s.action == "converted" else f"{s.action}: {s.reason}"
         sites.add_row(
             Text(s.path), Text(what), f"{s.cache_bytes_before:,}", f"{s.cache_bytes_after:,}",
             f"{s.parameters_before:,}", f"{s.parameters_after:,}",
@@ -151,7 +153,7 @@ def show_prediction(prediction: Prediction) -> None:
     before = sum(s.cache_bytes_before for s in prediction.sites)
     after = sum(s.cache_bytes_after for s in prediction.sites)
     sites.add_row(
-        Text("together", style="bold"), "", f"{before:,}", f"{after:,}",
+        Text("whole model", style="bold"), "", f"{before:,}", f"{after:,}",
         f"{prediction.parameters_before:,}", f"{prediction.parameters_after:,}", end_section=True,
     )  # fmt: skip
     stages = table(("Stage", "", "Peak memory", "Time, rough"))

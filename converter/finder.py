@@ -16,7 +16,7 @@ from reattend.locate import adapter_of, locate, owner_of
 from reattend.passes.base import PassResult
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
-from reattend.selfcheck import TOLERANCE, self_check
+from reattend.selfcheck import self_check
 from reattend.spec import AttentionSpec
 
 
@@ -94,12 +94,11 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         if binding is None and is_hf(model):
             result.refused.append(RefusedSite(path, reason))
             continue
-        error = self_check(captured.gm, item, inputs_at)
-        if error > TOLERANCE:
-            text = f"not understood: rebuilt block differs by {error:.1e} (limit {TOLERANCE:g})"
-            result.refused.append(RefusedSite(path, text))
+        proof = self_check(captured.gm, item, inputs_at)
+        if proof.reason:
+            result.refused.append(RefusedSite(path, proof.reason))
             continue
-        result.sites.append(_site(item, path, binding, error))
+        result.sites.append(_site(item, path, binding, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
     _number(result.sites)
     return result

@@ -85,7 +85,7 @@ class Job:
     def _predict(
         self, source: Source, choices: list[Choice], materials: Materials
     ) -> Prediction:
-        data = None if materials.own else materials.statistics
+        data = None if materials.own else materials.training
         rows = None if data is None else data.rows
         if rows is not None and materials.held_out is not None:
             rows += materials.held_out.rows

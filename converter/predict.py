@@ -36,6 +36,7 @@ class SitePrediction:
     path: str
     action: str
     conversion: str
+    options: dict[str, Any]
     reason: str
     cache_bytes_before: int
     cache_bytes_after: int
@@ -92,6 +93,7 @@ class _Sizes:
     vocabulary: int
     widest: int  # output features of the widest layer below the head
     layers: int
+    heads: int
 
     def logits(self, tokens: int) -> int:
         return tokens * self.vocabulary * self.element
@@ -109,7 +111,7 @@ def predict(model: nn.Module, choices: list[Choice], plan: Plan, *, rows: int | 
         plan: its `calibrate` section bounds the data.
         rows: rows of `seq_len` tokens that the data gives; None: sampled from the model.
     """
-    sizes = _sizes(model, len(choices))
+    sizes = _sizes(model, choices)
     converted = [c for c in choices if c.action == "converted"]
     peaks = _memory(sizes, converted, plan, rows, is_hf(model))
     seconds = _time(sizes, converted, plan, rows)
@@ -129,6 +131,7 @@ def _site(choice: Choice, element: int) -> SitePrediction:
         path=choice.site.path,
         action=choice.action,
         conversion="" if choice.conversion is None else choice.conversion.name,
+        options={} if choice.options is None else choice.options.model_dump(exclude_unset=True),
         reason=choice.reason,
         cache_bytes_before=before.cache * element,
         cache_bytes_after=after.cache * element,
@@ -137,7 +140,7 @@ def _site(choice: Choice, element: int) -> SitePrediction:
     )
 
 
-def _sizes(model: nn.Module, layers: int) -> _Sizes:
+def _sizes(model: nn.Module, choices: list[Choice]) -> _Sizes:
     parameters = list(model.parameters())
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -150,7 +153,8 @@ def _sizes(model: nn.Module, layers: int) -> _Sizes:
         parameters=sum(p.numel() for p in parameters),
         vocabulary=vocabulary,
         widest=max((n for n in outputs if n != vocabulary), default=0),
-        layers=layers,
+        layers=len(choices),
+        heads=max((c.config.core.heads for c in choices), default=0),
     )
 
 
@@ -218,13 +222,15 @@ def _training(sizes: _Sizes, new: int, batch: int) -> int:
 
 
 def _verifying(sizes: _Sizes, held: int, seq_len: int, generates: bool) -> int:
-    """Logits of both models for a batch, and one row of them five times in float32."""
+    """Logits of both models for a batch, one row of them five times in float32, and the scores
+    of the converted model's prefill twice."""
     rows = min(8, held) if held else 4
     both = 2 if held else 1
     logits = both * sizes.logits(rows * seq_len)
     row = 4 * seq_len * sizes.vocabulary * (5 if held else 1)
     decode = 6 * sizes.logits(3 * 53) if generates else 0
-    return max(logits + row, decode) + sizes.activations(rows * seq_len)
+    scores = 2 * 4 * rows * sizes.heads * seq_len**2
+    return max(logits + row, decode) + scores + sizes.activations(rows * seq_len)
 
 
 def _time(

@@ -44,15 +44,9 @@ class RunLog:
         begin = time.monotonic()
         yield
         seconds = time.monotonic() - begin
-        growth = self.predicted.get(name)
+        reused = name in self._reused
         self.stages.append(
-            StageRun(
-                name=name,
-                seconds=seconds,
-                peak_bytes_predicted=None if growth is None else self.baseline + growth,
-                peak_bytes=peak_memory(),
-                reused=name in self._reused,
-            )
+            StageRun(name=name, seconds=seconds, peak_bytes=peak_memory(), reused=reused)
         )
 
     def finish(self, source: Source, out: Path | None) -> Run:
@@ -70,8 +64,14 @@ class RunLog:
             threads=torch.get_num_threads(),
             command=tuple(sys.argv),
             paths=paths,
-            stages=tuple(self.stages),
+            stages=tuple(self._with_prediction(s) for s in self.stages),
         )
+
+    def _with_prediction(self, stage: StageRun) -> StageRun:
+        growth = self.predicted.get(stage.name)
+        if growth is None:
+            return stage
+        return stage.model_copy(update={"peak_bytes_predicted": self.baseline + growth})
 
 
 def peak_memory() -> int:

@@ -8,25 +8,62 @@ promoted to float64, its cos, sin and mask fed as the model computed them, and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from reattend.mixers.base import Context
-from reattend.passes.evaluate import Evaluator, attribute
+from reattend.passes.evaluate import Evaluator, attribute, concrete_shape
 from reattend.passes.find.masks import visible
 from reattend.passes.find.sites import Found
+from reattend.passes.find.streams import read_stream
 from reattend.spec import Norm
 from reattend.weights import build_dense
 
 TOLERANCE = 1e-12
+#: longest window for which the second length exceeds two of them (attention is quadratic here)
+LONGEST_CHECK = 2048
+#: in the model's own dtype: this many times the noise of reordering its sums
+NOISE = 8.0
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What the proof found.
+
+    Attributes:
+        error: relative error in promoted float64, the worst over lengths and paddings.
+        native: largest absolute difference in the model's own dtype and weights.
+        floor: the same between two orders of summation of the rebuilt block.
+        scale: largest output.
+    """
+
+    error: float
+    native: float
+    floor: float
+    scale: float
+    dtype: torch.dtype
+
+    @property
+    def reason(self) -> str:
+        """Why the site is not trusted; empty if it is."""
+        if not self.error <= TOLERANCE:
+            return f"not understood: rebuilt block differs by {self.error:.1e} (limit {TOLERANCE:g})"
+        limit = NOISE * max(self.floor, torch.finfo(self.dtype).eps * self.scale)
+        if not self.native <= limit:
+            return (
+                f"not understood: in {str(self.dtype).removeprefix('torch.')} the rebuilt block "
+                f"differs by {self.native:.1e}, more than {NOISE:g} x its noise ({limit:.1e})"
+            )
+        return ""
 
 
 def self_check(
     gm: fx.GraphModule, found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
-) -> float:
-    """Relative error of the rebuilt block's output, the worst of unpadded and padded inputs.
+) -> SelfCheck:
+    """Compare the rebuilt block with the region at two lengths, unpadded and padded.
 
     Args:
         gm: normalised graph.
@@ -35,10 +72,53 @@ def self_check(
     """
     generator = torch.Generator().manual_seed(1)
     weights = _random_weights(gm, found, generator)
+    trials = [(None, False)] + ([(None, True)] if found.follows_padding else [])
+    longer = _second_length(gm, found, inputs_at)
+    if longer is not None:
+        trials.append((longer, found.follows_padding))
     worst = 0.0
-    for padded in (False, True) if found.follows_padding else (False,):
-        worst = max(worst, _compare(gm, found, inputs_at(None, padded), weights, generator))
-    return worst
+    for length, padded in trials:
+        gap, scale = _compare(gm, found, inputs_at(length, padded), weights, generator)
+        worst = max(worst, gap / max(scale, 1e-30))
+    native, floor, scale, dtype = _native(gm, found, inputs_at(None, False), generator)
+    return SelfCheck(worst, native, floor, scale, dtype)
+
+
+def _second_length(
+    gm: fx.GraphModule, found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
+) -> int | None:
+    """A length above two windows; None where the graph's length is fixed."""
+    before = concrete_shape(found.region.hidden, inputs_at(None, False))
+    pattern = found.spec.core.pattern
+    length = before[1] + 6
+    if 2 * max(pattern.window, pattern.chunk) <= LONGEST_CHECK:
+        length = max(length, 2 * max(pattern.window, pattern.chunk) + 3)
+    if concrete_shape(found.region.hidden, inputs_at(length, False)) == before:
+        return None
+    return length
+
+
+def _native(
+    gm: fx.GraphModule, found: Found, given: dict[fx.Node, Any], generator: torch.Generator
+) -> tuple[float, float, float, torch.dtype]:
+    """(difference, noise floor, scale, dtype) with the model's own weights, nothing promoted."""
+    read = {n: attribute(gm, n) for n in _weight_names(found)}
+    dtype = read[found.spec.q.proj.weight].dtype
+    region = found.region
+    x = _random_like(region.hidden, given, generator).to(dtype)
+    memory = None if region.memory is None else _random_like(region.memory, given, generator)
+    memory = None if memory is None else memory.to(dtype)
+    expected, y, rows = _both(gm, found, given, None, read, x, memory)
+    order = torch.randperm(x.shape[-1], generator=generator)
+    shuffled = dict(read)
+    for proj in (s.proj for s in (found.spec.q, found.spec.k, found.spec.v)):
+        if memory is None or proj is found.spec.q.proj:
+            weight = read[proj.weight]
+            shuffled[proj.weight] = weight[order] if proj.transposed else weight[:, order]
+    other = _rebuilt(found, shuffled, x[..., order], memory, *_context(gm, found, given, x, memory))
+    floor = float((other - y)[rows].abs().max())
+    gap = float((y.double() - expected.double())[rows].abs().max())
+    return gap, floor, float(expected[rows].abs().max()), dtype
 
 
 def _random_weights(
@@ -80,36 +160,83 @@ def _compare(
     given: dict[fx.Node, Any],
     weights: dict[str, Tensor],
     generator: torch.Generator,
-) -> float:
-    region, spec = found.region, found.spec
+) -> tuple[float, float]:
+    """(largest difference, largest output) in promoted float64 with random weights."""
+    region = found.region
+    x = _random_like(region.hidden, given, generator)
+    memory = None if region.memory is None else _random_like(region.memory, given, generator)
+    expected, y, rows = _both(gm, found, given, torch.float64, weights, x, memory)
+    if y.shape != expected.shape:
+        return float("inf"), 1.0
+    return float((y - expected)[rows].abs().max()), float(expected[rows].abs().max())
+
+
+def _both(
+    gm: fx.GraphModule,
+    found: Found,
+    given: dict[fx.Node, Any],
+    promote: torch.dtype | None,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    memory: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output of the region, of the rebuilt block, and the rows that are real."""
+    region = found.region
     outside = [*region.externals, *([region.mask] if region.mask is not None else [])]
-    values = dict(zip(outside, Evaluator(gm).run(outside, given), strict=True))
-    x = _random_like(region.hidden, gm, given, generator)
-    memory = None if region.memory is None else _random_like(region.memory, gm, given, generator)
+    run = Evaluator(gm, weights=weights).run(outside, given)
+    values = dict(zip(outside, run, strict=True))
     values[region.hidden] = x
     if region.memory is not None:
         values[region.memory] = memory
-    expected = Evaluator(gm, promote=torch.float64, weights=weights).run(
+    expected = Evaluator(gm, promote=promote, weights=weights).run(
         [region.exit.node], {**given, **values}
     )[0]
-    mixer = build_dense(
-        spec, weights.__getitem__, x.shape[-1], 0 if memory is None else memory.shape[-1]
-    )
-    valid = _validity(values.get(region.mask) if region.mask is not None else None, x, memory)
+    valid, rotation = _context(gm, found, given, x, memory)
+    y = _rebuilt(found, weights, x, memory, valid, rotation)
+    whole = torch.ones(x.shape[:2], dtype=torch.bool)
+    return expected, y, valid.bool() if valid is not None and memory is None else whole
+
+
+def _context(
+    gm: fx.GraphModule, found: Found, given: dict[fx.Node, Any], x: Tensor, memory: Tensor | None
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Validity of tokens and rotary tables as the model has them under these inputs."""
+    region = found.region
+    mask = None if region.mask is None else Evaluator(gm).run([region.mask], given)[0]
     rotation = None
     if region.rotation is not None:
-        rotation = (region.rotation.cos_NP[None], region.rotation.sin_NP[None])
+        here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
+        assert here is not None
+        rotation = (here.cos_NP[None].to(x.dtype), here.sin_NP[None].to(x.dtype))
+    return _validity(mask, x, memory), rotation
+
+
+def _rebuilt(
+    found: Found,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    memory: Tensor | None,
+    valid: Tensor | None,
+    rotation: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The normal form's output under its own pattern."""
+    width = 0 if memory is None else memory.shape[-1]
+    mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
     with torch.no_grad():
-        y = mixer(x, Context(mask=valid, rotation=rotation), None, memory)
-    if y.shape != expected.shape:
-        return float("inf")
-    rows = (
-        valid.bool()
-        if valid is not None and memory is None
-        else torch.ones(x.shape[:2], dtype=torch.bool)
-    )
-    gap = (y - expected)[rows].abs().max()
-    return float(gap / expected[rows].abs().max().clamp_min(1e-30))
+        y: Tensor = mixer(x, Context(mask=valid, rotation=rotation), None, memory)
+    return y
+
+
+def _weight_names(found: Found) -> list[str]:
+    """Every stored tensor the site reads."""
+    spec = found.spec
+    names: list[str | None] = []
+    for stream in (spec.q, spec.k, spec.v):
+        norm = stream.first(Norm)
+        names += [stream.proj.weight, stream.proj.bias]
+        names += [norm.gain, norm.bias] if isinstance(norm, Norm) else []
+    names += [spec.out.weight, spec.out.bias] if spec.out is not None else []
+    return [n for n in names if n is not None]
 
 
 def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:
@@ -125,8 +252,6 @@ def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor |
     return allowed.any(1)
 
 
-def _random_like(
-    node: fx.Node, gm: fx.GraphModule, given: dict[fx.Node, Any], generator: torch.Generator
-) -> Tensor:
-    shape = [int(getattr(getattr(s, "node", None), "hint", s)) for s in node.meta["val"].shape]
+def _random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:
+    shape = concrete_shape(node, given)
     return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -44,6 +44,28 @@ def ancestors(
     return seen
 
 
+def concrete_shape(node: fx.Node, given: Mapping[fx.Node, Any]) -> list[int]:
+    """The shape a node has under these inputs: symbols take the sizes the inputs give them.
+
+    Symbols that no input fixes keep the value they had at capture.
+    """
+    sizes: dict[Any, int] = {}
+    for placeholder, value in given.items():
+        known = placeholder.meta.get("val")
+        if isinstance(value, Tensor) and isinstance(known, Tensor):
+            for symbol, size in zip(known.shape, value.shape, strict=True):
+                if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
+                    sizes[symbol.node.expr] = int(size)
+    shape = []
+    for size in node.meta["val"].shape:
+        if not isinstance(size, torch.SymInt):
+            shape.append(int(size))
+            continue
+        value = size.node.expr.subs(sizes)
+        shape.append(int(value) if value.is_number else int(size.node.hint))
+    return shape
+
+
 class Evaluator:
     """Evaluates nodes of `gm`.
 

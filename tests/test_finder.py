@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import zoo_models
 from torch import Tensor
 
 from reattend import convert, find_attention
 from reattend.inputs import made_up
 
 
-def _zoo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "zoo_models", Path(__file__).with_name("zoo_models.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ZOO = _zoo()
 #: sites per model; one per block of attention, cross-attention counted
 SITES = {"t5": 6, "gemma3_vision": 2}
 FAST = {("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "sdpa"), ("bert", "sdpa")}
 CASES = [
     pytest.param(name, how, marks=[] if (name, how) in FAST else [pytest.mark.slow])
-    for name in ZOO.ZOO
+    for name in zoo_models.ZOO
     for how in ("sdpa", "eager")
     if (name, how) != ("gemma2", "sdpa")  # its class only has the eager spelling
 ]
@@ -59,7 +45,7 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_identity_equals_the_original(name: str, how: str) -> None:
-    model = ZOO.build(name, how)
+    model = zoo_models.build(name, how)
     result = convert(model, plan="identity")
     assert result.report.totals.converted == SITES.get(name, 2)
     assert result.report.totals.verified == result.report.totals.converted
@@ -71,7 +57,7 @@ def test_identity_equals_the_original(name: str, how: str) -> None:
 
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_cached_generation_equals_the_original(name: str, how: str) -> None:
-    model = ZOO.build(name, how)
+    model = zoo_models.build(name, how)
     if not model.can_generate() or name in ("bert",):
         pytest.skip("does not generate")
     inputs, _ = _inputs(model, 2, 11, 3)
@@ -82,7 +68,7 @@ def test_cached_generation_equals_the_original(name: str, how: str) -> None:
 
 
 def test_sites_describe_what_is_there() -> None:
-    found = find_attention(ZOO.build("mistral"))
+    found = find_attention(zoo_models.build("mistral"))
     assert [s.path for s in found.sites] == [f"model.layers.{i}.self_attn" for i in range(2)]
     assert not found.refused
     site = found.sites[0]
@@ -92,7 +78,7 @@ def test_sites_describe_what_is_there() -> None:
 
 
 def test_a_converted_model_is_an_input_again() -> None:
-    once = convert(ZOO.build("llama"), plan="identity").model
+    once = convert(zoo_models.build("llama"), plan="identity").model
     found = find_attention(once)
     assert len(found.sites) == 2
     data = torch.randint(3, 97, (8, 40))

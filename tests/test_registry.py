@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from reattend.errors import EXIT_REFUSED, PlanError
 from reattend.passes.rewrite import registry
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.evaluate import Evaluator
+from reattend.passes.evaluate import Evaluator, concrete_shape
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.streams import weight_of
 from reattend.passes.normalize.forms import aten, is_op, is_projection
@@ -63,7 +63,7 @@ def _columns(
     gm: fx.GraphModule, core: fx.Node, joined: fx.Node, given: dict[fx.Node, Any]
 ) -> tuple[int, ...]:
     """columns[h * e + i] = column of the joined tensor that holds head h, dimension i."""
-    shape = [int(getattr(getattr(s, "node", None), "hint", s)) for s in core.meta["val"].shape]
+    shape = concrete_shape(core, given)
     _, heads, _, width = shape
     code = torch.arange(heads * width, dtype=torch.float64).reshape(1, heads, 1, width)
     coded: Tensor = code.expand(*shape).contiguous()

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.evaluate import Evaluator, ancestors, attribute, parameter_only
+from reattend.passes.evaluate import (
+    Evaluator,
+    ancestors,
+    attribute,
+    concrete_shape,
+    parameter_only,
+)
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation, fit_rotation
 from reattend.passes.normalize.forms import aten, is_op, is_projection, rms_norm
@@ -81,7 +87,7 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     skip: Callable[..., Any] = lambda x, *_a, **_k: x  # noqa: E731
     linear = Evaluator(gm, promote=torch.float64, replace=dict.fromkeys(norms, skip))
 
-    like = _projection_like(projection)
+    like = _projection_like(projection, given)
 
     def push(y_BNp: Tensor) -> Tensor:
         out: Tensor = linear.run([core_input], {**values, projection: y_BNp})[0]
@@ -110,13 +116,9 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation)
 
 
-def _projection_like(projection: fx.Node) -> Tensor:
-    """Zeros of the projection's concrete output shape ([B, N, p]), fp64.
-
-    Symbolic sizes take the value the example inputs gave them.
-    """
-    shape = projection.meta["val"].shape
-    sizes = [int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in shape]
+def _projection_like(projection: fx.Node, given: dict[fx.Node, Any]) -> Tensor:
+    """Zeros of the projection's output shape ([B, N, p]) under these inputs, fp64."""
+    sizes = concrete_shape(projection, given)
     if len(sizes) != 3:
         raise NotUnderstood(
             f"projection {projection.name} has {len(sizes)} axes, not batch, token, row"

@@ -6,9 +6,9 @@ once per head (on a CPU 2 to 3 times faster than the Attention op for latent row
 operators are used, so any runtime runs the file; a kernel registered for the node's name takes
 over where one is loaded.
 
-The branch on R > 0 is there because a product over zero columns is not zero in ONNX Runtime 1.31
-(its fused transposed MatMul leaves the output unset); the width is read
-from the state, whose shape is known, so the branch folds away when a model is loaded.
+Where some layer has no rotary part (R = 0) the latent body branches on it, because a product over
+zero columns is not zero in ONNX Runtime 1.31 (its fused transposed MatMul leaves the output unset).
+Elsewhere the branch is left out: it cannot fold, and costs a subgraph call per layer.
 
 Semantics are those of `reattend::attention`: query i is at index kv_len - N + i and sees key j iff
 kv_start <= j < kv_len, j <= index (causal) and index - j < sliding_window (if > 0). A query that
@@ -47,20 +47,7 @@ _LATENT = """{
   rope_rows = Reshape <allowzero = 1> (q_rope_scaled, rope_shape)
   latent_t = Transpose <perm = [0, 2, 1]> (latent)
   nope_scores = MatMul (nope_rows, latent_t)
-  no_columns = Constant <value_int = 0> ()
-  is_rotary = Greater (rotary, no_columns)
-  score_rows = If (is_rotary) <
-    then_branch = with_rope () => (then_rows)
-    {
-      rope_t = Transpose <perm = [0, 2, 1]> (rope)
-      rope_scores = MatMul (rope_rows, rope_t)
-      then_rows = Add (nope_scores, rope_scores)
-    },
-    else_branch = without_rope () => (else_rows)
-    {
-      else_rows = Identity (nope_scores)
-    }
-  >
+ROPE
 SOFTMAX
   weight_shape = Concat <axis = 0> (b, hn, m)
   weight_rows = Reshape <allowzero = 1> (weights, weight_shape)
@@ -95,6 +82,27 @@ SOFTMAX
   y_any = Reshape <allowzero = 1> (y_rows, y_shape)
   y = Mul (y_any, alive_like)
 }"""
+
+_ROPE = """
+  rope_t = Transpose <perm = [0, 2, 1]> (rope)
+  rope_scores = MatMul (rope_rows, rope_t)
+  score_rows = Add (nope_scores, rope_scores)"""
+
+_ROPE_OR_NONE = """
+  no_columns = Constant <value_int = 0> ()
+  is_rotary = Greater (rotary, no_columns)
+  score_rows = If (is_rotary) <
+    then_branch = with_rope () => (then_rows)
+    {
+      rope_t = Transpose <perm = [0, 2, 1]> (rope)
+      rope_scores = MatMul (rope_rows, rope_t)
+      then_rows = Add (nope_scores, rope_scores)
+    },
+    else_branch = without_rope () => (else_rows)
+    {
+      else_rows = Identity (nope_scores)
+    }
+  >"""
 
 # score_rows -> weights [b, h, n, m] and alive_like [b, 1, n, 1], both in the dtype of score_rows
 _SOFTMAX = """
@@ -161,20 +169,22 @@ _INPUTS = {
 _BODIES = {"LatentAttention": _LATENT, "Attention": _DENSE}
 
 
-def function_text(name: str) -> str:
+def function_text(name: str, rope_may_be_empty: bool = True) -> str:
     """The body of `ai.reattend::<name>` in ONNX's textual syntax."""
     header = _HEADER.format(domain=DOMAIN, opset=OPSET, name=name, inputs=", ".join(_INPUTS[name]))
-    return header + _BODIES[name].replace("SOFTMAX", _SOFTMAX)
+    rope = _ROPE_OR_NONE if rope_may_be_empty else _ROPE
+    return header + _BODIES[name].replace("SOFTMAX", _SOFTMAX).replace("ROPE", rope)
 
 
-def function_proto(name: str) -> Any:
+def function_proto(name: str, rope_may_be_empty: bool = True) -> Any:
     """`ai.reattend::<name>` version 1 as an `onnx.FunctionProto`.
 
     Args:
         name: `LatentAttention` (q_nope [B, H, N, r], q_rope [B, H, N, R], latent [B, C, r], rope
             [B, C, R], kv_start [B], kv_len [B]) -> y [B, H, N, r], or `Attention` (q [B, H, N, d],
             key [B, G, C, d], value [B, G, C, e], kv_start, kv_len) -> y [B, H, N, e].
+        rope_may_be_empty: whether the latent body must work for R = 0.
     """
     import onnx.parser
 
-    return onnx.parser.parse_function(function_text(name))
+    return onnx.parser.parse_function(function_text(name, rope_may_be_empty))

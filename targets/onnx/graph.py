@@ -127,8 +127,9 @@ def _attach(model: Any, layers: list[LayerLayout]) -> None:
             why=f"expected {dict(wanted)}, found {dict(found)}",
         )
     model.opset_imports[DOMAIN] = VERSION
+    empty = any(not layer.second.width for layer in layers)
     for name in sorted(wanted):
-        function = ir.serde.deserialize_function(function_proto(name))
+        function = ir.serde.deserialize_function(function_proto(name, rope_may_be_empty=empty))
         model.functions[function.identifier()] = function
 
 

@@ -1,0 +1,137 @@
+"""The documents say what is so: the code runs, the tables are the JSON's, the files exist."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from reattend import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/math/mla.md")
+
+
+def blocks(language):
+    """The fenced blocks of the README in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def tiny_checkout(tmp_path, shipped_path, monkeypatch):
+    """A working folder where the shipped model's path holds a tiny random one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path / "examples" / "models" / "pycode-gqa"
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped_path / name, folder)
+    text = (shipped_path / "calibration.txt").read_text("utf-8")
+    (folder / "calibration.txt").write_text(text[:40_000], "utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_block_runs(tiny_checkout, capsys):
+    (code,) = blocks("python")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    result, model = names["result"], names["model"]
+    assert [s.action for s in result.report.sites] == ["converted", "converted"]
+    assert "pycode-gqa" in capsys.readouterr().out
+    assert sorted(p.name for p in tiny_checkout.iterdir()) == ["converted", "examples"]
+    same = zip(result.model.parameters(), model.parameters(), strict=True)
+    assert all(bool((a == b).all()) for a, b in same)
+
+
+def test_the_plan_in_the_readme_is_a_plan(tmp_path):
+    from reattend import Plan
+
+    (text,) = blocks("yaml")
+    file = tmp_path / "plan.yaml"
+    file.write_text(text, "utf-8")
+    plan = Plan.load(file)
+    paths = [f"model.layers.{i}.self_attn" for i in range(4)]
+    assert [r.to for r in plan.assign(paths).values()] == ["keep", "mla", "mla", "keep"]
+
+
+def script(name):
+    """A module of examples/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("mark", "name"), [("results", "quality"), ("recovery", "recovery")])
+def test_a_committed_table_is_that_of_its_json(mark, name):
+    begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
+    assert README.count(begin) == README.count(end) == 1
+    shown = README.partition(begin)[2].partition(end)[0].strip()
+    file = ROOT / "examples" / "results" / f"{name}.json"
+    if not file.exists():
+        assert not re.search(r"\d", shown), "numbers without the results they come from"
+        return
+    results = json.loads(file.read_text("utf-8"))
+    made = script(name).table(results).strip()
+    assert shown == made, f"paste what `python examples/{name}.py --table` prints"
+    for fact in ("device", "date", "command"):
+        assert results[fact] in shown
+
+
+def files_named_in(document):
+    """Relative paths in backticks or links that claim to be files or folders of the repository."""
+    text = re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", text)
+    linked = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    top = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    return {n for n in named if n.split("/")[0] in top} | set(linked)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_files_a_document_names_exist(document):
+    named = files_named_in((ROOT / document).read_text("utf-8"))
+    assert named, "no file was recognised: the test would pass on anything"
+    missing = sorted(n for n in named if not (ROOT / n).exists())
+    assert not missing
+
+
+def test_the_test_of_names_can_fail():
+    assert files_named_in("`converter/nowhere.py` and [x](docs/no.md)") == {
+        "converter/nowhere.py",
+        "docs/no.md",
+    }
+
+
+def test_architecture_names_the_exit_codes_of_the_catalogue():
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    listed = {int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)}
+    assert listed == {v for k, v in vars(errors).items() if k.startswith("EXIT_")}
+
+
+def test_architecture_names_the_stages_and_types_that_exist():
+    """Every `Name` in the table of types is defined in the file beside it."""
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    assert len(rows) >= 8
+    for name, file in rows:
+        assert re.search(rf"^class {name}\b", (ROOT / file).read_text("utf-8"), re.MULTILINE), name
+
+
+def test_the_demo_leaves_nothing_for_git():
+    run = subprocess.run(
+        ["git", "check-ignore", "-q", "demo-out/report.html"], cwd=ROOT, check=False
+    )
+    if run.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert run.returncode == 0
