@@ -22,7 +22,7 @@ from reattend.preflight import Choice
 
 MIB = 1 << 20
 #: Measured on Linux with torch 2.13, transformers 5.23: loading; capture; first products.
-OPENING, CAPTURING, RUNNING = 12 * MIB, 65 * MIB, 16 * MIB
+OPENING, CAPTURING, RUNNING = 12 * MIB, 65 * MIB, 24 * MIB
 #: Rows and tokens of what the model samples for itself when no data is given.
 OWN_ROWS, OWN_LENGTH, OWN_BATCH = 64, 256, 16
 #: Passes over the held-out rows: loss, six recall sets, for two models; agreement; one spare.

@@ -112,8 +112,20 @@ class Pattern:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """A number per head and distance: row `buckets[L + key - query]` of `weight` [rows, heads].
+
+    `buckets` covers distances -L..L in tokens; further ones take the row at the end.
+    """
+
+    weight: str
+    rows: int
+    buckets: tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Core:
-    """softmax(softcap(q k^T * scale) + pattern) v."""
+    """softmax(softcap(q k^T * scale) + bias + pattern) v."""
 
     heads: int
     kv_heads: int
@@ -123,6 +135,7 @@ class Core:
     scale: float = 1.0
     softcap: float = 0.0
     pattern: Pattern = Pattern("full")
+    bias: RelativeBias | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,8 @@ class AttentionSpec:
             parts.append("q/k norm")
         if c.softcap:
             parts.append(f"softcap {c.softcap:g}")
+        if c.bias is not None:
+            parts.append(f"relative position bias ({c.bias.rows} buckets)")
         parts.append(c.pattern.kind + (f" {c.pattern.window}" if c.pattern.window else ""))
         if any(s.proj.bias for s in (self.q, self.k, self.v)):
             parts.append("bias")

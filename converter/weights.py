@@ -11,7 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reattend.mixers.config import CoreConfig, NormConfig, RotaryConfig, StreamConfig
+from reattend.mixers.config import (
+    CoreConfig,
+    NormConfig,
+    RelativeConfig,
+    RotaryConfig,
+    StreamConfig,
+)
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.spec import AttentionSpec, Norm, Proj, Rotary, Scale, Stream
 
@@ -38,6 +44,9 @@ def dense_config(spec: AttentionSpec, hidden: int, memory: int) -> DenseConfig:
         ),
         out_features=spec.out.features if spec.out else None,
         out_bias=bool(spec.out and spec.out.bias),
+        relative=RelativeConfig(buckets=core.bias.buckets, rows=core.bias.rows)
+        if core.bias is not None
+        else None,
     )  # fmt: skip
 
 
@@ -47,7 +56,7 @@ def dense_state(spec: AttentionSpec, lookup: Lookup) -> dict[str, Tensor]:
     A gather that would be the identity returns the original tensor itself, so unchanged weights
     are shared with the model, not copied.
     """
-    q_heads, kv_heads = _head_order(spec)
+    q_heads, kv_heads = head_order(spec)
     state: dict[str, Tensor] = {}
     for name, stream, heads in (
         ("q", spec.q, q_heads),
@@ -66,6 +75,8 @@ def dense_state(spec: AttentionSpec, lookup: Lookup) -> dict[str, Tensor]:
                 state[f"{name}_norm.weight"] = _gather(lookup(norm.gain), index)
             if norm.bias:
                 state[f"{name}_norm.bias"] = _gather(lookup(norm.bias), index)
+    if spec.core.bias is not None:  # blocks share one table; each gets its own copy
+        state["relative.weight"] = lookup(spec.core.bias.weight)[:, q_heads].clone()
     if spec.out is not None:
         weight = lookup(spec.out.weight)
         weight = weight.t() if spec.out.transposed else weight
@@ -105,7 +116,7 @@ def _stream_config(stream: Stream) -> StreamConfig:
     )  # fmt: skip
 
 
-def _head_order(spec: AttentionSpec) -> tuple[list[int], list[int]]:
+def head_order(spec: AttentionSpec) -> tuple[list[int], list[int]]:
     """Query heads sorted by group, and one representative key head of each group."""
     group = spec.core.kv_head_of
     q_heads = sorted(range(spec.core.heads), key=lambda h: (group[h], h))

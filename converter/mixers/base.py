@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ class Context:
 
     Attributes:
         mask: what the model passed for this layer's cache: None, [B, M] validity (nonzero:
-            real), or [B, 1, N, M] bool (True: visible) or additive.
+            real), or [B, 1, N, M] bool (True: visible) or additive. It never holds a position
+            bias that the mixer adds itself.
         rotation: the model's own cos and sin per pair, [B or 1, N, P] each.
         position_BN: positions in tokens, where the model passes them.
     """
@@ -43,6 +44,15 @@ class State(Protocol):
 
     def span(self) -> tuple[Tensor, Tensor] | None:
         """(kv_start_B, kv_len_B) of a fixed-capacity state after `update`; None: use the mask."""
+        ...
+
+
+@runtime_checkable
+class MemoryState(State, Protocol):
+    """The cache of a cross-attention layer: filled once per prompt, then only read."""
+
+    def stored(self) -> tuple[Tensor, Tensor] | None:
+        """All rows, if the encoder's states were projected before."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Frozen(BaseModel):
@@ -48,6 +48,23 @@ class RotaryConfig(Frozen):
         return len(self.inv_freq)
 
 
+class RelativeConfig(Frozen):
+    """A learned bias per head and distance: `buckets` is the table row of each distance -L..L.
+
+    Distances are key - query, in tokens; those further than L take the row of L. `rows` of the
+    table, at least one more than the largest bucket.
+    """
+
+    buckets: tuple[int, ...]
+    rows: int
+
+    @model_validator(mode="after")
+    def _fits(self) -> RelativeConfig:
+        if len(self.buckets) % 2 == 0 or not all(0 <= b < self.rows for b in self.buckets):
+            raise ValueError("buckets must be an odd number of rows of the table")
+        return self
+
+
 class CoreConfig(Frozen):
     """Scores and pattern; query head h reads key/value head h // (heads // kv_heads)."""
 
@@ -79,6 +96,7 @@ class BlockConfig(Frozen):
     core: CoreConfig
     out_features: int | None
     out_bias: bool = False
+    relative: RelativeConfig | None = None
 
     @property
     def cross(self) -> bool:

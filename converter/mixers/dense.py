@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reattend.mixers.base import Context, Mixer, State
+from reattend.errors import ArgumentError, UnsupportedCacheError
+from reattend.mixers.base import Context, MemoryState, Mixer, State
 from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
+from reattend.mixers.relative import RelativeBias
 from reattend.mixers.rotary import rotate, rotation
 from reattend.mixers.scores import attend
 
@@ -41,6 +43,7 @@ class DenseAttention(Mixer):
         self.q_norm = stream_norm(config.q, core.heads, core.qk_head_dim)
         self.k_norm = stream_norm(config.k, core.kv_heads, core.qk_head_dim)
         self.v_norm = stream_norm(config.v, core.kv_heads, core.v_head_dim)
+        self.relative = RelativeBias(config.relative, core.heads) if config.relative else None
         self.o_proj: nn.Module = nn.Identity()
         if config.out_features is not None:
             width = core.heads * core.v_head_dim
@@ -58,21 +61,49 @@ class DenseAttention(Mixer):
         c = self.config
         turn = rotation(c.rotary, ctx, state, x_BND)
         pairs = c.rotary.pairs if c.rotary else 0
-        source = x_BND if memory_BMD is None else memory_BMD
+        offset = state.seen() if state is not None and self.relative is not None else 0
         q = stream(self.q_proj(x_BND), c.core.heads, c.q, self.q_norm, turn, pairs)
-        k = stream(self.k_proj(source), c.core.kv_heads, c.k, self.k_norm, turn, pairs)
-        v = stream(self.v_proj(source), c.core.kv_heads, c.v, self.v_norm, None, 0)
-        if state is not None:
-            k, v = state.update(k, v)
+        k, v = self._keys_values(x_BND, turn, pairs, state, memory_BMD)
         span = state.span() if state is not None else None
+        if self.relative is not None and span is not None:
+            raise UnsupportedCacheError(
+                "a block with a relative position bias was given a fixed-capacity state",
+                next_step="run the model with a transformers cache, or without one",
+            )
         if span is None:
-            y_BHNe = attend(q, k, v, c.core, ctx.mask)
+            bias = None
+            if self.relative is not None:
+                bias = self.relative(q.shape[2], k.shape[2], offset)
+            y_BHNe = attend(q, k, v, c.core, ctx.mask, bias)
         else:
             y_BHNe, _ = torch.ops.reattend.attention(
                 q, k, v, *span, scale=c.core.scale, causal=c.core.causal,
                 sliding_window=c.core.window, softcap=c.core.softcap,
             )  # fmt: skip
         return self.o_proj(y_BHNe.transpose(1, 2).flatten(2))
+
+    def _keys_values(
+        self,
+        x_BND: Tensor,
+        turn: tuple[Tensor, Tensor] | None,
+        pairs: int,
+        state: State | None,
+        memory_BMD: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values to attend to; those of encoder states are projected once."""
+        c = self.config
+        stored = state.stored() if c.cross and isinstance(state, MemoryState) else None
+        if stored is not None:
+            return stored
+        if c.cross and memory_BMD is None:
+            raise ArgumentError(
+                "a cross-attention block was called without encoder states",
+                next_step="pass the encoder's output, or a cache that was filled with it",
+            )
+        source = x_BND if memory_BMD is None else memory_BMD
+        k = stream(self.k_proj(source), c.core.kv_heads, c.k, self.k_norm, turn, pairs)
+        v = stream(self.v_proj(source), c.core.kv_heads, c.v, self.v_norm, None, 0)
+        return (k, v) if state is None else state.update(k, v)
 
 
 def stream_norm(config: StreamConfig, heads: int, width: int) -> StreamNorm | None:

@@ -14,7 +14,12 @@ from reattend.mixers.config import CoreConfig
 
 
 def attend(
-    q_BHNd: Tensor, k_BGMd: Tensor, v_BGMe: Tensor, core: CoreConfig, mask: Tensor | None
+    q_BHNd: Tensor,
+    k_BGMd: Tensor,
+    v_BGMe: Tensor,
+    core: CoreConfig,
+    mask: Tensor | None,
+    bias_1HNM: Tensor | None = None,
 ) -> Tensor:
     """Attention output [B, H, N, e]; differentiable.
 
@@ -22,9 +27,12 @@ def attend(
         q_BHNd, k_BGMd, v_BGMe: queries, keys, values; H is a multiple of G.
         core: scale, softcap and pattern.
         mask: as in `Context.mask`.
+        bias_1HNM: added to the scores after softcap.
     """
     n, m = q_BHNd.shape[2], k_BGMd.shape[2]
     bias = visibility(mask, core, n, m, q_BHNd)
+    if bias_1HNM is not None:
+        bias = biased(bias, bias_1HNM.to(q_BHNd.dtype))
     grouped = k_BGMd.shape[1] != q_BHNd.shape[1]
     if not core.softcap:
         return F.scaled_dot_product_attention(
@@ -40,6 +48,26 @@ def attend(
     wide = scores if scores.dtype == torch.float64 else scores.float()
     probs = torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
     return torch.matmul(probs.to(v.dtype), v)
+
+
+def biased(mask: Tensor | None, bias_1HNM: Tensor) -> Tensor:
+    """An additive mask that hides what `mask` (bool or additive) hides and adds the bias elsewhere.
+
+    Hidden scores become the dtype's lowest number, not -inf: a row that sees nothing (padding)
+    then stays finite.
+    """
+    if mask is None:
+        return bias_1HNM
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias_1HNM, torch.finfo(bias_1HNM.dtype).min)
+    return mask + bias_1HNM
+
+
+def shown(mask: Tensor) -> Tensor:
+    """True where a bool or additive mask lets a key be seen, whatever it adds there."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > (-6e4 if mask.dtype == torch.float16 else -1e30)
 
 
 def visibility(

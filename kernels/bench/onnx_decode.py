@@ -19,7 +19,6 @@ Variants:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -41,16 +40,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from reattend.finder import find_attention
-from reattend.install.adapter import install, replace_module
-from reattend.passes.rewrite.mla import MlaOptions, ToMla
-from reattend.statistics import collect
-from reattend.targets.huggingface import adopt
+from reattend import convert
 from reattend.targets.onnx import Session, export_onnx
-from reattend.weights import build_dense
 
 CONTEXTS = (512, 2048, 8192)
 ROOM = 64
+COMMAND = "python kernels/bench/onnx_decode.py --out kernels/bench/results/onnx_decode.json"
 KEEP = {"mla-50": 0.5, "mla-25": 0.25}
 Step = Callable[[], None]
 
@@ -68,23 +63,11 @@ def original(kv_heads: int) -> Any:
 
 def converted(model: Any, kv_keep: float | None) -> Any:
     """The model with every site dense (None) or as MLA with this share of the cache."""
-    sites = find_attention(model).sites
-    weights = dict(model.named_parameters()).__getitem__
-    dense = {
-        s.path: (build_dense(s.spec, weights, s.hidden_size, s.memory_size), s.binding)
-        for s in sites
-    }
-    tokens = [{"input_ids": torch.randint(0, model.config.vocab_size, (4, 256))}]
-    moments = collect(model, dense, tokens) if kv_keep is not None else {}
-    shared = {id(p): p for p in [*model.parameters(), *model.buffers()]}
-    made = copy.deepcopy(model, shared)
-    for path, (block, binding) in dense.items():
-        mixer: Any = block
-        if kv_keep is not None:
-            mixer = ToMla().build(block, moments[path], MlaOptions(kv_keep=kv_keep)).mixer
-        owner = made.get_submodule(path)
-        replace_module(made, path, install(owner, mixer.float().eval(), binding))
-    return adopt(made).eval()
+    if kv_keep is None:
+        return convert(model, plan="identity").model
+    plan = {"rules": [{"sites": "*", "to": "mla", "kv_keep": kv_keep}]}
+    tokens = [torch.randint(0, model.config.vocab_size, (4, 256))]
+    return convert(model, plan=plan, data=tokens).model
 
 
 class Ours:
@@ -98,6 +81,7 @@ class Ours:
         self.nodes = Counter(layer.op for layer in self.artifact.manifest.layers)
 
     def prepare(self, context: int) -> Step:
+        """A step after `context` tokens."""
         session, token = self.session, np.array([[5]])
         session.prefill(np.full((1, 2), 5), reserve=context + ROOM)
         generator = np.random.default_rng(0)
@@ -193,6 +177,7 @@ class Theirs:
         return session, binding
 
     def prepare(self, context: int) -> Step:
+        """A step after `context` tokens."""
         capacity = context + ROOM
         cache = self._cache(torch.full((1, 2), 5), capacity)
         config = self.model.config
@@ -201,11 +186,7 @@ class Theirs:
             shape = (1, config.num_key_value_heads, rows, 32)
             layer.keys, layer.values = 0.1 * torch.randn(shape), 0.1 * torch.randn(shape)
         session, binding = self._binding(context, capacity, cache, 5)
-
-        def step() -> None:
-            session.run_with_iobinding(binding)
-
-        return step
+        return lambda: session.run_with_iobinding(binding)
 
     def logits(self, ids: torch.Tensor) -> np.ndarray:
         """Logits of the last token, fed as a step after the others."""
@@ -278,7 +259,9 @@ def table(result: dict[str, Any]) -> Table:
         made.add_column(name, justify="right")
     for context, row in result["ms_per_token"].items():
         base = row.get("transformers", row["original"])["cpu"]
-        made.add_row(context, *(f"{row[n]['cpu']:.2f} (x{row[n]['cpu'] / base:.2f})" for n in names))
+        made.add_row(
+            context, *(f"{row[n]['cpu']:.2f} (x{row[n]['cpu'] / base:.2f})" for n in names)
+        )
     made.add_row("B/token", *(str(result["cache_bytes_per_token"][n]) for n in names))
     return made
 
@@ -298,7 +281,7 @@ def main() -> None:
         Console(width=140).print(table(results[-1]))
     content = {
         "schema_version": 1,
-        "command": "python kernels/bench/onnx_decode.py --out kernels/bench/results/onnx_decode.json",
+        "command": COMMAND,
         "date": date.today().isoformat(),
         "threads": 1,
         "rounds": arguments.rounds,

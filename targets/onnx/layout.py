@@ -61,7 +61,7 @@ class LayerLayout:
 
     @property
     def tensors(self) -> list[StateTensor]:
-        """What crosses the graph's border: a rotary part of width 0 holds nothing and is left out."""
+        """What crosses the graph's border; a rotary part of width 0 holds nothing and does not."""
         return [t for t in (self.first, self.second) if t.width]
 
 

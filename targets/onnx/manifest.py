@@ -1,4 +1,4 @@
-"""`manifest.json`: everything a program needs to run the exported file without reading the graph."""
+"""`manifest.json`: all a program needs to run the exported file without reading the graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Part(BaseModel):
 
 
 class TensorEntry(_Part):
-    """An input or output: letters B batch, N new tokens, T total tokens, C capacity, V vocabulary."""
+    """An input or output; letters B batch, N new tokens, T total tokens, C capacity."""
 
     name: str
     dtype: str

@@ -82,9 +82,7 @@ class Session:
             raise ArgumentError("no batch is in progress", next_step="call prefill(ids) first")
         return self._states
 
-    def prefill(
-        self, input_ids: Ids, attention_mask: Ids | None = None, reserve: int = 0
-    ) -> Array:
+    def prefill(self, input_ids: Ids, attention_mask: Ids | None = None, reserve: int = 0) -> Array:
         """Start a new batch and read the prompt.
 
         Args:
@@ -103,8 +101,10 @@ class Session:
         _check_mask(ids, mask)
         capacity = max(self.capacity or 0, ids.shape[1] + reserve)
         dtype = np.dtype(self.manifest.dtype)
-        if self._states is None or self._states.batch != ids.shape[0] or (
-            self._states.capacity < capacity
+        if (
+            self._states is None
+            or self._states.batch != ids.shape[0]
+            or (self._states.capacity < capacity)
         ):
             self._states = StateBuffers(self._specs, dtype, ids.shape[0], capacity)
         self.seen, self._mask = 0, np.zeros((ids.shape[0], 0), np.int64)

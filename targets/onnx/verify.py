@@ -77,9 +77,7 @@ def torch_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [B, N, V] of whole sequences, padded on the left, without a cache."""
     position = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
-        result = model(
-            input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False
-        )
+        result = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
     logits: Tensor = result.logits
     return logits
 
@@ -88,4 +86,6 @@ def difference(got: np.ndarray, expected: Tensor, mask: Tensor) -> float:
     """Largest |difference| / max(1, largest |logit|) over real tokens."""
     real = mask.bool().numpy()
     wanted = expected.float().numpy()[real]
-    return float(np.abs(got.astype(np.float32)[real] - wanted).max() / max(1.0, np.abs(wanted).max()))
+    return float(
+        np.abs(got.astype(np.float32)[real] - wanted).max() / max(1.0, np.abs(wanted).max())
+    )

@@ -1,0 +1,290 @@
+"""Exporting a converted model: torch's logits in two runtimes, one node per layer, refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from reattend import convert
+from reattend.errors import ArgumentError, GateError, NothingFoundError, OutputError, RefusedError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+from reattend.targets.onnx import Artifact, Session, export_onnx  # noqa: E402
+from reattend.targets.onnx.functions import DOMAIN  # noqa: E402
+
+VOCABULARY = 97
+PLANS: dict[str, Any] = {
+    "mla": {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 4}]},
+    "identity": "identity",
+}
+OPS = {"mla": "LatentAttention", "identity": "Attention"}
+
+
+def tiny(**more: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        bos_token_id=1, eos_token_id=2, initializer_range=0.3, **more,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def converted(plan: Any) -> Any:
+    text = [torch.randint(0, VOCABULARY, (4, 32))]
+    return convert(tiny(), plan=plan, data=text).model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Artifact]]:
+    """plan -> (torch model, its float32 export); each is exported once."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("onnx")
+    found = {}
+    for name, plan in PLANS.items():
+        model = converted(plan)
+        found[name] = model, export_onnx(model, folder / name)
+    return found
+
+
+def sequences(batch: int, length: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, VOCABULARY, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return ids, mask
+
+
+def torch_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
+    return out.logits.numpy()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_prefill_single_steps_and_a_chunk_equal_torch(made: Any, plan: str) -> None:
+    model, artifact = made[plan]
+    ids, mask = sequences(2, 7 + 32 + 5, padding=3)
+    expected = torch_logits(model, ids, mask)
+    session = Session(artifact.path, threads=1)
+    got = [session.prefill(ids[:, :7].numpy(), mask[:, :7].numpy())]
+    got += [session.step(ids[:, i : i + 1].numpy()) for i in range(7, 39)]
+    got.append(session.step(ids[:, 39:].numpy()))
+    real = mask.bool().numpy()
+    assert np.abs(expected).max() > 1
+    assert np.abs(np.concatenate(got, 1) - expected)[real].max() <= 1e-4
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_reference_evaluator_gives_the_same(made: Any, plan: str) -> None:
+    """A second oracle: onnx's own evaluator runs the same file, states passed on by hand."""
+    model, artifact = made[plan]
+    ids, mask = sequences(2, 8, padding=2)
+    expected = torch_logits(model, ids, mask)
+    evaluator = ReferenceEvaluator(str(artifact.model))
+    sizes = {"B": 2, "C": 9}
+    states = {
+        s.input: np.zeros([sizes.get(x, x) for x in s.shape], np.float32)
+        for s in artifact.manifest.states
+    }
+    names = ["logits", *(s.output for s in artifact.manifest.states)]
+    got, seen = [], 0
+    for n in (6, 1, 1):
+        total = mask[:, : seen + n].numpy()
+        position = np.maximum(total.cumsum(1) - 1, 0)[:, seen:]
+        feed = {
+            "input_ids": ids[:, seen : seen + n].numpy(), "attention_mask": total,
+            "position_ids": position,
+        }  # fmt: skip
+        logits, *written = evaluator.run(names, feed | states)
+        states = dict(zip(states, written, strict=True))
+        got.append(logits)
+        seen += n
+    assert np.abs(np.concatenate(got, 1) - expected)[mask.bool().numpy()].max() <= 1e-4
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_one_node_per_layer_with_its_function(made: Any, plan: str) -> None:
+    _, artifact = made[plan]
+    proto = onnx.load(artifact.model, load_external_data=False)
+    ours = [n for n in proto.graph.node if n.domain == DOMAIN]
+    assert [n.op_type for n in ours] == [OPS[plan]] * 2
+    assert [(f.domain, f.name) for f in proto.functions] == [(DOMAIN, OPS[plan])]
+    assert {o.domain: o.version for o in proto.opset_import} == {"": 24, DOMAIN: 1}
+    inside = {n.domain for f in proto.functions for n in f.node}
+    assert inside == {""}
+    softmax = [
+        n for n in proto.graph.node if n.op_type in ("Softmax", "Attention") and not n.domain
+    ]
+    assert not softmax  # the model's own mask and attention are gone
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_states_are_read_where_they_were_written(made: Any, plan: str) -> None:
+    """Nothing may copy a state, and nothing may read one from before its TensorScatter."""
+    _, artifact = made[plan]
+    graph = onnx.load(artifact.model, load_external_data=False).graph
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for state in artifact.manifest.states:
+        kinds = {n.op_type for n in readers[state.input]}
+        assert kinds <= {"TensorScatter", "Shape"}
+        assert {n.op_type for n in readers[state.output]} == {OPS[plan]}
+
+
+def test_sizes_are_dynamic(made: Any) -> None:
+    _, artifact = made["mla"]
+    graph = onnx.load(artifact.model, load_external_data=False).graph
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in [*graph.input, *graph.output]
+    }
+    assert shapes["input_ids"] == ["B", "N"]
+    assert shapes["attention_mask"] == ["B", "T"]
+    assert shapes["logits"] == ["B", "N", VOCABULARY]
+    assert shapes["state.1.latent"] == shapes["state_out.1.latent"] == ["B", "C", 10]
+    assert shapes["state.1.rope"] == ["B", "C", 4]
+    listed = {e.name: e.shape for e in [*artifact.manifest.inputs, *artifact.manifest.outputs]}
+    assert listed == shapes
+
+
+def test_manifest_and_folder(made: Any) -> None:
+    _, artifact = made["mla"]
+    content = json.loads((artifact.path / "manifest.json").read_text())
+    assert content["schema_version"] == 1
+    assert content["cache_bytes_per_token"] == 2 * (10 + 4) * 4
+    assert content["generation"] == {
+        "bos_token_id": 1, "eos_token_id": [2], "pad_token_id": None
+    }  # fmt: skip
+    assert [c["steps"] for c in content["checks"]] == [1, 1]
+    assert artifact.max_error <= 1e-4
+    assert (artifact.path / "model.onnx.data").stat().st_size > 10_000
+    assert (artifact.path / "generation_config.json").is_file()
+    assert not list(artifact.path.glob("*.tmp"))
+    assert b".py" not in (artifact.path / "model.onnx").read_bytes()  # no traces of this machine
+
+
+def test_the_same_call_again_does_nothing_and_another_is_refused(made: Any) -> None:
+    model, artifact = made["mla"]
+    before = artifact.model.stat().st_mtime_ns
+    assert export_onnx(model, artifact.path).manifest == artifact.manifest
+    assert artifact.model.stat().st_mtime_ns == before
+    with pytest.raises(OutputError):
+        export_onnx(made["identity"][0], artifact.path)
+
+
+def test_float16(made: Any, tmp_path: Path) -> None:
+    model, _ = made["mla"]
+    before = copy.deepcopy(model.state_dict())
+    artifact = export_onnx(model, tmp_path / "half", dtype="float16")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert artifact.manifest.cache_bytes_per_token == 2 * (10 + 4) * 2
+    ids, mask = sequences(2, 12, padding=3)
+    expected = torch_logits(model, ids, mask)
+    session = Session(artifact.path, threads=1)
+    got = [session.prefill(ids[:, :10].numpy(), mask[:, :10].numpy())]
+    got += [session.step(ids[:, i : i + 1].numpy()) for i in (10, 11)]
+    assert got[0].dtype == np.float16
+    real = mask.bool().numpy()
+    error = np.abs(np.concatenate(got, 1).astype(np.float32) - expected)[real].max()
+    assert error <= 3e-2 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rope", [0, 8])
+def test_rotary_part_of_any_width(rope: int, tmp_path: Path) -> None:
+    rule = {"sites": "*", "to": "mla", "kv_lora_rank": 12, "qk_rope_head_dim": rope}
+    model = converted({"rules": [rule]})
+    artifact = export_onnx(model, tmp_path / "out")
+    names = {s.name for s in artifact.manifest.states}
+    assert names == ({"latent", "rope"} if rope else {"latent"})
+    ids, mask = sequences(2, 9, padding=2)
+    expected = torch_logits(model, ids, mask)
+    session = Session(artifact.path, threads=1)
+    first = session.prefill(ids[:, :6].numpy(), mask[:, :6].numpy())
+    got = np.concatenate([first, session.step(ids[:, 6:].numpy())], 1)
+    assert np.abs(got - expected)[mask.bool().numpy()].max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_sliding_window_and_softcap(tmp_path: Path) -> None:
+    """Gemma 2: two masks, softcap, and a window shorter than the text."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=5,
+        query_pre_attn_scalar=8, attn_logit_softcapping=3.0, max_position_embeddings=64,
+        initializer_range=0.3, attn_implementation="eager",
+    )  # fmt: skip
+    model = convert(Gemma2ForCausalLM(config).eval(), plan="identity").model
+    artifact = export_onnx(model, tmp_path / "out")
+    ids, mask = sequences(2, 14, padding=2)
+    expected = torch_logits(model, ids, mask)
+    session = Session(artifact.path, threads=1)
+    got = [session.prefill(ids[:, :8].numpy(), mask[:, :8].numpy())]
+    got += [session.step(ids[:, i : i + 1].numpy()) for i in range(8, 14)]
+    assert np.abs(np.concatenate(got, 1) - expected)[mask.bool().numpy()].max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "bf16", "int8"])
+def test_other_dtypes_are_refused(dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="float32") as caught:
+        export_onnx(tiny(), tmp_path / "out", dtype=dtype)
+    assert caught.value.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_was_not_converted_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NothingFoundError, match="identity"):
+        export_onnx(tiny(), tmp_path / "out")
+    with pytest.raises(ArgumentError, match="head"):
+        export_onnx(LlamaModel(tiny().config), tmp_path / "out")
+
+
+def test_a_partly_converted_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = converted({"rules": [{"layers": [0], **_mla_options()}]})
+    with pytest.raises(RefusedError, match="to: dense"):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _mla_options() -> dict[str, Any]:
+    return {"to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 4}
+
+
+def test_a_wrong_file_is_not_published(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate sees a mistake in the function body (here: no query sees its own key)."""
+    from reattend.targets.onnx import functions
+
+    wrong = functions._SOFTMAX.replace("LessOrEqual (row, last)", "Less (row, last)")
+    assert wrong != functions._SOFTMAX
+    monkeypatch.setattr(functions, "_SOFTMAX", wrong)
+    with pytest.raises(GateError, match="torch's logits"):
+        export_onnx(made["mla"][0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_generation_ids_come_from_the_generation_config() -> None:
+    from reattend.targets.onnx.manifest import generation
+
+    model = tiny()
+    model.generation_config = GenerationConfig(eos_token_id=[5, 6], pad_token_id=0)
+    found = generation(model)
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, [5, 6], 0)

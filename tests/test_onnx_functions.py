@@ -1,0 +1,102 @@
+"""The function bodies against the torch ops, in ONNX Runtime and onnx's reference evaluator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+import onnx.checker  # noqa: E402
+from onnx import TensorProto, helper  # noqa: E402
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+from reattend.kernels.attention import attention  # noqa: E402
+from reattend.kernels.latent_attention import latent_attention  # noqa: E402
+from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, function_proto  # noqa: E402
+
+B, H, G, C = 3, 4, 2, 12
+OPS = {"Attention": attention, "LatentAttention": latent_attention}
+
+
+def inputs(name: str, n: int, rope: int, dtype: Any) -> dict[str, np.ndarray]:
+    if name == "Attention":
+        shapes = {"q": (B, H, n, 8), "key": (B, G, C, 8), "value": (B, G, C, 5)}
+    else:
+        shapes = {
+            "q_nope": (B, H, n, 6), "q_rope": (B, H, n, rope),
+            "latent": (B, C, 6), "rope": (B, C, rope),
+        }  # fmt: skip
+    random = np.random.default_rng(0)
+    feed = {k: random.standard_normal(s).astype(dtype) for k, s in shapes.items()}
+    # Row 1 has two pads; row 2 only pads, so none of its queries sees anything.
+    feed["kv_start"], feed["kv_len"] = np.array([0, 2, 9]), np.array([9, 9, 9])
+    return feed
+
+
+def model(name: str, feed: dict[str, np.ndarray], attributes: dict[str, Any], empty: bool) -> Any:
+    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
+    given = [
+        helper.make_tensor_value_info(k, kinds.get(v.dtype, TensorProto.INT64), v.shape)
+        for k, v in feed.items()
+    ]
+    kind = kinds[next(iter(feed.values())).dtype]
+    made = helper.make_model(
+        helper.make_graph(
+            [helper.make_node(name, list(feed), ["y"], domain=DOMAIN, **attributes)],
+            "one_node", given, [helper.make_tensor_value_info("y", kind, list("bhne"))],
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[function_proto(name, rope_may_be_empty=empty)], ir_version=11,
+    )  # fmt: skip
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+RULES = {
+    "causal": {},
+    "full": {"causal": 0},
+    "window": {"sliding_window": 3},
+    "softcap": {"softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("n", "rope"), [(1, 4), (5, 4), (5, 0)])
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-5), (np.float16, 1e-2)])
+def test_body_means_what_the_torch_op_means(
+    name: str, n: int, rope: int, rule: str, dtype: Any, limit: float
+) -> None:
+    attributes = {"scale": 0.3, "causal": 1, "sliding_window": 0, "softcap": 0.0} | RULES[rule]
+    feed = inputs(name, n, rope, dtype)
+    made = model(name, feed, attributes, empty=rope == 0)
+    tensors = [torch.from_numpy(v) for v in feed.values()]
+    tensors = [t.float() if t.is_floating_point() else t for t in tensors]
+    expected = OPS[name](*tensors, **(attributes | {"causal": bool(attributes["causal"])}))[0]
+    assert torch.isfinite(expected).all()
+    assert (expected[2] == 0).all()
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for got in (session.run(None, feed)[0], ReferenceEvaluator(made).run(None, feed)[0]):
+        assert got.dtype == dtype
+        assert np.abs(got.astype(np.float32) - expected.numpy()).max() <= limit
+
+
+def test_unused_rows_do_not_matter_when_finite() -> None:
+    feed = inputs("LatentAttention", 2, 4, np.float32)
+    attributes = {"scale": 0.3, "causal": 1, "sliding_window": 0, "softcap": 0.0}
+    session = onnxruntime.InferenceSession(
+        model("LatentAttention", feed, attributes, False).SerializeToString(),
+        providers=["CPUExecutionProvider"],
+    )
+    before = session.run(None, feed)[0]
+    for name in ("latent", "rope"):
+        feed[name][:, 9:] = 1e4
+        feed[name][1, :2] = -1e4
+    np.testing.assert_array_equal(session.run(None, feed)[0], before)
