@@ -53,6 +53,8 @@ def made_up(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[
     if getattr(config, "is_encoder_decoder", False):
         decoder = torch.randint(low, vocabulary, (batch, length - 4), generator=generator)
         made["decoder_input_ids"] = decoder.to(device)
+        if "decoder_attention_mask" in inspect.signature(model.forward).parameters:
+            made["decoder_attention_mask"] = torch.ones_like(made["decoder_input_ids"])
     return without_cache(model, made)
 
 
@@ -64,13 +66,20 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def resized(inputs: dict[str, Any], length: int, new_length: int) -> dict[str, Any]:
-    """The same inputs at another length: axes after the first of size `length` are tiled."""
+    """The same inputs at another length: axes after the first of size `length` are tiled.
+
+    Another sequence of tokens (a decoder's) keeps its distance in length, so that the two are
+    never mistaken for each other.
+    """
     out: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
+            tokens = value.dim() == 2 and not value.is_floating_point()
             for axis in range(1, value.dim()):
-                if value.shape[axis] == length:
-                    index = torch.arange(new_length, device=value.device) % length
+                size = value.shape[axis]
+                if size == length or tokens:
+                    wanted = max(2, new_length + size - length)
+                    index = torch.arange(wanted, device=value.device) % size
                     value = value.index_select(axis, index)
         out[name] = value
     return out

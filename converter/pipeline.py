@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from reattend.calibrate import StageResult
 
 
+#: stages that report their own units
+_COUNTED = frozenset({"statistics", "rewrite", "layerwise", "end-to-end"})
+
+
 @dataclass
 class Job:
     """The arguments of `convert` that do not concern opening the model."""
@@ -103,7 +107,10 @@ class Job:
             "statistics", lambda: self._statistics(source, found, choices, materials, work)
         )
         done = self._stage("rewrite", lambda: self._rewrite(source, found, choices, moments))
-        stages = self._stage("calibrate", lambda: self._calibrate(source, done, materials, work))
+        stages: list[StageResult] = []
+        if self.plan.calibrate.trains:
+            with self.log.stage("calibrate"):
+                stages = self._calibrate(source, done, materials, work)
         evidence = self._stage("verify", lambda: self._verify(source, choices, done, materials))
         evidence.stages = stages
         report = build_report(
@@ -235,8 +242,6 @@ class Job:
         self, source: Source, done: Rewritten, materials: Materials, work: Workdir | None
     ) -> list[StageResult]:
         settings = self.plan.calibrate
-        if not settings.trains:
-            return []
         if self.inplace:
             raise DataError(
                 "inplace=True leaves no original to learn from",
@@ -281,7 +286,10 @@ class Job:
     def _stage(self, name: str, work: Any) -> Any:
         self._tell(name)
         with self.log.stage(name):
-            return work()
+            done = work()
+        if name not in _COUNTED:
+            self._tell(name, done=1, total=1)
+        return done
 
     def _tell(self, stage: str, **what: Any) -> None:
         if self.on_event is not None:

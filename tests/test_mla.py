@@ -174,6 +174,7 @@ def test_low_rank_queries_are_exact_at_full_rank() -> None:
     exact = ToMla().exact_setting(original.config)
     options = exact.model_copy(update={"q_lora_rank": HIDDEN})
     built = ToMla().build(original, moments(original, queries=True), options)
+    assert built.exactness == "bounded"  # depends on the rank of the data, so not promised
     x = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
         expected, got = original(x, Context()), built.mixer(x, Context())

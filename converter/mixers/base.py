@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from reattend.errors import ModelError
 from reattend.mixers.config import Frozen
 
 
@@ -79,7 +80,16 @@ class Mixer(nn.Module, ABC):
 
 
 def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
-    """An empty mixer from what a checkpoint stores (`kind`, `config`)."""
+    """An empty mixer from what a checkpoint stores.
+
+    Args:
+        kind: `dense`, `latent`, or the name of an entry point of group `reattend.mixers` that a
+            third party's package registers for its `Mixer` subclass.
+        config: fields of that class's config; third parties implement `from_config(mapping)`.
+
+    Raises:
+        ModelError: nobody here knows the kind.
+    """
     from reattend.mixers.dense import DenseAttention, DenseConfig
     from reattend.mixers.latent import LatentAttention, LatentConfig
 
@@ -87,9 +97,10 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
         return DenseAttention(DenseConfig.model_validate(config))
     if kind == LatentAttention.kind:
         return LatentAttention(LatentConfig.model_validate(config))
-    from reattend.errors import ModelError
-
+    for entry in entry_points(group="reattend.mixers", name=kind):
+        made: Mixer = entry.load().from_config(config)
+        return made
     raise ModelError(
-        f"this checkpoint has a mixer of kind {kind!r}, which this reattend does not know",
-        next_step="update reattend",
+        f"this checkpoint has a mixer of kind {kind!r}, which is not installed here",
+        next_step="update reattend, or install the package that added this conversion",
     )

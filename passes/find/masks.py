@@ -1,7 +1,7 @@
 """Classify a mask by running it: on small inputs, padded and not, at two lengths.
 
-A mask that depends on weights is a bias; one that depends on hidden states is data-dependent;
-both are reported as not understood here (they stay opaque).
+An additive mask may also carry a learned bias per head and distance (`relative.py` reads it).
+Other biases (ALiBi, computed from hidden states) are reported as not understood.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.evaluate import Evaluator, ancestors
+from reattend.mixers.scores import shown
+from reattend.passes.evaluate import Evaluator, ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.spec import Pattern
+from reattend.passes.find.relative import LENGTH, read_relative, tables, the_table
+from reattend.spec import Pattern, RelativeBias
 
 #: Longest length a mask is probed at (a window of w needs 2 w + 3).
 LONGEST = 16400
@@ -23,10 +25,11 @@ LONGEST = 16400
 
 @dataclass(frozen=True)
 class FoundMask:
-    """The pattern, and whether padding in the model's own mask input changes it."""
+    """The pattern, whether padding in the model's own mask input changes it, and the bias."""
 
     pattern: Pattern
     follows_padding: bool
+    bias: RelativeBias | None = None
 
 
 def classify(allowed_NM: Tensor) -> Pattern:
@@ -48,20 +51,6 @@ def classify(allowed_NM: Tensor) -> Pattern:
     if first and bool((allowed_NM == (causal & (i // first == j // first))).all()):
         return Pattern("chunked", chunk=first)
     return Pattern("opaque")
-
-
-def visible(mask: Tensor) -> Tensor:
-    """Boolean [B, h, N, M] of a bool or additive mask.
-
-    Raises:
-        NotUnderstood: an additive mask that also carries a bias.
-    """
-    if mask.dtype == torch.bool:
-        return mask
-    allowed = mask > -1e30 if mask.dtype != torch.float16 else mask > -6e4
-    if bool((mask[allowed] != 0).any()):
-        raise NotUnderstood("the mask also adds a bias (relative positions, ALiBi)")
-    return allowed
 
 
 def read_mask(
@@ -89,8 +78,9 @@ def read_mask(
     run = Evaluator(gm)
 
     def at(length: int | None, padded: bool) -> Tensor:
-        return visible(run.run([mask], inputs_at(length, padded))[0])
+        return shown(run.run([mask], inputs_at(length, padded))[0])
 
+    bias = _bias(gm, mask, inputs_at)
     base = _one(at(None, False))
     pattern = classify(base)
     longest = max(_constants(slice_nodes), default=0)
@@ -99,7 +89,33 @@ def read_mask(
     if pattern.kind == "opaque":
         raise NotUnderstood("the mask is not full, causal, sliding or chunked")
     padded = at(None, True)
-    return FoundMask(pattern, not bool((padded == base).all()))
+    return FoundMask(pattern, not bool((padded == base).all()), bias)
+
+
+def _bias(
+    gm: fx.GraphModule,
+    mask: fx.Node,
+    inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
+) -> RelativeBias | None:
+    """What an additive mask adds to visible scores; None if nothing."""
+    value = Evaluator(gm).run([mask], inputs_at(None, False))[0]
+    if value.dtype == torch.bool:
+        return None
+    names = tables(gm, mask)
+    table = len(names) == 1 and attribute(gm, names[0]).dim() == 2
+    if not table and not bool((value[shown(value)] != 0).any()):
+        return None  # a lone table counts even where this model's numbers happen to be zero
+    name = the_table(gm, mask)
+    given = inputs_at(LENGTH, False)
+
+    def masked(weight: Tensor) -> Tensor:
+        try:
+            out: Tensor = Evaluator(gm, weights={name: weight}).run([mask], given)[0]
+        except (RuntimeError, IndexError) as why:
+            raise NotUnderstood(f"the mask cannot be computed at {LENGTH} tokens: {why}") from why
+        return out
+
+    return read_relative(name, attribute(gm, name).detach(), masked)
 
 
 def _one(allowed: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation
 from reattend.passes.find.streams import FoundStream, read_stream
 from reattend.passes.normalize.forms import attention, is_op
-from reattend.spec import AttentionSpec, Core, Pattern, Rotary, Stream
+from reattend.spec import AttentionSpec, Core, Rotary, Stream
 
 
 @dataclass
@@ -113,11 +113,13 @@ def _read(
         raise NotUnderstood("values are rotated")
     rotation = _shared_rotation(q, k)
     found_mask = mask_of(mask, bool(is_causal))  # type: ignore[arg-type]
+    if memory is not None and found_mask.bias is not None:
+        raise NotUnderstood("a relative bias in cross-attention")
     spec = AttentionSpec(
         q=Stream("hidden", q.steps),
         k=Stream("hidden" if memory is None else "encoder", k.steps),
         v=Stream("hidden" if memory is None else "encoder", v.steps),
-        core=_core(q, k, v, float(scale), float(softcap or 0.0), found_mask.pattern),  # type: ignore[arg-type]
+        core=_core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
         out=None,
     )
     exit_ = read_exit(gm, core, spec.core.heads, given)
@@ -149,7 +151,7 @@ def _shared_rotation(q: FoundStream, k: FoundStream) -> Rotation | None:
 
 
 def _core(
-    q: FoundStream, k: FoundStream, v: FoundStream, scale: float, softcap: float, pattern: Pattern
+    q: FoundStream, k: FoundStream, v: FoundStream, scale: float, softcap: float, mask: FoundMask
 ) -> Core:
     """Heads and the key/value head each query head reads, from repeated row maps."""
     k_proj, v_proj = k.steps[0], v.steps[0]
@@ -177,5 +179,6 @@ def _core(
         v_head_dim=v_proj.width,  # type: ignore[union-attr]
         scale=scale,
         softcap=softcap,
-        pattern=pattern,
+        pattern=mask.pattern,
+        bias=mask.bias,
     )

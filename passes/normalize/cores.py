@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from reattend.passes.base import GraphPass, Refusal, replace_node
@@ -89,10 +90,10 @@ class _Eager:
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    mask: fx.Node | None
+    masks: tuple[fx.Node, ...]
+    fill: fx.Node | None
     scale: float
     softcap: float
-    bottom: fx.Node
 
 
 def _forward_to_product(softmax: fx.Node) -> fx.Node | None:
@@ -110,13 +111,14 @@ def _forward_to_product(softmax: fx.Node) -> fx.Node | None:
 
 def _backward_to_product(node: object) -> _Eager | None:
     """Walk from the softmax input to q k^T: mask, softcap and scale on the way."""
-    mask: fx.Node | None = None
+    masks: tuple[fx.Node, ...] = ()
+    fill: fx.Node | None = None
     scale, softcap, capped = 1.0, 0.0, False
     while isinstance(node, fx.Node):
         if is_op(node, *_PRODUCTS):
             left, right = node.args[:2]
             assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-            return _Eager(node, left, right, left, mask, scale, softcap, node)
+            return _Eager(node, left, right, left, masks, fill, scale, softcap)
         if is_op(node, *_CASTS):
             node = node.args[0]
         elif is_op(node, aten.mul, aten.div) and isinstance(node.args[1], int | float):
@@ -134,33 +136,44 @@ def _backward_to_product(node: object) -> _Eager | None:
                 softcap, capped, node = factor, True, inner.args[0]
             else:
                 scale, node = scale * factor, below
-        elif is_op(node, aten.add) and mask is None and not capped and scale == 1.0:
+        elif is_op(node, aten.add) and not capped and scale == 1.0:
             below = node.args[0]
             other = node.args[1]
             if not isinstance(other, fx.Node) or not isinstance(below, fx.Node):
                 return None
-            mask, node = other, below
-        elif is_op(node, aten.masked_fill) and mask is None and not capped and scale == 1.0:
-            return None if not isinstance(node.args[1], fx.Node) else _masked(node)
+            masks, node = (other, *masks), below
+        elif is_op(node, aten.masked_fill) and not (masks or fill or capped) and scale == 1.0:
+            value = node.args[2]
+            if not isinstance(value, int | float) or value > -1e4:
+                return None
+            fill, node = node, node.args[0]
         else:
             return None
     return None
 
 
-def _masked(node: fx.Node) -> _Eager | None:
-    """masked_fill(scores, hidden, -inf): keep the fill node's own mask, inverted, as bool."""
-    hidden, fill = node.args[1], node.args[2]
-    if not isinstance(fill, int | float) or fill > -1e4:
-        return None
-    below = _backward_to_product(node.args[0])
-    if below is None or below.mask is not None:
-        return None
+def _mask(gm: fx.GraphModule, parts: _Eager) -> fx.Node | None:
+    """One mask node: what was added, summed, and hidden where scores were filled."""
+    total: fx.Node | None = None
+    for mask in parts.masks:
+        if total is None:
+            total = mask
+            continue
+        new = gm.graph.call_function(aten.add.Tensor, (total, mask))
+        new.meta["val"] = total.meta["val"] + mask.meta["val"]
+        total = new
+    if parts.fill is None:
+        return total
+    hidden = parts.fill.args[1]
     assert isinstance(hidden, fx.Node)
-    with node.graph.inserting_before(node):
-        visible = node.graph.call_function(aten.logical_not.default, (hidden,))
-    visible.meta["val"] = hidden.meta.get("val")
-    below.mask = visible
-    return below
+    if total is None:
+        new = gm.graph.call_function(aten.logical_not.default, (hidden,))
+        new.meta["val"] = hidden.meta.get("val")
+        return new
+    lowest = torch.finfo(total.meta["val"].dtype).min
+    new = gm.graph.call_function(aten.masked_fill.Scalar, (total, hidden, lowest))
+    new.meta["val"] = total.meta["val"].masked_fill(hidden.meta["val"], lowest)
+    return new
 
 
 class FuseEager(GraphPass):
@@ -208,7 +221,7 @@ class FuseEager(GraphPass):
                     parts.q,
                     keys,
                     product.args[1],
-                    parts.mask,
+                    _mask(gm, parts),
                     parts.scale,
                     parts.softcap,
                     False,

@@ -151,7 +151,7 @@ class ToMla(Conversion):
         if isinstance(sizes, Refusal):
             return sizes
         cached, before = sizes.kv_lora_rank + sizes.qk_rope_head_dim, config.cache_per_token
-        if cached >= before and not options.allow_growth and not _is_exact(config, sizes):
+        if cached >= before and not options.allow_growth and not _is_exact(config, sizes, options):
             return Refusal(
                 f"the cache would not shrink: {sizes.kv_lora_rank} + {sizes.qk_rope_head_dim} = "
                 f"{cached} numbers per token against {before} "
@@ -208,7 +208,7 @@ class ToMla(Conversion):
         for parameter in mixer.parameters():
             parameter.requires_grad_(True)
         kept = sum(latent.energy[: sizes.kv_lora_rank])
-        exactness: Exactness = "exact" if _is_exact(config, sizes) else "bounded"
+        exactness: Exactness = "exact" if _is_exact(config, sizes, options) else "bounded"
         return Built(
             mixer.eval(),
             exactness,
@@ -224,7 +224,10 @@ class ToMla(Conversion):
         )
 
 
-def _is_exact(config: DenseConfig, sizes: Sizes) -> bool:
+def _is_exact(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> bool:
+    """All pairs rotated unmixed, full rank, and nothing else in the way."""
+    if options.latent_norm != "none" or options.q_lora_rank is not None:
+        return False
     pairs = config.rotary.pairs if config.rotary else 0
     all_rotated = sizes.qk_rope_head_dim == 2 * pairs * config.core.kv_heads
     full = sizes.kv_lora_rank + sizes.qk_rope_head_dim == config.cache_per_token

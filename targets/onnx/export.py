@@ -97,7 +97,7 @@ def export_onnx(
     layout(model)
     asked = {
         "weights": weights_sha256(model),
-        "model": digest(model.config.to_dict() if hasattr(model, "config") else {}),
+        "model": digest(_config(model)),
         "target": f"onnx {dtype}",
         "tokenizer": type(tokenizer).__name__,
         "versions": digest(_versions()),
@@ -138,6 +138,11 @@ def _write(
         work.publish_folder(lambda folder: generation.save_pretrained(folder))
     if tokenizer is not None:
         work.publish_folder(lambda folder: tokenizer.save_pretrained(folder))
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """The model's config without the folder it came from."""
+    return {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
 
 
 def _graph_writer(graph: Any) -> Callable[[Path], None]:

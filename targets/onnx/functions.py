@@ -22,7 +22,6 @@ from typing import Any
 DOMAIN = "ai.reattend"
 VERSION = 1
 OPSET = 24
-ATTRIBUTES = ("scale", "causal", "sliding_window", "softcap")
 
 _HEADER = """<domain: "{domain}", opset_import: ["" : {opset}]>
 {name} <scale: float, causal: int = 1, sliding_window: int = 0, softcap: float = 0.0>

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ def weights_sha256(model: nn.Module) -> str:
         assert isinstance(tensor, Tensor)
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(memoryview(plain.numpy()))
+        found.update(cast("Any", plain.numpy()))
     return found.hexdigest()
 
 
