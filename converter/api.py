@@ -151,9 +151,10 @@ def export(
         raise ArgumentError(f"unknown export target {target!r}", next_step='known targets: "onnx"')
     from reattend.targets.onnx import export_onnx
 
-    if isinstance(model, str | Path):
+    if not isinstance(model, nn.Module):
         tokenizer = tokenizer or _folder_tokenizer(Path(model))
         model = load(model)
+    assert isinstance(model, nn.Module)
     return export_onnx(model, Path(out), dtype=dtype, tokenizer=tokenizer, overwrite=overwrite)
 
 

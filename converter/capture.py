@@ -112,7 +112,7 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
             raise CaptureError(
                 "torch.export could not capture this model",
                 where=type(model).__name__,
-                why=f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
+                why=f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}",
                 next_step="check that model(**inputs) runs; data-dependent Python branches cannot "
                 "be captured",
             ) from problem

@@ -77,7 +77,7 @@ def resized(inputs: dict[str, Any], length: int, new_length: int) -> dict[str, A
             tokens = value.dim() == 2 and not value.is_floating_point()
             for axis in range(1, value.dim()):
                 size = value.shape[axis]
-                if size == length or tokens:
+                if size == length or (tokens and size > 1):
                     wanted = max(2, new_length + size - length)
                     index = torch.arange(wanted, device=value.device) % size
                     value = value.index_select(axis, index)

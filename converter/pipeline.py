@@ -86,9 +86,7 @@ class Job:
         source = self._stage("open", lambda: open_source(model, **opening))
         return source, self._stage("find", lambda: find_attention(source.model, self.inputs))
 
-    def _predict(
-        self, source: Source, choices: list[Choice], materials: Materials
-    ) -> Prediction:
+    def _predict(self, source: Source, choices: list[Choice], materials: Materials) -> Prediction:
         data = None if materials.own else materials.training
         rows = None if data is None else data.rows
         if rows is not None and materials.held_out is not None:
@@ -305,5 +303,5 @@ def _gate_error(gates: list[Gate], checks: list[ParityCheck]) -> GateError:
     return GateError(
         "the converted model failed verification; nothing was published",
         why="; ".join(lines),
-        next_step="keep more cache (kv_keep), calibrate longer, or loosen the plan's verify section",
+        next_step="keep more cache (kv_keep), calibrate longer, or loosen the plan's gates",
     )

@@ -22,7 +22,7 @@ from reattend.preflight import Choice
 
 MIB = 1 << 20
 #: Measured on Linux with torch 2.13, transformers 5.23: loading; capture; first products.
-OPENING, CAPTURING, RUNNING = 12 * MIB, 65 * MIB, 24 * MIB
+OPENING, CAPTURING, RUNNING = 12 * MIB, 65 * MIB, 18 * MIB
 #: Rows and tokens of what the model samples for itself when no data is given.
 OWN_ROWS, OWN_LENGTH, OWN_BATCH = 64, 256, 16
 #: Passes over the held-out rows: loss, six recall sets, for two models; agreement; one spare.
@@ -233,9 +233,7 @@ def _verifying(sizes: _Sizes, held: int, seq_len: int, generates: bool) -> int:
     return max(logits + row, decode) + scores + sizes.activations(rows * seq_len)
 
 
-def _time(
-    sizes: _Sizes, converted: list[Choice], plan: Plan, rows: int | None
-) -> dict[str, float]:
+def _time(sizes: _Sizes, converted: list[Choice], plan: Plan, rows: int | None) -> dict[str, float]:
     speed, wide = _speed(sizes.element), _speed(8)
     calibrate = plan.calibrate
     seq_len = OWN_LENGTH if rows is None else calibrate.seq_len

@@ -155,9 +155,7 @@ def _graph_with(
             )
         mixer = build_mixer(stored["kind"], stored["config"])
         given = found.capture.placeholders()
-        replace_region(
-            found.capture.gm, site.path, site.region, mixer, given, site.follows_padding
-        )
+        replace_region(found.capture.gm, site.path, site.region, mixer, given, site.follows_padding)
     drop_unused(found.capture.gm)
     found.capture.gm.meta["reattend_class"] = type(model).__name__
     return found.capture.gm

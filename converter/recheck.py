@@ -96,7 +96,9 @@ def _sites(model: nn.Module, report: Report) -> Finding:
 
 def _size(model: nn.Module, report: Report) -> Finding:
     count, said = sum(p.numel() for p in model.parameters()), report.model.parameters_after
-    return _finding("weights", count == said, f"{count:,} parameters loaded, finite ({said:,} said)")
+    return _finding(
+        "weights", count == said, f"{count:,} parameters loaded, finite ({said:,} said)"
+    )
 
 
 def _decode(model: nn.Module, report: Report) -> list[Finding]:

@@ -85,7 +85,7 @@ def build_report(
         calibration=_calibration(materials, evidence),
         gates=tuple(evidence.gates),
         provenance=_provenance(source, plan, materials, seed),
-        notes=tuple([*materials.notes, *evidence.notes]),
+        notes=(*materials.notes, *evidence.notes),
     )
 
 
@@ -163,7 +163,7 @@ def spec_summary(site: AttentionSite) -> SpecSummary:
         rotary_width=rotary.width if isinstance(rotary, Rotary) else 0,
         pattern=pattern,
         norms=tuple(n for n, s in named if s.first(Norm) is not None),
-        bias=tuple([*bias, *(["o"] if spec.out is not None and spec.out.bias else [])]),
+        bias=(*bias, *(["o"] if spec.out is not None and spec.out.bias else [])),
         extras=(f"softcap {core.softcap:g}",) if core.softcap else (),
     )
 
@@ -172,7 +172,7 @@ def _calibration(materials: Materials, evidence: Evidence) -> Calibration | None
     data = materials.statistics
     if data is None:
         return None
-    stages = [Stage(name="statistics", tokens=data.tokens)]
+    stages = [Stage(name="statistics", tokens=data.tokens, loss_name="none")]
     stages += [
         Stage(name=s.name, tokens=s.tokens, loss=tuple(s.loss), loss_name=s.loss_name)
         for s in evidence.stages

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from reattend.mixers.base import Context
+from reattend.mixers.scores import shown
 from reattend.passes.evaluate import Evaluator, attribute, concrete_shape
-from reattend.passes.find.masks import visible
 from reattend.passes.find.sites import Found
 from reattend.passes.find.streams import read_stream
 from reattend.spec import Norm
@@ -50,7 +50,9 @@ class SelfCheck:
     def reason(self) -> str:
         """Why the site is not trusted; empty if it is."""
         if not self.error <= TOLERANCE:
-            return f"not understood: rebuilt block differs by {self.error:.1e} (limit {TOLERANCE:g})"
+            return (
+                f"not understood: rebuilt block differs by {self.error:.1e} (limit {TOLERANCE:g})"
+            )
         limit = NOISE * max(self.floor, torch.finfo(self.dtype).eps * self.scale)
         if not self.native <= limit:
             return (
@@ -72,7 +74,9 @@ def self_check(
     """
     generator = torch.Generator().manual_seed(1)
     weights = _random_weights(gm, found, generator)
-    trials = [(None, False)] + ([(None, True)] if found.follows_padding else [])
+    trials: list[tuple[int | None, bool]] = [(None, False)]
+    if found.follows_padding:
+        trials.append((None, True))
     longer = _second_length(gm, found, inputs_at)
     if longer is not None:
         trials.append((longer, found.follows_padding))
@@ -87,12 +91,15 @@ def self_check(
 def _second_length(
     gm: fx.GraphModule, found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
 ) -> int | None:
-    """A length above two windows; None where the graph's length is fixed."""
+    """A length above two windows and every distance; None where the graph's length is fixed."""
     before = concrete_shape(found.region.hidden, inputs_at(None, False))
     pattern = found.spec.core.pattern
     length = before[1] + 6
     if 2 * max(pattern.window, pattern.chunk) <= LONGEST_CHECK:
         length = max(length, 2 * max(pattern.window, pattern.chunk) + 3)
+    bias = found.spec.core.bias
+    if bias is not None:
+        length = max(length, len(bias.buckets) + 3)
     if concrete_shape(found.region.hidden, inputs_at(length, False)) == before:
         return None
     return length
@@ -151,6 +158,10 @@ def _random_weights(
     if spec.out is not None:
         matrix(spec.out.weight, spec.out.transposed)
         vector(spec.out.bias, 0.0)
+    if spec.core.bias is not None:  # sixteenths: exact in every dtype a mask may pass through
+        shape = attribute(gm, spec.core.bias.weight).shape
+        sixteenths = torch.randint(-32, 33, shape, generator=generator)
+        weights[spec.core.bias.weight] = sixteenths.double() / 16
     return weights
 
 
@@ -236,14 +247,15 @@ def _weight_names(found: Found) -> list[str]:
         names += [stream.proj.weight, stream.proj.bias]
         names += [norm.gain, norm.bias] if isinstance(norm, Norm) else []
     names += [spec.out.weight, spec.out.bias] if spec.out is not None else []
+    names += [spec.core.bias.weight] if spec.core.bias is not None else []
     return [n for n in names if n is not None]
 
 
 def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:
-    """Which keys are real, [B, M]: the diagonal of a self-attention mask, any row of a cross one."""
+    """Which keys are real, [B, M]: the diagonal of a self mask, any row of a cross one."""
     if mask is None:
         return None
-    allowed = visible(mask)
+    allowed = shown(mask)
     while allowed.dim() < 4:
         allowed = allowed[None]
     allowed = allowed.expand(x.shape[0], -1, x.shape[1], -1)[:, 0]

@@ -162,6 +162,6 @@ def collect(
             raise ModelError(
                 "the model produces NaN or infinity on the calibration data",
                 where=path,
-                next_step="check the weights (`reattend find MODEL` names NaN weights) and the dtype",
+                next_step="check the weights and the dtype: float16 overflows in some models",
             )
     return found

@@ -52,14 +52,14 @@ def checked_section(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def config_class(base: type) -> Any:
+def config_class(base: Any) -> Any:
     """`Reattend<Base>Config`, one per base class."""
     name = f"Reattend{base.__name__}"
     return type(name, (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
 
 
 @cache
-def model_class(base: type) -> Any:
+def model_class(base: Any) -> Any:
     """`Reattend<Base>`: the base with the mixers of `config.reattend` in place."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -73,7 +73,7 @@ def model_class(base: type) -> Any:
     import inspect
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    made = type(
+    return type(
         f"Reattend{base.__name__}",
         (base,),
         {
@@ -83,7 +83,6 @@ def model_class(base: type) -> Any:
             "__module__": __name__,
         },
     )
-    return made
 
 
 def refuse_attention_weights(config: Any, kwargs: dict[str, Any]) -> None:
@@ -117,12 +116,13 @@ def register_auto_classes(made: Any) -> None:
 
 def adopt(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a model whose blocks were swapped in memory into its reattend class, in place."""
-    base = type(model)
+    base: Any = type(model)
     if base.__name__.startswith("Reattend"):
         base = base.__mro__[1]
     config = model.config
     section = getattr(config, "reattend", None) or {"base_model_type": config.model_type}
-    made = config_class(type(config)) if config.model_type != MODEL_TYPE else type(config)
+    kind: Any = type(config)
+    made = config_class(kind) if config.model_type != MODEL_TYPE else kind
     config.__class__ = made
     config.reattend = {
         "format": FORMAT,

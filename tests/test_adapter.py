@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from reattend import convert
-from reattend.errors import ArgumentError
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -23,6 +21,9 @@ from transformers import (
     MistralForCausalLM,
     StaticCache,
 )
+
+from reattend import convert
+from reattend.errors import ArgumentError
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -12,7 +12,6 @@ from torch import Tensor
 from reattend import convert, find_attention
 from reattend.inputs import made_up
 
-
 #: sites per model; one per block of attention, cross-attention counted
 SITES = {"t5": 6, "gemma3_vision": 2}
 FAST = {("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "sdpa"), ("bert", "sdpa")}

@@ -111,7 +111,10 @@ def test_fused_projection_keeps_its_owner() -> None:
 
 def test_inlined_attention_is_found_in_the_graph() -> None:
     found = find_attention(tower(InlinedBlock), INPUTS)
-    assert [(s.path, s.owner) for s in found.sites] == [("blocks.0", "graph"), ("blocks.1", "graph")]
+    assert [(s.path, s.owner) for s in found.sites] == [
+        ("blocks.0", "graph"),
+        ("blocks.1", "graph"),
+    ]
     rotary: Any = found.sites[0].spec.q.steps[1]
     assert rotary.pairing == "interleaved"
     assert rotary.inv_freq == pytest.approx((1.0, 0.5, 0.25, 0.125), rel=1e-6)

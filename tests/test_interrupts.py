@@ -81,9 +81,7 @@ def test_a_write_is_finished_before_ctrl_c_counts(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_finishing_is_one_step_for_ctrl_c(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finishing_is_one_step_for_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Workdir, "_at", lambda _s, phase, _n: interrupt() if phase == "renamed" else None
     )

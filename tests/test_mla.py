@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from reattend.mixers.base import Context
 from reattend.mixers.config import CoreConfig, NormConfig, RotaryConfig, StreamConfig
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mla import MlaOptions, ToMla, resolve
 from reattend.statistics import SiteStatistics
-from torch import Tensor
 
 HIDDEN = 24
 

@@ -48,14 +48,18 @@ def growth(model: Path, vocabulary: int, out: Path) -> dict[str, tuple[float, fl
     }
 
 
-def within(found: dict[str, tuple[float, float]], share: float) -> dict[str, tuple[float, float]]:
-    return {n: pair for n, pair in found.items() if abs(pair[1] / pair[0] - 1) > share}
+def off(found: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Stages whose prediction is off by more than 20 %, and by more than 12 MiB.
+
+    What the process shows for the same work differs by that much from run to run.
+    """
+    return {n: (m, p) for n, (m, p) in found.items() if abs(p - m) > max(0.2 * m, 12)}
 
 
 def test_memory_on_the_shipped_model(shipped_path: Path, tmp_path: Path) -> None:
     found = growth(shipped_path, 4096, tmp_path / "out")
     assert set(found) >= {"open", "find", "statistics", "rewrite", "verify", "publish"}
-    assert within(found, 0.2) == {}, found
+    assert off(found) == {}, found
 
 
 @pytest.mark.slow
@@ -75,7 +79,7 @@ def test_memory_where_logits_or_moments_decide(
     )  # fmt: skip
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
     found = growth(tmp_path / "model", sizes["vocab_size"], tmp_path / "out")
-    assert within(found, 0.2) == {}, found
+    assert off(found) == {}, found
 
 
 def predicted(model: Any, plan: dict[str, Any], rows: int | None = 40) -> Any:

@@ -66,7 +66,9 @@ def swapped_pairs(step: Any) -> Any:
         return step
     flat = [i for pair in step.pairs for i in pair]
     half = len(flat) // 2
-    return replace(step, pairs=tuple(zip(sorted(flat)[::2], sorted(flat)[1::2], strict=True))[:half])
+    return replace(
+        step, pairs=tuple(zip(sorted(flat)[::2], sorted(flat)[1::2], strict=True))[:half]
+    )
 
 
 def backwards(step: Any) -> Any:

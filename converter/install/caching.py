@@ -41,8 +41,9 @@ def watch_cache(
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
 
-    cache: Any = Recording(config=model.config.get_text_config(decoder=True))
-    if getattr(model.config, "is_encoder_decoder", False):
+    config: Any = model.config
+    cache: Any = Recording(config=config.get_text_config(decoder=True))
+    if getattr(config, "is_encoder_decoder", False):
         own, cross = Recording(), Recording()
         own.part, cross.part = "self_attention_cache", "cross_attention_cache"
         cache = EncoderDecoderCache(own, cross)

@@ -25,9 +25,7 @@ LACKS = ("generate", "train()", "KV cache", "positional arguments")
 class GraphSite(nn.Module):
     """Calls a mixer from a graph: hidden states, encoder states, mask and rotary tables."""
 
-    def __init__(
-        self, path: str, mixer: Mixer, cos: TableRef | None, sin: TableRef | None
-    ) -> None:
+    def __init__(self, path: str, mixer: Mixer, cos: TableRef | None, sin: TableRef | None) -> None:
         super().__init__()
         self.path, self.mixer, self.cos, self.sin = path, mixer, cos, sin
 
@@ -99,9 +97,7 @@ def _table(
     gm: fx.GraphModule, region: Region, table_NP: Tensor, given: dict[fx.Node, Any]
 ) -> tuple[TableRef | None, fx.Node | None]:
     """The external value that holds a rotary table; None where positions are counted instead."""
-    values = dict(
-        zip(region.externals, Evaluator(gm).run(region.externals, given), strict=True)
-    )
+    values = dict(zip(region.externals, Evaluator(gm).run(region.externals, given), strict=True))
     for node, value in values.items():
         hit = match_table({"value": value}, table_NP)
         if hit is not None and abs(hit[1] - 1) < 1e-4:

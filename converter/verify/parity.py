@@ -71,10 +71,11 @@ def exact_check(original: nn.Module, converted: nn.Module, inputs: dict[str, Any
     numbers = compare(got[real], expected[real])
     floor = float(torch.finfo(expected.dtype).eps) * float(expected.abs().max())
     limit = max(EXACT_LOGITS, 8 * floor) if expected.dtype != torch.float64 else 1e-9
-    verdict = "pass" if numbers["max_abs"] <= limit else "fail"
+    good = numbers["max_abs"] <= limit
     return ParityCheck(
         name="equals the original", compared="output, converted / original, prefill",
-        verdict=verdict, tolerance=limit, judged_by="max_abs", noise_floor=floor, **numbers,
+        verdict="pass" if good else "fail", tolerance=limit, judged_by="max_abs",
+        noise_floor=floor, **numbers,
     )  # fmt: skip
 
 

@@ -99,7 +99,9 @@ def _decode(masked: Masked, table: Tensor, seen_NM: Tensor, axis: int) -> Tensor
         code = digits[:, None] if axis == 0 else digits[None, :]
         value_BHE = masked(code.expand_as(table).contiguous())[:, :, seen_NM].double()
         digit = value_BHE.round()
-        if not bool((digit == value_BHE).all()) or not bool((1 <= digit).all() & (digit <= _BASE).all()):
+        if not bool((digit == value_BHE).all()) or not bool(
+            (digit >= 1).all() & (digit <= _BASE).all()
+        ):
             raise NotUnderstood("the bias is computed from its table, not read from it")
         if not bool((digit == digit[:1]).all()):
             raise NotUnderstood("the bias differs between rows of the batch")

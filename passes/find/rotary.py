@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ def _check(
         raise NotUnderstood("rotary scaling differs between positions or frequencies")
 
 
-def _pairing(pairs: list[tuple[int, int]]) -> str:
+def _pairing(pairs: list[tuple[int, int]]) -> Literal["half", "interleaved", "other"]:
     half = len(pairs)
     if pairs == [(i, i + half) for i in range(half)]:
         return "half"

@@ -136,7 +136,7 @@ def _backward_to_product(node: object) -> _Eager | None:
                 softcap, capped, node = factor, True, inner.args[0]
             else:
                 scale, node = scale * factor, below
-        elif is_op(node, aten.add) and not capped and scale == 1.0:
+        elif is_op(node, aten.add) and not (capped or node.kwargs) and scale == 1.0:
             below = node.args[0]
             other = node.args[1]
             if not isinstance(other, fx.Node) or not isinstance(below, fx.Node):

@@ -55,7 +55,7 @@ class ToLinear(GraphPass):
                 aten.linear.default, (inner if through else x, weight, bias)
             )
         new.meta.update(node.meta)
-        if not through:
+        if value is None or not through:
             replace_node(node, new)
             return
         out_features = views[0].meta["val"].shape[-1]
