@@ -50,7 +50,11 @@ def pieces_of_path(source: str | Path) -> Iterator[Piece]:
     if is_folder:
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
-            raise DataError("The data folder has no .txt or .jsonl file.", where=str(path))
+            raise DataError(
+                "The data folder has no .txt or .jsonl file.",
+                where=str(path),
+                next_step="give a folder with text files, or one file.",
+            )
         return chain.from_iterable(_pieces_of_file(file) for file in files)
     if not is_file:
         raise DataError(
@@ -125,7 +129,12 @@ def _pieces_of_file(path: Path) -> Iterator[Piece]:
     except OSError as error:
         raise DataError("The data file cannot be read.", where=str(path), why=str(error)) from error
     if empty:
-        raise DataError("The data file is empty.", where=str(path), why="it has 0 bytes")
+        raise DataError(
+            "The data file is empty.",
+            where=str(path),
+            why="it has 0 bytes",
+            next_step="give a file with text in it.",
+        )
     yield from _pieces_of_jsonl(path) if path.suffix == ".jsonl" else _pieces_of_txt(path)
 
 
@@ -160,7 +169,12 @@ def _pieces_of_jsonl(path: Path) -> Iterator[Piece]:
     except OSError as error:
         raise DataError("The data file cannot be read.", where=str(path), why=str(error)) from error
     if not seen:
-        raise DataError("The data file is empty.", where=str(path), why="only blank lines")
+        raise DataError(
+            "The data file is empty.",
+            where=str(path),
+            why="only blank lines",
+            next_step='write lines like {"text": "..."}.',
+        )
 
 
 def _piece_of_line(line: str, where: str) -> Piece:
@@ -172,7 +186,12 @@ def _piece_of_line(line: str, where: str) -> Piece:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError("A line is not JSON.", where=where, why=str(error)) from error
+        raise DataError(
+            "A line is not JSON.",
+            where=where,
+            why=str(error),
+            next_step='write one object per line, like {"text": "..."}.',
+        ) from error
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return Piece(record["text"], where, begins=True)
     if isinstance(record, dict) and isinstance(record.get("messages"), list):

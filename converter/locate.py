@@ -10,11 +10,21 @@ from torch import Tensor, fx, nn
 
 from reattend.capture import Call, Capture, watch
 from reattend.install.adapter import Adapter
-from reattend.install.binding import Binding, bound, match, match_output, match_table
+from reattend.install.binding import (
+    Binding,
+    bound,
+    match,
+    match_mask,
+    match_output,
+    match_table,
+    returns_bias,
+)
+from reattend.mixers.relative import relative_bias
 from reattend.passes.evaluate import Evaluator, ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import AttentionSpec, Rotary, Stream
+from reattend.weights import head_order
 
 #: (owner path, binding or None, why there is none)
 Place = tuple[str, Binding | None, str]
@@ -104,10 +114,15 @@ def _bind(
         if memory is None:
             raise NotUnderstood(f"{path} does not receive the block's encoder states")
     exit_node = region.exit.joined if stop else region.exit.node
-    output = match_output(call.output, values[exit_node], arguments)
+    bias = _added(captured, item, values)
+    output = match_output(call.output, values[exit_node], arguments, bias)
     if output is None:
         raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
-    mask = match(arguments, values[region.mask]) if region.mask is not None else None
+    if returns_bias(output) and head_order(item.spec)[0] != list(range(item.spec.core.heads)):
+        raise NotUnderstood(f"{path} returns its position bias in another order of heads")
+    mask, adds = None, False
+    if region.mask is not None:
+        mask, adds = match_mask(arguments, values[region.mask])
     if region.mask is not None and mask is None and item.follows_padding:
         raise NotUnderstood(f"{path} does not receive the mask that hides padding")
     cos = sin = position = None
@@ -115,9 +130,22 @@ def _bind(
         cos, sin, position = _bind_rotation(captured, item, arguments)
     cache, part, layer_idx = cached.get(path, (None, None, 0))
     return Binding(
-        hidden=hidden, memory=memory, mask=mask, cos=cos, sin=sin, position=position,
+        hidden=hidden, memory=memory, mask=mask,
+        mask_adds_bias=adds and item.spec.core.bias is not None,
+        cos=cos, sin=sin, position=position,
         cache=cache, cache_part=part, layer_idx=layer_idx, output=output,
     )  # fmt: skip
+
+
+def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor:
+    """What the block adds to its scores, [1, H, N, M]; zeros without a position bias."""
+    core, region = item.spec.core, item.region
+    n = values[region.hidden].shape[1]
+    m = n if region.memory is None else values[region.memory].shape[1]
+    if core.bias is None:
+        return values[region.hidden].new_zeros(1, core.heads, n, m)
+    table = attribute(captured.gm, core.bias.weight).detach()
+    return relative_bias(table, core.bias.buckets, n, m)
 
 
 def _bind_rotation(

@@ -27,6 +27,7 @@ def state_of_out(out: Path, fingerprint: Mapping[str, str], overwrite: bool) -> 
             "an output folder cannot be called *.partial",
             where=str(out),
             why="that name is where the work for another output would happen",
+            next_step="choose another --out",
         )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return "new"

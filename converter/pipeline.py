@@ -13,7 +13,7 @@ import torch
 from reattend import statistics
 from reattend.api import Result
 from reattend.data import Dataset
-from reattend.errors import DataError, GateError
+from reattend.errors import DataError
 from reattend.events import Event, OnEvent
 from reattend.finder import FoundAttention, find_attention
 from reattend.inputs import is_hf, made_up
@@ -23,12 +23,12 @@ from reattend.outdir import check_claimable
 from reattend.plan import Plan
 from reattend.predict import Prediction, predict
 from reattend.preflight import Choice, choose, preflight
-from reattend.report.evidence import Gate, ParityCheck
+from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
 from reattend.runlog import RunLog
 from reattend.source import Source, open_source
-from reattend.verify.gates import check_gates, measured_rows
+from reattend.verify.gates import check_gates, gate_error, measured_rows
 from reattend.verify.parity import block_errors, decode_checks, exact_check
 from reattend.workdir import Workdir, digest
 
@@ -105,6 +105,7 @@ class Job:
             "statistics", lambda: self._statistics(source, found, choices, materials, work)
         )
         done = self._stage("rewrite", lambda: self._rewrite(source, found, choices, moments))
+        moments.clear()
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
             with self.log.stage("calibrate"):
@@ -117,7 +118,7 @@ class Job:
         failed = [g for g in report.gates if g.verdict == "fail"]
         failed_checks = [p for p in report.parity if p.verdict == "fail"]
         if failed or failed_checks:
-            raise _gate_error(failed, failed_checks)
+            raise gate_error(failed, failed_checks)
         result = Result(done.model, report, None, None, source.tokenizer)
         if work is not None:
             from reattend.publishing import publish_result
@@ -292,16 +293,3 @@ class Job:
     def _tell(self, stage: str, **what: Any) -> None:
         if self.on_event is not None:
             self.on_event(Event(stage, **what))
-
-
-def _gate_error(gates: list[Gate], checks: list[ParityCheck]) -> GateError:
-    lines = [f"{g.name}: {g.value} (limit {g.relation} {g.limit})" for g in gates]
-    lines += [
-        f"{p.name}: {p.judged_by} {getattr(p, p.judged_by):.3g} (limit {p.tolerance:.3g})"
-        for p in checks
-    ]
-    return GateError(
-        "the converted model failed verification; nothing was published",
-        why="; ".join(lines),
-        next_step="keep more cache (kv_keep), calibrate longer, or loosen the plan's gates",
-    )

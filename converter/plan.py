@@ -182,6 +182,7 @@ def _check_hits(
             f"layer {missing[0]} does not exist",
             where=name,
             why=f"the model's stacks of attention have {counts} layers, counted from 0",
+            next_step="list the sites with `reattend find MODEL`",
         )
     if not hits:
         globs = [g.strip("*?") for g in rule.sites or ()]

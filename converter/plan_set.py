@@ -30,7 +30,11 @@ def apply_settings(
         key, equals, text = setting.partition("=")
         key, where = key.strip(), f"--set {setting}"
         if not equals or not key:
-            raise PlanError("a setting needs key=value", where=where)
+            raise PlanError(
+                "a setting needs key=value",
+                where=where,
+                next_step="write for example --set kv_keep=0.25",
+            )
         value = parse_yaml(text, where)
         for path in _places(key, keys, options, where):
             _put(data, path, value, keys, where)

@@ -35,7 +35,12 @@ def fetch(source: str | Path, base: Path) -> tuple[dict[str, Any], str, Path]:
         return read_mapping(path, name), name, path.parent
     if isinstance(source, Path) or path.suffix in (".yaml", ".yml") or len(Path(name).parts) > 1:
         why = "it is a folder" if path.is_dir() else "there is no such file"
-        raise PlanError("the plan file cannot be read", where=name, why=why)
+        raise PlanError(
+            "the plan file cannot be read",
+            where=name,
+            why=why,
+            next_step=f"check the path, or use a shipped plan: {', '.join(preset_names())}",
+        )
     raise unknown_name("plan", name, preset_names(), "plan")
 
 
@@ -60,7 +65,12 @@ def extended(data: dict[str, Any], where: str, base: Path, seen: tuple[str, ...]
     parent, parent_where, parent_base = fetch(source, base)
     mark = parent_where if source in preset_names() else str((base / source).resolve())
     if mark in seen:
-        raise PlanError("plans extend each other in a circle", where=where, why=f"{source!r} again")
+        raise PlanError(
+            "plans extend each other in a circle",
+            where=where,
+            why=f"{source!r} again",
+            next_step="remove one `extends`",
+        )
     parent = extended(parent, parent_where, parent_base, (*seen, mark))
     check_version(parent, parent_where)
     merged = {**parent, **{k: v for k, v in data.items() if k != "extends"}}
@@ -87,4 +97,5 @@ def check_version(data: Mapping[str, Any], where: str) -> None:
             "the plan's version is not a known number",
             where=where,
             why=f"got {version!r}; the only version is {PLAN_VERSION}",
+            next_step=f"write version: {PLAN_VERSION}",
         )

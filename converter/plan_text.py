@@ -103,7 +103,12 @@ def explain(error: ValidationError, where: str) -> PlanError:
             lines.append(message)
         else:
             lines.append(f"{key}: {message} (got {item['input']!r})")
-    return PlanError("a value of the plan is not allowed", where=where, why="; ".join(lines))
+    return PlanError(
+        "a value of the plan is not allowed",
+        where=where,
+        why="; ".join(lines),
+        next_step="change it; `reattend plans show transmla` is a plan that works",
+    )
 
 
 def build(kind: type[BaseModel], data: Mapping[str, Any], where: str) -> Any:

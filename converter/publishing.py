@@ -102,7 +102,8 @@ def load_folder(
     check_files(folder)
     kwargs["output_loading_info"] = True
     loaded: Any = load_model(str(folder), config["architectures"], **kwargs)
-    return complete(*loaded, str(folder)).eval()
+    found, info = loaded
+    return complete(found, info, str(folder)).eval()
 
 
 def _class_name(model: nn.Module) -> str:

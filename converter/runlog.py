@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import socket
 import sys
@@ -75,6 +76,15 @@ class RunLog:
 
 
 def peak_memory() -> int:
-    """High-water mark of this process's resident memory, bytes."""
+    """High-water mark of this process's resident memory, bytes.
+
+    On Linux read from /proc: `ru_maxrss` of a child begins at what its parent held when it was
+    started.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -184,7 +184,8 @@ def _from_pretrained(
             why=f"{type(problem).__name__}: {first}",
             next_step="check the folder" if local else f"download it first: hf download {given}",
         ) from problem
-    return complete(*loaded, given)
+    found, info = loaded
+    return complete(found, info, given)
 
 
 def complete(model: nn.Module, loading_info: dict[str, Any], where: str) -> nn.Module:

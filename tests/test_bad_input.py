@@ -78,7 +78,10 @@ def with_rule(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("plan", "code", "parts"),
     [
-        (with_rule(kv_kep=0.5, kv_keep=None), EXIT_BAD_INPUT, ("'kv_kep'", "did you mean 'kv_keep'?")),
+        (
+            with_rule(kv_kep=0.5, kv_keep=None), EXIT_BAD_INPUT,
+            ("'kv_kep'", "did you mean 'kv_keep'?"),
+        ),
         ({**GOOD, "calibrat": {}}, EXIT_BAD_INPUT, ("'calibrat'", "did you mean 'calibrate'?")),
         (with_rule(to="mlla"), EXIT_BAD_INPUT, ("conversion 'mlla'", "did you mean 'mla'?")),
         ("rules: [sites: {]", EXIT_BAD_INPUT, ("the plan is not YAML", "line 1")),
@@ -287,8 +290,12 @@ def test_nan_while_it_trains(tiny_path: Path, tiny_text: Path, tmp_path: Path) -
 
 def test_a_model_whose_activations_overflow(model: Path, tiny_text: Path, tmp_path: Path) -> None:
     """Every weight is finite; what the first block hands on is not."""
-    name = "model.layers.0.mlp.down_proj.weight"
-    edit_weights(lambda w: w[name].fill_(3e38))(model)
+
+    def grow(weights: dict[str, torch.Tensor]) -> None:
+        for name, factor in (("gate", 1e3), ("up", 1e3), ("down", 1e38)):
+            weights[f"model.layers.0.mlp.{name}_proj.weight"].mul_(factor)
+
+    edit_weights(grow)(model)
     command = ["convert", model, "--data", tiny_text, "--out", tmp_path / "out", *FAST]
     refused(reattend(*command), EXIT_BAD_INPUT, "NaN or infinity")
     assert not (tmp_path / "out").exists()

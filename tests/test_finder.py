@@ -87,3 +87,23 @@ def test_a_converted_model_is_an_input_again() -> None:
     again = find_attention(twice.model)
     assert not again.sites
     assert all("already latent" in r.reason for r in again.refused)
+
+
+@pytest.mark.slow
+def test_images_still_see_each_other_both_ways() -> None:
+    """Found on text, a vision-language model keeps its image masks: they are the model's own."""
+    model = zoo_models.build("gemma3_vision")
+    converted = convert(model, plan="identity").model
+    ids = torch.randint(10, 90, (2, 23))
+    ids[:, 3:7] = 5
+    inputs = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "token_type_ids": (ids == 5).long(), "pixel_values": torch.randn(2, 3, 16, 16),
+    }  # fmt: skip
+    expected = _logits(model, inputs)
+    assert (_logits(converted, inputs) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    found = find_attention(model, {**inputs, "use_cache": False})
+    assert [s.path for s in found.sites] == [
+        f"model.vision_tower.encoder.layers.{i}.self_attn" for i in range(2)
+    ]
+    assert len(found.refused) == 2  # with images in the example, no fixed pattern is claimed

@@ -22,26 +22,40 @@ def interrupt() -> None:
 def test_the_signal_arrives_after_the_block() -> None:
     done = []
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_wait():
-        interrupt()
-        done.append("the rest of the block")
+
+    def block() -> None:
+        with interrupts_wait():
+            interrupt()
+            done.append("the rest of the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
     assert done == ["the rest of the block"]
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_nested_blocks_deliver_once_at_the_outermost_end() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+
+    def block() -> None:
         with interrupts_wait():
-            interrupt()
-        done.append("outer")
+            with interrupts_wait():
+                interrupt()
+            done.append("outer")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
     assert done == ["outer"]
 
 
 def test_the_blocks_own_error_wins_and_nothing_is_left_over() -> None:
-    with pytest.raises(ValueError, match="ours"), interrupts_wait():
-        interrupt()
-        raise ValueError("ours")
+    def block() -> None:
+        with interrupts_wait():
+            interrupt()
+            raise ValueError("ours")
+
+    with pytest.raises(ValueError, match="ours"):
+        block()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

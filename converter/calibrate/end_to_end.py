@@ -36,7 +36,7 @@ class EndToEnd(Stage):
 
     name: ClassVar[str] = "end-to-end"
     loss_name: ClassVar[str] = "KL in nats per token + hidden-state |y - t|^2 / |t|^2"
-    lr: ClassVar[float] = 5e-4
+    lr: ClassVar[float] = 1e-3
     floor: ClassVar[float] = 1e-6
 
     def __init__(self, working: Working, ranks: Ranks) -> None:

@@ -41,7 +41,7 @@ class Layerwise(Stage):
 
     name: ClassVar[str] = "layerwise"
     loss_name: ClassVar[str] = "|y - t|^2 / |t|^2, mean over sites"
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 2e-3
     floor: ClassVar[float] = 1e-10
 
     def __init__(self, working: Working, ranks: Ranks) -> None:

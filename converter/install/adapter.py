@@ -9,20 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from reattend.errors import ArgumentError, UnsupportedCacheError
-from reattend.install.binding import Binding, TableRef, by_name, component, pack, read
-from reattend.mixers.base import Context, Mixer
+from reattend.install.binding import (
+    Binding,
+    TableRef,
+    by_name,
+    component,
+    pack,
+    read,
+    returns_bias,
+    signature_of,
+)
+from reattend.mixers.base import Context, Mixer, State
+from reattend.mixers.scores import shown
 
 
 class StockState:
-    """One layer of a transformers cache, seen as a mixer's state."""
+    """One layer of a transformers cache, seen as a mixer's state.
 
-    def __init__(self, cache: Any, layer_idx: int) -> None:
-        self.cache, self.layer_idx = cache, layer_idx
+    `filled_only`: return no row that was not written yet. A static cache gives its whole
+    capacity, and where the model passes no mask nothing else would hide the empty slots.
+    """
+
+    def __init__(self, cache: Any, layer_idx: int, filled_only: bool = False) -> None:
+        self.cache, self.layer_idx, self.filled_only = cache, layer_idx, filled_only
 
     def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Append on the token axis; returns everything the layer keeps."""
+        end = self.seen() + first.shape[2] if self.filled_only else None
         keys, values = self.cache.update(first, second, self.layer_idx)
-        return keys, values
+        return keys[:, :, :end], values[:, :, :end]
 
     def seen(self) -> int:
         """Tokens so far."""
@@ -31,6 +46,27 @@ class StockState:
     def span(self) -> tuple[Tensor, Tensor] | None:
         """A transformers cache is described by the model's mask."""
         return None
+
+
+class CrossState(StockState):
+    """One cross-attention layer of a transformers EncoderDecoderCache: written once, then read."""
+
+    def __init__(self, cache: Any, layer_idx: int, filled_only: bool = False) -> None:
+        super().__init__(cache.cross_attention_cache, layer_idx, filled_only)
+        self.whole = cache
+
+    def stored(self) -> tuple[Tensor, Tensor] | None:
+        """The encoder's keys and values, if an earlier call projected them."""
+        if not self.whole.is_updated.get(self.layer_idx):
+            return None
+        layer = self.cache.layers[self.layer_idx]
+        return layer.keys, layer.values
+
+    def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Write, and say so to the cache."""
+        rows = super().update(first, second)
+        self.whole.is_updated[self.layer_idx] = True
+        return rows
 
 
 class Adapter(nn.Module):
@@ -50,14 +86,31 @@ class Adapter(nn.Module):
                 where=f"{type(self.mixer).__name__} of layer {b.layer_idx}",
                 next_step="call the model without output_attentions=True",
             )
-        x = read(arguments, b.hidden)
+        x, memory = read(arguments, b.hidden), read(arguments, b.memory)
+        mask = read(arguments, b.mask)
         ctx = Context(
-            mask=read(arguments, b.mask),
+            mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self._rotation(arguments),
             position_BN=read(arguments, b.position),
         )
-        y = self.mixer(x, ctx, self._state(arguments), read(arguments, b.memory))
-        return pack(b.output, y, arguments)
+        state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
+        added = self._added(x, mask, state, memory) if returns_bias(b.output) else None
+        y = self.mixer(x, ctx, state, memory)
+        return pack(b.output, y, arguments, added)
+
+    def _added(
+        self, x: Tensor, mask: Tensor | None, state: State | None, memory: Tensor | None
+    ) -> Tensor:
+        """What this block adds to its scores [1, H, N, M]: the owner returned it to its caller."""
+        n, seen = x.shape[1], state.seen() if state is not None else 0
+        m = seen + n if memory is None else memory.shape[1]
+        if mask is not None and mask.dim() == 4:
+            m = mask.shape[-1]
+        relative = getattr(self.mixer, "relative", None)
+        if relative is None:
+            return x.new_zeros(1, self.mixer.config.core.heads, n, m)
+        bias: Tensor = relative(n, m, seen)
+        return bias
 
     def _rotation(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         if self.binding.cos is None or self.binding.sin is None:
@@ -65,20 +118,23 @@ class Adapter(nn.Module):
         cos, sin = _table(arguments, self.binding.cos), _table(arguments, self.binding.sin)
         return None if cos is None or sin is None else (cos, sin)
 
-    def _state(self, arguments: dict[str, Any]) -> Any:
+    def _state(self, arguments: dict[str, Any], filled_only: bool) -> Any:
         cache = read(arguments, self.binding.cache)
         if cache is None:
             return None
         if hasattr(cache, "reattend_state"):
             return cache.reattend_state(self.binding.layer_idx)
-        if self.binding.cache_part:
-            cache = getattr(cache, self.binding.cache_part)
-        if not hasattr(cache, "update"):
+        part = self.binding.cache_part
+        layer = getattr(cache, part, None) if part else cache
+        if not hasattr(layer, "update"):
+            wanted = "an EncoderDecoderCache" if part else "a Cache (DynamicCache, StaticCache)"
             raise UnsupportedCacheError(
                 f"a converted layer was given a cache of type {type(cache).__name__}",
-                next_step="pass a transformers Cache (DynamicCache, StaticCache) or none",
+                next_step=f"pass transformers' {wanted} or none",
             )
-        return StockState(cache, self.binding.layer_idx)
+        if part == "cross_attention_cache":
+            return CrossState(cache, self.binding.layer_idx, filled_only)
+        return StockState(layer, self.binding.layer_idx, filled_only)
 
 
 def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:
@@ -94,7 +150,7 @@ def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:
 
 def install(owner: nn.Module, mixer: Mixer, binding: Binding) -> Adapter:
     """An adapter for `owner`; its plain attributes (layer_idx, config ...) are carried over."""
-    signature = inspect.signature(owner.forward)
+    signature = signature_of(owner)
     adapter = Adapter(mixer, binding, signature)
     own = {"training", "mixer", "binding", "signature"}
     for name, value in vars(owner).items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.mixers.config import Frozen
+from reattend.mixers.scores import shown
 
 Path = tuple[str | int, ...]
 
@@ -27,11 +28,15 @@ class TableRef(Frozen):
 
 
 class Binding(Frozen):
-    """Paths of a call's leaves: (parameter name, index or key, ...)."""
+    """Paths of a call's leaves: (parameter name, index or key, ...).
+
+    `mask_adds_bias`: the mask argument also adds the position bias, which the mixer adds itself.
+    """
 
     hidden: Path
     memory: Path | None = None
     mask: Path | None = None
+    mask_adds_bias: bool = False
     cos: TableRef | None = None
     sin: TableRef | None = None
     position: Path | None = None
@@ -43,7 +48,13 @@ class Binding(Frozen):
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by parameter name, defaults left out, `**kwargs` flattened."""
-    return by_name(inspect.signature(module.forward), args, kwargs)
+    return by_name(signature_of(module), args, kwargs)
+
+
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """How a module is called; a converted block answers for the owner it replaced."""
+    kept = getattr(module, "signature", None)
+    return kept if isinstance(kept, inspect.Signature) else inspect.signature(module.forward)
 
 
 def by_name(
@@ -106,6 +117,34 @@ def match(arguments: dict[str, Any], value: Tensor, tolerance: float = 0.03) -> 
     return best[1] if best[0] <= tolerance else None
 
 
+def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | None, bool]:
+    """The leaf that hides what the core's mask hides, and whether it also adds a bias.
+
+    The core may see more than the owner is given: a bool mask made additive, a bias added, one
+    row for all queries expanded. So where no leaf equals the mask, visibility decides.
+    """
+    exact = match(arguments, mask_BhNM)
+    seen = shown(mask_BhNM)
+    if exact is not None:
+        return exact, _adds(mask_BhNM)
+    if mask_BhNM.dim() != 4 or bool(seen.all()):
+        return None, False
+    for path, leaf in leaves(arguments):
+        if not isinstance(leaf, Tensor) or leaf.dim() != 4 or leaf.is_complex():
+            continue
+        if leaf.dtype != torch.bool and (not leaf.is_floating_point() or _adds(leaf)):
+            continue
+        pairs = zip(leaf.shape, seen.shape, strict=True)
+        if all(a in (1, b) for a, b in pairs) and bool((shown(leaf) == seen).all()):
+            return path, False
+    return None, False
+
+
+def _adds(mask: Tensor) -> bool:
+    """Whether an additive mask changes scores that it does not hide."""
+    return mask.dtype != torch.bool and bool((mask[shown(mask)] != 0).any())
+
+
 def match_table(arguments: dict[str, Any], table_NP: Tensor) -> tuple[TableRef, float] | None:
     """The leaf and columns that hold a rotary table, and the constant factor between them."""
     for path, leaf in leaves(arguments):
@@ -152,11 +191,14 @@ def _columns(columns_NC: Tensor, table_NP: Tensor) -> tuple[tuple[int, ...], flo
     return tuple(chosen), factor
 
 
-def match_output(output: Any, value: Tensor, arguments: dict[str, Any]) -> Any | None:
+def match_output(
+    output: Any, value: Tensor, arguments: dict[str, Any], bias_1HNM: Tensor | None = None
+) -> Any | None:
     """The shape of a module's result with "y" where `value` stands, or None.
 
-    Other tensors that are arguments passed on become their path; the rest become None (they are
-    attention weights, which a converted layer does not form).
+    Other tensors that are arguments passed on become their path, and what the block adds to its
+    scores becomes "bias" (later layers may take it from here). The rest become None: they are
+    attention weights, which a converted layer does not form.
     """
     found = 0
 
@@ -167,6 +209,8 @@ def match_output(output: Any, value: Tensor, arguments: dict[str, Any]) -> Any |
                 found += 1
                 return "y"
             path = next((p for p, leaf in leaves(arguments) if leaf is part), None)
+            if path is None and bias_1HNM is not None and same(part, bias_1HNM) <= 0.03:
+                return "bias"
             return {"path": list(path)} if path is not None else None
         if type(part) in (tuple, list):
             return {type(part).__name__: [walk(item) for item in part]}
@@ -177,14 +221,23 @@ def match_output(output: Any, value: Tensor, arguments: dict[str, Any]) -> Any |
     return shape if found == 1 else None
 
 
-def pack(shape: Any, y: Tensor, arguments: dict[str, Any]) -> Any:
+def returns_bias(shape: Any) -> bool:
+    """Whether a result's shape has a leaf for the position bias."""
+    if isinstance(shape, dict) and "path" not in shape:
+        return any(returns_bias(item) for items in shape.values() for item in items)
+    return bool(shape == "bias")
+
+
+def pack(shape: Any, y: Tensor, arguments: dict[str, Any], bias: Tensor | None = None) -> Any:
     """Build a module's result from its shape."""
     if shape == "y":
         return y
+    if shape == "bias":
+        return bias
     if shape is None:
         return None
     if "path" in shape:
         return read(arguments, tuple(shape["path"]))
     kind, items = next(iter(shape.items()))
-    built = [pack(item, y, arguments) for item in items]
+    built = [pack(item, y, arguments, bias) for item in items]
     return tuple(built) if kind == "tuple" else built

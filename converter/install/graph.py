@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from reattend.errors import ModelError
 from reattend.install.binding import TableRef, component, match_table
 from reattend.mixers.base import Context, Mixer
+from reattend.mixers.scores import shown
 from reattend.passes.evaluate import Evaluator
 from reattend.passes.find.sites import Region
 
@@ -36,6 +37,8 @@ class GraphSite(nn.Module):
         rotation = None
         if self.cos is not None and self.sin is not None:
             rotation = (_columns(cos, self.cos), _columns(sin, self.sin))
+        if mask is not None and getattr(self.mixer, "relative", None) is not None:
+            mask = shown(mask)  # the mixer adds the bias itself
         y: Tensor = self.mixer(x, Context(mask=mask, rotation=rotation), None, memory)
         return y
 

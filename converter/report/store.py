@@ -40,11 +40,19 @@ def load_mapping(
         where = str(path)
         data = _read(path, file_name)
     if not isinstance(data, Mapping):
-        raise ArgumentError(f"this is not a {file_name}", where=where, why="not a JSON object")
+        raise ArgumentError(
+            f"this is not a {file_name}",
+            where=where,
+            why="not a JSON object",
+            next_step="give the folder that `reattend convert --out` wrote",
+        )
     schema = data.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise ArgumentError(
-            f"this is not a {file_name}", where=where, why=f"its schema number is {schema!r}"
+            f"this is not a {file_name}",
+            where=where,
+            why=f"its schema number is {schema!r}",
+            next_step="give the folder that `reattend convert --out` wrote",
         )
     if schema > newest:
         raise ArgumentError(
@@ -90,5 +98,8 @@ def _read(path: Path, file_name: str) -> Any:
         ) from error
     except ValueError as error:
         raise ArgumentError(
-            f"this {file_name} is damaged", where=str(path), why=f"not JSON: {error}"
+            f"this {file_name} is damaged",
+            where=str(path),
+            why=f"not JSON: {error}",
+            next_step="run the conversion again",
         ) from error

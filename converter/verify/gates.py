@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from reattend.errors import GateError
 from reattend.materials import Materials
 from reattend.plan import Verify
 from reattend.preflight import Choice
-from reattend.report.evidence import Gate, QualityRow
+from reattend.report.evidence import Gate, ParityCheck, QualityRow
 from reattend.source import Source
 from reattend.verify.quality import Quality, measure
 from reattend.verify.recall import enough
@@ -77,3 +78,17 @@ def check_gates(verify: Verify, rows: list[QualityRow]) -> list[Gate]:
             )
         )  # fmt: skip
     return gates
+
+
+def gate_error(gates: list[Gate], checks: list[ParityCheck]) -> GateError:
+    """The error that lists every gate and parity check that failed."""
+    lines = [f"{g.name}: {g.value} (limit {g.relation} {g.limit})" for g in gates]
+    lines += [
+        f"{p.name}: {p.judged_by} {getattr(p, p.judged_by):.3g} (limit {p.tolerance:.3g})"
+        for p in checks
+    ]
+    return GateError(
+        "the converted model failed verification; nothing was published",
+        why="; ".join(lines),
+        next_step="keep more cache (kv_keep), calibrate longer, or loosen the plan's gates",
+    )

@@ -88,6 +88,9 @@ def find(
                 results.append(_read(gm, node, given, mask_of))
             except NotUnderstood as reason:
                 results.append(Missed(node, str(reason)))
+            except RuntimeError as problem:  # an op that only runs inside its transform (vmap)
+                first = (str(problem).splitlines() or [""])[0][:120]
+                results.append(Missed(node, f"its mask or tables cannot be run alone: {first}"))
     return results
 
 

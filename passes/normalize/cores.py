@@ -136,7 +136,7 @@ def _backward_to_product(node: object) -> _Eager | None:
                 softcap, capped, node = factor, True, inner.args[0]
             else:
                 scale, node = scale * factor, below
-        elif is_op(node, aten.add) and not (capped or node.kwargs) and scale == 1.0:
+        elif is_op(node, aten.add, aten.add_) and not (capped or node.kwargs) and scale == 1.0:
             below = node.args[0]
             other = node.args[1]
             if not isinstance(other, fx.Node) or not isinstance(below, fx.Node):
@@ -229,4 +229,15 @@ class FuseEager(GraphPass):
                 ),
             )
         replace_node(product, new)
+        _erase_unused(node)
         gm.graph.eliminate_dead_code()
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erase a chain that nothing reads any more, in-place operations included."""
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        if not node.users and node.op == "call_function" and node in node.graph.nodes:
+            todo += node.all_input_nodes
+            node.graph.erase_node(node)

@@ -130,6 +130,8 @@ class ToMla(Conversion):
         """Reads no weight; the arithmetic is in the message."""
         if config.cross:
             return Refusal("cross-attention: its keys are cached once per prompt, MLA saves little")
+        if config.relative is not None:
+            return Refusal("a relative position bias is not supported by to: mla yet")
         if config.v.norm is not None:
             return Refusal("values are normalised per head, which no shared latent can carry")
         for name, stream in (("queries", config.q), ("keys", config.k)):
