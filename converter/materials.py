@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reattend.data import Dataset, load_data, self_data
-from reattend.data_text import pieces_of_path
+from reattend.data_text import BLOCK_BYTES, pieces_of_path
 from reattend.errors import DataError
 from reattend.inputs import is_hf
 from reattend.plan import Plan
@@ -45,6 +45,17 @@ def check_data(plan: Plan, data: Any) -> None:
         _refuse_own(plan)
     elif isinstance(chosen, str | Path):
         next(pieces_of_path(chosen), None)
+
+
+def text_block(plan: Plan, data: Any) -> int:
+    """Bytes of text that are tokenised at a time; 0 for tensors and the model's own samples."""
+    chosen = plan.calibrate.data if data is None else data
+    if isinstance(chosen, str | Path) and str(chosen) != "self":
+        path = Path(chosen)
+        return min(BLOCK_BYTES, path.stat().st_size) if path.is_file() else BLOCK_BYTES
+    if isinstance(chosen, list | tuple) and all(isinstance(item, str) for item in chosen):
+        return min(BLOCK_BYTES, max(map(len, chosen), default=0))
+    return 0
 
 
 def load_materials(

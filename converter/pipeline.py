@@ -18,7 +18,7 @@ from reattend.events import Event, OnEvent
 from reattend.finder import FoundAttention, find_attention
 from reattend.inputs import is_hf, made_up
 from reattend.install.graph import hidden_values
-from reattend.materials import Materials, check_data, load_materials
+from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.outdir import check_claimable
 from reattend.plan import Plan
 from reattend.predict import Prediction, predict
@@ -26,7 +26,7 @@ from reattend.preflight import Choice, choose, preflight
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
-from reattend.runlog import RunLog
+from reattend.runlog import RunLog, peak_memory
 from reattend.source import Source, open_source
 from reattend.verify.gates import check_gates, gate_error, measured_rows
 from reattend.verify.parity import block_errors, decode_checks, exact_check
@@ -83,6 +83,9 @@ class Job:
         if self.out is not None:
             check_claimable(self.out.expanduser().absolute())
         torch.manual_seed(self.seed)
+        if not isinstance(model, torch.nn.Module):
+            import reattend.targets.huggingface  # noqa: F401  (loaded code is no growth)
+        self.log.baseline = peak_memory()
         source = self._stage("open", lambda: open_source(model, **opening))
         return source, self._stage("find", lambda: find_attention(source.model, self.inputs))
 
@@ -91,7 +94,8 @@ class Job:
         rows = None if data is None else data.rows
         if rows is not None and materials.held_out is not None:
             rows += materials.held_out.rows
-        return predict(source.model, choices, self.plan, rows=rows)
+        text = text_block(self.plan, self.data)
+        return predict(source.model, choices, self.plan, rows=rows, text=text)
 
     def _convert(
         self,

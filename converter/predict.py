@@ -21,8 +21,11 @@ from reattend.plan import Plan
 from reattend.preflight import Choice
 
 MIB = 1 << 20
-#: Measured on Linux with torch 2.13, transformers 5.23: loading; capture; first products.
-OPENING, CAPTURING, RUNNING = 12 * MIB, 65 * MIB, 18 * MIB
+#: Measured on Linux with torch 2.13, transformers 5.23: loading; capture; first products; the
+#: report's page with its plots.
+OPENING, CAPTURING, RUNNING, PLOTTING = 12 * MIB, 65 * MIB, 18 * MIB, 45 * MIB
+#: A tokenizer's memory per byte of the text it is given; measured, and not given back.
+TOKENISING = 165
 #: Rows and tokens of what the model samples for itself when no data is given.
 OWN_ROWS, OWN_LENGTH, OWN_BATCH = 64, 256, 16
 #: Passes over the held-out rows: loss, six recall sets, for two models; agreement; one spare.
@@ -102,7 +105,9 @@ class _Sizes:
         return 3 * tokens * self.widest * self.element
 
 
-def predict(model: nn.Module, choices: list[Choice], plan: Plan, *, rows: int | None) -> Prediction:
+def predict(
+    model: nn.Module, choices: list[Choice], plan: Plan, *, rows: int | None, text: int = 0
+) -> Prediction:
     """Predict a run.
 
     Args:
@@ -110,10 +115,11 @@ def predict(model: nn.Module, choices: list[Choice], plan: Plan, *, rows: int | 
         choices: from `preflight.choose`.
         plan: its `calibrate` section bounds the data.
         rows: rows of `seq_len` tokens that the data gives; None: sampled from the model.
+        text: bytes of text that are tokenised at a time; 0 for tensors.
     """
     sizes = _sizes(model, choices)
     converted = [c for c in choices if c.action == "converted"]
-    peaks = _memory(sizes, converted, plan, rows, is_hf(model))
+    peaks = _memory(sizes, converted, plan, rows, text, is_hf(model))
     seconds = _time(sizes, converted, plan, rows)
     grown = sum(c.after.parameters - c.before.parameters for c in converted)
     return Prediction(
@@ -179,7 +185,12 @@ def _held(rows: int | None) -> int:
 
 
 def _memory(
-    sizes: _Sizes, converted: list[Choice], plan: Plan, rows: int | None, generates: bool
+    sizes: _Sizes,
+    converted: list[Choice],
+    plan: Plan,
+    rows: int | None,
+    text: int,
+    generates: bool,
 ) -> dict[str, int]:
     """Highest growth at the end of every stage; a stage never ends below the one before."""
     calibrate, element = plan.calibrate, sizes.element
@@ -196,6 +207,7 @@ def _memory(
     found["find"] = base + 2 * 8 * block
     cache = sum(c.before.cache for c in converted) * element
     own = OWN_BATCH * (OWN_LENGTH * cache + sizes.vocabulary * element)
+    base += TOKENISING * text
     found["data"] = base + (2 * own if rows is None and width else 0)
     base += RUNNING
     running = sizes.logits(batch) + sizes.activations(batch)
@@ -205,7 +217,7 @@ def _memory(
     base += new
     found["calibrate"] = base + (_training(sizes, new, batch) if calibrate.trains else 0)
     found["verify"] = base + _verifying(sizes, _held(rows), calibrate.seq_len, generates)
-    found["publish"] = base + sizes.weights
+    found["publish"] = base + sizes.weights + PLOTTING
     highest = 0
     for name, value in found.items():
         highest = found[name] = max(highest, int(value))

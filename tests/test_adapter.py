@@ -107,6 +107,7 @@ def cached_model(models: dict[tuple[str, str], Any], name: str, which: str) -> A
 @pytest.mark.parametrize("which", CHOSEN)
 @pytest.mark.parametrize("name", MODELS)
 class TestMatrix:
+    @pytest.mark.smoke
     def test_greedy_left_padded(self, models: Any, name: str, which: str) -> None:
         model = cached_model(models, name, which)
         ids, mask = prompts()
@@ -178,6 +179,7 @@ class TestMatrix:
         assert first_difference_is_a_tie(model, expected, got, mask)
 
 
+@pytest.mark.smoke
 def test_cache_holds_exactly_r_plus_rope_numbers_per_token() -> None:
     model = converted("llama", "all")
     ids, mask = prompts()
@@ -198,6 +200,7 @@ def test_attention_weights_are_refused_not_silently_missing() -> None:
         model(ids, attention_mask=mask, output_attentions=True)
 
 
+@pytest.mark.smoke
 def test_the_original_is_untouched_and_shares_what_did_not_change() -> None:
     original = build("llama")
     before = {n: p.clone() for n, p in original.named_parameters()}

@@ -101,6 +101,7 @@ def tower(block: type[nn.Module]) -> Tower:
 INPUTS = {"ids": torch.arange(2 * 17).reshape(2, 17) % 50}
 
 
+@pytest.mark.smoke
 def test_fused_projection_keeps_its_owner() -> None:
     found = find_attention(tower(NanoBlock), INPUTS)
     assert [(s.path, s.owner) for s in found.sites] == [

@@ -101,6 +101,7 @@ def test_the_folder_names_what_it_holds(saved: tuple[Any, Path]) -> None:
     assert not any(".self_attn.q_proj" in n for n in names)
 
 
+@pytest.mark.smoke
 def test_the_headless_model_loads_too(saved: tuple[Any, Path]) -> None:
     from transformers import AutoModel
 
@@ -111,6 +112,7 @@ def test_the_headless_model_loads_too(saved: tuple[Any, Path]) -> None:
         assert (body(input_ids=IDS).last_hidden_state - expected).abs().max() <= 1e-6
 
 
+@pytest.mark.smoke
 def test_dtype_is_kept_and_can_be_asked_for(saved: tuple[Any, Path]) -> None:
     assert next(load(saved[1]).parameters()).dtype == torch.float32
     half = load(saved[1], dtype=torch.bfloat16)
@@ -125,6 +127,7 @@ def test_tied_embeddings_stay_tied(shipped_path: Path, tmp_path: Path) -> None:
     assert next(result.model.parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.smoke
 def test_saving_again_round_trips(saved: tuple[Any, Path], tmp_path: Path) -> None:
     load(saved[1]).save_pretrained(tmp_path)
     again = load(tmp_path)

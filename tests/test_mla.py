@@ -89,6 +89,7 @@ CASES: dict[str, DenseConfig] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 def test_exact_setting_equals_the_original(case: str) -> None:
     original = dense(CASES[case])

@@ -29,15 +29,18 @@ base = peak_memory()
 plan = {"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}],
         "calibrate": {"statistics_tokens": 4096}}
 ids = torch.randint(0, vocabulary, (40, 256), generator=torch.Generator().manual_seed(0))
-run = convert(model, plan, data=ids, out=out).run
+data = {"ids": ids, "self": None}.get(sys.argv[4], sys.argv[4])
+run = convert(model, plan, data=data, out=out).run
 print(json.dumps({"base": base, "stages": [s.model_dump() for s in run.stages]}))
 """
 
 
-def growth(model: Path, vocabulary: int, out: Path) -> dict[str, tuple[float, float]]:
+def growth(
+    model: Path, vocabulary: int, out: Path, data: str = "ids"
+) -> dict[str, tuple[float, float]]:
     """By stage: measured and predicted growth over the bare imports, MiB."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN, model, str(vocabulary), out],
+        [sys.executable, "-c", RUN, model, str(vocabulary), out, data],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     told = json.loads(done.stdout.splitlines()[-1])
@@ -59,6 +62,14 @@ def off(found: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]
 def test_memory_on_the_shipped_model(shipped_path: Path, tmp_path: Path) -> None:
     found = growth(shipped_path, 4096, tmp_path / "out")
     assert set(found) >= {"open", "find", "statistics", "rewrite", "verify", "publish"}
+    assert off(found) == {}, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["self", "heldout.txt", "calibration.txt"])
+def test_memory_with_text_and_without_data(data: str, shipped_path: Path, tmp_path: Path) -> None:
+    chosen = data if data == "self" else str(shipped_path / data)
+    found = growth(shipped_path, 4096, tmp_path / "out", chosen)
     assert off(found) == {}, found
 
 

@@ -78,6 +78,8 @@ def read_relative(name: str, table: Tensor, masked: Masked) -> RelativeBias:
     seen_NM = shown(constant)[0, 0]
     if bool((constant[:, :, seen_NM] != 0).any()):
         raise NotUnderstood("the mask adds a constant beside its relative bias")
+    if bool((masked(torch.ones_like(table))[:, :, seen_NM] != 1).any()):
+        raise NotUnderstood("the bias is computed from its table, not read from it")
     row_HE = _decode(masked, table, seen_NM, 0)
     column_HE = _decode(masked, table, seen_NM, 1)
     if not bool((column_HE == torch.arange(heads)[:, None]).all()):

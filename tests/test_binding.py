@@ -1,0 +1,93 @@
+"""Arguments are matched by value, never by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.install.binding import (
+    Binding,
+    bound,
+    leaves,
+    match,
+    match_output,
+    match_table,
+    pack,
+    read,
+)
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Owner(nn.Module):
+    def forward(self, stuff: Tensor, pair: Any = None, flag: bool = False, **more: Any) -> Any:
+        return stuff, pair, flag, more
+
+
+def test_names_do_not_matter() -> None:
+    arguments = bound(Owner(), (X,), {"pair": (X + 1, X + 2), "extra": X + 3})
+    assert match(arguments, X + 2) == ("pair", 1)
+    assert match(arguments, X + 3) == ("extra",)
+    assert match(arguments, X + 9) is None
+    assert match(arguments, X[:, :4]) is None
+
+
+def test_the_best_of_several_near_values_wins() -> None:
+    arguments = {"a": X * 1.01, "b": X * 1.0001}
+    assert match(arguments, X) == ("b",)
+
+
+def test_integers_must_be_equal_and_masks_keep_their_infinities() -> None:
+    ids = torch.arange(5)[None]
+    assert match({"a": ids + 1, "b": ids}, ids) == ("b",)
+    mask = torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -3.4e38)
+    assert match({"m": mask}, mask.clone()) == ("m",)
+    assert match({"m": mask.transpose(-1, -2)}, mask) is None
+
+
+def test_reading_follows_paths_and_tolerates_absence() -> None:
+    arguments = {"pair": (X, None)}
+    assert read(arguments, ("pair", 0)) is X
+    assert read(arguments, ("pair", 1)) is None
+    assert read(arguments, ("absent", 3)) is None
+    assert read(arguments, None) is None
+    assert [p for p, _ in leaves({"a": [1, {"b": 2}]})] == [("a", 0), ("a", 1, "b")]
+
+
+def test_rotary_tables_are_found_in_any_shape() -> None:
+    angle = torch.outer(torch.arange(7).double(), torch.tensor([1.0, 0.4, 0.1]).double())
+    cos, sin = angle.cos(), angle.sin()
+    full = torch.cat([cos, cos], -1)[None].float()
+    hit = match_table({"x": X, "e": (full, sin)}, cos)
+    assert hit is not None
+    assert (hit[0].path, hit[0].columns) == (("e", 0), (0, 1, 2))
+    assert abs(hit[1] - 1) < 1e-6
+    turned = match_table({"f": torch.polar(torch.ones_like(angle), angle)[None]}, sin)
+    assert turned is not None
+    assert turned[0].part == "imag"
+    interleaved = match_table({"c": cos.repeat_interleave(2, -1)}, cos)
+    assert interleaved is not None
+    assert interleaved[0].columns == (0, 2, 4)
+    scaled = match_table({"c": cos * 1.5}, cos)
+    assert scaled is not None
+    assert abs(scaled[1] - 1 / 1.5) < 1e-6
+    assert match_table({"c": cos.square()}, cos) is None
+
+
+def test_results_keep_their_shape_and_aliases() -> None:
+    arguments = {"hidden": X, "cache": object()}
+    y = X * 2
+    shape = match_output((y, None, arguments["cache"], torch.rand(3)), y, arguments)
+    assert shape == {"tuple": ["y", None, {"path": ["cache"]}, None]}
+    built = pack(shape, X, arguments)
+    assert built[0] is X
+    assert built[2] is arguments["cache"]
+    assert match_output((X, X), y, arguments) is None
+    assert match_output([y, y], y, arguments) is None
+
+
+def test_a_binding_survives_json() -> None:
+    binding = Binding(hidden=("hidden_states",), mask=("m", 0), output={"tuple": ["y", None]})
+    assert Binding.model_validate(binding.model_dump(mode="json")) == binding
