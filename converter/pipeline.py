@@ -28,8 +28,9 @@ from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
 from reattend.runlog import RunLog, peak_memory
 from reattend.source import Source, open_source
-from reattend.verify.gates import check_gates, gate_error, measured_rows
+from reattend.verify.gates import check_gates, gate_error
 from reattend.verify.parity import block_errors, decode_checks, exact_check
+from reattend.verify.rows import measured_rows
 from reattend.workdir import Workdir, digest
 
 if TYPE_CHECKING:
@@ -276,9 +277,11 @@ class Job:
             parity.append(exact_check(source.model, done.model, sample))
         if is_hf(source.model):
             parity += decode_checks(source.model, done.model, self.seed)
-        rows = measured_rows(source, done.model, choices, materials, self.seed)
+        rows, notes = measured_rows(
+            source, done.model, choices, materials, self.seed, self.plan.verify.yardsticks
+        )
         gates = check_gates(self.plan.verify, rows)
-        return Evidence(errors=errors, parity=parity, rows=rows, gates=gates)
+        return Evidence(errors=errors, parity=parity, rows=rows, gates=gates, notes=notes)
 
     def _sample(self, source: Source, materials: Materials) -> dict[str, Any]:
         data: Dataset | None = materials.held_out or materials.statistics

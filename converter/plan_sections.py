@@ -64,14 +64,18 @@ class Verify(Section):
         min_top1: smallest share of positions whose most likely token is the original's, 0 to 1.
         min_recall: smallest share of the original's recall score that is kept, 0 to 1.
         max_kl: largest mean KL(original || converted), nats per token.
+        yardsticks: measure beside it what the original does at about the same cache bytes (no
+            gate).
     """
 
     max_ppl_increase: Annotated[float, Field(ge=0)] | None = None
     min_top1: Annotated[float, Field(ge=0, le=1)] | None = None
     min_recall: Annotated[float, Field(ge=0, le=1)] | None = None
     max_kl: Annotated[float, Field(ge=0)] | None = None
+    yardsticks: bool = False
 
     @property
     def gates(self) -> dict[str, float]:
         """The gates that are set, by name."""
-        return {name: value for name, value in self.model_dump().items() if value is not None}
+        limits = self.model_dump(exclude={"yardsticks"})
+        return {name: value for name, value in limits.items() if value is not None}

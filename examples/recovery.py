@@ -132,7 +132,7 @@ class Campaign:
                 }
                 for s in stages
             },
-            **quality.to_dict(),
+            "quality": quality.to_dict(),
         }
 
 
@@ -151,6 +151,8 @@ def _show(event: Any) -> None:
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown: one line per student, one column per budget."""
     rows = {(row["student"], row["tokens"]): row for row in results["rows"]}
+    if len(rows) < len(results["rows"]):
+        raise ValueError("two rows of one student and one budget")
     budgets = sorted({tokens for _, tokens in rows})
     heads = [f"{tokens:,} tokens" for tokens in budgets]
     lines = [
@@ -180,8 +182,9 @@ def table(results: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    copied = 100 * row["recall"]["copy"]["accuracy"]
-    return f"{row['perplexity']:.2f} ({row['kl']:.3f}; {copied:.0f} %)"
+    quality = row["quality"]  # nested: it has a `tokens` of its own, those that were scored
+    copied = 100 * quality["recall"]["copy"]["accuracy"]
+    return f"{quality['perplexity']:.2f} ({quality['kl']:.3f}; {copied:.0f} %)"
 
 
 def main(argv: list[str] | None = None) -> int:

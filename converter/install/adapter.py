@@ -108,7 +108,8 @@ class Adapter(nn.Module):
             m = mask.shape[-1]
         relative = getattr(self.mixer, "relative", None)
         if relative is None:
-            return x.new_zeros(1, self.mixer.config.core.heads, n, m)
+            config: Any = self.mixer.config
+            return x.new_zeros(1, config.core.heads, n, m)
         bias: Tensor = relative(n, m, seen)
         return bias
 

@@ -1,47 +1,10 @@
-"""Quality rows of the original and the converted model, and the plan's gates over them."""
+"""The plan's gates over what was measured."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 from reattend.errors import GateError
-from reattend.materials import Materials
 from reattend.plan import Verify
-from reattend.preflight import Choice
 from reattend.report.evidence import Gate, ParityCheck, QualityRow
-from reattend.source import Source
-from reattend.verify.quality import Quality, measure
-from reattend.verify.recall import enough
-
-
-def measured_rows(
-    source: Source, converted: nn.Module, choices: list[Choice], materials: Materials, seed: int
-) -> list[QualityRow]:
-    """Perplexity, KL, top-1 and recall on the rows that were held back; none without them."""
-    data = materials.held_out
-    if data is None:
-        return []
-    ids, mask = data.packed
-    probed = enough(ids[mask.bool().all(-1)])
-    original = measure(source.model, data, seed=seed, with_recall=probed)
-    ours = measure(converted, data, source.model, seed=seed, with_recall=probed)
-    size = next(source.model.parameters()).element_size()
-    before = size * sum(c.before.cache for c in choices)
-    after = size * sum(c.after.cache for c in choices)
-    return [
-        _row("original", "original", original, before),
-        _row("converted", "converted", ours, after),
-    ]
-
-
-def _row(name: str, role: Any, quality: Quality, cache_bytes: int) -> QualityRow:
-    return QualityRow(
-        name=name, role=role, cache_bytes_per_token=cache_bytes, ppl=quality.perplexity,
-        kl=quality.kl, top1=quality.top1,
-        recall={task: score.accuracy for task, score in quality.recall.items()},
-    )  # fmt: skip
 
 
 def check_gates(verify: Verify, rows: list[QualityRow]) -> list[Gate]:

@@ -78,5 +78,6 @@ def dense_cost(config: DenseConfig, context: int = 4096) -> Cost:
     parameters = rows * config.hidden_size + kv * memory + out
     parameters += (rows if config.q.bias else 0) + (config.out_features or 0) * config.out_bias
     parameters += c.kv_heads * (c.qk_head_dim * config.k.bias + c.v_head_dim * config.v.bias)
+    parameters += config.relative.rows * c.heads if config.relative else 0
     attention = c.heads * (c.qk_head_dim + c.v_head_dim) * context
     return Cost(kv, parameters, 2 * (parameters + attention), context)

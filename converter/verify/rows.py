@@ -1,0 +1,90 @@
+"""The quality table of one conversion: original, converted, and the yardsticks beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from reattend.errors import ReattendError
+from reattend.materials import Materials
+from reattend.preflight import Choice
+from reattend.report.evidence import QualityRow
+from reattend.source import Source
+from reattend.verify.quality import Quality, measure
+from reattend.verify.recall import enough
+from reattend.verify.yardsticks import Yardstick, quantised_cache, sliding_window
+
+
+def measured_rows(
+    source: Source,
+    converted: nn.Module,
+    choices: list[Choice],
+    materials: Materials,
+    seed: int,
+    yardsticks: bool,
+) -> tuple[list[QualityRow], list[str]]:
+    """Rows measured on the text that was held back (none without it), and notes.
+
+    Args:
+        yardsticks: also measure what the original does at about the same cache bytes without
+            any conversion: a sliding window, an int8 and an int4 cache.
+    """
+    data = materials.held_out
+    if data is None:
+        return [], []
+    ids, mask = data.packed
+    probed = enough(ids[mask.bool().all(-1)])
+    settings: dict[str, Any] = {"seed": seed, "with_recall": probed}
+    original = measure(source.model, data, **settings)
+    ours = measure(converted, data, source.model, **settings)
+    size = next(source.model.parameters()).element_size()
+    before = size * sum(c.before.cache for c in choices)
+    after = size * sum(c.after.cache for c in choices)
+    rows = [
+        _row("original", "original", original, before),
+        _row("converted", "converted", ours, after),
+    ]
+    notes = [] if probed else ["recall was not measured: the rows held back are too short"]
+    if yardsticks and after < before:
+        more, why = _yardstick_rows(source.model, materials, after / before, size, settings)
+        rows, notes = rows + more, notes + why
+    return rows, notes
+
+
+def _yardstick_rows(
+    model: nn.Module, materials: Materials, keep: float, size: int, settings: dict[str, Any]
+) -> tuple[list[QualityRow], list[str]]:
+    data = materials.held_out
+    assert data is not None
+    context = data.packed[0].shape[1]
+    makers: dict[str, Callable[[], Yardstick]] = {
+        "sliding window": lambda: sliding_window(
+            model, keep=keep, context=context, element_bytes=size
+        ),
+        "int8 KV cache": lambda: quantised_cache(
+            model, bits=8, context=context, element_bytes=size
+        ),
+        "int4 KV cache": lambda: quantised_cache(
+            model, bits=4, context=context, element_bytes=size
+        ),
+    }
+    rows, notes = [], []
+    for name, make in makers.items():
+        try:
+            stick = make()
+            quality = stick.measure(data, teacher=model, **settings)
+        except ReattendError as problem:
+            notes.append(f"yardstick {name} left out: {problem.what}")
+            continue
+        rows.append(_row(stick.name, "yardstick", quality, round(stick.cache_bytes_per_token)))
+    return rows, notes
+
+
+def _row(name: str, role: Any, quality: Quality, cache_bytes: int) -> QualityRow:
+    return QualityRow(
+        name=name, role=role, cache_bytes_per_token=cache_bytes, ppl=quality.perplexity,
+        kl=quality.kl, top1=quality.top1,
+        recall={task: score.accuracy for task, score in quality.recall.items()},
+    )  # fmt: skip

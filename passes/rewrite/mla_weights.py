@@ -1,0 +1,116 @@
+"""The tensors of an MLA block: queries, down- and up-projections and biases, in float64.
+
+Derivation with these names: docs/math/mla.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reattend.mixers.dense import DenseAttention
+from reattend.mixers.latent import LatentConfig
+from reattend.passes.rewrite.mla_latent import LatentChoice
+from reattend.passes.rewrite.mla_rotary import RotaryChoice
+from reattend.statistics import SiteStatistics
+
+
+def biased_key_gram(dense: DenseAttention, statistics: SiteStatistics, width: int) -> Tensor:
+    """Second moment of the keys as they are rotated: bias included."""
+    gram = statistics.gram[:width, :width]
+    bias = dense.k_proj.bias
+    if bias is None or dense.k_norm is not None:
+        return gram
+    b, s = bias.detach().double().cpu(), statistics.total[:width]
+    return gram + torch.outer(b, s) + torch.outer(s, b) + statistics.count * torch.outer(b, b)
+
+
+def latent_weights(
+    dense: DenseAttention,
+    choice: RotaryChoice,
+    latent: LatentChoice,
+    config: LatentConfig,
+    statistics: SiteStatistics,
+) -> dict[str, Tensor]:
+    """Every tensor of the new mixer, float64."""
+    core = config.core
+    groups, d, e = core.kv_heads, core.qk_head_dim, core.v_head_dim
+    key_width = groups * d
+    old = {k: v.detach().double().cpu() for k, v in dense.state_dict().items()}
+    scale_k, scale_v = dense.config.k.scale, dense.config.v.scale
+    rope_rows = torch.zeros(choice.key_rope.shape[0], latent.down.shape[1], dtype=torch.float64)
+    rope_rows[:, :key_width] = choice.key_rope
+    rows = torch.cat([latent.down, rope_rows])
+    normed = dense.config.q.norm is not None or dense.config.k.norm is not None
+    state: dict[str, Tensor] = {}
+    if normed:
+        state["kv_a_proj_with_mqa.weight"] = rows
+        state["k_proj.weight"], state["v_proj.weight"] = old["k_proj.weight"], old["v_proj.weight"]
+        state["q_rope"] = choice.query_rope.reshape(-1, groups, d).transpose(0, 1) * scale_k
+        state |= {k: v for k, v in old.items() if k.split(".")[0] in ("q_norm", "k_norm", "q_proj")}
+        if "k_proj.bias" in old:
+            state["k_proj.bias"] = old["k_proj.bias"]
+    else:
+        both = torch.cat([old["k_proj.weight"], old["v_proj.weight"]])
+        state["kv_a_proj_with_mqa.weight"] = rows @ both
+        state |= _query_weights(old, choice, config, statistics, scale_k)
+        if config.rope_key_bias:
+            state["k_rope_bias"] = choice.key_rope @ old["k_proj.bias"]
+    up = torch.cat(
+        [
+            (latent.key_up * scale_k).reshape(groups, d, -1),
+            (latent.value_up * scale_v).reshape(groups, e, -1),
+        ],
+        1,
+    )
+    up = up.flatten(0, 1)
+    if config.latent_norm == "rms":
+        gain = _mean_rms(latent.down, statistics)
+        state["kv_a_layernorm.weight"] = torch.full((config.kv_lora_rank,), gain)
+    state["kv_b_proj.weight"] = up
+    state |= {k: v for k, v in old.items() if k.startswith("o_proj.")}
+    if "v_proj.bias" in old:
+        bias = (old["v_proj.bias"] * scale_v).reshape(groups, e)
+        if config.out_features is None:
+            state["v_bias"] = bias
+        else:
+            spread = bias.repeat_interleave(core.heads // groups, 0).flatten()
+            state["o_proj.bias"] = old["o_proj.weight"] @ spread + old.get("o_proj.bias", 0.0)
+    return state
+
+
+def _query_weights(
+    old: dict[str, Tensor],
+    choice: RotaryChoice,
+    config: LatentConfig,
+    statistics: SiteStatistics,
+    scale_k: float,
+) -> dict[str, Tensor]:
+    """q rows per head [nope d | rope R]: the head itself, and its share of the rotated slots."""
+    core = config.core
+    heads, groups, d = core.heads, core.kv_heads, core.qk_head_dim
+    turn_gRd = choice.query_rope.reshape(-1, groups, d).transpose(0, 1) * scale_k
+    turn_hRd = turn_gRd.repeat_interleave(heads // groups, 0)
+
+    def widen(rows: Tensor) -> Tensor:
+        per_head = rows.reshape(heads, d, -1)
+        return torch.cat([per_head, turn_hRd @ per_head], 1).flatten(0, 1)
+
+    if config.q_lora_rank is None:
+        state = {"q_proj.weight": widen(old["q_proj.weight"])}
+        if config.q.bias:
+            state["q_proj.bias"] = widen(old["q_proj.bias"][:, None])[:, 0]
+        return state
+    assert statistics.query_gram is not None
+    values, vectors = torch.linalg.eigh(statistics.query_gram)
+    basis = vectors[:, torch.argsort(values, descending=True)][:, : config.q_lora_rank]
+    return {
+        "q_proj.q_a_proj.weight": basis.t() @ old["q_proj.weight"],
+        "q_proj.q_b_proj.weight": widen(basis),
+    }
+
+
+def _mean_rms(down: Tensor, statistics: SiteStatistics) -> float:
+    """Root mean square of the latent over the calibration tokens: the gain that keeps its size."""
+    energy = torch.einsum("ry,yz,rz->", down, statistics.gram, down)
+    return float((energy / (statistics.count * down.shape[0])).sqrt())
