@@ -143,6 +143,20 @@ class TestCores:
         gm, _ = graph(lambda m, x: F.softmax(x @ m.weight.t(), -1) @ m.weight, X)
         assert not calls(gm, attention)
 
+    def test_reshaped_probabilities_are_refused_not_overlooked(self) -> None:
+        """Bloom's spelling: heads folded into the batch for the second product."""
+
+        def folded(_m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            probs = F.softmax(q @ k.mT, -1).reshape(6, 5, 5)
+            return torch.bmm(probs, v.reshape(6, 5, 4))
+
+        module = Holder(folded).eval()
+        gm = torch.export.export(module, (Q, K, V), strict=False).module()
+        assert isinstance(gm, fx.GraphModule)
+        refused = {r.name: r.refused for r in normalize(gm)}["fuse-eager"]
+        assert len(refused) == 1
+        assert "reshaped" in refused[0][1]
+
     def test_something_between_product_and_softmax_is_refused(self) -> None:
         gm, _ = graph(lambda _m, q, k, v: eager(torch.relu(q @ k.mT), v), Q, K, V)
         assert not calls(gm, attention)

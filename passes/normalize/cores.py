@@ -16,6 +16,7 @@ from reattend.passes.normalize.forms import aten, attention, is_op
 
 _VIEWS = (aten.transpose, aten.permute)
 _CASTS = (aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.clone, aten.nan_to_num)
+_SHAPES = (aten.view, aten.reshape, aten.transpose, aten.permute, aten.unsqueeze)
 _PRODUCTS = (aten.matmul, aten.bmm)
 
 
@@ -96,11 +97,11 @@ class _Eager:
     softcap: float
 
 
-def _forward_to_product(softmax: fx.Node) -> fx.Node | None:
+def _forward_to_product(softmax: fx.Node, through: tuple[object, ...] = _CASTS) -> fx.Node | None:
     """The product with v that the probabilities reach through casts and dropout alone."""
     node = softmax
     while True:
-        users = [u for u in node.users if is_op(u, *_CASTS, *_PRODUCTS)]
+        users = [u for u in node.users if is_op(u, *through, *_PRODUCTS)]
         if len(users) != 1:
             return None
         if is_op(users[0], *_PRODUCTS):
@@ -182,11 +183,11 @@ class FuseEager(GraphPass):
     name = "fuse-eager"
 
     def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
-        """softmax over the last axis that reaches a product of two activations."""
+        """softmax that reaches a product of two activations, reshaped on the way or not."""
         for node in gm.graph.nodes:
             if not is_op(node, aten.softmax, aten._softmax):
                 continue
-            product = _forward_to_product(node)
+            product = _forward_to_product(node, (*_CASTS, *_SHAPES))
             if product is not None and not parameter_only(product.args[1]):  # type: ignore[arg-type]
                 yield node
 
@@ -197,6 +198,8 @@ class FuseEager(GraphPass):
             return Refusal(f"softmax over axis {axis}, not over keys")
         if value.dim() != 4:
             return Refusal(f"scores have {value.dim()} axes, not batch, head, query, key")
+        if _forward_to_product(node) is None:
+            return Refusal("the probabilities are reshaped before they meet the values")
         parts = _backward_to_product(node.args[0])
         if parts is None:
             return Refusal(f"between product and softmax stands something else ({node.args[0]})")
