@@ -102,12 +102,13 @@ class Campaign:
         from reattend.workdir import Workdir, digest
 
         student = self.student(name)
-        start, stages = time.perf_counter(), []
+        start, stages, resumed = time.perf_counter(), [], False
         if tokens:
             settings = Calibrate(tokens=tokens, seq_len=SEQ_LEN)
             folder = self.work / f"{name.replace(' ', '')}-{tokens}"
             key = digest([self.inputs(), name, tokens])
             with Workdir.open(folder, {"row": key}) as workdir:
+                resumed = workdir.state == "resumed"
                 stages = calibrate(
                     self.stored, student, self.train, settings, seed=self.args.seed,
                     workdir=workdir, inputs_hash=key, on_event=_show,
@@ -123,7 +124,7 @@ class Campaign:
             "student": name,
             "tokens": tokens,
             "cache": numbers,
-            "seconds": round(seconds, 1),
+            "seconds": None if resumed else round(seconds, 1),  # resumed: only the rest was timed
             "stages": {
                 s.name: {
                     "tokens": s.tokens,
