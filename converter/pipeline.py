@@ -16,6 +16,7 @@ from reattend.data import Dataset
 from reattend.errors import DataError
 from reattend.events import Event, OnEvent
 from reattend.finder import FoundAttention, find_attention
+from reattend.fingerprint import run_fingerprint
 from reattend.inputs import is_hf, made_up
 from reattend.install.graph import hidden_values
 from reattend.materials import Materials, check_data, load_materials, text_block
@@ -148,25 +149,12 @@ class Job:
         if self.out is None:
             yield None
             return
-        with Workdir.open(self.out, self._fingerprint(source, materials), self.overwrite) as work:
+        with Workdir.open(
+            self.out, run_fingerprint(source, self.plan, materials, self.seed), self.overwrite
+        ) as work:
             if work.state == "resumed":
                 self._tell("resume", message="continuing an interrupted run")
             yield work
-
-    def _fingerprint(self, source: Source, materials: Materials) -> dict[str, str]:
-        import transformers
-
-        from reattend import __version__
-
-        return {
-            "weights": digest(source.hashes),
-            "plan": self.plan.fingerprint(),
-            "data": materials.fingerprint,
-            "seed": str(self.seed),
-            "reattend": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
 
     def _already_there(self, work: Workdir) -> Result:
         from reattend.publishing import load_folder

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
-import json
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+import campaign
 
 KEEPS = (0.5, 0.25, 0.125)
 BITS = (8, 4, 2)
@@ -70,8 +67,8 @@ class Campaign:
     def inputs(self) -> dict[str, Any]:
         """What the rows depend on; a results file of other inputs is not continued."""
         return {
-            "weights": _sha256(self.args.model / "model.safetensors"),
-            "calibration": _sha256(self.args.model / "calibration.txt"),
+            "weights": campaign.sha256(self.args.model / "model.safetensors"),
+            "calibration": campaign.sha256(self.args.model / "calibration.txt"),
             "heldout_256": self.text.fingerprint,
             "heldout_512": self.long.fingerprint,
             "rows": self.args.rows,
@@ -155,56 +152,27 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, default=Path("examples/models/pycode-gqa"))
-    parser.add_argument("--out", type=Path, default=Path("examples/results/quality.json"))
-    parser.add_argument("--rows", type=int, default=40, help="held-out rows, evenly spaced")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser = campaign.arguments(str(__doc__), "examples/results/quality.json")
     parser.add_argument("--kv-backend", choices=("minmax", "hqq", "quanto"), default="minmax")
     parser.add_argument("--only", default="", help="rows whose name contains this, comma-separated")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows of the file")
-    parser.add_argument("--table", action="store_true", help="print the table of the file")
-    args = parser.parse_args(argv)
-    if args.table:
-        print(table(json.loads(args.out.read_text())))
-        return 0
-
-    from reattend.errors import ReattendError
-
-    try:
-        return _run(args)
-    except ReattendError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    return campaign.run(parser.parse_args(argv), table, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Measure the missing rows, writing after each."""
-    import torch
-    import transformers
-
-    campaign = Campaign(args)
-    inputs = campaign.inputs()
-    results = {} if args.fresh or not args.out.exists() else json.loads(args.out.read_text())
-    if results and results["inputs"] != inputs:
-        changed = sorted(key for key in inputs if results["inputs"].get(key) != inputs[key])
-        print(f"{args.out} holds rows of other inputs ({', '.join(changed)}); pass --fresh or "
-              "another --out.", file=sys.stderr)  # fmt: skip
+    subject = Campaign(args)
+    inputs = subject.inputs()
+    results = campaign.earlier(args, inputs)
+    if results is None:
         return 2
-    words = ["python", "examples/quality.py", "--model", _shown(args.model), "--out",
-             _shown(args.out), "--rows", str(args.rows), "--seed", str(args.seed),
-             "--device", args.device, "--kv-backend", args.kv_backend]  # fmt: skip
     results = {
         "schema": 1,
         "model": args.model.name,
-        "command": shlex.join(words),
-        "device": _device(args.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "command": shlex.join(
+            [*campaign.command("quality.py", args), "--kv-backend", args.kv_backend]
+        ),
+        "device": campaign.device_name(args.device),
+        "versions": campaign.versions(),
         "inputs": inputs,
         "rows": results.get("rows", []),
     }
@@ -214,44 +182,14 @@ def _run(args: argparse.Namespace) -> int:
         if name in done or (wanted and not any(part in name for part in wanted)):
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        row = campaign.row(name)
+        row = subject.row(name)
         results["date"] = row["date"] = datetime.date.today().isoformat()
         results["rows"].append(row)
-        _write(args.out, results)
+        campaign.write(args.out, results)
     if results["rows"]:
         results["date"] = max(row["date"] for row in results["rows"])
         print(table(results))
     return 0
-
-
-def _device(device: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-
-
-def _shown(path: Path) -> str:
-    """A path as it belongs in a result: relative, or the bare name where it lies elsewhere."""
-    try:
-        return path.resolve().relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return path.name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file in one step, so an interruption leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 if __name__ == "__main__":

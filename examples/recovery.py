@@ -15,20 +15,17 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import hashlib
-import json
-import os
-import platform
 import shlex
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+import campaign
 
 STUDENTS: dict[str, dict[str, int] | None] = {
     "dense": None,
-    "MLA 48 + 16": {"kv_lora_rank": 48, "qk_rope_head_dim": 16},
+    "MLA 32 + 32": {"kv_lora_rank": 32, "qk_rope_head_dim": 32},
     "MLA 16 + 16": {"kv_lora_rank": 16, "qk_rope_head_dim": 16},
     "MLA 24 + 8": {"kv_lora_rank": 24, "qk_rope_head_dim": 8},
 }
@@ -69,7 +66,7 @@ class Campaign:
         from reattend.calibrate import run
 
         return {
-            "weights": _sha256(self.args.model / "model.safetensors"),
+            "weights": campaign.sha256(self.args.model / "model.safetensors"),
             "calibration": self.train.fingerprint,
             "heldout_256": self.held.fingerprint,
             "heldout_512": self.long.fingerprint,
@@ -189,46 +186,19 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, default=Path("examples/models/pycode-gqa"))
-    parser.add_argument("--out", type=Path, default=Path("examples/results/recovery.json"))
-    parser.add_argument("--rows", type=int, default=40, help="held-out rows, evenly spaced")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser = campaign.arguments(str(__doc__), "examples/results/recovery.json")
     parser.add_argument("--only", default="", help="students whose name contains this")
     parser.add_argument("--max-tokens", type=int, default=200_000, help="skip larger budgets")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows of the file")
-    parser.add_argument("--table", action="store_true", help="print the table of the file")
-    args = parser.parse_args(argv)
-    if args.table:
-        print(table(json.loads(args.out.read_text())))
-        return 0
-
-    from reattend.errors import ReattendError
-
-    try:
-        return _run(args)
-    except ReattendError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    return campaign.run(parser.parse_args(argv), table, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Measure the missing rows, writing after each."""
-    import torch
-    import transformers
-
-    campaign = Campaign(args)
-    inputs = campaign.inputs()
-    results = {} if args.fresh or not args.out.exists() else json.loads(args.out.read_text())
-    if results and results["inputs"] != inputs:
-        changed = sorted(key for key in inputs if results["inputs"].get(key) != inputs[key])
-        print(f"{args.out} holds rows of other inputs ({', '.join(changed)}); pass --fresh or "
-              "another --out.", file=sys.stderr)  # fmt: skip
+    subject = Campaign(args)
+    inputs = subject.inputs()
+    results = campaign.earlier(args, inputs)
+    if results is None:
         return 2
-    words = ["python", "examples/recovery.py", "--model", _shown(args.model), "--out",
-             _shown(args.out), "--rows", str(args.rows), "--seed", str(args.seed),
-             "--device", args.device]  # fmt: skip
     done = {(row["student"], row["tokens"]) for row in results.get("rows", [])}
     todo = [
         (student, tokens)
@@ -239,59 +209,25 @@ def _run(args: argparse.Namespace) -> int:
     results = {
         "schema": 1,
         "model": args.model.name,
-        "command": shlex.join([*words, "--max-tokens", str(reached)]),
-        "device": _device(args.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "command": shlex.join(
+            [*campaign.command("recovery.py", args), "--max-tokens", str(reached)]
+        ),
+        "device": campaign.device_name(args.device),
+        "versions": campaign.versions(),
         "inputs": inputs,
         "rows": results.get("rows", []),
         "date": results.get("date", ""),
     }
     for student, tokens in todo:
         print(f"{student}, {tokens} tokens ...", file=sys.stderr, flush=True)
-        row = campaign.row(student, tokens)
+        row = subject.row(student, tokens)
         print(file=sys.stderr)
         results["date"] = row["date"] = datetime.date.today().isoformat()
         results["rows"].append(row)
-        _write(args.out, results)
+        campaign.write(args.out, results)
     if results["rows"]:
         print(table(results))
     return 0
-
-
-def _device(device: str) -> str:
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{device}, {torch.get_num_threads()} thread(s)"
-
-
-def _shown(path: Path) -> str:
-    """A path as it belongs in a result: relative, or the bare name where it lies elsewhere."""
-    try:
-        return path.resolve().relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return path.name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file in one step, so an interruption leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 if __name__ == "__main__":

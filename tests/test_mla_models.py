@@ -1,4 +1,4 @@
-"""MLA end to end on real architectures: exact where it promises, cached decode equal to uncached."""
+"""MLA on real architectures: exact where it promises, cached decode equal to uncached."""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ def script(name):
 
 
 @pytest.mark.parametrize(("mark", "name"), [("results", "quality"), ("recovery", "recovery")])
-def test_a_committed_table_is_that_of_its_json(mark, name):
+def test_a_committed_table_is_that_of_its_json(mark, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as when run as a script
     begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
     assert README.count(begin) == README.count(end) == 1
     shown = README.partition(begin)[2].partition(end)[0].strip()

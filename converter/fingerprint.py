@@ -1,0 +1,27 @@
+"""What decides the result of a run: equal fingerprints mean equal folders."""
+
+from __future__ import annotations
+
+import torch
+
+from reattend.materials import Materials
+from reattend.plan import Plan
+from reattend.source import Source
+from reattend.workdir import digest
+
+
+def run_fingerprint(source: Source, plan: Plan, materials: Materials, seed: int) -> dict[str, str]:
+    """Hashes by name: weights, plan, data, seed and the versions that compute."""
+    import transformers
+
+    from reattend import __version__
+
+    return {
+        "weights": digest(source.hashes),
+        "plan": plan.fingerprint(),
+        "data": materials.fingerprint,
+        "seed": str(seed),
+        "reattend": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
