@@ -218,3 +218,17 @@ def test_inplace_changes_the_given_model() -> None:
     result = convert(original, plan="identity", inplace=True)
     assert result.model is original
     assert any("mixer" in name for name, _ in original.named_parameters())
+
+
+def test_the_attention_implementation_may_be_switched() -> None:
+    """Other implementations only change the mask the model passes; FlexAttention's is refused."""
+    model = converted("llama", "all")
+    ids, mask = prompts()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        model.set_attn_implementation("eager")
+        got = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+        model.set_attn_implementation("flex_attention")
+        with pytest.raises(ArgumentError, match="BlockMask"):
+            model(ids, attention_mask=mask, use_cache=False)

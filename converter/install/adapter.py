@@ -87,7 +87,7 @@ class Adapter(nn.Module):
                 next_step="call the model without output_attentions=True",
             )
         x, memory = read(arguments, b.hidden), read(arguments, b.memory)
-        mask = read(arguments, b.mask)
+        mask = self._mask(arguments)
         ctx = Context(
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self._rotation(arguments),
@@ -97,6 +97,15 @@ class Adapter(nn.Module):
         added = self._added(x, mask, state, memory) if returns_bias(b.output) else None
         y = self.mixer(x, ctx, state, memory)
         return pack(b.output, y, arguments, added)
+
+    def _mask(self, arguments: dict[str, Any]) -> Tensor | None:
+        mask = read(arguments, self.binding.mask)
+        if mask is None or isinstance(mask, Tensor):
+            return mask
+        raise ArgumentError(
+            f"an attention mask of type {type(mask).__name__} is not supported by converted layers",
+            next_step='model.set_attn_implementation("sdpa")',
+        )
 
     def _added(
         self, x: Tensor, mask: Tensor | None, state: State | None, memory: Tensor | None

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from reattend.errors import ArgumentError
 from reattend.mixers.config import CoreConfig
 
 
@@ -78,15 +77,7 @@ def visibility(
     A 4-D mask from the model is the whole truth about its own cache and is used as it is
     (additive ones in the scores' dtype). Otherwise the pattern holds, with the N queries at the
     end of the M keys, and 2-D validity hides padded keys.
-
-    Raises:
-        ArgumentError: the mask has another form (a FlexAttention BlockMask).
     """
-    if mask is not None and not isinstance(mask, Tensor):
-        raise ArgumentError(
-            f"attention mask of type {type(mask).__name__} is not supported by converted layers",
-            next_step='load the model with attn_implementation="sdpa"',
-        )
     if mask is not None and mask.dim() == 4:
         mask = mask[..., :m]
         return mask if mask.dtype == torch.bool else mask.to(like.dtype)
