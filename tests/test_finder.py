@@ -21,6 +21,7 @@ CASES = [
     for how in ("sdpa", "eager")
     if (name, how) != ("gemma2", "sdpa")  # its class only has the eager spelling
 ]
+CASES += [pytest.param(name, None, marks=[pytest.mark.slow]) for name in zoo_models.MORE]
 
 
 def _inputs(model: Any, batch: int, length: int, pad: int) -> tuple[dict[str, Any], Tensor]:
@@ -43,7 +44,7 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
-def test_identity_equals_the_original(name: str, how: str) -> None:
+def test_identity_equals_the_original(name: str, how: str | None) -> None:
     model = zoo_models.build(name, how)
     result = convert(model, plan="identity")
     assert result.report.totals.converted == SITES.get(name, 2)
@@ -55,7 +56,7 @@ def test_identity_equals_the_original(name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
-def test_cached_generation_equals_the_original(name: str, how: str) -> None:
+def test_cached_generation_equals_the_original(name: str, how: str | None) -> None:
     model = zoo_models.build(name, how)
     if not model.can_generate() or name in ("bert",):
         pytest.skip("does not generate")
@@ -64,6 +65,16 @@ def test_cached_generation_equals_the_original(name: str, how: str) -> None:
     run = {"max_new_tokens": 16, "do_sample": False}
     converted = convert(model, plan="identity").model
     assert bool((model.generate(**asked, **run) == converted.generate(**asked, **run)).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "words"), [("bloom", "reshaped"), ("gpt_oss", "logit sinks")])
+def test_what_is_not_understood_is_named(name: str, words: str) -> None:
+    model = zoo_models.NOT_YET[name]().eval()
+    found = find_attention(model)
+    assert not found.sites
+    assert len(found.refused) == 2
+    assert all(words in r.reason for r in found.refused)
 
 
 def test_sites_describe_what_is_there() -> None:

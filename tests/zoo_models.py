@@ -76,12 +76,63 @@ ZOO: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def build(name: str, attention: str = "sdpa") -> Any:
+#: further spellings, each in the one its class prefers: scaled queries, fused groups, interleaved
+#: and partial rotary, norms over the full width, a router beside attention, scaled tables, chunks
+MORE: dict[str, Callable[[], Any]] = {
+    "opt": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2,
+            num_attention_heads=4, word_embed_proj_dim=32, eos_token_id=None, pad_token_id=0,
+        )
+    ),
+    "falcon": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_kv_heads=2, new_decoder_architecture=True, eos_token_id=None, pad_token_id=0,
+        )
+    ),
+    "stablelm": lambda: tf.StableLmForCausalLM(tf.StableLmConfig(**_without("head_dim"))),
+    "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**_without("head_dim"))),
+    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**_without("head_dim"))),
+    "gptj": lambda: tf.GPTJForCausalLM(
+        tf.GPTJConfig(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64,
+            bos_token_id=1, eos_token_id=None, pad_token_id=0,
+        )
+    ),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)),
+    "llama_yarn": lambda: tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            **DECODER,
+            rope_parameters={
+                "rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+                "original_max_position_embeddings": 128,
+            },
+        )
+    ),
+}  # fmt: skip
+
+
+NOT_YET: dict[str, Callable[[], Any]] = {
+    "bloom": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    ),
+    "gpt_oss": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(
+            **DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    ),
+}  # fmt: skip
+
+
+def build(name: str, attention: str | None = "sdpa") -> Any:
     """A random model whose attention logits are of order one, so no detail is invisible."""
     torch.manual_seed(11)
-    model = ZOO[name]().eval()
+    model = (ZOO.get(name) or MORE[name])().eval()
     liven(model)
-    model.set_attn_implementation(attention)
+    if attention is not None:
+        model.set_attn_implementation(attention)
     return model
 
 

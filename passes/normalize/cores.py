@@ -16,7 +16,9 @@ from reattend.passes.normalize.forms import aten, attention, is_op
 
 _VIEWS = (aten.transpose, aten.permute)
 _CASTS = (aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.clone, aten.nan_to_num)
-_SHAPES = (aten.view, aten.reshape, aten.transpose, aten.permute, aten.unsqueeze)
+_SHAPES = (
+    aten.view, aten.reshape, aten.transpose, aten.permute, aten.unsqueeze, aten.slice,
+)  # fmt: skip
 _PRODUCTS = (aten.matmul, aten.bmm)
 
 
@@ -199,7 +201,10 @@ class FuseEager(GraphPass):
         if value.dim() != 4:
             return Refusal(f"scores have {value.dim()} axes, not batch, head, query, key")
         if _forward_to_product(node) is None:
-            return Refusal("the probabilities are reshaped before they meet the values")
+            return Refusal(
+                "the probabilities are reshaped or cut before they meet the values (folded heads, "
+                "logit sinks)"
+            )
         parts = _backward_to_product(node.args[0])
         if parts is None:
             return Refusal(f"between product and softmax stands something else ({node.args[0]})")
