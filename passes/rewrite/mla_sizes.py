@@ -50,7 +50,9 @@ def resolve(config: DenseConfig, options: MlaOptions) -> Sizes | Refusal:
     pairs = config.rotary.pairs if config.rotary else 0
     groups, cache = core.kv_heads, config.cache_per_token
     if options.kv_lora_rank is not None and options.kv_keep is not None:
-        return Refusal("both kv_lora_rank and kv_keep are set; give one")
+        return Refusal(
+            "both kv_lora_rank and kv_keep are set; give one (--set kv_keep=null drops the share)"
+        )
     rope = options.qk_rope_head_dim
     if rope is None:
         rope = _default_rope(config, options)
