@@ -32,6 +32,8 @@ PLAN = {
         "seq_len": 256,
         "statistics_tokens": 32_768,
     },
+    # Beside the result: what a sliding window and a quantised cache do at about the same bytes.
+    "verify": {"yardsticks": True},
 }
 PROMPT = '''def read_config(path):
     """Return the settings in a file."""

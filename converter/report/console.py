@@ -5,6 +5,7 @@ User strings are `Text`, never rich markup, so a path such as `[red]` prints as 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from reattend.report.headline import MARKS, State, headline
@@ -43,12 +44,13 @@ def summary(report: Report) -> RenderableType:
             column = sites.columns[i]
             head = Text(column.head)
             if column.unit:
-                head.append(f"\n{column.unit}")
+                head.append("\n" + column.unit.replace(", ", ",\n"))
             grid.add_column(
                 head,
                 justify="right" if column.kind == "number" else "left",
                 no_wrap=column.kind == "number" or column.head == "Done",
                 overflow="fold",
+                min_width=_longest_word(row[i] for row in sites.rows),
             )
         for row in sites.rows:
             grid.add_row(*(Text(row[i]) for i in shown))
@@ -72,3 +74,8 @@ def summary(report: Report) -> RenderableType:
         parts.append(Text())
         parts += [Text(f"note: {note}", style="dim") for note in report.notes]
     return Group(*parts)
+
+
+def _longest_word(cells: Iterable[str]) -> int:
+    """Width that keeps names whole on a narrow terminal (long paths may still fold)."""
+    return min(24, max((len(word) for cell in cells for word in cell.split()), default=1))

@@ -1,0 +1,128 @@
+"""The public calls, as a user meets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo_models
+
+from reattend import Plan, Report, convert, export, load
+from reattend.errors import ArgumentError, DataError, NothingFoundError, OutputError
+from reattend.events import Event
+
+MLA = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 14, "qk_rope_head_dim": 8}]}
+
+
+def data() -> torch.Tensor:
+    return torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(3))
+
+
+def test_save_publishes_what_convert_would(tmp_path: Path) -> None:
+    result = convert(zoo_models.build("llama"), plan=MLA, data=data())
+    folder = result.save(tmp_path / "saved")
+    assert {"config.json", "model.safetensors", "report.json", "report.html", "plan.json"} <= {
+        f.name for f in folder.iterdir()
+    }
+    assert Report.load(folder) == result.report
+    ids = data()[:1, :9]
+    with torch.no_grad():
+        assert torch.equal(load(folder)(ids).logits, result.model(ids).logits)
+
+
+def test_save_does_not_overwrite_unasked(tmp_path: Path) -> None:
+    first = convert(zoo_models.build("llama"), plan="identity")
+    second = convert(zoo_models.build("llama"), plan=MLA, data=data())
+    first.save(tmp_path / "saved")
+    with pytest.raises(OutputError):
+        second.save(tmp_path / "saved")
+    second.save(tmp_path / "saved", overwrite=True)
+    assert Report.load(tmp_path / "saved") == second.report
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError):
+        second.save(tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_complete_folder_is_not_computed_again(tmp_path: Path) -> None:
+    model, events = zoo_models.build("llama"), []
+    first = convert(model, plan=MLA, data=data(), out=tmp_path / "out")
+    again = convert(model, plan=MLA, data=data(), out=tmp_path / "out", on_event=events.append)
+    assert again.report == first.report
+    assert "statistics" not in {e.stage for e in events}
+    assert "already complete" in events[-1].message
+
+
+def test_events_tell_each_layer_and_end_where_they_said() -> None:
+    events: list[Event] = []
+    convert(zoo_models.build("llama"), plan=MLA, data=data(), on_event=events.append)
+    rewritten = [e for e in events if e.stage == "rewrite" and e.site]
+    assert [e.site for e in rewritten] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    last = {e.stage: e for e in events if e.total is not None}
+    assert all(e.done == e.total for e in last.values())
+
+
+def test_without_data_the_model_reads_its_own_text() -> None:
+    model = zoo_models.build("llama")
+    result = convert(model, plan=MLA)
+    assert result.report.calibration is not None
+    assert result.report.calibration.data == "self"
+    assert any("sampled from the original" in n for n in result.report.notes)
+    with pytest.raises(DataError, match="needs real text"):
+        convert(model, plan={**MLA, "calibrate": {"tokens": 1000}})
+
+
+def test_plans_come_in_every_form(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(Plan.load("identity").to_yaml())
+    for plan in (
+        "identity",
+        Plan.load("identity"),
+        file,
+        {"rules": [{"sites": "*", "to": "dense"}]},
+    ):
+        assert convert(zoo_models.build("llama"), plan=plan).report.totals.converted == 2
+
+
+def test_refusals_can_be_kept() -> None:
+    rule: dict[str, Any] = {"sites": "*", "to": "mla", "kv_lora_rank": 30, "qk_rope_head_dim": 8}
+    plan = {"rules": [{"layers": [0], "to": "dense"}, rule], "on_refusal": "keep"}
+    report = convert(zoo_models.build("llama"), plan=plan, data=data()).report
+    assert [s.action for s in report.sites] == ["converted", "refused"]
+    assert "larger than possible" in report.sites[1].reason
+
+
+def test_gates_judge_the_result() -> None:
+    rows = torch.randint(3, 97, (32, 64), generator=torch.Generator().manual_seed(4))
+    passing = {**MLA, "calibrate": {"seq_len": 64}, "verify": {"max_kl": 100.0}}
+    report = convert(zoo_models.build("llama"), plan=passing, data=rows).report
+    assert [g.verdict for g in report.gates] == ["pass"]
+    failing = {**passing, "verify": {"max_kl": 0.0}}
+    with pytest.raises(Exception, match="failed verification") as caught:
+        convert(zoo_models.build("llama"), plan=failing, data=rows)
+    assert getattr(caught.value, "exit_code", None) == 4
+
+
+def test_yardsticks_stand_beside_the_result_on_request() -> None:
+    rows = torch.randint(3, 97, (16, 64), generator=torch.Generator().manual_seed(4))
+    plan = {**MLA, "calibrate": {"seq_len": 64}, "verify": {"yardsticks": True}}
+    quality = convert(zoo_models.build("llama"), plan=plan, data=rows).report.quality
+    assert quality is not None
+    names = [r.name for r in quality.rows if r.role == "yardstick"]
+    assert any("sliding window" in n for n in names)
+    assert {"int8 KV cache", "int4 KV cache"} <= set(names)
+
+
+def test_mistakes_are_named() -> None:
+    model = zoo_models.build("llama")
+    with pytest.raises(ArgumentError, match="models that reattend loads"):
+        convert(model, plan="identity", dtype="float16")
+    with pytest.raises(ArgumentError, match="is not a model"):
+        convert(42, plan="identity")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="unknown export target"):
+        export(model, target="coreml", out="nowhere")
+    with pytest.raises(NothingFoundError, match="no site would be converted"):
+        convert(model, plan={"rules": [{"sites": "*", "to": "keep"}]})
