@@ -58,9 +58,7 @@ def text_block(plan: Plan, data: Any) -> int:
     return 0
 
 
-def load_materials(
-    source: Source, plan: Plan, data: Any, *, seed: int, needed: bool, inputs: Any
-) -> Materials:
+def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: bool) -> Materials:
     """Read, split and bound the data.
 
     Args:

@@ -140,9 +140,7 @@ class Job:
 
     def _materials(self, source: Source, choices: list[Choice]) -> Materials:
         needs = {n for c in choices if c.conversion is not None for n in c.conversion.needs}
-        return load_materials(
-            source, self.plan, self.data, seed=self.seed, needed=bool(needs), inputs=self.inputs
-        )
+        return load_materials(source, self.plan, self.data, seed=self.seed, needed=bool(needs))
 
     @contextmanager
     def _workdir(self, source: Source, materials: Materials) -> Iterator[Workdir | None]:

@@ -77,7 +77,7 @@ def self_check(
     trials: list[tuple[int | None, bool]] = [(None, False)]
     if found.follows_padding:
         trials.append((None, True))
-    longer = _second_length(gm, found, inputs_at)
+    longer = _second_length(found, inputs_at)
     if longer is not None:
         trials.append((longer, found.follows_padding))
     worst = 0.0
@@ -89,7 +89,7 @@ def self_check(
 
 
 def _second_length(
-    gm: fx.GraphModule, found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
+    found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
 ) -> int | None:
     """A length above two windows and every distance; None where the graph's length is fixed."""
     before = concrete_shape(found.region.hidden, inputs_at(None, False))

@@ -8,6 +8,7 @@ opened without reattend fails to load instead of running random attention.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -69,8 +70,6 @@ def model_class(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_attention_weights(self.config, kwargs)
         return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-
-    import inspect
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return type(

@@ -29,9 +29,7 @@ class FoundExit:
     out: Out | None
 
 
-def read_exit(
-    gm: fx.GraphModule, core: fx.Node, heads: int, given: dict[fx.Node, Any]
-) -> FoundExit:
+def read_exit(gm: fx.GraphModule, core: fx.Node, given: dict[fx.Node, Any]) -> FoundExit:
     """Follow the single user chain of a core.
 
     Raises:
@@ -51,10 +49,10 @@ def read_exit(
         if columns != tuple(range(len(columns))):
             raise NotUnderstood(f"{after.name} stands between the core and its projection")
         return FoundExit(node, node, None)
-    weight, transposed = weight_of(gm, after.args[1])
+    weight, transposed = weight_of(after.args[1])
     bias = None
     if len(after.args) > 2 and after.args[2] is not None:
-        bias = weight_of(gm, after.args[2])[0]
+        bias = weight_of(after.args[2])[0]
     features = int(after.meta["val"].shape[-1])
     return FoundExit(after, node, Out(weight, bias, features, columns, transposed))
 

@@ -125,7 +125,7 @@ def _read(
         core=_core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
         out=None,
     )
-    exit_ = read_exit(gm, core, spec.core.heads, given)
+    exit_ = read_exit(gm, core, given)
     spec = AttentionSpec(spec.q, spec.k, spec.v, spec.core, exit_.out)
     externals = {e for s in streams.values() for e in s.externals}
     region = Region(

@@ -93,18 +93,16 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
         out: Tensor = linear.run([core_input], {**values, projection: y_BNp})[0]
         return out
 
-    proj, scale_Hd = _row_map(gm, projection, push, like)
+    proj, scale_Hd = _row_map(projection, push, like)
     coarse = any(
         getattr(v, "dtype", None) in (torch.bfloat16, torch.float16) for v in values.values()
     )
     rotation = fit_rotation(push, like, proj, scale_Hd, 1e-2 if coarse else 1e-5)
     steps: list[Step] = [proj]
     if norms:
-        steps += _norm_steps(gm, norms, proj, core_input, linear, values, like)
+        steps += _norm_steps(gm, norms, proj)
     if rotation is not None and rotation.spec is not None:
-        before = bool(norms) and _rotates_before(
-            rotation, norms[0], linear, values, projection, like
-        )
+        before = bool(norms) and _rotates_before(norms[0], linear, values, projection, like)
         steps.insert(1 if before else len(steps), rotation.spec)
     constant = rotation.constant if rotation is not None else _uniform(scale_Hd)
     if constant != 1.0:
@@ -127,7 +125,7 @@ def _projection_like(projection: fx.Node, given: dict[fx.Node, Any]) -> Tensor:
 
 
 def _row_map(
-    gm: fx.GraphModule, projection: fx.Node, push: Callable[[Tensor], Tensor], like: Tensor
+    projection: fx.Node, push: Callable[[Tensor], Tensor], like: Tensor
 ) -> tuple[Proj, Tensor]:
     """Which projection row lands in (head, dimension), at position 0 where nothing rotates."""
     rows = torch.arange(like.shape[-1], dtype=torch.float64)
@@ -147,9 +145,9 @@ def _row_map(
     if not bool(exact.all()) or not bool((row_Hd == row_Hd[:1]).all()):
         raise NotUnderstood("between projection and core stands something that is not a row map")
     heads, width = row_Hd.shape[1:]
-    weight, transposed = weight_of(gm, projection.args[1])
+    weight, transposed = weight_of(projection.args[1])
     bias = (
-        weight_of(gm, projection.args[2])[0]
+        weight_of(projection.args[2])[0]
         if len(projection.args) > 2 and projection.args[2]
         else None
     )
@@ -157,7 +155,7 @@ def _row_map(
     return Proj(weight, bias, heads, width, flat, transposed), scale[0]
 
 
-def weight_of(gm: fx.GraphModule, node: Any) -> tuple[str, bool]:
+def weight_of(node: Any) -> tuple[str, bool]:
     """(attribute name, stored transposed) of a weight argument."""
     transposed = False
     while is_op(node, aten.t, aten.numpy_T):
@@ -173,15 +171,7 @@ def _uniform(scale_Hd: Tensor) -> float:
     return float(scale_Hd.flatten()[0])
 
 
-def _norm_steps(
-    gm: fx.GraphModule,
-    norms: list[fx.Node],
-    proj: Proj,
-    core_input: fx.Node,
-    linear: Evaluator,
-    values: dict[fx.Node, Any],
-    like: Tensor,
-) -> list[Step]:
+def _norm_steps(gm: fx.GraphModule, norms: list[fx.Node], proj: Proj) -> list[Step]:
     """Norm nodes as steps: over one head, or over the whole stream."""
     if len(norms) > 1:
         raise NotUnderstood("more than one norm in a stream")
@@ -225,7 +215,6 @@ def _gain(gm: fx.GraphModule, node: Any) -> tuple[str | None, float]:
 
 
 def _rotates_before(
-    rotation: Rotation,
     norm: fx.Node,
     linear: Evaluator,
     values: dict[fx.Node, Any],

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from reattend.passes.evaluate import parameter_only
+
 aten = torch.ops.aten
 
 
@@ -62,6 +64,4 @@ def is_op(node: object, *targets: object) -> bool:
 
 def is_projection(node: fx.Node) -> bool:
     """A linear layer whose weight does not depend on an input."""
-    from reattend.passes.evaluate import parameter_only
-
     return is_op(node, aten.linear) and parameter_only(node.args[1])  # type: ignore[arg-type]
