@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,6 @@ import pytest
 from reattend.durable import durable_write
 from reattend.interrupts import interrupts_wait, termination_interrupts
 from reattend.workdir import Workdir
-
-
-@pytest.fixture(autouse=True)
-def _python_handles_ctrl_c() -> Iterator[None]:
-    """A background job inherits an ignored SIGINT, which Python then leaves ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def interrupt() -> None:
