@@ -12,12 +12,14 @@ from reattend.capture import Capture, capture
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
-from reattend.locate import adapter_of, locate, owner_of
+from reattend.locate import Place, adapter_of, locate, owner_of
+from reattend.ownercheck import owner_check
 from reattend.passes.base import PassResult
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.selfcheck import self_check
 from reattend.spec import AttentionSpec
+from reattend.surround import Surrounding, dropouts
 
 
 @dataclass
@@ -33,6 +35,7 @@ class AttentionSite:
         binding: how the owning module's call maps to a mixer's; None for `graph`.
         region: the block in the captured graph.
         follows_padding: the model's own mask hides padded tokens here.
+        surrounding: what the owner does besides the block, None where it is exactly the block.
     """
 
     path: str
@@ -45,6 +48,7 @@ class AttentionSite:
     binding: Binding | None
     region: Region = field(repr=False)
     follows_padding: bool = False
+    surrounding: Surrounding | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -77,6 +81,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         ArgumentError: inputs are needed.
     """
     captured = capture(model, inputs)
+    drops = dropouts(captured.gm)
     passes = normalize(captured.gm)
 
     def inputs_at(length: int | None, padded: bool) -> dict[fx.Node, Any]:
@@ -84,37 +89,45 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
 
     result = FoundAttention(captured)
     seen = find(captured.gm, captured.placeholders(), inputs_at)
-    places = locate(captured, [f for f in seen if isinstance(f, Found)])
+    places = locate(captured, [f for f in seen if isinstance(f, Found)], drops)
     ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
     for item in seen:
         if isinstance(item, Missed):
             result.refused.append(_missed(item, ours))
             continue
-        path, binding, reason = places[id(item)]
-        if binding is None and is_hf(model):
-            result.refused.append(RefusedSite(path, reason))
+        place = places[id(item)]
+        if place.binding is None and is_hf(model):
+            result.refused.append(RefusedSite(place.path, place.reason))
             continue
         proof = self_check(captured.gm, item, inputs_at)
         if proof.reason:
-            result.refused.append(RefusedSite(path, proof.reason))
+            result.refused.append(RefusedSite(place.path, proof.reason))
             continue
-        result.sites.append(_site(item, path, binding, proof.error))
+        if place.surrounding is not None:
+            reason = owner_check(captured, item, place)
+            if reason and is_hf(model):
+                result.refused.append(RefusedSite(place.path, reason))
+                continue
+            if reason:
+                place = Place(place.path, reason=reason)
+        result.sites.append(_site(item, place, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
     _number(result.sites)
     return result
 
 
-def _site(item: Found, path: str, binding: Binding | None, error: float) -> AttentionSite:
+def _site(item: Found, place: Place, error: float) -> AttentionSite:
     memory = item.region.memory
     return AttentionSite(
-        path=path,
+        path=place.path,
         spec=item.spec,
         verified=True,
         error=error,
         hidden_size=int(item.region.hidden.meta["val"].shape[-1]),
         memory_size=0 if memory is None else int(memory.meta["val"].shape[-1]),
-        owner="module" if binding is not None else "graph",
-        binding=binding,
+        owner="module" if place.binding is not None else "graph",
+        binding=place.binding,
+        surrounding=place.surrounding,
         region=item.region,
         follows_padding=item.follows_padding,
     )

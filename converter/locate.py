@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from reattend.bind import CacheAt, bind, bind_around, boundary
 from reattend.capture import Call, Capture, watch
+from reattend.frequencies import exact_frequencies
 from reattend.install.adapter import Adapter
-from reattend.install.binding import (
-    Binding,
-    bound,
-    match,
-    match_mask,
-    match_output,
-    match_table,
-    returns_bias,
-)
-from reattend.mixers.relative import relative_bias
-from reattend.passes.evaluate import Evaluator, ancestors, attribute
+from reattend.install.binding import Binding
+from reattend.passes.evaluate import Evaluator
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.spec import AttentionSpec, Rotary, Stream
-from reattend.weights import head_order
+from reattend.spec import AttentionSpec
+from reattend.surround import Frame, Surrounding, frame
 
-#: (owner path, binding or None, why there is none)
-Place = tuple[str, Binding | None, str]
+
+@dataclass
+class Place:
+    """Where a block lives.
+
+    Attributes:
+        path: of its owner.
+        binding: how the owner's call maps to a mixer's; None: no submodule carries the block.
+        reason: why there is none.
+        surrounding: what the owner does besides the block.
+    """
+
+    path: str
+    binding: Binding | None = None
+    reason: str = ""
+    surrounding: Surrounding | None = None
+
+
+@dataclass
+class _Candidate:
+    """A module that may own a block. `stop`: it ends before the output projection."""
+
+    item: Found
+    path: str
+    stop: bool
+    place: Frame | None = None
+    reasons: list[str] = field(default_factory=list)
 
 
 def owner_of(nodes: list[fx.Node]) -> str:
@@ -47,162 +64,114 @@ def adapter_of(path: str, ours: dict[str, Adapter]) -> str | None:
     return next((p for p in ours if path == p or path.startswith(p + ".")), None)
 
 
-def locate(captured: Capture, found: list[Found]) -> dict[int, tuple[str, Binding | None, str]]:
-    """Owner and binding of every found block, or the reason it has none."""
-    owners = {id(f): [owner_of(f.region.nodes), owner_of(f.region.nodes[:4])] for f in found}
-    paths = {p for pair in owners.values() for p in pair if p}
+def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, Place]:
+    """Owner and binding of every found block, or the reason it has none.
+
+    Args:
+        captured: the normalised graph.
+        found: blocks in it.
+        drops: paths of modules with a dropout that acts while training.
+    """
+    owners = {id(f): _candidates(captured.model, f) for f in found}
+    paths = {c.path for many in owners.values() for c in many}
     inputs = captured.probe(padded=True, side=slice(-3, None))
     calls = watch(captured.model, paths, inputs)
     cached = _watch_cache(captured.model, paths, captured.inputs)
-    wanted = [n for f in found for n in _boundary(f)]
-    run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
-    values = dict(zip(wanted, run, strict=True))
-    located: dict[int, tuple[str, Binding | None, str]] = {}
+    values = _values(captured, [n for f in found for n in boundary(f)], inputs)
+    located: dict[int, Place] = {}
+    open_: list[_Candidate] = []
     ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
     for item in found:
-        whole, inner = owners[id(item)]
+        inner = owner_of(item.region.nodes[:4])
         own = adapter_of(inner, ours)
         if own is not None:
             if item.region.rotation is not None:
-                _exact_frequencies(captured, item)
-            located[id(item)] = (own, ours[own].binding, "")
+                exact_frequencies(captured, item)
+            located[id(item)] = Place(own, ours[own].binding)
             continue
-        path, binding, reasons = whole, None, ["no submodule holds exactly this block"]
-        for candidate, stop in ((whole, False), (inner, True)):
-            if candidate not in calls or (stop and item.region.exit.out is None):
-                continue
+        whole = owner_of(item.region.nodes)
+        located[id(item)] = Place(whole, reason="no submodule holds exactly this block")
+        candidates = [c for c in owners[id(item)] if c.path in calls]
+        for c in candidates:
             try:
-                binding = _bind(captured, item, candidate, calls[candidate], values, cached, stop)
+                cache = cached.get(c.path, (None, None, 0))
+                binding = bind(captured, item, c.path, calls[c.path], values, cache, c.stop)
             except NotUnderstood as why:
-                reasons.append(str(why))
+                c.reasons.append(str(why))
                 continue
-            path = candidate
-            if stop:
-                item.region.exit.node, item.region.exit.out = item.region.exit.joined, None
-                item.spec = AttentionSpec(
-                    item.spec.q, item.spec.k, item.spec.v, item.spec.core, None
-                )
+            _settle(located, c, Place(c.path, binding))
             break
-        located[id(item)] = (path, binding, reasons[min(1, len(reasons) - 1)])
+        else:
+            open_ += candidates
+    _surround(captured, open_, located, calls, cached, inputs, drops)
     return located
 
 
-def _boundary(item: Found) -> list[fx.Node]:
-    region = item.region
-    nodes = [region.hidden, region.memory, region.mask, region.exit.node, region.exit.joined]
-    return [n for n in nodes if n is not None]
+def _candidates(model: nn.Module, item: Found) -> list[_Candidate]:
+    """The smallest module around the block, and the one around all but its output projection."""
+    whole, inner = owner_of(item.region.nodes), owner_of(item.region.nodes[:4])
+    both = [_Candidate(item, whole, False)]
+    if item.region.exit.out is not None:
+        both.append(_Candidate(item, inner, True))
+    return [c for c in both if c.path]
 
 
-def _bind(
+def _settle(located: dict[int, Place], c: _Candidate, place: Place) -> None:
+    """Accept an owner; where it ends before the output projection, so does the block."""
+    if c.stop:
+        spec, exit_ = c.item.spec, c.item.region.exit
+        exit_.node, exit_.out = exit_.joined, None
+        c.item.spec = AttentionSpec(spec.q, spec.k, spec.v, spec.core, None)
+    located[id(c.item)] = place
+
+
+def _surround(
     captured: Capture,
-    item: Found,
-    path: str,
-    call: Call,
-    values: dict[fx.Node, Any],
-    cached: dict[str, tuple[Any, ...]],
-    stop: bool,
-) -> Binding:
-    """Match the region's boundary with the owner's arguments and result, by value."""
-    region = item.region
-    arguments = bound(captured.model.get_submodule(path), call.args, call.kwargs)
-    hidden = match(arguments, values[region.hidden])
-    if hidden is None:
-        raise NotUnderstood(f"{path or 'the model'} does not receive the block's input")
-    memory = None
-    if region.memory is not None:
-        memory = match(arguments, values[region.memory])
-        if memory is None:
-            raise NotUnderstood(f"{path} does not receive the block's encoder states")
-    exit_node = region.exit.joined if stop else region.exit.node
-    bias = _added(captured, item, values)
-    output = match_output(call.output, values[exit_node], arguments, bias)
-    if output is None:
-        raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
-    if returns_bias(output) and head_order(item.spec)[0] != list(range(item.spec.core.heads)):
-        raise NotUnderstood(f"{path} returns its position bias in another order of heads")
-    mask, adds = None, False
-    if region.mask is not None:
-        mask, adds = match_mask(arguments, values[region.mask])
-    if region.mask is not None and mask is None and item.follows_padding:
-        raise NotUnderstood(f"{path} does not receive the mask that hides padding")
-    cos = sin = position = None
-    if region.rotation is not None:
-        cos, sin, position = _bind_rotation(captured, item, arguments)
-    cache, part, layer_idx = cached.get(path, (None, None, 0))
-    return Binding(
-        hidden=hidden, memory=memory, mask=mask,
-        mask_adds_bias=adds and item.spec.core.bias is not None,
-        cos=cos, sin=sin, position=position,
-        cache=cache, cache_part=part, layer_idx=layer_idx, output=output,
-    )  # fmt: skip
-
-
-def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor:
-    """What the block adds to its scores, [1, H, N, M]; zeros without a position bias."""
-    core, region = item.spec.core, item.region
-    n = values[region.hidden].shape[1]
-    m = n if region.memory is None else values[region.memory].shape[1]
-    if core.bias is None:
-        return values[region.hidden].new_zeros(1, core.heads, n, m)
-    table = attribute(captured.gm, core.bias.weight).detach()
-    return relative_bias(table, core.bias.buckets, n, m)
-
-
-def _bind_rotation(
-    captured: Capture, item: Found, arguments: dict[str, Any]
-) -> tuple[Any, Any, Any]:
-    """The model's own tables where the owner receives them, else positions, else inv_freq."""
-    rotation = item.region.rotation
-    assert rotation is not None and rotation.spec is not None
-    cos = match_table(arguments, rotation.cos_NP)
-    sin = match_table(arguments, rotation.sin_NP)
-    _exact_frequencies(captured, item)
-    if cos is not None and sin is not None:
-        if abs(cos[1] - 1) > 1e-4 or abs(sin[1] - 1) > 1e-4:
-            raise NotUnderstood(f"the stream scales the model's rotary table by {cos[1]:g}")
-        return cos[0], sin[0], None
-    positions = torch.arange(rotation.cos_NP.shape[0])
-    for batch in (1, captured.sizes.get("B", 1)):
-        path = match(arguments, positions.expand(batch, -1))
-        if path is not None:
-            return None, None, path
-    return None, None, None
-
-
-def _exact_frequencies(captured: Capture, item: Found) -> None:
-    """Replace fitted frequencies by the stored tensor they came from, where one matches."""
-    region = item.region
-    assert region.rotation is not None and region.rotation.spec is not None
-    fitted = torch.tensor(region.rotation.spec.inv_freq, dtype=torch.float64)
-    for node in ancestors(region.externals):
-        if node.op != "get_attr":
+    candidates: list[_Candidate],
+    located: dict[int, Place],
+    calls: dict[str, Call],
+    cached: dict[str, CacheAt],
+    inputs: dict[str, Any],
+    drops: set[str],
+) -> None:
+    """Owners that do more than their block: their own graph is kept around the mixer."""
+    wanted: set[fx.Node] = set()
+    for c in candidates:
+        try:
+            c.place = frame(captured.gm, c.item.region.core, c.path)
+        except NotUnderstood as why:
+            c.reasons.append(str(why))
             continue
-        value = attribute(captured.gm, str(node.target))
-        if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() != fitted.numel():
+        wanted |= {*c.place.entries, *c.place.exits, *boundary(c.item), *c.item.region.externals}
+    values = _values(captured, list(wanted), inputs)
+    for c in candidates:
+        if located[id(c.item)].binding is not None or c.place is None:
             continue
-        exact = value.double().cpu()
-        if bool(((exact - fitted).abs() <= 1e-4 * fitted.abs().clamp_min(1e-6)).all()):
-            frequencies = tuple(float(v) for v in exact)
-            q, k = item.spec.q, item.spec.k
-            item.spec = replace(
-                item.spec,
-                q=_with_frequencies(q, frequencies),
-                k=_with_frequencies(k, frequencies),
-            )
-            return
+        try:
+            binding, surrounding = bind_around(
+                captured, c.item, c.place, calls[c.path], values,
+                cached.get(c.path, (None, None, 0)), c.stop, c.path in drops,
+            )  # fmt: skip
+        except NotUnderstood as why:
+            c.reasons.append(str(why))
+            continue
+        _settle(located, c, Place(c.path, binding, surrounding=surrounding))
+    for c in reversed(candidates):
+        if located[id(c.item)].binding is None and c.reasons:
+            located[id(c.item)] = Place(c.path, reason=c.reasons[-1])
 
 
-def _with_frequencies(stream: Stream, frequencies: tuple[float, ...]) -> Stream:
-    steps = tuple(
-        replace(s, inv_freq=frequencies) if isinstance(s, Rotary) else s for s in stream.steps
-    )
-    return replace(stream, steps=steps)
+def _values(
+    captured: Capture, wanted: list[fx.Node], inputs: dict[str, Any]
+) -> dict[fx.Node, Any]:
+    run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
+    return dict(zip(wanted, run, strict=True))
 
 
 def _watch_cache(
     model: nn.Module, paths: set[str], inputs: dict[str, Any]
-) -> dict[str, tuple[Any, ...]]:
-    """path -> (leaf of the call that is the cache, its part, layer index), by running once.
+) -> dict[str, CacheAt]:
+    """path -> where its cache is, by running once.
 
     Empty for models without a transformers cache.
     """

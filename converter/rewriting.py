@@ -12,11 +12,14 @@ from torch import Tensor, fx, nn
 from reattend.capture import Capture
 from reattend.errors import ArgumentError
 from reattend.inputs import is_hf
-from reattend.install.adapter import install, replace_module
+from reattend.finder import AttentionSite
+from reattend.install.adapter import Adapter, install, replace_module
+from reattend.install.around import Around
 from reattend.install.graph import drop_unused, replace_region
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.rewrite.base import Built
 from reattend.preflight import Choice
+from reattend.surround import filled
 from reattend.weights import build_dense
 
 
@@ -44,6 +47,31 @@ def normal_forms(model: nn.Module, choices: list[Choice]) -> dict[str, DenseAtte
         for c in choices
         if c.action == "converted"
     }
+
+
+def around_of(model: nn.Module, site: AttentionSite) -> Around | None:
+    """The programs of a site's owner with the model's own weights.
+
+    A weight that something outside of the owner holds too is copied: the programs are then no
+    longer tied to it.
+    """
+    owner = model.get_submodule(site.path)
+    if isinstance(owner, Adapter):  # converted before: the programs stay
+        return owner.around
+    if site.surrounding is None:
+        return None
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    elsewhere = {id(t) for n, t in tensors.items() if not n.startswith(f"{site.path}.")}
+
+    def own(name: str) -> Tensor:
+        tensor = tensors[name]
+        if id(tensor) in elsewhere:
+            return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+        elsewhere.add(id(tensor))
+        return tensor
+
+    return filled(site.surrounding, own)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -103,7 +131,9 @@ def rewrite(
         else:
             assert choice.site.binding is not None
             owner = target.get_submodule(path)
-            replace_module(target, path, install(owner, built.mixer, choice.site.binding))
+            around = around_of(target, choice.site)
+            adapter = install(owner, built.mixer, choice.site.binding, around)
+            replace_module(target, path, adapter)
         result.built[path] = built
         if progress is not None:
             progress(choice, number, len(converted))

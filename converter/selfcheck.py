@@ -73,11 +73,11 @@ def self_check(
         inputs_at: placeholder values, (length or None, padded).
     """
     generator = torch.Generator().manual_seed(1)
-    weights = _random_weights(gm, found, generator)
+    weights = random_weights(gm, found, generator)
     trials: list[tuple[int | None, bool]] = [(None, False)]
     if found.follows_padding:
         trials.append((None, True))
-    longer = _second_length(found, inputs_at)
+    longer = second_length(found, inputs_at)
     if longer is not None:
         trials.append((longer, found.follows_padding))
     worst = 0.0
@@ -88,7 +88,7 @@ def self_check(
     return SelfCheck(worst, native, floor, scale, dtype)
 
 
-def _second_length(
+def second_length(
     found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
 ) -> int | None:
     """A length above two windows and every distance; None where the graph's length is fixed."""
@@ -112,8 +112,8 @@ def _native(
     read = {n: attribute(gm, n) for n in _weight_names(found)}
     dtype = read[found.spec.q.proj.weight].dtype
     region = found.region
-    x = _random_like(region.hidden, given, generator).to(dtype)
-    memory = None if region.memory is None else _random_like(region.memory, given, generator)
+    x = random_like(region.hidden, given, generator).to(dtype)
+    memory = None if region.memory is None else random_like(region.memory, given, generator)
     memory = None if memory is None else memory.to(dtype)
     expected, y, rows = _both(gm, found, given, None, read, x, memory)
     order = torch.randperm(x.shape[-1], generator=generator)
@@ -128,7 +128,7 @@ def _native(
     return gap, floor, float(expected[rows].abs().max()), dtype
 
 
-def _random_weights(
+def random_weights(
     gm: fx.GraphModule, found: Found, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Fresh tensors for every weight of the site: O(1) logits, gains near one, real biases."""
@@ -174,8 +174,8 @@ def _compare(
 ) -> tuple[float, float]:
     """(largest difference, largest output) in promoted float64 with random weights."""
     region = found.region
-    x = _random_like(region.hidden, given, generator)
-    memory = None if region.memory is None else _random_like(region.memory, given, generator)
+    x = random_like(region.hidden, given, generator)
+    memory = None if region.memory is None else random_like(region.memory, given, generator)
     expected, y, rows = _both(gm, found, given, torch.float64, weights, x, memory)
     if y.shape != expected.shape:
         return float("inf"), 1.0
@@ -264,6 +264,6 @@ def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor |
     return allowed.any(1)
 
 
-def _random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:
+def random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:
     shape = concrete_shape(node, given)
     return torch.randn(shape, generator=generator, dtype=torch.float64)

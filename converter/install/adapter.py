@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.errors import ArgumentError, UnsupportedCacheError
+from reattend.install.around import Around
 from reattend.install.binding import (
     Binding,
     TableRef,
@@ -72,20 +73,32 @@ class CrossState(StockState):
 class Adapter(nn.Module):
     """Speaks the owner's signature outside and the mixer's inside."""
 
-    def __init__(self, mixer: Mixer, binding: Binding, signature: inspect.Signature) -> None:
+    def __init__(
+        self,
+        mixer: Mixer,
+        binding: Binding,
+        signature: inspect.Signature,
+        around: Around | None = None,
+    ) -> None:
         super().__init__()
         self.mixer, self.binding, self.signature = mixer, binding, signature
+        self.around = around
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the module that stood here."""
+        return self.answer(by_name(self.signature, args, kwargs))
+
+    def answer(self, arguments: dict[str, Any]) -> Any:
+        """`forward` for arguments by name."""
         b = self.binding
-        arguments = by_name(self.signature, args, kwargs)
         if arguments.get("output_attentions"):
             raise ArgumentError(
                 "a converted layer does not form attention weights",
                 where=f"{type(self.mixer).__name__} of layer {b.layer_idx}",
                 next_step="call the model without output_attentions=True",
             )
+        if self.around is not None:
+            arguments = self.around.prepare(arguments)
         x, memory = read(arguments, b.hidden), read(arguments, b.memory)
         mask = self._mask(arguments)
         ctx = Context(
@@ -96,6 +109,8 @@ class Adapter(nn.Module):
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
         added = self._added(x, mask, state, memory) if returns_bias(b.output) else None
         y = self.mixer(x, ctx, state, memory)
+        if self.around is not None:
+            arguments = self.around.finish(arguments, y)
         return pack(b.output, y, arguments, added)
 
     def _mask(self, arguments: dict[str, Any]) -> Tensor | None:
@@ -144,7 +159,17 @@ class Adapter(nn.Module):
             )
         if part == "cross_attention_cache":
             return CrossState(cache, self.binding.layer_idx, filled_only)
-        return StockState(layer, self.binding.layer_idx, filled_only)
+        state = StockState(layer, self.binding.layer_idx, filled_only)
+        around = self.binding.around
+        if around is not None and not around.stepwise and state.seen():
+            raise UnsupportedCacheError(
+                "a converted layer cannot continue from a cache",
+                where=f"layer {self.binding.layer_idx}",
+                why="what the original module does around its attention mixes tokens or counts "
+                "them, so it needs the whole sequence",
+                next_step="pass use_cache=False",
+            )
+        return state
 
 
 def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:
@@ -158,11 +183,20 @@ def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:
     return picked.reshape(-1, *picked.shape[-2:]) if picked.dim() != 3 else picked
 
 
-def install(owner: nn.Module, mixer: Mixer, binding: Binding) -> Adapter:
-    """An adapter for `owner`; its plain attributes (layer_idx, config ...) are carried over."""
+def install(
+    owner: nn.Module, mixer: Mixer, binding: Binding, around: Around | None = None
+) -> Adapter:
+    """An adapter for `owner`; its plain attributes (layer_idx, config ...) are carried over.
+
+    Args:
+        owner: the module that is replaced.
+        mixer: what computes its block.
+        binding: how its call maps to the mixer's.
+        around: the programs that `binding.around` describes.
+    """
     signature = signature_of(owner)
-    adapter = Adapter(mixer, binding, signature)
-    own = {"training", "mixer", "binding", "signature"}
+    adapter = Adapter(mixer, binding, signature, around)
+    own = {"training", "mixer", "binding", "signature", "around"}
     for name, value in vars(owner).items():
         if not name.startswith("_") and name not in own:
             setattr(adapter, name, value)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.install.pieces import AroundConfig, Path
 from reattend.mixers.config import Frozen
 from reattend.mixers.scores import shown
-
-Path = tuple[str | int, ...]
 
 
 class TableRef(Frozen):
@@ -31,6 +30,7 @@ class Binding(Frozen):
     """Paths of a call's leaves: (parameter name, index or key, ...).
 
     `mask_adds_bias`: the mask argument also adds the position bias, which the mixer adds itself.
+    `around`: what the owner does besides its block; None where it is exactly the block.
     """
 
     hidden: Path
@@ -44,6 +44,7 @@ class Binding(Frozen):
     cache_part: str | None = None
     layer_idx: int = 0
     output: Any = "y"
+    around: AroundConfig | None = None
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -110,11 +111,15 @@ def same(a: Any, b: Tensor) -> float:
     return gap / max(scale, 1e-30) if gap else 0.0
 
 
-def match(arguments: dict[str, Any], value: Tensor, tolerance: float = 0.03) -> Path | None:
+def equal(a: Any, b: Tensor) -> bool:
+    """Whether two tensors are one value, computed twice in the model's dtype."""
+    return same(a, b) <= (0.03 if b.element_size() <= 2 else 1e-3)
+
+
+def match(arguments: dict[str, Any], value: Tensor) -> Path | None:
     """The leaf that equals `value` best, within rounding."""
-    scored = [(same(leaf, value), path) for path, leaf in leaves(arguments)]
-    best = min(scored, key=lambda s: s[0], default=(float("inf"), ()))
-    return best[1] if best[0] <= tolerance else None
+    scored = [(same(leaf, value), path) for path, leaf in leaves(arguments) if equal(leaf, value)]
+    return min(scored, key=lambda s: s[0])[1] if scored else None
 
 
 def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | None, bool]:
@@ -126,13 +131,13 @@ def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | Non
     exact = match(arguments, mask_BhNM)
     seen = shown(mask_BhNM)
     if exact is not None:
-        return exact, _adds(mask_BhNM)
+        return exact, adds_bias(mask_BhNM)
     if mask_BhNM.dim() != 4 or bool(seen.all()):
         return None, False
     for path, leaf in leaves(arguments):
         if not isinstance(leaf, Tensor) or leaf.dim() != 4 or leaf.is_complex():
             continue
-        if leaf.dtype != torch.bool and (not leaf.is_floating_point() or _adds(leaf)):
+        if leaf.dtype != torch.bool and (not leaf.is_floating_point() or adds_bias(leaf)):
             continue
         pairs = zip(leaf.shape, seen.shape, strict=True)
         if all(a in (1, b) for a, b in pairs) and bool((shown(leaf) == seen).all()):
@@ -140,7 +145,7 @@ def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | Non
     return None, False
 
 
-def _adds(mask: Tensor) -> bool:
+def adds_bias(mask: Tensor) -> bool:
     """Whether an additive mask changes scores that it does not hide."""
     return mask.dtype != torch.bool and bool((mask[shown(mask)] != 0).any())
 
@@ -205,11 +210,11 @@ def match_output(
     def walk(part: Any) -> Any:
         nonlocal found
         if isinstance(part, Tensor):
-            if same(part, value) <= 0.03:
+            if equal(part, value):
                 found += 1
                 return "y"
             path = next((p for p, leaf in leaves(arguments) if leaf is part), None)
-            if path is None and bias_1HNM is not None and same(part, bias_1HNM) <= 0.03:
+            if path is None and bias_1HNM is not None and equal(part, bias_1HNM):
                 return "bias"
             return {"path": list(path)} if path is not None else None
         if type(part) in (tuple, list):

@@ -9,6 +9,7 @@ from torch import nn
 
 from reattend.errors import ModelError
 from reattend.install.adapter import Adapter, install, replace_module
+from reattend.install.around import Around
 from reattend.install.binding import Binding
 from reattend.install.graph import GraphSite
 from reattend.mixers.base import build_mixer
@@ -36,6 +37,8 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
             binding = module.binding.model_dump(mode="json")
+            if module.binding.around is None:
+                del binding["around"]
             sites.append({"path": path, "binding": binding, **module.mixer.described()})
         elif isinstance(module, GraphSite):
             sites.append({"path": module.path, "binding": None, **module.mixer.described()})
@@ -50,8 +53,11 @@ def install_empty(model: nn.Module, sites: list[dict[str, Any]]) -> None:
         if path is None:
             continue
         mixer = build_mixer(site["kind"], site["config"])
-        owner = model.get_submodule(path)
-        replace_module(model, path, install(owner, mixer, Binding.model_validate(site["binding"])))
+        binding = Binding.model_validate(site["binding"])
+        around = None if binding.around is None else Around(binding.around)
+        replace_module(
+            model, path, install(model.get_submodule(path), mixer, binding, around)
+        )
 
 
 def local_path(model: nn.Module, path: str, prefix: str) -> str | None:

@@ -1,0 +1,206 @@
+"""Match a block's boundary in the graph with its owner's call, by value.
+
+Either the owner is exactly the block (`bind`), or what it does besides is cut out of the graph
+(`bind_around`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reattend.capture import Call, Capture
+from reattend.frequencies import bind_rotation
+from reattend.install.binding import (
+    Binding,
+    adds_bias,
+    bound,
+    leaves,
+    match,
+    match_mask,
+    match_output,
+    match_table,
+    returns_bias,
+)
+from reattend.install.pieces import Path
+from reattend.mixers.relative import relative_bias
+from reattend.mixers.scores import shown
+from reattend.passes.evaluate import attribute
+from reattend.passes.find.reasons import NotUnderstood
+from reattend.passes.find.sites import Found
+from reattend.surround import Frame, Surround, Surrounding
+from reattend.weights import head_order
+
+#: (leaf of the call that is the cache, its part, layer index)
+CacheAt = tuple[Path | None, str | None, int]
+
+
+def boundary(item: Found) -> list[fx.Node]:
+    """The nodes whose values decide a binding."""
+    region = item.region
+    nodes = [region.hidden, region.memory, region.mask, region.exit.node, region.exit.joined]
+    return [n for n in nodes if n is not None]
+
+
+def bind(
+    captured: Capture,
+    item: Found,
+    path: str,
+    call: Call,
+    values: dict[fx.Node, Any],
+    cache: CacheAt,
+    stop: bool,
+) -> Binding:
+    """The binding of an owner that is exactly the block.
+
+    Args:
+        captured: the graph.
+        item: the block.
+        path: of the owner.
+        call: its watched call.
+        values: of the block's boundary in that call.
+        cache: where the owner's cache is.
+        stop: the block ends before its output projection.
+
+    Raises:
+        NotUnderstood: the owner receives or returns something else.
+    """
+    region = item.region
+    arguments = bound(captured.model.get_submodule(path), call.args, call.kwargs)
+    hidden = match(arguments, values[region.hidden])
+    if hidden is None:
+        raise NotUnderstood(f"{path or 'the model'} does not receive the block's input")
+    memory = None
+    if region.memory is not None:
+        memory = match(arguments, values[region.memory])
+        if memory is None:
+            raise NotUnderstood(f"{path} does not receive the block's encoder states")
+    exit_node = region.exit.joined if stop else region.exit.node
+    bias = _added(captured, item, values)
+    output = match_output(call.output, values[exit_node], arguments, bias)
+    if output is None:
+        raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
+    _check_heads(item, path, output)
+    mask, adds = None, False
+    if region.mask is not None:
+        mask, adds = match_mask(arguments, values[region.mask])
+    if region.mask is not None and mask is None and item.follows_padding:
+        raise NotUnderstood(f"{path} does not receive the mask that hides padding")
+    cos = sin = position = None
+    if region.rotation is not None:
+        cos, sin, position = bind_rotation(captured, item, arguments)
+    return Binding(
+        hidden=hidden, memory=memory, mask=mask,
+        mask_adds_bias=adds and item.spec.core.bias is not None,
+        cos=cos, sin=sin, position=position,
+        cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
+    )  # fmt: skip
+
+
+def bind_around(
+    captured: Capture,
+    item: Found,
+    place: Frame,
+    call: Call,
+    values: dict[fx.Node, Any],
+    cache: CacheAt,
+    stop: bool,
+    dropout: bool,
+) -> tuple[Binding, Surrounding]:
+    """The binding of an owner that does more than the block, and its programs.
+
+    Args:
+        captured, item, call, cache, stop: as for `bind`.
+        place: the owner's call in the graph.
+        values: of the block's boundary, its rotary tables and the owner's entries and exits.
+        dropout: the owner drops activations while training.
+
+    Raises:
+        NotUnderstood: what the owner does is no function of its arguments and the block.
+    """
+    region = item.region
+    arguments = bound(captured.model.get_submodule(place.path), call.args, call.kwargs)
+    y = region.exit.joined if stop else region.exit.node
+    cutter = Surround(captured, item, place, arguments, values, y)
+    hidden = cutter.enter("hidden", region.hidden)
+    memory = None if region.memory is None else cutter.enter("memory", region.memory)
+    mask, adds = None, False
+    if region.mask is not None:
+        mask, adds = match_mask(arguments, values[region.mask])
+        if mask is None and item.follows_padding:
+            mask = _validity_argument(arguments, values[region.mask])
+        if mask is None and item.follows_padding:
+            mask, adds = cutter.enter("mask", region.mask), adds_bias(values[region.mask])
+    cos = sin = position = None
+    if region.rotation is not None:
+        cos, sin, position = bind_rotation(captured, item, arguments)
+        if cos is None and position is None:
+            cos, sin = _made_tables(cutter, item, values)
+    output, outputs = cutter.result(call, arguments, _added(captured, item, values))
+    _check_heads(item, place.path, output)
+    done = cutter.done(outputs, dropout)
+    binding = Binding(
+        hidden=hidden, memory=memory, mask=mask,
+        mask_adds_bias=adds and item.spec.core.bias is not None,
+        cos=cos, sin=sin, position=position,
+        cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
+        around=done.config,
+    )  # fmt: skip
+    return binding, done
+
+
+def _check_heads(item: Found, path: str, output: Any) -> None:
+    if returns_bias(output) and head_order(item.spec)[0] != list(range(item.spec.core.heads)):
+        raise NotUnderstood(f"{path} returns its position bias in another order of heads")
+
+
+def _validity_argument(arguments: dict[str, Any], mask_BhNM: Tensor) -> Path | None:
+    """The leaf [B, N] that says which tokens are real, where the mask is made of it inside."""
+    seen = shown(mask_BhNM)
+    if seen.dim() != 4 or seen.shape[-1] != seen.shape[-2]:
+        return None
+    valid_BN = torch.diagonal(seen, dim1=-2, dim2=-1)[:, 0]
+    for path, leaf in leaves(arguments):
+        if not isinstance(leaf, Tensor) or leaf.shape != valid_BN.shape or leaf.is_complex():
+            continue
+        if bool(((leaf == 0) | (leaf == 1)).all()) and bool(((leaf != 0) == valid_BN).all()):
+            return path
+    return None
+
+
+def _made_tables(cutter: Surround, item: Found, values: dict[fx.Node, Any]) -> tuple[Any, Any]:
+    """cos and sin where the owner makes them from its arguments; else positions are counted."""
+    rotation = item.region.rotation
+    assert rotation is not None
+    found: list[Any] = []
+    for name, table_NP in (("cos", rotation.cos_NP), ("sin", rotation.sin_NP)):
+        for node in item.region.externals:
+            hit = match_table({name: values[node]}, table_NP)
+            if hit is None or abs(hit[1] - 1) > 1e-4:
+                continue
+            try:
+                path = cutter.enter(name, node)
+            except NotUnderstood:
+                continue  # it depends on sizes alone, or on another input of the model
+            found.append(hit[0].model_copy(update={"path": path}))
+            break
+    if len(found) == 2:
+        return found[0], found[1]
+    for name in ("cos", "sin"):
+        cutter.drop(name)
+    return None, None
+
+
+def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor:
+    """What the block adds to its scores, [1, H, N, M]; zeros without a position bias."""
+    core, region = item.spec.core, item.region
+    n = values[region.hidden].shape[1]
+    m = n if region.memory is None else values[region.memory].shape[1]
+    if core.bias is None:
+        return values[region.hidden].new_zeros(1, core.heads, n, m)
+    table = attribute(captured.gm, core.bias.weight).detach()
+    return relative_bias(table, core.bias.buckets, n, m)
+
+

@@ -1,0 +1,56 @@
+"""What a binding stores about an owner that does more than its block: programs and their inputs."""
+
+from __future__ import annotations
+
+from reattend.mixers.config import Frozen
+from reattend.program import Program
+
+Path = tuple[str | int, ...]
+
+#: keys beside the arguments of a call; the dot keeps them apart from parameter names
+BEFORE, MIXED, AFTER = "before.", "mixed.", "after."
+
+
+class Feed(Frozen):
+    """One input of a program: a leaf of the call (or of what stands beside it), or its size."""
+
+    path: Path
+    axis: int | None = None
+
+
+class Piece(Frozen):
+    """A program and where its inputs come from, in order."""
+
+    program: Program
+    feeds: tuple[Feed, ...]
+
+
+class AroundConfig(Frozen):
+    """The programs of one owner.
+
+    Attributes:
+        before: the mixer's inputs (`hidden`, `memory`, `mask`, `cos`, `sin`) that are not
+            arguments of the owner; a binding reads them at (BEFORE, name).
+        after: tensors of the owner's result; a binding's `output` reads them at (AFTER, number).
+        stepwise: with a cache, where each call brings only the new tokens, the programs give the
+            same; False where they mix tokens or count them.
+        dropout: the owner drops activations while training, which the programs do not.
+    """
+
+    before: dict[str, Piece] = {}
+    after: tuple[Piece, ...] = ()
+    stepwise: bool = True
+    dropout: bool = False
+
+    def pieces(self) -> dict[str, Piece]:
+        """Every piece by the name of its module in the adapter."""
+        named = {f"before.{name}": piece for name, piece in self.before.items()}
+        return named | {f"after.{number}": piece for number, piece in enumerate(self.after)}
+
+
+def block_output(shape: object) -> bool:
+    """Whether a leaf of `Binding.output` is made of the mixer's y."""
+    if shape == "y":
+        return True
+    path = shape.get("path") if isinstance(shape, dict) else None
+    return bool(path) and path[0] == AFTER

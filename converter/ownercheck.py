@@ -1,0 +1,189 @@
+"""An owner with programs proves itself as a whole: its result in the graph against the adapter's.
+
+The block inside has passed `reattend.selfcheck`; here the programs around it, the binding and the
+adapter are checked together, in promoted float64, with random weights and activations, at two
+lengths and with padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reattend.capture import Capture, watch
+from reattend.install.adapter import Adapter
+from reattend.install.binding import Binding, bound, read, same, signature_of
+from reattend.install.pieces import BEFORE, Path
+from reattend.locate import Place
+from reattend.mixers.base import Context, Mixer, State
+from reattend.passes.evaluate import Evaluator, attribute
+from reattend.passes.find.sites import Found
+from reattend.passes.find.streams import read_stream
+from reattend.selfcheck import TOLERANCE, random_weights, second_length
+from reattend.surround import filled
+from reattend.weights import build_dense
+
+
+class _Turned(Mixer):
+    """A mixer that is given the model's own rotary table, whatever the call says."""
+
+    kind = "turned"
+
+    def __init__(self, mixer: Mixer, rotation: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.mixer, self.rotation, self.config = mixer, rotation, mixer.config
+        self.relative = getattr(mixer, "relative", None)
+
+    def forward(
+        self, x_BND: Tensor, ctx: Context, state: State | None = None, memory_BMD: Any = None
+    ) -> Tensor:
+        """See `Mixer.forward`."""
+        y: Tensor = self.mixer(x_BND, replace(ctx, rotation=self.rotation), state, memory_BMD)
+        return y
+
+    @property
+    def cache_per_token(self) -> int:
+        """The mixer's."""
+        return self.mixer.cache_per_token
+
+
+def owner_check(captured: Capture, found: Found, place: Place) -> str:
+    """Why the owner's programs are not trusted; empty if they are.
+
+    Args:
+        captured: the normalised graph.
+        found: the block, proven by itself.
+        place: its owner, with programs.
+    """
+
+    def given(length: int | None, padded: bool) -> dict[fx.Node, Any]:
+        return captured.placeholders(captured.probe(length, padded, slice(-3, None)))
+
+    trials: list[tuple[int | None, bool]] = [(None, False), (None, True)]
+    longer = second_length(found, given)
+    if longer is not None:
+        trials.append((longer, True))
+    worst = 0.0
+    for length, padded in trials:
+        inputs = captured.probe(length, padded, slice(-3, None))
+        worst = max(worst, _trial(captured, found, place, inputs))
+    if not worst <= TOLERANCE:
+        return (
+            f"{place.path} does more than its attention, and rebuilt around it differs by {worst:.1e} "
+            f"(limit {TOLERANCE:g})"
+        )
+    return ""
+
+
+def _trial(captured: Capture, found: Found, place: Place, inputs: dict[str, Any]) -> float:
+    """Relative difference of the owner's results under these inputs; infinite if one is missing."""
+    path, binding, surrounding = place.path, place.binding, place.surrounding
+    assert binding is not None and surrounding is not None
+    gm, generator = captured.gm, torch.Generator().manual_seed(2)
+    weights = random_weights(gm, found, generator)
+    for name in sorted(surrounding.names() - weights.keys() - surrounding.constants.keys()):
+        weights[name] = _stirred(attribute(gm, name), generator)
+    module = captured.model.get_submodule(path)
+    call = watch(captured.model, {path}, inputs)[path]
+    arguments = bound(module, call.args, call.kwargs)
+    fixed: dict[fx.Node, Any] = {}
+    changed: dict[Path, Any] = {}
+    drawn = _drawn(binding)
+    for node, at in surrounding.arguments.items():
+        if at not in changed:
+            changed[at] = _redrawn(read(arguments, at), at in drawn, generator)
+        fixed[node] = changed[at]
+    arguments = _with(arguments, changed)
+    given = captured.placeholders(inputs)
+    mixer, tables = _mixer(gm, found, binding, weights, given)
+    around = filled(surrounding, weights.__getitem__).double()
+    adapter = Adapter(mixer, binding, signature_of(module), around)
+    with torch.no_grad():
+        result = adapter.answer(arguments)
+    nodes = [node for _, node in surrounding.outputs]
+    expected = Evaluator(gm, promote=torch.float64, weights=weights).run(
+        nodes, {**given, **tables, **fixed}
+    )
+    gaps = [
+        same(read({"": result}, ("", *at)), value)
+        for (at, _), value in zip(surrounding.outputs, expected, strict=True)
+    ]
+    return max([*gaps, _table_gap(adapter, binding, arguments, tables)])
+
+
+def _mixer(
+    gm: fx.GraphModule,
+    found: Found,
+    binding: Binding,
+    weights: dict[str, Tensor],
+    given: dict[fx.Node, Any],
+) -> tuple[Mixer, dict[fx.Node, Any]]:
+    """The normal form, and the rotary tables to fix in the graph where no argument holds them."""
+    region = found.region
+    width = 0 if region.memory is None else int(region.memory.meta["val"].shape[-1])
+    hidden = int(region.hidden.meta["val"].shape[-1])
+    mixer: Mixer = build_dense(found.spec, weights.__getitem__, hidden, width)
+    if region.rotation is None or (binding.cos is not None and binding.cos.path[0] != BEFORE):
+        return mixer, {}
+    here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
+    assert here is not None
+    run = Evaluator(gm).run(region.externals, given)
+    tables = dict(zip(region.externals, run, strict=True))
+    return _Turned(mixer, (here.cos_NP[None], here.sin_NP[None])), tables
+
+
+def _table_gap(
+    adapter: Adapter, binding: Binding, arguments: dict[str, Any], tables: dict[fx.Node, Any]
+) -> float:
+    """0 where the tables the programs make equal the graph's; they are made in its own dtype."""
+    if binding.cos is None or binding.cos.path[0] != BEFORE or adapter.around is None:
+        return 0.0
+    made = read(adapter.around.prepare(arguments), binding.cos.path)
+    gap = min(same(made, value) for value in tables.values())
+    return 0.0 if gap <= 1e-6 else gap
+
+
+def _drawn(binding: Binding) -> set[Path]:
+    """Arguments that are activations: what the block and the programs around it read."""
+    assert binding.around is not None
+    kept = {binding.mask, binding.position}
+    kept |= {t.path for t in (binding.cos, binding.sin) if t is not None}
+    read_by = {binding.hidden, binding.memory}
+    for name, piece in binding.around.pieces().items():
+        if name.removeprefix("before.") not in ("mask", "cos", "sin"):
+            read_by |= {feed.path for feed in piece.feeds if feed.axis is None}
+    return {p for p in read_by - kept if p is not None}
+
+
+def _redrawn(leaf: Any, draw: bool, generator: torch.Generator) -> Any:
+    """A float argument in float64, random where it is an activation."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    if draw and bool(torch.isfinite(leaf).all()) and bool((leaf.abs() < 1e6).all()):
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+    return leaf.double()
+
+
+def _stirred(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """A weight of the programs, moved a little: equal gains and zero biases would hide mistakes."""
+    if not weight.is_floating_point():
+        return weight
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    moved = weight.detach().double() * (1 + 0.1 * noise)
+    return moved + 0.01 * noise.abs() if bool((weight != 0).any()) else moved + 0.1 * noise
+
+
+def _with(arguments: Any, changed: dict[Path, Any], path: Path = ()) -> Any:
+    """The same structure with other leaves."""
+    if path in changed:
+        return changed[path]
+    if isinstance(arguments, dict):
+        return {k: _with(v, changed, (*path, k)) for k, v in arguments.items()}
+    if type(arguments) in (list, tuple):
+        return type(arguments)(_with(v, changed, (*path, i)) for i, v in enumerate(arguments))
+    return arguments
+
+

@@ -1,0 +1,290 @@
+"""What an owner does besides its block, cut out of the graph as programs around the mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reattend.capture import Call, Capture
+from reattend.install.around import Around
+from reattend.install.binding import equal, leaves, same
+from reattend.install.pieces import AFTER, BEFORE, MIXED, AroundConfig, Feed, Path, Piece
+from reattend.passes.evaluate import ancestors, attribute
+from reattend.passes.find.reasons import NotUnderstood
+from reattend.passes.find.sites import Found
+from reattend.passes.normalize.forms import aten, attention, is_op
+from reattend.program import Uncuttable, cut
+
+
+@dataclass
+class Frame:
+    """An owner's call in the graph.
+
+    Attributes:
+        path: of the owner.
+        entries: values from outside that it reads.
+        exits: values that others read.
+    """
+
+    path: str
+    entries: list[fx.Node]
+    exits: list[fx.Node]
+
+
+@dataclass
+class Surrounding:
+    """The programs of one owner, and where their weights are.
+
+    Attributes:
+        config: what a checkpoint stores.
+        weights: by piece (`before.hidden`), the attribute of the graph each weight was.
+        constants: attributes of the graph that are no tensors of the model.
+        arguments: nodes that are arguments of the owner's call.
+        outputs: where in the owner's result each node's value stands.
+    """
+
+    config: AroundConfig
+    weights: dict[str, dict[str, str]]
+    constants: dict[str, Tensor]
+    arguments: dict[fx.Node, Path] = field(repr=False)
+    outputs: list[tuple[Path, fx.Node]] = field(repr=False)
+
+    def names(self) -> set[str]:
+        """Every attribute of the graph that the programs own."""
+        return {at for own in self.weights.values() for at in own.values()}
+
+
+def dropouts(gm: fx.GraphModule) -> set[str]:
+    """Paths of the modules that hold a dropout which acts while training; before normalising."""
+    found: set[str] = set()
+    for node in gm.graph.nodes:
+        if is_op(node, aten.dropout, aten.native_dropout) and node.args[1] != 0.0:
+            found |= {path for path, _ in node.meta.get("nn_module_stack", {}).values()}
+    return found
+
+
+def frame(gm: fx.GraphModule, core: fx.Node, path: str) -> Frame:
+    """The call of the module at `path` that computes `core`."""
+    keys = [k for k, (at, _) in core.meta.get("nn_module_stack", {}).items() if at == path]
+    if not keys:
+        raise NotUnderstood(f"{path or 'the model'} does not show in the graph")
+    nodes = {n for n in gm.graph.nodes if keys[-1] in n.meta.get("nn_module_stack", {})}
+    tensors = [n for n in gm.graph.nodes if n.op != "output" and _is_tensor(gm, n)]
+    return Frame(
+        path,
+        [n for n in tensors if n not in nodes and any(u in nodes for u in n.users)],
+        [n for n in tensors if n in nodes and _leaves(n, nodes)],
+    )
+
+
+def _is_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return isinstance(attribute(gm, str(node.target)), Tensor)
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _leaves(node: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether a value is read outside; nodes that a pass added count with their readers."""
+    for user in node.users:
+        if user in nodes or is_op(user, aten.sym_size):
+            continue
+        if user.op == "output" or "nn_module_stack" in user.meta or _leaves(user, nodes):
+            return True
+    return False
+
+
+class Surround:
+    """Cuts the programs of one owner.
+
+    Args:
+        captured: the graph.
+        item: the block inside.
+        place: the owner's call in the graph.
+        arguments: leaves of the watched call, by name.
+        values: of the frame's entries and exits in that call.
+        y: the node the mixer computes.
+    """
+
+    def __init__(
+        self,
+        captured: Capture,
+        item: Found,
+        place: Frame,
+        arguments: dict[str, Any],
+        values: dict[fx.Node, Any],
+        y: fx.Node,
+    ) -> None:
+        self.captured, self.gm, self.place, self.y = captured, captured.gm, place, y
+        self.values = values
+        self.streams = {n for s in item.region.streams.values() for n in s.nodes}
+        self.core = item.region.core
+        self.arguments: dict[fx.Node, Path] = {}
+        for node in place.entries:
+            scored = [(same(leaf, values[node]), path) for path, leaf in leaves(arguments)]
+            best = min(scored, key=lambda s: s[0], default=None)
+            if best is not None and equal(_at(arguments, best[1]), values[node]):
+                self.arguments[node] = best[1]
+        self.before: dict[str, Piece] = {}
+        self.after: list[Piece] = []
+        self.weights: dict[str, dict[str, str]] = {}
+        self.given: dict[fx.Node, Path] = {}  # what `before` makes, for `after`
+
+    def enter(self, name: str, node: fx.Node) -> Path:
+        """Where the mixer's input stands: an argument, or a program of `before`."""
+        if node not in self.arguments:
+            piece, self.weights[f"before.{name}"] = self._piece(node, {})
+            self.before[name] = piece
+            if name in ("hidden", "memory"):
+                self.given[node] = (BEFORE, name)
+            return (BEFORE, name)
+        return self.arguments[node]
+
+    def drop(self, name: str) -> None:
+        """Forget a program of `before`."""
+        self.before.pop(name, None)
+        self.weights.pop(f"before.{name}", None)
+
+    def result(
+        self, call: Call, arguments: dict[str, Any], bias_1HNM: Tensor
+    ) -> tuple[Any, list[tuple[Path, fx.Node]]]:
+        """(`Binding.output` of the owner's result, which node stands where in it).
+
+        Raises:
+            NotUnderstood: attention is not in the result, or leaves by another way.
+        """
+        outputs: list[tuple[Path, fx.Node]] = []
+        returned: list[Tensor] = []
+
+        def walk(part: Any, path: Path) -> Any:
+            if type(part) in (tuple, list):
+                items = [walk(item, (*path, i)) for i, item in enumerate(part)]
+                return {type(part).__name__: items}
+            passed = [p for p, leaf in leaves(arguments) if part is not None and leaf is part]
+            if not isinstance(part, Tensor):
+                return {"path": list(passed[0])} if passed else None
+            returned.append(part)
+            node = self._exit(part)
+            if node is not self.y and (passed or equal(part, bias_1HNM)):
+                return {"path": list(passed[0])} if passed else "bias"
+            if node is None:
+                return None  # attention weights, which nobody reads
+            outputs.append((path, node))
+            return "y" if node is self.y else {"path": self._leave(node)}
+
+        shape = walk(call.output, ())
+        if not any(self._made_of_y(node) for _, node in outputs):
+            raise NotUnderstood(f"nothing that {self.place.path} returns is made of its attention")
+        for node in self.place.exits:
+            if not any(equal(v, self.values[node]) for v in returned):
+                raise NotUnderstood(
+                    f"{self.place.path} hands {node.name} on by another way than its result"
+                )
+        return shape, outputs
+
+    def _leave(self, node: fx.Node) -> list[str | int]:
+        """Where a tensor of the result stands beside the arguments: a program of `after`."""
+        number = len(self.after)
+        piece, self.weights[f"after.{number}"] = self._piece(node, {self.y: (MIXED,), **self.given})
+        self.after.append(piece)
+        return [AFTER, number]
+
+    def _made_of_y(self, node: fx.Node) -> bool:
+        return self.y in ancestors([node], stop=lambda n: n is self.y or n in self.arguments)
+
+    def _exit(self, part: Tensor) -> fx.Node | None:
+        """The node whose value is returned; the mixer's own where it is one of several."""
+        nodes = [self.y, *reversed(self.place.exits)]
+        hits = [n for n in nodes if n in self.values and equal(part, self.values[n])]
+        return min(hits, key=lambda n: same(part, self.values[n])) if hits else None
+
+    def _piece(self, output: fx.Node, extra: dict[fx.Node, Path]) -> tuple[Piece, dict[str, str]]:
+        """The program of `output` and the attributes its weights were.
+
+        Raises:
+            NotUnderstood: it needs more than the call's arguments, or another core.
+        """
+        feeds = {node: Feed(path=path) for node, path in {**extra, **self.arguments}.items()}
+        tensors = sorted(feeds, key=lambda n: (n not in extra, not _floats(n)))
+        sizes = _sizes(tensors)
+        needed = ancestors([output], stop=lambda n: n in feeds)
+        for node in needed:
+            if node not in feeds and is_op(node, aten.sym_size):
+                at = sizes.get(str(node.meta["val"]))
+                if at is not None:
+                    feeds[node] = Feed(path=feeds[at[0]].path, axis=at[1])
+        needed = ancestors([output], stop=lambda n: n in feeds)
+        self._check(output, needed - feeds.keys())
+        used = [n for n in feeds if n in needed]
+        used.sort(key=lambda n: tensors.index(n) if n in tensors else len(tensors))
+        if not used or used[0] not in tensors:
+            raise NotUnderstood(f"{output.name} in {self.place.path} depends on no argument")
+        try:
+            program, sources = cut(self.gm, output, {n: f"x{i}" for i, n in enumerate(used)})
+        except Uncuttable as why:
+            raise NotUnderstood(f"{self.place.path}: {output.name}: {why}") from why
+        return Piece(program=program, feeds=tuple(feeds[n] for n in used)), sources
+
+    def _check(self, output: fx.Node, needed: Iterable[fx.Node]) -> None:
+        path = self.place.path
+        for node in needed:
+            if node is self.core:
+                raise NotUnderstood(f"{path} uses its attention otherwise than through its output")
+            if is_op(node, attention):
+                raise NotUnderstood(f"{path} holds a second attention core beside this one")
+        if self.streams & set(needed):
+            raise NotUnderstood(f"{path} uses queries, keys or values outside of its attention")
+
+    def done(self, outputs: list[tuple[Path, fx.Node]], dropout: bool) -> Surrounding:
+        """What was cut. `dropout`: the owner drops activations while training."""
+        names = {at for own in self.weights.values() for at in own.values()}
+        model = self.captured.model
+        held = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        held |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
+        constants = {n: attribute(self.gm, n).detach() for n in names - held}
+        config = AroundConfig(before=self.before, after=tuple(self.after), dropout=dropout)
+        return Surrounding(config, self.weights, constants, self.arguments, outputs)
+
+
+def _at(arguments: dict[str, Any], path: Path) -> Any:
+    return next(leaf for at, leaf in leaves(arguments) if at == path)
+
+
+def _floats(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+
+
+def _sizes(tensors: list[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
+    """Symbol -> (tensor, axis) that has this size; the first tensor that has it."""
+    found: dict[str, tuple[fx.Node, int]] = {}
+    for node in tensors:
+        value = node.meta.get("val")
+        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, torch.SymInt):
+                found.setdefault(str(size), (node, axis))
+    return found
+
+
+def filled(surrounding: Surrounding, lookup: Any) -> Around:
+    """The programs with weights: `lookup(name)` gives the model's tensor of an attribute."""
+    around = Around(surrounding.config)
+    for name, sources in surrounding.weights.items():
+        module = around.get_submodule(name)
+        for weight, at in sources.items():
+            constant = surrounding.constants.get(at)
+            fill(module, weight, lookup(at) if constant is None else constant)
+    return around.eval()
+
+
+def fill(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the weight; a parameter object keeps its identity."""
+    if name in module._buffers:
+        module._buffers[name] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module._parameters[name] = tensor
+    else:
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
