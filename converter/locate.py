@@ -16,7 +16,8 @@ from reattend.passes.evaluate import Evaluator
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import AttentionSpec
-from reattend.surround import Frame, Surrounding, frame
+from reattend.stepcheck import stepwise
+from reattend.surround import Frame, Surrounding, filled, frame
 
 
 @dataclass
@@ -156,9 +157,31 @@ def _surround(
             c.reasons.append(str(why))
             continue
         _settle(located, c, Place(c.path, binding, surrounding=surrounding))
+    _check_steps(captured, [p for p in located.values() if p.surrounding is not None])
     for c in reversed(candidates):
         if located[id(c.item)].binding is None and c.reasons:
             located[id(c.item)] = Place(c.path, reason=c.reasons[-1])
+
+
+def _check_steps(captured: Capture, places: list[Place]) -> None:
+    """Note which owners cannot run from a cache."""
+    cached = [p for p in places if p.binding is not None and p.binding.cache is not None]
+    if not cached:
+        return
+    from reattend.install.caching import watch_steps
+
+    steps = watch_steps(captured.model, {p.path for p in cached}, captured.inputs)
+    tensors = dict(captured.model.named_parameters(remove_duplicate=False))
+    tensors |= dict(captured.model.named_buffers(remove_duplicate=False))
+    for p in cached:
+        assert p.binding is not None and p.surrounding is not None
+        around = filled(p.surrounding, lambda name: tensors[name].detach()).double()
+        width = p.surrounding.width
+        if steps is None or not stepwise(
+            captured.model, p.path, p.binding, around, width, steps
+        ):
+            config = p.surrounding.config.model_copy(update={"stepwise": False})
+            p.binding = p.binding.model_copy(update={"around": config})
 
 
 def _values(

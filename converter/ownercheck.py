@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from reattend.activations import drawn, redrawn, replaced
 from reattend.capture import Capture, watch
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding, bound, read, same, signature_of
@@ -91,12 +92,12 @@ def _trial(captured: Capture, found: Found, place: Place, inputs: dict[str, Any]
     arguments = bound(module, call.args, call.kwargs)
     fixed: dict[fx.Node, Any] = {}
     changed: dict[Path, Any] = {}
-    drawn = _drawn(binding)
+    activations = drawn(binding)
     for node, at in surrounding.arguments.items():
         if at not in changed:
-            changed[at] = _redrawn(read(arguments, at), at in drawn, generator)
+            changed[at] = redrawn(read(arguments, at), at in activations, generator)
         fixed[node] = changed[at]
-    arguments = _with(arguments, changed)
+    arguments = replaced(arguments, changed)
     given = captured.placeholders(inputs)
     mixer, tables = _mixer(gm, found, binding, weights, given)
     around = filled(surrounding, weights.__getitem__).double()
@@ -146,27 +147,6 @@ def _table_gap(
     return 0.0 if gap <= 1e-6 else gap
 
 
-def _drawn(binding: Binding) -> set[Path]:
-    """Arguments that are activations: what the block and the programs around it read."""
-    assert binding.around is not None
-    kept = {binding.mask, binding.position}
-    kept |= {t.path for t in (binding.cos, binding.sin) if t is not None}
-    read_by = {binding.hidden, binding.memory}
-    for name, piece in binding.around.pieces().items():
-        if name.removeprefix("before.") not in ("mask", "cos", "sin"):
-            read_by |= {feed.path for feed in piece.feeds if feed.axis is None}
-    return {p for p in read_by - kept if p is not None}
-
-
-def _redrawn(leaf: Any, draw: bool, generator: torch.Generator) -> Any:
-    """A float argument in float64, random where it is an activation."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return leaf
-    if draw and bool(torch.isfinite(leaf).all()) and bool((leaf.abs() < 1e6).all()):
-        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-    return leaf.double()
-
-
 def _stirred(weight: Tensor, generator: torch.Generator) -> Tensor:
     """A weight of the programs, moved a little: equal gains and zero biases would hide mistakes."""
     if not weight.is_floating_point():
@@ -174,16 +154,3 @@ def _stirred(weight: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     moved = weight.detach().double() * (1 + 0.1 * noise)
     return moved + 0.01 * noise.abs() if bool((weight != 0).any()) else moved + 0.1 * noise
-
-
-def _with(arguments: Any, changed: dict[Path, Any], path: Path = ()) -> Any:
-    """The same structure with other leaves."""
-    if path in changed:
-        return changed[path]
-    if isinstance(arguments, dict):
-        return {k: _with(v, changed, (*path, k)) for k, v in arguments.items()}
-    if type(arguments) in (list, tuple):
-        return type(arguments)(_with(v, changed, (*path, i)) for i, v in enumerate(arguments))
-    return arguments
-
-

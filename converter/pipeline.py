@@ -26,7 +26,7 @@ from reattend.predict import Prediction, predict
 from reattend.preflight import Choice, choose, preflight
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
-from reattend.rewriting import Rewritten, normal_forms, rewrite
+from reattend.rewriting import Rewritten, arounds, normal_forms, rewrite
 from reattend.runlog import RunLog, peak_memory
 from reattend.source import Source, open_source
 from reattend.verify.gates import check_gates, gate_error
@@ -205,6 +205,7 @@ class Job:
             data.batches(self.plan.calibrate.batch_size),
             queries=queries,
             inside=inside if regions else None,
+            around=arounds(source.model, wanted),
             progress=progress,
         )
         if work is not None:

@@ -56,10 +56,11 @@ class Step(Frozen):
 
 
 class Weight(Frozen):
-    """A tensor the program owns; integers are buffers, floats parameters of the model's dtype."""
+    """A tensor the program owns; floats take the model's dtype. `trained`: else it is a buffer."""
 
     shape: tuple[int, ...]
     dtype: str
+    trained: bool = True
 
 
 class Program(Frozen):
@@ -100,7 +101,11 @@ def cut(
         if node.op == "get_attr":
             name = names[node] = f"w{len(weights)}"
             value = attribute(gm, str(node.target))
-            weights[name] = Weight(shape=tuple(value.shape), dtype=str(value.dtype)[6:])
+            weights[name] = Weight(
+                shape=tuple(value.shape),
+                dtype=str(value.dtype)[6:],
+                trained=isinstance(value, nn.Parameter),
+            )
             sources[name] = str(node.target)
             continue
         name = names[node] = f"s{len(steps)}"
@@ -171,10 +176,11 @@ class ProgramModule(nn.Module):
         self.program = program
         for name, weight in program.weights.items():
             dtype = getattr(torch, weight.dtype)
-            if dtype.is_floating_point:
-                self.register_parameter(name, nn.Parameter(torch.zeros(weight.shape)))
+            kept = torch.zeros(weight.shape, dtype=None if dtype.is_floating_point else dtype)
+            if dtype.is_floating_point and weight.trained:
+                self.register_parameter(name, nn.Parameter(kept))
             else:
-                self.register_buffer(name, torch.zeros(weight.shape, dtype=dtype))
+                self.register_buffer(name, kept)
         self.body = fx.GraphModule({}, _graph(program))
 
     def forward(self, *inputs: Tensor) -> Tensor:

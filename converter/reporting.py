@@ -133,9 +133,20 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
         owner=Owner(
             kind="graph" if built is not None and done.graph else "module",
             path=path,
-            lacks=LACKS if built is not None and done.graph else (),
+            lacks=_lacks(site, done.graph) if built is not None else (),
         ),
     )
+
+
+def _lacks(site: AttentionSite, graph: bool) -> tuple[str, ...]:
+    """What the converted block cannot do that the original could."""
+    if graph:
+        return LACKS
+    around = site.binding.around if site.binding is not None else None
+    if around is None:
+        return ()
+    found = () if around.stepwise else ("KV cache",)
+    return (*found, "dropout while training") if around.dropout else found
 
 
 def _cost(cost: Any, size: int) -> Cost:

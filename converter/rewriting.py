@@ -74,6 +74,12 @@ def around_of(model: nn.Module, site: AttentionSite) -> Around | None:
     return filled(site.surrounding, own)
 
 
+def arounds(model: nn.Module, choices: list[Choice]) -> dict[str, Around]:
+    """The programs of every owner that has some, by site path."""
+    made = {c.site.path: around_of(model, c.site) for c in choices if c.site.owner == "module"}
+    return {path: around for path, around in made.items() if around is not None}
+
+
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree; parameters and buffers are the same storage.
 

@@ -6,7 +6,7 @@ of all groups] before rotation (after a key norm), bias left out, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reattend.capture import evaluation
 from reattend.errors import ModelError
+from reattend.install.around import Around
 from reattend.install.binding import Binding, bound, read
 from reattend.mixers.dense import DenseAttention
 
@@ -107,6 +108,7 @@ def collect(
     *,
     queries: frozenset[str] = frozenset(),
     inside: Inside | None = None,
+    around: Mapping[str, Around] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, SiteStatistics]:
     """Run the original model over batches and accumulate each site's moments.
@@ -117,6 +119,7 @@ def collect(
         batches: keyword arguments of the model; `attention_mask` [B, N] marks real tokens.
         queries: sites whose query moments are wanted too.
         inside: reads the inputs of sites without an owner, from a batch.
+        around: the programs of owners that do more than their block, by site path.
         progress: called with the number of tokens seen so far.
 
     Raises:
@@ -135,8 +138,13 @@ def collect(
             dense: DenseAttention = dense, binding: Binding = binding,
         ) -> None:  # fmt: skip
             arguments = bound(m, args, kwargs)
+            real = valid
+            if around is not None and path in around:
+                arguments = around[path].prepare(arguments)
             x = read(arguments, binding.hidden)
-            found[path].add(dense, x, read(arguments, binding.memory), valid)
+            if binding.around is not None and valid is not None and valid.shape != x.shape[:2]:
+                real = None  # regrouped tokens (windows) are not the batch's
+            found[path].add(dense, x, read(arguments, binding.memory), real)
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     tokens = 0

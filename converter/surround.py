@@ -43,6 +43,7 @@ class Surrounding:
         config: what a checkpoint stores.
         weights: by piece (`before.hidden`), the attribute of the graph each weight was.
         constants: attributes of the graph that are no tensors of the model.
+        width: of the mixer's output.
         arguments: nodes that are arguments of the owner's call.
         outputs: where in the owner's result each node's value stands.
     """
@@ -50,6 +51,7 @@ class Surrounding:
     config: AroundConfig
     weights: dict[str, dict[str, str]]
     constants: dict[str, Tensor]
+    width: int
     arguments: dict[fx.Node, Path] = field(repr=False)
     outputs: list[tuple[Path, fx.Node]] = field(repr=False)
 
@@ -246,7 +248,8 @@ class Surround:
         held |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
         constants = {n: attribute(self.gm, n).detach() for n in names - held}
         config = AroundConfig(before=self.before, after=tuple(self.after), dropout=dropout)
-        return Surrounding(config, self.weights, constants, self.arguments, outputs)
+        width = int(self.y.meta["val"].shape[-1])
+        return Surrounding(config, self.weights, constants, width, self.arguments, outputs)
 
 
 def _at(arguments: dict[str, Any], path: Path) -> Any:

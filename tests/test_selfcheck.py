@@ -131,7 +131,7 @@ def test_every_mutation_is_caught(mutation: str) -> None:
 
 def test_a_second_length_is_tried_beyond_two_windows() -> None:
     _, found, inputs_at = first_site("mistral")
-    longer = subject._second_length(found, inputs_at)
+    longer = subject.second_length(found, inputs_at)
     assert longer is not None
     assert longer > 2 * found.spec.core.pattern.window
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reattend.errors import ArgumentError
 from reattend.install.adapter import Adapter
+from reattend.install.pieces import block_output
 
 
 def adapters(student: nn.Module, teacher: nn.Module) -> dict[str, Adapter]:
@@ -57,7 +58,7 @@ def block_paths(student: nn.Module) -> list[str]:
 
 def attention_output(shape: Any, value: Any) -> Tensor | None:
     """The block's output inside a module's result, whose form is `Binding.output`."""
-    if shape == "y":
+    if block_output(shape):
         return value if isinstance(value, Tensor) else None
     if not isinstance(shape, dict) or "path" in shape:
         return None

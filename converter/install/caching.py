@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from reattend.capture import evaluation
+from reattend.capture import Call, evaluation, watch
 from reattend.install.binding import Path, bound, leaves
 
 
@@ -34,20 +35,14 @@ def watch_cache(
             *args: Any,
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:
-            if active and active[-1] not in found:
-                path = next((p for p, v in leaves(arguments[active[-1]]) if v is cache), None)
-                if path is not None:
-                    found[active[-1]] = (path, self.part, int(layer_idx))
+            for owner in active:  # nested modules may both turn out to be the owner
+                path = next((p for p, v in leaves(arguments[owner]) if v is cache), None)
+                if path is not None and owner not in found:
+                    found[owner] = (path, self.part, int(layer_idx))
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
 
-    config: Any = model.config
-    cache: Any = Recording(config=config.get_text_config(decoder=True))
-    if getattr(config, "is_encoder_decoder", False):
-        own, cross = Recording(), Recording()
-        own.part, cross.part = "self_attention_cache", "cross_attention_cache"
-        cache = EncoderDecoderCache(own, cross)
-
+    cache = _empty_cache(model, Recording)
     handles = []
     for path in paths:
         module = model.get_submodule(path)
@@ -70,3 +65,52 @@ def watch_cache(
         for handle in handles:
             handle.remove()
     return found
+
+
+def _empty_cache(model: nn.Module, kind: Any) -> Any:
+    """A cache of this class for the model; one for each part of an encoder-decoder."""
+    config: Any = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return kind(config=config.get_text_config(decoder=True))
+    own, cross = kind(), kind()
+    own.part, cross.part = "self_attention_cache", "cross_attention_cache"
+    return EncoderDecoderCache(own, cross)
+
+
+@dataclass
+class Steps:
+    """Calls of some modules: for a whole sequence, and piece by piece from a cache."""
+
+    whole: dict[str, Call]
+    pieces: list[tuple[int, int, dict[str, Call]]]
+
+
+def watch_steps(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> Steps | None:
+    """Run the model once as a whole and once in three pieces, the last of one token.
+
+    Args:
+        model: a transformers model.
+        paths: modules to watch.
+        inputs: example arguments, `use_cache` False.
+
+    Returns:
+        The calls; None where the model cannot be run piece by piece on such inputs.
+    """
+    prefix = "decoder_" if "decoder_input_ids" in inputs else ""
+    known = {f"{prefix}input_ids", f"{prefix}attention_mask", "use_cache"}
+    if not prefix and not set(inputs) <= known:
+        return None
+    ids, mask = inputs[f"{prefix}input_ids"], inputs.get(f"{prefix}attention_mask")
+    length = ids.shape[1]
+    cache = _empty_cache(model, DynamicCache)
+    steps = Steps(watch(model, paths, inputs), [])
+    for start, end in ((0, length // 2), (length // 2, length - 1), (length - 1, length)):
+        given = {**inputs, "use_cache": True, "past_key_values": cache}
+        given[f"{prefix}input_ids"] = ids[:, start:end]
+        if mask is not None:
+            given[f"{prefix}attention_mask"] = mask[:, :end]
+        try:
+            steps.pieces.append((start, end, watch(model, paths, given)))
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+            return None
+    return steps

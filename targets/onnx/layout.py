@@ -12,6 +12,7 @@ from torch import nn
 
 from reattend.errors import NothingFoundError, RefusedError
 from reattend.install.adapter import Adapter
+from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.latent import LatentConfig
@@ -77,7 +78,7 @@ def layout(model: nn.Module) -> list[LayerLayout]:
         if not isinstance(module, Adapter):
             continue
         config, layer = module.mixer.config, module.binding.layer_idx
-        _check(path, config, cached=module.binding.cache is not None)
+        _check(path, config, module.binding)
         if layer in found:
             raise RefusedError(
                 "two converted layers use one cache slot", where=f"{found[layer].path} and {path}"
@@ -91,13 +92,15 @@ def layout(model: nn.Module) -> list[LayerLayout]:
     return [found[layer] for layer in sorted(found)]
 
 
-def _check(path: str, config: object, *, cached: bool) -> None:
+def _check(path: str, config: object, binding: Binding) -> None:
     if not isinstance(config, BlockConfig):
         raise RefusedError("this layer has no ONNX form yet", where=path)
     why = ""
     if config.cross:
         why = "it attends to another stream (cross-attention)"
-    elif not cached:
+    elif binding.around is not None and not binding.around.stepwise:
+        why = "what the original module does around its attention needs the whole sequence"
+    elif binding.cache is None:
         why = "it keeps no cache; only decoders that generate token by token are exported"
     elif config.core.pattern == "chunked":
         why = "chunked attention has no ONNX form yet"
