@@ -135,13 +135,18 @@ def watch(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str
     Returns:
         path -> the first call (a module called twice keeps its first).
     """
-    calls: dict[str, Call] = {}
+    return {path: calls[0] for path, calls in watch_all(model, paths, inputs).items()}
+
+
+def watch_all(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, list[Call]]:
+    """`watch`, every call of each submodule in order."""
+    calls: dict[str, list[Call]] = {}
     handles = []
     for path in paths:
         module = model.get_submodule(path)
 
         def hook(_m: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-            calls.setdefault(path, Call(args, kwargs, output))
+            calls.setdefault(path, []).append(Call(args, kwargs, output))
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:

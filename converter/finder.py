@@ -27,7 +27,8 @@ class AttentionSite:
     """One attention block of a model.
 
     Attributes:
-        path: dotted path of the module it lies in (`#k` appended where that holds several).
+        path: dotted path of the module it lies in (`#k` appended where that holds several). A
+            module that is called several times is one site.
         spec: what it computes.
         verified: it passed the self-check (`error` is its relative error in float64).
         hidden_size, memory_size: input widths; memory 0 for self-attention.
@@ -110,10 +111,25 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
                 continue
             if reason:
                 place = Place(place.path, reason=reason)
+        if place.number and place.binding is not None:
+            reason = _differs(item, place, result.sites)
+            if reason:
+                result.refused.append(RefusedSite(place.path, reason))
+            continue
         result.sites.append(_site(item, place, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
     _number(result.sites)
     return result
+
+
+def _differs(item: Found, place: Place, sites: list[AttentionSite]) -> str:
+    """Why a block that is called again cannot share its first call's mixer; empty if it can."""
+    first = next((s for s in sites if s.path == place.path), None)
+    if first is None or first.spec != item.spec or first.binding != place.binding:
+        return f"{place.path} is called several times and does not do the same each time"
+    if place.binding is not None and place.binding.cache is not None:
+        return f"{place.path} is called several times, each with a cache of its own"
+    return ""
 
 
 def _site(item: Found, place: Place, error: float) -> AttentionSite:

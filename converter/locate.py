@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from reattend.bind import CacheAt, bind, bind_around, boundary
-from reattend.capture import Call, Capture, watch
+from reattend.capture import Call, Capture, watch_all
 from reattend.frequencies import exact_frequencies
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
@@ -17,7 +17,7 @@ from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import AttentionSpec
 from reattend.stepcheck import stepwise
-from reattend.surround import Frame, Surrounding, filled, frame
+from reattend.surround import Frame, Surrounding, call_number, filled, frame
 
 
 @dataclass
@@ -29,21 +29,24 @@ class Place:
         binding: how the owner's call maps to a mixer's; None: no submodule carries the block.
         reason: why there is none.
         surrounding: what the owner does besides the block.
+        number: of the owner's call that holds the block; above 0 the owner is called again.
     """
 
     path: str
     binding: Binding | None = None
     reason: str = ""
     surrounding: Surrounding | None = None
+    number: int = 0
 
 
 @dataclass
 class _Candidate:
-    """A module that may own a block. `stop`: it ends before the output projection."""
+    """A call of a module that may own a block. `stop`: it ends before the output projection."""
 
     item: Found
     path: str
     stop: bool
+    number: int
     place: Frame | None = None
     reasons: list[str] = field(default_factory=list)
 
@@ -73,10 +76,10 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
         found: blocks in it.
         drops: paths of modules with a dropout that acts while training.
     """
-    owners = {id(f): _candidates(captured.model, f) for f in found}
+    owners = {id(f): _candidates(f) for f in found}
     paths = {c.path for many in owners.values() for c in many}
     inputs = captured.probe(padded=True, side=slice(-3, None))
-    calls = watch(captured.model, paths, inputs)
+    calls = watch_all(captured.model, paths, inputs)
     cached = _watch_cache(captured.model, paths, captured.inputs)
     values = _values(captured, [n for f in found for n in boundary(f)], inputs)
     located: dict[int, Place] = {}
@@ -92,15 +95,16 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
             continue
         whole = owner_of(item.region.nodes)
         located[id(item)] = Place(whole, reason="no submodule holds exactly this block")
-        candidates = [c for c in owners[id(item)] if c.path in calls]
+        candidates = [c for c in owners[id(item)] if c.number < len(calls.get(c.path, ()))]
         for c in candidates:
             try:
                 cache = cached.get(c.path, (None, None, 0))
-                binding = bind(captured, item, c.path, calls[c.path], values, cache, c.stop)
+                call = calls[c.path][c.number]
+                binding = bind(captured, item, c.path, call, values, cache, c.stop)
             except NotUnderstood as why:
                 c.reasons.append(str(why))
                 continue
-            _settle(located, c, Place(c.path, binding))
+            _settle(located, c, Place(c.path, binding, number=c.number))
             break
         else:
             open_ += candidates
@@ -108,12 +112,13 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
     return located
 
 
-def _candidates(model: nn.Module, item: Found) -> list[_Candidate]:
+def _candidates(item: Found) -> list[_Candidate]:
     """The smallest module around the block, and the one around all but its output projection."""
     whole, inner = owner_of(item.region.nodes), owner_of(item.region.nodes[:4])
-    both = [_Candidate(item, whole, False)]
+    core = item.region.core
+    both = [_Candidate(item, whole, False, call_number(core, whole))]
     if item.region.exit.out is not None:
-        both.append(_Candidate(item, inner, True))
+        both.append(_Candidate(item, inner, True, call_number(core, inner)))
     return [c for c in both if c.path]
 
 
@@ -130,7 +135,7 @@ def _surround(
     captured: Capture,
     candidates: list[_Candidate],
     located: dict[int, Place],
-    calls: dict[str, Call],
+    calls: dict[str, list[Call]],
     cached: dict[str, CacheAt],
     inputs: dict[str, Any],
     drops: set[str],
@@ -150,13 +155,13 @@ def _surround(
             continue
         try:
             binding, surrounding = bind_around(
-                captured, c.item, c.place, calls[c.path], values,
+                captured, c.item, c.place, calls[c.path][c.number], values,
                 cached.get(c.path, (None, None, 0)), c.stop, c.path in drops,
             )  # fmt: skip
         except NotUnderstood as why:
             c.reasons.append(str(why))
             continue
-        _settle(located, c, Place(c.path, binding, surrounding=surrounding))
+        _settle(located, c, Place(c.path, binding, "", surrounding, c.number))
     _check_steps(captured, [p for p in located.values() if p.surrounding is not None])
     for c in reversed(candidates):
         if located[id(c.item)].binding is None and c.reasons:

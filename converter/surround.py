@@ -71,16 +71,28 @@ def dropouts(gm: fx.GraphModule) -> set[str]:
 
 def frame(gm: fx.GraphModule, core: fx.Node, path: str) -> Frame:
     """The call of the module at `path` that computes `core`."""
-    keys = [k for k, (at, _) in core.meta.get("nn_module_stack", {}).items() if at == path]
-    if not keys:
+    key = _call_key(core, path)
+    if key is None:
         raise NotUnderstood(f"{path or 'the model'} does not show in the graph")
-    nodes = {n for n in gm.graph.nodes if keys[-1] in n.meta.get("nn_module_stack", {})}
+    nodes = {n for n in gm.graph.nodes if key in n.meta.get("nn_module_stack", {})}
     tensors = [n for n in gm.graph.nodes if n.op != "output" and _is_tensor(gm, n)]
     return Frame(
         path,
         [n for n in tensors if n not in nodes and any(u in nodes for u in n.users)],
         [n for n in tensors if n in nodes and _leaves(n, nodes)],
     )
+
+
+def _call_key(core: fx.Node, path: str) -> str | None:
+    """How the graph names the call of `path` that a node belongs to: `name`, then `name@1` ..."""
+    stack = core.meta.get("nn_module_stack", {})
+    return next((str(key) for key, (at, _) in stack.items() if at == path), None)
+
+
+def call_number(core: fx.Node, path: str) -> int:
+    """Which call of the module at `path` computes `core`: 0 for the first."""
+    number = (_call_key(core, path) or "").partition("@")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def _is_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
