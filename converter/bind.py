@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from reattend.capture import Call, Capture
+from reattend.frame import Frame
 from reattend.frequencies import bind_rotation
 from reattend.install.binding import (
     Binding,
@@ -24,17 +25,14 @@ from reattend.install.binding import (
     match_table,
     returns_bias,
 )
-from reattend.install.pieces import Path
+from reattend.install.pieces import CacheAt, Path
 from reattend.mixers.relative import relative_bias
 from reattend.mixers.scores import shown
 from reattend.passes.evaluate import attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.surround import Frame, Surround, Surrounding
+from reattend.surround import Surround, Surrounding
 from reattend.weights import head_order
-
-#: (leaf of the call that is the cache, its part, layer index)
-CacheAt = tuple[Path | None, str | None, int]
 
 
 def boundary(item: Found) -> list[fx.Node]:
@@ -202,5 +200,3 @@ def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor
         return values[region.hidden].new_zeros(1, core.heads, n, m)
     table = attribute(captured.gm, core.bias.weight).detach()
     return relative_bias(table, core.bias.buckets, n, m)
-
-

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from reattend.capture import Capture, capture
+from reattend.frame import dropouts
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
@@ -19,7 +20,7 @@ from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.selfcheck import self_check
 from reattend.spec import AttentionSpec
-from reattend.surround import Surrounding, dropouts
+from reattend.surround import Surrounding
 
 
 @dataclass

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from reattend.bind import CacheAt, bind, bind_around, boundary
+from reattend.bind import bind, bind_around, boundary
 from reattend.capture import Call, Capture, watch_all
+from reattend.frame import Frame, call_number, frame
 from reattend.frequencies import exact_frequencies
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
+from reattend.install.pieces import CacheAt
 from reattend.passes.evaluate import Evaluator
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import AttentionSpec
 from reattend.stepcheck import stepwise
-from reattend.surround import Frame, Surrounding, call_number, filled, frame
+from reattend.surround import Surrounding, filled
 
 
 @dataclass
@@ -176,29 +178,23 @@ def _check_steps(captured: Capture, places: list[Place]) -> None:
     from reattend.install.caching import watch_steps
 
     steps = watch_steps(captured.model, {p.path for p in cached}, captured.inputs)
-    tensors = dict(captured.model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(captured.model.named_parameters(remove_duplicate=False))
     tensors |= dict(captured.model.named_buffers(remove_duplicate=False))
     for p in cached:
         assert p.binding is not None and p.surrounding is not None
         around = filled(p.surrounding, lambda name: tensors[name].detach()).double()
         width = p.surrounding.width
-        if steps is None or not stepwise(
-            captured.model, p.path, p.binding, around, width, steps
-        ):
+        if steps is None or not stepwise(captured.model, p.path, p.binding, around, width, steps):
             config = p.surrounding.config.model_copy(update={"stepwise": False})
             p.binding = p.binding.model_copy(update={"around": config})
 
 
-def _values(
-    captured: Capture, wanted: list[fx.Node], inputs: dict[str, Any]
-) -> dict[fx.Node, Any]:
+def _values(captured: Capture, wanted: list[fx.Node], inputs: dict[str, Any]) -> dict[fx.Node, Any]:
     run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
     return dict(zip(wanted, run, strict=True))
 
 
-def _watch_cache(
-    model: nn.Module, paths: set[str], inputs: dict[str, Any]
-) -> dict[str, CacheAt]:
+def _watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, CacheAt]:
     """path -> where its cache is, by running once.
 
     Empty for models without a transformers cache.

@@ -73,8 +73,8 @@ def owner_check(captured: Capture, found: Found, place: Place) -> str:
         worst = max(worst, _trial(captured, found, place, inputs))
     if not worst <= TOLERANCE:
         return (
-            f"{place.path} does more than its attention, and rebuilt around it differs by {worst:.1e} "
-            f"(limit {TOLERANCE:g})"
+            f"{place.path} does more than its attention, and rebuilt around it differs by "
+            f"{worst:.1e} (limit {TOLERANCE:g})"
         )
     return ""
 
@@ -96,7 +96,8 @@ def _trial(captured: Capture, found: Found, place: Place, inputs: dict[str, Any]
     for node, at in surrounding.arguments.items():
         if at not in changed:
             changed[at] = redrawn(read(arguments, at), at in activations, generator)
-        fixed[node] = changed[at]
+        if changed[at] is not None:  # a mask that hides nothing may be left out of a call
+            fixed[node] = changed[at]
     arguments = replaced(arguments, changed)
     given = captured.placeholders(inputs)
     mixer, tables = _mixer(gm, found, binding, weights, given)

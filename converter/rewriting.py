@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from reattend.capture import Capture
 from reattend.errors import ArgumentError
-from reattend.inputs import is_hf
 from reattend.finder import AttentionSite
+from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter, install, replace_module
 from reattend.install.around import Around
 from reattend.install.graph import drop_unused, replace_region
@@ -124,16 +124,22 @@ def rewrite(
         )
     target = model if inplace else (capture.gm if graph and capture else shared_copy(model))
     result = Rewritten(target, graph=graph)
+    if not graph and is_hf(target):
+        from reattend.targets.huggingface import keep_recording
+
+        keep_recording(target, [c.site.path for c in converted])
     for number, choice in enumerate(converted, 1):
         path = choice.site.path
         assert choice.conversion is not None
         built = choice.conversion.build(forms.pop(path), statistics.get(path), choice.options)
         if graph:
             assert capture is not None and isinstance(target, fx.GraphModule)
-            replace_region(
+            new = replace_region(
                 target, path, choice.site.region, built.mixer, capture.placeholders(),
                 choice.site.follows_padding,
             )  # fmt: skip
+            for other in (c.site.region for c in converted):  # blocks may feed each other
+                other.replaced(choice.site.region.exit.node, new)
         else:
             assert choice.site.binding is not None
             owner = target.get_submodule(path)

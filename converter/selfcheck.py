@@ -112,8 +112,8 @@ def _native(
     read = {n: attribute(gm, n) for n in _weight_names(found)}
     dtype = read[found.spec.q.proj.weight].dtype
     region = found.region
-    x = random_like(region.hidden, given, generator).to(dtype)
-    memory = None if region.memory is None else random_like(region.memory, given, generator)
+    x = _random_like(region.hidden, given, generator).to(dtype)
+    memory = None if region.memory is None else _random_like(region.memory, given, generator)
     memory = None if memory is None else memory.to(dtype)
     expected, y, rows = _both(gm, found, given, None, read, x, memory)
     order = torch.randperm(x.shape[-1], generator=generator)
@@ -174,8 +174,8 @@ def _compare(
 ) -> tuple[float, float]:
     """(largest difference, largest output) in promoted float64 with random weights."""
     region = found.region
-    x = random_like(region.hidden, given, generator)
-    memory = None if region.memory is None else random_like(region.memory, given, generator)
+    x = _random_like(region.hidden, given, generator)
+    memory = None if region.memory is None else _random_like(region.memory, given, generator)
     expected, y, rows = _both(gm, found, given, torch.float64, weights, x, memory)
     if y.shape != expected.shape:
         return float("inf"), 1.0
@@ -264,6 +264,6 @@ def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor |
     return allowed.any(1)
 
 
-def random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:
+def _random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:
     shape = concrete_shape(node, given)
     return torch.randn(shape, generator=generator, dtype=torch.float64)

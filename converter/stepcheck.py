@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.activations import drawn, redrawn, replaced
 from reattend.capture import Call
 from reattend.install.around import Around
 from reattend.install.binding import Binding, bound, read, same
 from reattend.install.caching import Steps
 from reattend.install.pieces import AFTER, BEFORE
-from reattend.activations import drawn, redrawn, replaced
 
 _LIMIT = 1e-5
 

@@ -13,12 +13,14 @@ from functools import cache
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from reattend.errors import ArgumentError, ModelError
-from reattend.install.stored import FORMAT, check_format, describe, install_empty
+from reattend.install.stored import FORMAT, check_format, describe, install_empty, local_path
 
 MODEL_TYPE = "reattend"
 
@@ -65,6 +67,7 @@ def model_class(base: Any) -> Any:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        keep_recording(self, [s["path"] for s in config.reattend["sites"]])
         install_empty(self, config.reattend["sites"])
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,6 +99,23 @@ def refuse_attention_weights(config: Any, kwargs: dict[str, Any]) -> None:
             "a converted model does not form attention weights",
             next_step="call it without output_attentions=True",
         )
+
+
+def keep_recording(model: nn.Module, paths: list[str]) -> None:
+    """Let transformers hook the blocks whose outputs it records, before they are replaced.
+
+    It knows them by class (`output_hidden_states` records every decoder layer), and hooks lazily;
+    an adapter in a layer's place keeps the hooks but not the class.
+    """
+    for path in paths:
+        local = local_path(model, path, getattr(model, "base_model_prefix", ""))
+        above = "" if local is None else local
+        while above:
+            above = above.rpartition(".")[0]
+            holder = model.get_submodule(above) if above else model
+            if isinstance(holder, PreTrainedModel):
+                maybe_install_capturing_hooks(holder)
+                break
 
 
 def register_auto_classes(made: Any) -> None:

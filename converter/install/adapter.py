@@ -183,10 +183,17 @@ def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:
     return picked.reshape(-1, *picked.shape[-2:]) if picked.dim() != 3 else picked
 
 
+#: what others registered on a module: who records hidden states goes on doing so
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
 def install(
     owner: nn.Module, mixer: Mixer, binding: Binding, around: Around | None = None
 ) -> Adapter:
-    """An adapter for `owner`; its plain attributes (layer_idx, config ...) are carried over.
+    """An adapter for `owner`; its plain attributes (layer_idx, config ...) and hooks stay.
 
     Args:
         owner: the module that is replaced.
@@ -200,6 +207,8 @@ def install(
     for name, value in vars(owner).items():
         if not name.startswith("_") and name not in own:
             setattr(adapter, name, value)
+    for name in _HOOKS:
+        getattr(adapter, name).update(getattr(owner, name))
     adapter.train(owner.training)
     return adapter
 

@@ -10,19 +10,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from reattend.capture import Call, evaluation, watch
-from reattend.install.binding import Path, bound, leaves
+from reattend.install.binding import bound, leaves
+from reattend.install.pieces import CacheAt
 
 
-def watch_cache(
-    model: nn.Module, paths: set[str], inputs: dict[str, Any]
-) -> dict[str, tuple[Path, str | None, int]]:
+def watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, CacheAt]:
     """path -> (leaf that holds the cache, part of an encoder-decoder cache, layer index).
 
     The model runs once with a recording cache; modules that do not write to it are absent.
     """
     active: list[str] = []
     arguments: dict[str, dict[str, Any]] = {}
-    found: dict[str, tuple[Path, str | None, int]] = {}
+    found: dict[str, CacheAt] = {}
 
     class Recording(DynamicCache):
         part: str | None = None

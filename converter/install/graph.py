@@ -56,8 +56,8 @@ def site_module(path: str) -> str:
 def replace_region(
     gm: fx.GraphModule, path: str, region: Region, mixer: Mixer, given: dict[fx.Node, Any],
     follows_padding: bool,
-) -> None:  # fmt: skip
-    """Put one call of `mixer` in place of the region; the dead nodes go.
+) -> fx.Node:  # fmt: skip
+    """Put one call of `mixer` in place of the region; the dead nodes go. Returns the call.
 
     Args:
         gm: the captured, normalised graph; changed.
@@ -94,6 +94,7 @@ def replace_region(
     gm.graph.erase_node(last)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
+    return new
 
 
 def _table(

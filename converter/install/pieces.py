@@ -6,6 +6,8 @@ from reattend.mixers.config import Frozen
 from reattend.program import Program
 
 Path = tuple[str | int, ...]
+#: (leaf of a call that is the cache, its part, layer index)
+CacheAt = tuple[Path | None, str | None, int]
 
 #: keys beside the arguments of a call; the dot keeps them apart from parameter names
 BEFORE, MIXED, AFTER = "before.", "mixed.", "after."
@@ -53,4 +55,4 @@ def block_output(shape: object) -> bool:
     if shape == "y":
         return True
     path = shape.get("path") if isinstance(shape, dict) else None
-    return bool(path) and path[0] == AFTER
+    return path is not None and path[0] == AFTER

@@ -55,9 +55,7 @@ def install_empty(model: nn.Module, sites: list[dict[str, Any]]) -> None:
         mixer = build_mixer(site["kind"], site["config"])
         binding = Binding.model_validate(site["binding"])
         around = None if binding.around is None else Around(binding.around)
-        replace_module(
-            model, path, install(model.get_submodule(path), mixer, binding, around)
-        )
+        replace_module(model, path, install(model.get_submodule(path), mixer, binding, around))
 
 
 def local_path(model: nn.Module, path: str, prefix: str) -> str | None:

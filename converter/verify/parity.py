@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reattend.capture import Call, evaluation, watch
 from reattend.inputs import without_cache
+from reattend.install.adapter import Adapter
 from reattend.report.evidence import ParityCheck
 
 #: fp32 logits of an exact conversion, on real positions (design: identity).
@@ -106,8 +107,11 @@ def decode_checks(
         converted: the model judged.
         seed: of the token ids.
         floors: by check name, what the original showed when it was measured.
+
+    Returns:
+        Nothing for models that do not generate, or whose converted layers refuse a cache.
     """
-    if not _generates(converted):
+    if not _generates(converted) or _needs_the_whole(converted):
         return []
     vocabulary = int(converted.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     generator = torch.Generator().manual_seed(seed)
@@ -146,6 +150,12 @@ def _generates(model: nn.Module) -> bool:
     if can is None or not can() or encoder_decoder:
         return False
     return "past_key_values" in inspect.signature(model.forward).parameters
+
+
+def _needs_the_whole(model: nn.Module) -> bool:
+    """Whether a converted layer refuses to continue from a cache."""
+    arounds = [m.binding.around for m in model.modules() if isinstance(m, Adapter)]
+    return any(around is not None and not around.stepwise for around in arounds)
 
 
 def _cache_gap(

@@ -37,6 +37,11 @@ class Region:
         own = [s.projection for s in self.streams.values()] + [self.core]
         return own + ([self.exit.node] if self.exit.out is not None else [])
 
+    def replaced(self, old: fx.Node, new: fx.Node) -> None:
+        """Another node stands for one that enters here."""
+        self.hidden = new if self.hidden is old else self.hidden
+        self.memory = new if self.memory is old else self.memory
+
 
 @dataclass
 class Found:
