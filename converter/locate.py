@@ -12,7 +12,7 @@ from reattend.capture import Call, Capture, watch_all
 from reattend.frame import Frame, call_number, frame
 from reattend.frequencies import exact_frequencies
 from reattend.install.adapter import Adapter
-from reattend.install.binding import Binding
+from reattend.install.binding import Binding, equal, unmatched
 from reattend.install.pieces import CacheAt
 from reattend.passes.evaluate import Evaluator
 from reattend.passes.find.reasons import NotUnderstood
@@ -49,6 +49,7 @@ class _Candidate:
     path: str
     stop: bool
     number: int
+    direct: Binding | None = None
     place: Frame | None = None
     reasons: list[str] = field(default_factory=list)
 
@@ -106,9 +107,12 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
             except NotUnderstood as why:
                 c.reasons.append(str(why))
                 continue
-            _settle(located, c, Place(c.path, binding, number=c.number))
+            if unmatched(binding.output, call.output):
+                c.direct = binding  # attention weights, or something that is read
+            else:
+                _settle(located, c, Place(c.path, binding, number=c.number))
             break
-        else:
+        if located[id(item)].binding is None:
             open_ += candidates
     _surround(captured, open_, located, calls, cached, inputs, drops)
     return located
@@ -144,6 +148,7 @@ def _surround(
 ) -> None:
     """Owners that do more than their block: their own graph is kept around the mixer."""
     wanted: set[fx.Node] = set()
+    candidates = sorted(candidates, key=lambda c: c.direct is None)
     for c in candidates:
         try:
             c.place = frame(captured.gm, c.item.region.core, c.path)
@@ -155,9 +160,13 @@ def _surround(
     for c in candidates:
         if located[id(c.item)].binding is not None or c.place is None:
             continue
+        call = calls[c.path][c.number]
+        if c.direct is not None and not _escape(c, call, values):
+            _settle(located, c, Place(c.path, c.direct, number=c.number))
+            continue
         try:
             binding, surrounding = bind_around(
-                captured, c.item, c.place, calls[c.path][c.number], values,
+                captured, c.item, c.place, call, values,
                 cached.get(c.path, (None, None, 0)), c.stop, c.path in drops,
             )  # fmt: skip
         except NotUnderstood as why:
@@ -168,6 +177,13 @@ def _surround(
     for c in reversed(candidates):
         if located[id(c.item)].binding is None and c.reasons:
             located[id(c.item)] = Place(c.path, reason=c.reasons[-1])
+
+
+def _escape(c: _Candidate, call: Call, values: dict[fx.Node, Any]) -> bool:
+    """Whether a returned tensor that the mixer does not make is read outside."""
+    assert c.direct is not None and c.place is not None
+    rest = unmatched(c.direct.output, call.output)
+    return any(equal(tensor, values[node]) for node in c.place.exits for tensor in rest)
 
 
 def _check_steps(captured: Capture, places: list[Place]) -> None:

@@ -113,7 +113,7 @@ def _trial(captured: Capture, found: Found, place: Place, inputs: dict[str, Any]
         same(read({"": result}, ("", *at)), value)
         for (at, _), value in zip(surrounding.outputs, expected, strict=True)
     ]
-    return max([*gaps, _table_gap(adapter, binding, arguments, tables)])
+    return max([*gaps, _table_gap(adapter, binding, arguments)])
 
 
 def _mixer(
@@ -137,15 +137,18 @@ def _mixer(
     return _Turned(mixer, (here.cos_NP[None], here.sin_NP[None])), tables
 
 
-def _table_gap(
-    adapter: Adapter, binding: Binding, arguments: dict[str, Any], tables: dict[fx.Node, Any]
-) -> float:
+def _table_gap(adapter: Adapter, binding: Binding, arguments: dict[str, Any]) -> float:
     """0 where the tables the programs make equal the graph's; they are made in its own dtype."""
-    if binding.cos is None or binding.cos.path[0] != BEFORE or adapter.around is None:
+    mixer = adapter.mixer
+    if binding.cos is None or not isinstance(mixer, _Turned) or adapter.around is None:
         return 0.0
-    made = read(adapter.around.prepare(arguments), binding.cos.path)
-    gap = min(same(made, value) for value in tables.values())
-    return 0.0 if gap <= 1e-6 else gap
+    made = adapter.rotation(adapter.around.prepare(arguments))
+    if made is None:
+        return float("inf")
+    limit = 1e-5 if made[0].element_size() > 2 else 0.03
+    pairs = zip(made, mixer.rotation, strict=True)
+    gap = max(same(a.expand_as(b) if len(a) == 1 else a[:1], b) for a, b in pairs)
+    return 0.0 if gap <= limit else gap
 
 
 def _stirred(weight: Tensor, generator: torch.Generator) -> Tensor:

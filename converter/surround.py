@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from reattend.frame import Frame
 from reattend.install.around import Around
 from reattend.install.binding import equal, leaves, same
 from reattend.install.pieces import AFTER, BEFORE, MIXED, AroundConfig, Feed, Path, Piece
-from reattend.passes.evaluate import ancestors, attribute
+from reattend.passes.evaluate import ancestors, attribute, parameter_only
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.passes.normalize.forms import aten, attention, is_op
@@ -166,7 +165,7 @@ class Surround:
                 if at is not None:
                     feeds[node] = Feed(path=feeds[at[0]].path, axis=at[1])
         needed = ancestors([output], stop=lambda n: n in feeds)
-        self._check(output, needed - feeds.keys())
+        self._check(needed - feeds.keys())
         used = [n for n in feeds if n in needed]
         used.sort(key=lambda n: tensors.index(n) if n in tensors else len(tensors))
         if not used or used[0] not in tensors:
@@ -177,14 +176,17 @@ class Surround:
             raise NotUnderstood(f"{self.place.path}: {output.name}: {why}") from why
         return Piece(program=program, feeds=tuple(feeds[n] for n in used)), sources
 
-    def _check(self, output: fx.Node, needed: Iterable[fx.Node]) -> None:
+    def _check(self, needed: set[fx.Node]) -> None:
         path = self.place.path
+        for node in self.place.entries:
+            if node in needed and not parameter_only(node):
+                raise NotUnderstood(f"{path} reads {node.name}, which is no argument of its call")
         for node in needed:
             if node is self.core:
                 raise NotUnderstood(f"{path} uses its attention otherwise than through its output")
             if is_op(node, attention):
                 raise NotUnderstood(f"{path} holds a second attention core beside this one")
-        if self.streams & set(needed):
+        if self.streams & needed:
             raise NotUnderstood(f"{path} uses queries, keys or values outside of its attention")
 
     def done(self, outputs: list[tuple[Path, fx.Node]], dropout: bool) -> Surrounding:

@@ -37,24 +37,27 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+Result = tuple[Tensor, Tensor | None]
+
+
 class ResidualInside(Attention):
     """Bloom: the residual is an argument, and added inside."""
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         return self.attend(x, mask) + residual, None
 
 
 class NormAfter(Attention):
-    """BERT: the residual and its norm are inside; the mask comes as validity."""
+    """BERT: the residual and its norm are inside."""
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         return self.norm(self.attend(x, mask) + x), None
 
 
 class NormBefore(Attention):
     """The owner receives what is not normalised yet."""
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         return self.attend(self.norm(x), mask), None
 
 
@@ -66,32 +69,87 @@ class Parallel(Attention):
         self.mlp = nn.Linear(WIDTH, WIDTH)
         self.drop = nn.Dropout(0.1)
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         h = self.norm(x)
         return x + self.attend(h, mask) + self.drop(F.gelu(self.mlp(h))), None
+
+
+class ValidityOnly(Attention):
+    """The owner is told which tokens are real and makes its mask itself."""
+
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, valid: Tensor, *_: Tensor) -> Result:
+        n = x.shape[1]
+        mask = torch.ones(n, n, dtype=torch.bool).tril() & (valid[:, None, None, :] != 0)
+        return self.attend(x, mask) + residual, None
+
+
+class MaskInside(Attention):
+    """The same from an additive row."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor, mask: Tensor, valid: Tensor, row: Tensor, *_: Tensor
+    ) -> Result:
+        n = x.shape[1]
+        hidden = torch.full((n, n), -1e38).triu(1)
+        return self.attend(x, hidden + row[:, None, None, :]) + residual, None
+
+
+class AnglesInside(Attention):
+    """Rotary angles are an argument; the owner makes cos and sin of them."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor, mask: Tensor, valid: Tensor, row: Tensor, angle: Tensor
+    ) -> Result:
+        cos, sin = angle.cos(), angle.sin()
+
+        def turn(t: Tensor) -> Tensor:
+            a, b = t.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        q, k, v = (heads(t) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(turn(q), turn(k), v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2)), None
 
 
 class TwoCores(Attention):
     """Two blocks in one module."""
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         return self.attend(self.attend(self.norm(x), mask), mask), None
 
 
 class Leaking(Attention):
-    """Something else than the result leaves the module."""
+    """Something leaves the module by another way than its result."""
 
-    kept: Tensor
-
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        self.kept = torch.tanh(x)
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
+        self.kept.append(torch.tanh(x))
         return self.attend(self.norm(x), mask), None
+
+    kept: list[Tensor] = []  # noqa: RUF012
+
+
+class Reaching(Attention):
+    """Something enters the module by another way than its arguments."""
+
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
+        return self.attend(x, mask) + self.seen[-1], None
+
+    seen: list[Tensor] = []  # noqa: RUF012
+
+
+class KeysToo(Attention):
+    """The keys leave the module beside the output."""
+
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2)), k
 
 
 class Windows(Attention):
     """Swin: tokens of a square are regrouped to windows and back."""
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         b, n, d = x.shape
         side, w = 8, 4
         grid = self.norm(x).view(b, side // w, w, side // w, w, d).permute(0, 1, 3, 2, 4, 5)
@@ -114,11 +172,16 @@ class Tower(nn.Module):
         n = ids.shape[1]
         mask = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
         mask = mask & (attention_mask[:, None, None, :] != 0)
+        row = (attention_mask == 0) * -1e38
+        angle = torch.arange(n)[:, None] * 0.3 ** torch.arange(4)
         x = self.embed(ids)
         for norm, block in zip(self.norms, self.blocks, strict=True):
-            x = block(norm(x), x, mask)[0]
-            if hasattr(block, "kept"):
-                x = x + block.kept
+            Reaching.seen[:] = [x * 0.5]
+            seen = None if isinstance(block, ValidityOnly | MaskInside) else mask
+            given = None if isinstance(block, MaskInside) else attention_mask
+            y, more = block(norm(x), x, seen, given, row, angle)
+            x = y if more is None else y + more
+            x = x + Leaking.kept.pop() if Leaking.kept else x
         return self.head(x)
 
 
@@ -171,6 +234,13 @@ class ShiftingLayer(InlinedLayer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return super().project(0.5 * (x + F.pad(x, (0, 0, 1, 0))[:, :-1]))
+
+
+class CountingLayer(InlinedLayer):
+    """The layer itself counts its tokens, from zero in every call."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().project(x + 0.1 * torch.arange(x.shape[1])[None, :, None])
 
 
 def llama(layer: type[InlinedLayer]) -> Any:

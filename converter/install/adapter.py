@@ -103,7 +103,7 @@ class Adapter(nn.Module):
         mask = self._mask(arguments)
         ctx = Context(
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
-            rotation=self._rotation(arguments),
+            rotation=self.rotation(arguments),
             position_BN=read(arguments, b.position),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
@@ -137,7 +137,8 @@ class Adapter(nn.Module):
         bias: Tensor = relative(n, m, seen)
         return bias
 
-    def _rotation(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    def rotation(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [B or 1, N, P] that a call brings; None where positions are counted."""
         if self.binding.cos is None or self.binding.sin is None:
             return None
         cos, sin = _table(arguments, self.binding.cos), _table(arguments, self.binding.sin)

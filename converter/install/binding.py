@@ -226,6 +226,16 @@ def match_output(
     return shape if found == 1 else None
 
 
+def unmatched(shape: Any, output: Any) -> list[Tensor]:
+    """Tensors of a result for which `match_output` has no place."""
+    if isinstance(output, Tensor):
+        return [output] if shape is None else []
+    if type(output) not in (tuple, list) or not isinstance(shape, dict):
+        return []
+    items = shape.get(type(output).__name__, ())
+    return [t for s, o in zip(items, output, strict=True) for t in unmatched(s, o)]
+
+
 def returns_bias(shape: Any) -> bool:
     """Whether a result's shape has a leaf for the position bias."""
     if isinstance(shape, dict) and "path" not in shape:
