@@ -14,7 +14,7 @@ from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.locate import Place, adapter_of, locate, owner_of
-from reattend.ownercheck import owner_check
+from reattend.ownercheck import Watched, owner_check
 from reattend.passes.base import PassResult
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
@@ -93,6 +93,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     seen = find(captured.gm, captured.placeholders(), inputs_at)
     places = locate(captured, [f for f in seen if isinstance(f, Found)], drops)
     ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
+    watched = Watched(captured, {p.path for p in places.values() if p.surrounding is not None})
     for item in seen:
         if isinstance(item, Missed):
             result.refused.append(_missed(item, ours))
@@ -105,8 +106,8 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         if proof.reason:
             result.refused.append(RefusedSite(place.path, proof.reason))
             continue
-        if place.surrounding is not None:
-            reason = owner_check(captured, item, place)
+        if place.surrounding is not None and not place.number:
+            reason = owner_check(watched, item, place)
             if reason and is_hf(model):
                 result.refused.append(RefusedSite(place.path, reason))
                 continue

@@ -96,8 +96,8 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
                 exact_frequencies(captured, item)
             located[id(item)] = Place(own, ours[own].binding)
             continue
-        whole = owner_of(item.region.nodes)
-        located[id(item)] = Place(whole, reason="no submodule holds exactly this block")
+        where = owner_of(item.region.nodes) or owner_of(item.region.nodes[:3])
+        located[id(item)] = Place(where, reason="no submodule holds exactly this block")
         candidates = [c for c in owners[id(item)] if c.number < len(calls.get(c.path, ()))]
         for c in candidates:
             try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from reattend.activations import drawn, redrawn, replaced
-from reattend.capture import Capture, watch
+from reattend.capture import Call, Capture, watch
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding, bound, read, same, signature_of
 from reattend.install.pieces import BEFORE, Path
@@ -51,17 +51,36 @@ class _Turned(Mixer):
         return self.mixer.cache_per_token
 
 
-def owner_check(captured: Capture, found: Found, place: Place) -> str:
+class Watched:
+    """Calls of owners under the inputs of the proof; the model runs once per kind of input."""
+
+    def __init__(self, captured: Capture, paths: set[str]) -> None:
+        self.captured, self.paths = captured, paths
+        self._calls: dict[tuple[int | None, bool], dict[str, Call]] = {}
+
+    def inputs(self, length: int | None, padded: bool) -> dict[str, Any]:
+        """Example inputs, padded on the right: there every value is comparable."""
+        return self.captured.probe(length, padded, slice(-3, None))
+
+    def call(self, path: str, length: int | None, padded: bool) -> Call:
+        """The call of the module at `path`."""
+        if (length, padded) not in self._calls:
+            inputs = self.inputs(length, padded)
+            self._calls[length, padded] = watch(self.captured.model, self.paths, inputs)
+        return self._calls[length, padded][path]
+
+
+def owner_check(watched: Watched, found: Found, place: Place) -> str:
     """Why the owner's programs are not trusted; empty if they are.
 
     Args:
-        captured: the normalised graph.
+        watched: the normalised graph and the owners' calls.
         found: the block, proven by itself.
         place: its owner, with programs.
     """
 
     def given(length: int | None, padded: bool) -> dict[fx.Node, Any]:
-        return captured.placeholders(captured.probe(length, padded, slice(-3, None)))
+        return watched.captured.placeholders(watched.inputs(length, padded))
 
     trials: list[tuple[int | None, bool]] = [(None, False), (None, True)]
     longer = second_length(found, given)
@@ -69,8 +88,8 @@ def owner_check(captured: Capture, found: Found, place: Place) -> str:
         trials.append((longer, True))
     worst = 0.0
     for length, padded in trials:
-        inputs = captured.probe(length, padded, slice(-3, None))
-        worst = max(worst, _trial(captured, found, place, inputs))
+        call = watched.call(place.path, length, padded)
+        worst = max(worst, _trial(watched.captured, found, place, call, given(length, padded)))
     if not worst <= TOLERANCE:
         return (
             f"{place.path} does more than its attention, and rebuilt around it differs by "
@@ -79,7 +98,9 @@ def owner_check(captured: Capture, found: Found, place: Place) -> str:
     return ""
 
 
-def _trial(captured: Capture, found: Found, place: Place, inputs: dict[str, Any]) -> float:
+def _trial(
+    captured: Capture, found: Found, place: Place, call: Call, given: dict[fx.Node, Any]
+) -> float:
     """Relative difference of the owner's results under these inputs; infinite if one is missing."""
     path, binding, surrounding = place.path, place.binding, place.surrounding
     assert binding is not None and surrounding is not None
@@ -88,7 +109,6 @@ def _trial(captured: Capture, found: Found, place: Place, inputs: dict[str, Any]
     for name in sorted(surrounding.names() - weights.keys() - surrounding.constants.keys()):
         weights[name] = _stirred(attribute(gm, name), generator)
     module = captured.model.get_submodule(path)
-    call = watch(captured.model, {path}, inputs)[path]
     arguments = bound(module, call.args, call.kwargs)
     fixed: dict[fx.Node, Any] = {}
     changed: dict[Path, Any] = {}
@@ -99,7 +119,6 @@ def _trial(captured: Capture, found: Found, place: Place, inputs: dict[str, Any]
         if changed[at] is not None:  # a mask that hides nothing may be left out of a call
             fixed[node] = changed[at]
     arguments = replaced(arguments, changed)
-    given = captured.placeholders(inputs)
     mixer, tables = _mixer(gm, found, binding, weights, given)
     around = filled(surrounding, weights.__getitem__).double()
     adapter = Adapter(mixer, binding, signature_of(module), around)

@@ -156,7 +156,8 @@ class Surround:
             NotUnderstood: it needs more than the call's arguments, or another core.
         """
         feeds = {node: Feed(path=path) for node, path in {**extra, **self.arguments}.items()}
-        tensors = sorted(feeds, key=lambda n: (n not in extra, not _floats(n)))
+        dtype = output.meta["val"].dtype
+        tensors = sorted(feeds, key=lambda n: (_dtype(n) != dtype, n not in extra, not _floats(n)))
         sizes = _sizes(tensors)
         needed = ancestors([output], stop=lambda n: n in feeds)
         for node in needed:
@@ -170,6 +171,10 @@ class Surround:
         used.sort(key=lambda n: tensors.index(n) if n in tensors else len(tensors))
         if not used or used[0] not in tensors:
             raise NotUnderstood(f"{output.name} in {self.place.path} depends on no argument")
+        first = _dtype(used[0])
+        cast = first is not None and first.is_floating_point and dtype.is_floating_point
+        if cast and dtype != first:
+            raise NotUnderstood(f"{self.place.path} changes the dtype of {output.name}")
         try:
             program, sources = cut(self.gm, output, {n: f"x{i}" for i, n in enumerate(used)})
         except Uncuttable as why:
@@ -182,6 +187,8 @@ class Surround:
             if node in needed and not parameter_only(node):
                 raise NotUnderstood(f"{path} reads {node.name}, which is no argument of its call")
         for node in needed:
+            if _changes_shared(node):
+                raise NotUnderstood(f"{path} changes a tensor in place that is read elsewhere")
             if node is self.core:
                 raise NotUnderstood(f"{path} uses its attention otherwise than through its output")
             if is_op(node, attention):
@@ -201,8 +208,25 @@ class Surround:
         return Surrounding(config, self.weights, constants, width, self.arguments, outputs)
 
 
+def _changes_shared(node: fx.Node) -> bool:
+    """Whether an operation writes into a tensor that has other readers: order would matter."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    return any(
+        isinstance(value, fx.Node) and (len(value.users) > 1 or value.op != "call_function")
+        for value, argument in zip(node.args, schema.arguments, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
 def _at(arguments: dict[str, Any], path: Path) -> Any:
     return next(leaf for at, leaf in leaves(arguments) if at == path)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _floats(node: fx.Node) -> bool:

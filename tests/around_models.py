@@ -77,7 +77,9 @@ class Parallel(Attention):
 class ValidityOnly(Attention):
     """The owner is told which tokens are real and makes its mask itself."""
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, valid: Tensor, *_: Tensor) -> Result:
+    def forward(
+        self, x: Tensor, residual: Tensor, mask: Tensor, valid: Tensor, *_: Tensor
+    ) -> Result:
         n = x.shape[1]
         mask = torch.ones(n, n, dtype=torch.bool).tril() & (valid[:, None, None, :] != 0)
         return self.attend(x, mask) + residual, None
@@ -146,6 +148,22 @@ class KeysToo(Attention):
         return self.out(y.transpose(1, 2).flatten(2)), k
 
 
+class InPlace(Attention):
+    """Writes into a tensor that is read again."""
+
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
+        h = self.norm(x)
+        y = self.attend(h, mask)
+        return y + h.mul_(2.0) + h, None
+
+
+class Wider(Attention):
+    """The result has another dtype than what it is made of."""
+
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
+        return (self.attend(x, mask) + residual).double(), None
+
+
 class Windows(Attention):
     """Swin: tokens of a square are regrouped to windows and back."""
 
@@ -180,7 +198,7 @@ class Tower(nn.Module):
             seen = None if isinstance(block, ValidityOnly | MaskInside) else mask
             given = None if isinstance(block, MaskInside) else attention_mask
             y, more = block(norm(x), x, seen, given, row, angle)
-            x = y if more is None else y + more
+            x = (y if more is None else y + more).float()
             x = x + Leaking.kept.pop() if Leaking.kept else x
         return self.head(x)
 

@@ -169,6 +169,22 @@ def test_it_becomes_latent_and_loads_in_a_fresh_process(tmp_path: Path) -> None:
     assert gap[mask.bool()].abs().max() <= 1e-3
 
 
+def test_full_rank_is_exact_and_training_sees_the_owner() -> None:
+    """Statistics are taken behind `before`, and losses where the owner's result is."""
+    model, data = models.llama(models.InlinedLayer), torch.randint(3, 97, (12, 40))
+    whole = {"sites": "*", "to": "mla", "kv_lora_rank": 16, "qk_rope_head_dim": 16}
+    exact = convert(model, plan={"rules": [whole]}, data=data)
+    assert {s.exactness for s in exact.report.sites} == {"exact"}
+    assert exact.report.parity[0].verdict == "pass"
+    training = {"tokens": 6000, "stages": ["layerwise"], "seq_len": 40, "lr": 3e-3}
+    trained = convert(model, plan={**MLA, "calibrate": training}, data=data).report
+    untrained = convert(model, plan=MLA, data=data).report
+    before, after = (
+        [s.error.output_relative for s in r.sites if s.error] for r in (untrained, trained)
+    )
+    assert all(a < 0.95 * b for a, b in zip(after, before, strict=True))
+
+
 class Lora(nn.Module):
     """An unmerged low-rank update, as peft attaches it."""
 

@@ -89,13 +89,23 @@ class Tower(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids) + self.position.weight[: ids.shape[1]]
         for block in self.blocks:
-            x = block(x)
+            x = self.through(block, x)
         return self.head(x)
+
+    def through(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
+
+
+class FlatTower(Tower):
+    """Runs its blocks' code without calling them: no submodule holds any attention."""
+
+    def through(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block.forward(x)
 
 
 def tower(block: type[nn.Module]) -> Tower:
     torch.manual_seed(4)
-    return Tower(block).eval()
+    return (FlatTower if block is InlinedBlock else Tower)(block).eval()
 
 
 INPUTS = {"ids": torch.arange(2 * 17).reshape(2, 17) % 50}
@@ -108,6 +118,33 @@ def test_fused_projection_keeps_its_owner() -> None:
         ("blocks.0.attn", "module"), ("blocks.1.attn", "module"),
     ]  # fmt: skip
     assert found.sites[0].spec.q.proj.weight == found.sites[0].spec.v.proj.weight
+
+
+def test_a_called_block_owns_its_inlined_attention() -> None:
+    torch.manual_seed(4)
+    found = find_attention(Tower(InlinedBlock).eval(), INPUTS)
+    assert [(s.path, s.owner) for s in found.sites] == [
+        ("blocks.0", "module"), ("blocks.1", "module"),
+    ]  # fmt: skip
+
+
+def test_blocks_that_feed_each_other_are_both_replaced() -> None:
+    class Twice(InlinedBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (self.split(w, x) for w in (self.wq, self.wk, self.wv))
+            return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+        def split(self, w: nn.Module, x: Tensor) -> Tensor:
+            y = w(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+            return y.repeat_interleave(HEADS // y.shape[1], 1)
+
+    torch.manual_seed(4)
+    model = FlatTower(Twice).eval()
+    result = convert(model, plan="identity", inputs=INPUTS)
+    assert {s.owner.kind for s in result.report.sites if s.owner} == {"graph"}
+    ids = torch.randint(0, 50, (3, 29))
+    with torch.no_grad():
+        assert (result.model(ids=ids) - model(ids=ids)).abs().max() <= 1e-4
 
 
 def test_inlined_attention_is_found_in_the_graph() -> None:

@@ -10,11 +10,10 @@ import around_models as models
 import pytest
 from test_surround import places
 
-from reattend.capture import Capture
 from reattend.install.binding import Binding
 from reattend.install.pieces import AroundConfig, Piece
 from reattend.locate import Place
-from reattend.ownercheck import owner_check
+from reattend.ownercheck import Watched, owner_check
 from reattend.passes.find.sites import Found
 
 Change = Callable[[Piece], Piece]
@@ -24,10 +23,10 @@ ALL = (
 )  # fmt: skip
 
 
-def first(owner: type[models.Attention]) -> tuple[Capture, Found, Place]:
+def first(owner: type[models.Attention]) -> tuple[Watched, Found, Place]:
     inputs = models.example(64 if owner is models.Windows else 17)
     captured, found, located = places(models.tower(owner), inputs)
-    return captured, found[0], located[0]
+    return Watched(captured, {located[0].path}), found[0], located[0]
 
 
 def changed(place: Place, **pieces: Any) -> Place:
@@ -69,7 +68,7 @@ def edited(piece: Piece, call: str, change: Callable[[Any], Any]) -> Piece:
 
 
 def test_another_constant_is_caught() -> None:
-    captured, found, place = first(models.NormBefore)
+    watched, found, place = first(models.NormBefore)
     assert place.surrounding is not None
     before = place.surrounding.config.before["hidden"]
 
@@ -77,11 +76,11 @@ def test_another_constant_is_caught() -> None:
         return step.model_copy(update={"args": (*step.args[:4], 1.1e-5, *step.args[5:])})
 
     wrong = changed(place, before={"hidden": edited(before, "aten.layer_norm", eps)})
-    assert "differs by" in owner_check(captured, found, wrong)
+    assert "differs by" in owner_check(watched, found, wrong)
 
 
 def test_a_wrong_sign_and_a_lost_residual_are_caught() -> None:
-    captured, found, place = first(models.ResidualInside)
+    watched, found, place = first(models.ResidualInside)
     assert place.surrounding is not None
     after = place.surrounding.config.after[0]
 
@@ -93,30 +92,30 @@ def test_a_wrong_sign_and_a_lost_residual_are_caught() -> None:
 
     for change in (minus, once):
         wrong = changed(place, after=(edited(after, "aten.add", change),))
-        assert "differs by" in owner_check(captured, found, wrong)
+        assert "differs by" in owner_check(watched, found, wrong)
 
 
 def test_another_argument_is_caught() -> None:
-    captured, found, place = first(models.ResidualInside)
-    assert "differs by" in owner_check(captured, found, rebound(place, hidden=("residual",)))
+    watched, found, place = first(models.ResidualInside)
+    assert "differs by" in owner_check(watched, found, rebound(place, hidden=("residual",)))
     assert place.surrounding is not None
     after = place.surrounding.config.after[0]
     swapped = after.model_copy(update={"feeds": after.feeds[::-1]})
     feeds = [f.model_copy(update={"path": ("x",)}) for f in after.feeds[1:]]
     other = after.model_copy(update={"feeds": (after.feeds[0], *feeds)})
-    assert owner_check(captured, found, changed(place, after=(swapped,))) == ""  # a sum
-    assert "differs by" in owner_check(captured, found, changed(place, after=(other,)))
+    assert owner_check(watched, found, changed(place, after=(swapped,))) == ""  # a sum
+    assert "differs by" in owner_check(watched, found, changed(place, after=(other,)))
 
 
 def test_a_mask_that_is_not_read_is_caught() -> None:
     for owner in (models.ResidualInside, models.ValidityOnly, models.MaskInside):
-        captured, found, place = first(owner)
-        assert "differs by" in owner_check(captured, found, rebound(place, mask=None))
+        watched, found, place = first(owner)
+        assert "differs by" in owner_check(watched, found, rebound(place, mask=None))
 
 
 def test_tables_of_another_angle_are_caught() -> None:
-    captured, found, place = first(models.AnglesInside)
+    watched, found, place = first(models.AnglesInside)
     assert place.surrounding is not None and place.binding is not None
     before = place.surrounding.config.before
     wrong = changed(place, before={**before, "cos": before["sin"]})
-    assert "differs by" in owner_check(captured, found, wrong)
+    assert "differs by" in owner_check(watched, found, wrong)

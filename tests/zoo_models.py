@@ -77,7 +77,8 @@ ZOO: dict[str, Callable[[], Any]] = {
 
 
 #: further spellings, each in the one its class prefers: scaled queries, fused groups, interleaved
-#: and partial rotary, norms over the full width, a router beside attention, scaled tables, chunks
+#: and partial rotary, norms over the full width, a router beside attention, scaled tables, chunks,
+#: a norm before the output projection, one layer called again and again
 MORE: dict[str, Callable[[], Any]] = {
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(
@@ -99,6 +100,10 @@ MORE: dict[str, Callable[[], Any]] = {
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64,
             bos_token_id=1, eos_token_id=None, pad_token_id=0,
         )
+    ),
+    "bitnet": lambda: tf.BitNetForCausalLM(tf.BitNetConfig(**_without("head_dim"))),
+    "albert": lambda: tf.AlbertForMaskedLM(
+        tf.AlbertConfig(**ENCODER, embedding_size=16, vocab_size=VOCABULARY)
     ),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)),
     "llama_yarn": lambda: tf.LlamaForCausalLM(
