@@ -127,7 +127,7 @@ def rewrite(
     if not graph and is_hf(target):
         from reattend.targets.huggingface import keep_recording
 
-        keep_recording(target, [c.site.path for c in converted])
+        keep_recording(target, [c.site.path for c in converted if c.site.surrounding is not None])
     for number, choice in enumerate(converted, 1):
         path = choice.site.path
         assert choice.conversion is not None

@@ -67,7 +67,8 @@ def model_class(base: Any) -> Any:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
-        keep_recording(self, [s["path"] for s in config.reattend["sites"]])
+        larger = [s["path"] for s in config.reattend["sites"] if s["binding"].get("around")]
+        keep_recording(self, larger)
         install_empty(self, config.reattend["sites"])
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
