@@ -1,37 +1,20 @@
-"""Head groups of different kinds in one block: exact, one cache, saved, and refused by name."""
+"""Head groups of different kinds in one block: exact, one cache, and refused by name."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 from test_mla import CASES, HIDDEN, GrowingState, config, dense, moments
 from torch import Tensor
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    StaticCache,
-)
 
-from reattend import Report, convert, find_attention, load
-from reattend.errors import RefusedError, UnsupportedCacheError
+from reattend.errors import UnsupportedCacheError
 from reattend.mixers.base import Context, Mixer, build_mixer
 from reattend.mixers.config import NormConfig, RelativeConfig, StreamConfig
 from reattend.mixers.dense import DenseAttention
-from reattend.mixers.mixed import GroupConfig, MixedAttention, MixedConfig, runs
+from reattend.mixers.mixed import GroupConfig, MixedConfig, runs
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mixed import Mixed, MixedOptions, PartOptions
 from reattend.passes.rewrite.mla import MlaOptions, ToMla
@@ -247,161 +230,3 @@ def test_a_norm_over_all_heads_cannot_be_divided() -> None:
     refusal = Mixed().check(tied, options(dense(wide("gqa"))))
     assert isinstance(refusal, Refusal)
     assert "keys are normalised over all heads at once" in refusal.reason
-
-
-# ---- whole models ---------------------------------------------------------------------------
-
-COMMON = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-    "initializer_range": 0.3,
-}  # fmt: skip
-MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=8)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**COMMON, sliding_window=8, query_pre_attn_scalar=8)
-    ),
-}
-RULES = [
-    {"sites": "*", "heads": [1], "to": "keep"},
-    {"sites": "*", "heads": [0, 3], "to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 8},
-]
-#: numbers cached per token and layer: the latent of two heads, and two heads as they were
-CACHED = 10 + 8 + 2 * 16
-
-
-def build(name: str) -> Any:
-    torch.manual_seed(5)
-    model = MODELS[name]().eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    data = torch.randint(3, 97, (8, 40))
-    return {n: convert(build(n), plan={"rules": RULES}, data=data) for n in MODELS}
-
-
-def prompts() -> tuple[Tensor, Tensor]:
-    ids = torch.randint(3, 97, (3, 13), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate((0, 3, 7)):
-        mask[row, :pad] = 0
-        ids[row, :pad] = 0
-    return ids, mask
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_cached_generation_equals_uncached(results: Any, name: str) -> None:
-    model = results[name].model
-    ids, mask = prompts()
-    run = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
-    expected = model.generate(ids, **run, use_cache=False)
-    got = model.generate(ids, **run, return_dict_in_generate=True)
-    assert torch.equal(got.sequences, expected)
-    tokens = 3 * (13 + 15)
-    for layer in got.past_key_values.layers:
-        held = layer.keys.numel() + layer.values.numel()
-        kept = 3 * 7 if getattr(layer, "is_sliding", False) else tokens  # window - 1
-        assert held == kept * CACHED
-    static = StaticCache(config=model.config, max_cache_len=64)
-    assert torch.equal(model.generate(ids, **run, past_key_values=static), expected)
-    beams = {**run, "num_beams": 3}
-    assert torch.equal(model.generate(ids, **beams), model.generate(ids, **beams, use_cache=False))
-
-
-@pytest.mark.smoke
-def test_the_report_lists_the_groups(results: Any) -> None:
-    report = results["llama"].report
-    site = report.sites[0]
-    assert site.conversion == "mixed"
-    assert site.exactness == "bounded"
-    assert site.cost.after.cache_numbers_per_token == CACHED
-    assert [(g.heads, g.conversion, g.cache_numbers_per_token) for g in site.groups] == [
-        ((0, 3), "mla", 18), ((1, 2), "dense", 32)
-    ]  # fmt: skip
-    assert site.groups[0].options["kv_lora_rank"] == 10
-    assert 0 < site.groups[0].error.discarded_energy < 1
-    text = report.to_markdown()
-    assert "heads 0, 3: mla (balance" in text
-    assert "heads 1–2: dense" in text
-    assert "converted to mla (some heads)" in text
-    assert Report.load(json.loads(report.to_json())) == report
-
-
-@pytest.mark.smoke
-def test_saved_and_loaded_in_a_fresh_process(results: Any, tmp_path: Path) -> None:
-    model = results["llama"].model
-    results["llama"].save(tmp_path / "out")
-    ids, mask = prompts()
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask).logits[mask.bool()]
-    code = (
-        "import sys, torch, reattend; from safetensors.torch import load_file, save_file;"
-        "from transformers import AutoModelForCausalLM as A; t = load_file(sys.argv[2]);"
-        "m = A.from_pretrained(sys.argv[1]); y = m(t['ids'], attention_mask=t['mask']).logits;"
-        "save_file({'y': y.detach()[t['mask'].bool()]}, sys.argv[3])"
-    )
-    given, made = tmp_path / "in.safetensors", tmp_path / "y.safetensors"
-    save_file({"ids": ids, "mask": mask}, given)
-    subprocess.run([sys.executable, "-c", code, tmp_path / "out", given, made], check=True)
-    assert torch.equal(load_file(made)["y"], expected)
-    assert type(load(tmp_path / "out").model.layers[0].self_attn.mixer) is MixedAttention
-
-
-def test_a_mixed_model_is_found_again_and_refused(results: Any) -> None:
-    found = find_attention(results["llama"].model)
-    assert not found.sites
-    assert [(r.path, r.reason) for r in found.refused] == [
-        (f"model.layers.{i}.self_attn", "already mixed") for i in range(2)
-    ]
-
-
-def test_parts_at_their_exact_setting_are_the_original() -> None:
-    model = build("llama")
-    exact = {"to": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 8, "fold": 1}
-    rules = [{"sites": "*", "heads": [h], **exact, "allow_growth": True} for h in (0, 2)]
-    result = convert(model, plan={"rules": rules}, data=torch.randint(3, 97, (4, 40)))
-    assert result.report.sites[0].exactness == "exact"
-    assert [p.verdict for p in result.report.parity if "original" in p.name] == ["pass"]
-
-
-def test_heads_that_hold_the_whole_block_make_an_ordinary_one() -> None:
-    rule = {**RULES[1], "heads": [0, 1, 2, 3]}
-    data = torch.randint(3, 97, (4, 40))
-    result = convert(build("llama"), plan={"rules": [rule]}, data=data)
-    assert result.report.sites[0].conversion == "mla"
-    kept = [{"sites": "*", "heads": [0], "to": "dense"}]
-    assert convert(build("llama"), plan={"rules": kept}).report.sites[0].conversion == "dense"
-
-
-def test_heads_that_do_not_exist_and_norms_that_tie_are_refused() -> None:
-    rule = {**RULES[1], "heads": [1, 4]}
-    with pytest.raises(RefusedError, match=r"self_attn[^\n]*heads \[4\][^\n]*4 KV groups"):
-        convert(build("llama"), plan={"rules": [rule]})
-    torch.manual_seed(0)
-    tied = Olmo2ForCausalLM(Olmo2Config(**{k: v for k, v in COMMON.items() if k != "head_dim"}))
-    with pytest.raises(RefusedError, match="normalised over all heads"):
-        convert(tied.eval(), plan={"rules": RULES})
-
-
-def test_training_reaches_every_group(results: Any) -> None:
-    plan = {
-        "rules": RULES,
-        "calibrate": {"tokens": 4000, "stages": ["layerwise", "end-to-end"], "seq_len": 20},
-    }
-    data = torch.randint(3, 97, (200, 20), generator=torch.Generator().manual_seed(1))
-    trained = convert(build("llama"), plan=plan, data=data).model
-    plain = dict(results["llama"].model.named_parameters())
-    changed = {
-        name.split("mixer.")[1]
-        for name, p in trained.named_parameters()
-        if "mixer." in name and not torch.equal(p, plain[name])
-    }
-    assert {"groups.0.kv_b_proj.weight", "groups.1.k_proj.weight", "o_proj.weight"} <= changed
