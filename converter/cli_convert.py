@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,8 +143,7 @@ def show_prediction(prediction: Prediction) -> None:
 
     sites = table(("Block", "Would become", "Cache B/token", "after", "Parameters", "after"))
     for s in prediction.sites:
-        options = ", ".join(f"{k}: {v}" for k, v in s.options.items())
-        what = f"{s.conversion} ({options})" if options else s.conversion
+        what = _named(s.conversion, s.options)
         what = what if s.action == "converted" else f"{s.action}: {s.reason}"
         sites.add_row(
             Text(s.path), Text(what), f"{s.cache_bytes_before:,}", f"{s.cache_bytes_after:,}",
@@ -168,6 +167,15 @@ def show_prediction(prediction: Prediction) -> None:
     screen.print()
     screen.print(stages)
     screen.print(Text("memory beside about 0.5 GB for Python, torch and transformers", style="dim"))
+
+
+def _named(conversion: str, options: Mapping[str, Any]) -> str:
+    """`mla (kv_keep: 0.5)`, or `heads [0]: mla (kv_keep: 0.5), heads [1]: dense`."""
+    if "groups" in options and conversion == "mixed":
+        parts = [dict(part) for part in options["groups"]]
+        return ", ".join(f"heads {p.pop('heads')}: {_named(p.pop('to'), p)}" for p in parts)
+    text = ", ".join(f"{key}: {value}" for key, value in options.items())
+    return f"{conversion} ({text})" if text else conversion
 
 
 def _duration(seconds: float) -> str:

@@ -91,6 +91,9 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             result.refused.append(_missed(item, ours))
             continue
         path, binding, reason = places[id(item)]
+        if path in ours and ours[path].mixer.kind != "dense":  # a dense group of a mixed block
+            result.refused.append(_already(path, ours[path]))
+            continue
         if binding is None and is_hf(model):
             result.refused.append(RefusedSite(path, reason))
             continue
@@ -100,6 +103,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             continue
         result.sites.append(_site(item, path, binding, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
+    result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
 
@@ -135,8 +139,18 @@ def _missed(item: Missed, ours: dict[str, Adapter]) -> RefusedSite:
     path = owner_of([item.core])
     own = adapter_of(path, ours)
     if own is not None and ours[own].mixer.kind != "dense":
-        return RefusedSite(own, f"already {ours[own].mixer.kind}")
+        return _already(own, ours[own])
     return RefusedSite(own or path, item.reason)
+
+
+def _already(path: str, block: Adapter) -> RefusedSite:
+    """A block that an earlier conversion replaced."""
+    return RefusedSite(path, f"already {block.mixer.kind}")
+
+
+def _once(refused: list[RefusedSite], ours: dict[str, Adapter]) -> list[RefusedSite]:
+    """The cores of one converted block (head groups) are one refusal."""
+    return [r for i, r in enumerate(refused) if r.path not in ours or r not in refused[:i]]
 
 
 def _refused_cores(gm: fx.GraphModule, passes: list[PassResult]) -> list[RefusedSite]:

@@ -139,8 +139,8 @@ class Job:
         return result
 
     def _materials(self, source: Source, choices: list[Choice]) -> Materials:
-        needs = {n for c in choices if c.conversion is not None for n in c.conversion.needs}
-        return load_materials(source, self.plan, self.data, seed=self.seed, needed=bool(needs))
+        needed = any(c.needs for c in choices)
+        return load_materials(source, self.plan, self.data, seed=self.seed, needed=needed)
 
     @contextmanager
     def _workdir(self, source: Source, materials: Materials) -> Iterator[Workdir | None]:
@@ -170,14 +170,12 @@ class Job:
         materials: Materials,
         work: Workdir | None,
     ) -> dict[str, statistics.SiteStatistics]:
-        wanted = [c for c in choices if c.conversion is not None and "gram" in c.conversion.needs]
+        wanted = [c for c in choices if "gram" in c.needs]
         if not wanted:
             return {}
         paths = [c.site.path for c in wanted]
         assert materials.statistics is not None
-        queries = frozenset(
-            c.site.path for c in wanted if getattr(c.options, "q_lora_rank", None) is not None
-        )
+        queries = frozenset(c.site.path for c in wanted if "queries" in c.needs)
         data = materials.statistics
         key = digest([source.hashes, data.fingerprint, paths, sorted(queries)])
         names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}

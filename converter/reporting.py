@@ -23,7 +23,16 @@ from reattend.report.evidence import (
     QualityRow,
     Stage,
 )  # fmt: skip
-from reattend.report.site import Cost, ModelInfo, Owner, SiteCost, SiteEntry, SiteError, SpecSummary
+from reattend.report.site import (
+    Cost,
+    HeadGroup,
+    ModelInfo,
+    Owner,
+    SiteCost,
+    SiteEntry,
+    SiteError,
+    SpecSummary,
+)
 from reattend.rewriting import Rewritten
 from reattend.source import Source
 from reattend.spec import Norm, Rotary
@@ -100,22 +109,12 @@ def _parameters(model: Any) -> int:
 def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> SiteEntry:
     site, path = choice.site, choice.site.path
     built = done.built.get(path)
-    facts = dict(built.evidence) if built is not None else {}
-    energy = facts.pop("energy", ())
-    after = choice.after if built is not None else choice.before
-    kept, total = [], 0.0
-    for share in energy:
-        total += share
-        kept.append(min(1.0, total))
+    facts: dict[str, Any] = {}
     error = None
     if built is not None:
-        error = SiteError(
-            output_relative=evidence.errors.get(path),
-            discarded_energy=facts.pop("discarded_energy", None),
-            rank=facts.get("kv_lora_rank"),
-            energy_kept=tuple(kept),
-            rotary_energy_kept=facts.pop("rotary_energy", None),
-        )
+        facts, error = _evidence(built.evidence, evidence.errors.get(path))
+    after = choice.after if built is not None else choice.before
+    groups = facts.pop("groups", ())
     trained = bool(evidence.stages)
     return SiteEntry(
         path=path,
@@ -126,6 +125,7 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
         verified=site.verified,
         conversion=choice.conversion.name if choice.conversion is not None else "",
         options=facts,
+        groups=tuple(_group(g) for g in groups),
         reason=choice.reason,
         exactness=None if built is None else ("learned" if trained else built.exactness),
         cost=SiteCost(before=_cost(choice.before, size), after=_cost(after, size)),
@@ -136,6 +136,33 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
             lacks=LACKS if built is not None and done.graph else (),
         ),
     )
+
+
+def _evidence(
+    given: dict[str, Any], output_relative: float | None = None
+) -> tuple[dict[str, Any], SiteError]:
+    """What a conversion said about its result: the settings it resolved, and what was lost."""
+    facts = dict(given)
+    kept, total = [], 0.0
+    for share in facts.pop("energy", ()):
+        total += share
+        kept.append(min(1.0, total))
+    error = SiteError(
+        output_relative=output_relative,
+        discarded_energy=facts.pop("discarded_energy", None),
+        rank=facts.get("kv_lora_rank"),
+        energy_kept=tuple(kept),
+        rotary_energy_kept=facts.pop("rotary_energy", None),
+    )
+    return facts, error
+
+
+def _group(part: dict[str, Any]) -> HeadGroup:
+    facts, error = _evidence(part["evidence"])
+    return HeadGroup(
+        heads=part["heads"], conversion=part["to"], options=facts, exactness=part["exactness"],
+        cache_numbers_per_token=part["cache"], error=error,
+    )  # fmt: skip
 
 
 def _cost(cost: Any, size: int) -> Cost:

@@ -95,6 +95,17 @@ class SiteError(Part):
     )
 
 
+class HeadGroup(Part):
+    """Some heads of a site that were converted apart from the others."""
+
+    heads: tuple[int, ...] = Field(description="key/value groups, counted from 0")
+    conversion: str = Field(description="kebab-case name; dense: as they were")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="as resolved")
+    exactness: Exactness | None = None
+    cache_numbers_per_token: int = Field(ge=0)
+    error: SiteError | None = Field(default=None, description="of this group alone")
+
+
 class Owner(Part):
     """Which part of the model carries the site now (design: one owner)."""
 
@@ -115,6 +126,9 @@ class SiteEntry(Part):
     verified: bool | None = Field(default=None, description="rebuilt from its spec and found equal")
     conversion: str = Field(default="", description="kebab-case name of the conversion")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="as resolved")
+    groups: tuple[HeadGroup, ...] = Field(
+        default=(), description="parts of a site whose heads were converted apart; else empty"
+    )
     reason: str = Field(default="", description="why it was kept, refused or not understood")
     exactness: Exactness | None = None
     cost: SiteCost | None = None
