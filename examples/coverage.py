@@ -5,8 +5,9 @@
 Every architecture that can be built tiny from its config (`tiny_models.py`), random weights, one
 forked process each with a time limit. A row is written as soon as it is measured, so the same
 command continues after an interruption; `--shard 1/4` does a quarter; `--only NAME` (a part of a
-class name) measures again; `--table` prints the Markdown table of an existing file. Cores are counted a
-second way, by watching the model run (`core_count.py`), so what the finder overlooks is seen.
+class name) measures again; `--table` prints the Markdown table of an existing file. Cores are
+counted a second way, by watching the model run (`core_count.py`), so what the finder overlooks is
+seen.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ EXACT: dict[str, Any] = {
     "n_head_kv": GROUPS,
     "multi_query_group_num": GROUPS, "num_query_groups": GROUPS,
     "num_global_key_value_heads": GROUPS, "attention_groups": GROUPS,
-    "num_experts_per_tok": 2, "num_experts_per_token": 2, "num_expert_group": 1, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "num_expert_group": 1,
+    "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1,
     "topk_group": 1, "n_shared_experts": 1, "num_shared_experts": 1, "router_top_k": 2,
     "first_k_dense_replace": 1, "moe_layer_start_index": 1, "moe_num_shared_experts": 1,
     "image_size": 32, "patch_size": 8, "num_channels": 3, "num_labels": 2,
@@ -39,7 +40,8 @@ EXACT: dict[str, Any] = {
     "hidden_size_per_layer_input": 8, "max_window_layers": 1, "num_kv_shared_layers": 0,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     "sep_token_id": 2, "cls_token_id": 1, "forced_eos_token_id": None, "mask_token_id": 3,
-    "forced_bos_token_id": None, "relative_attention_num_buckets": 8, "max_2d_position_embeddings": 64,
+    "forced_bos_token_id": None, "relative_attention_num_buckets": 8,
+    "max_2d_position_embeddings": 64,
     "d_conv": 4, "mamba_d_conv": 4, "chunk_size": 8, "mamba_chunk_size": 8,
 }  # fmt: skip
 ENDINGS: tuple[tuple[tuple[str, ...], Any], ...] = (
