@@ -20,7 +20,7 @@ from reattend.install.binding import (
     returns_bias,
 )
 from reattend.mixers.relative import relative_bias
-from reattend.passes.evaluate import Evaluator, ancestors, attribute
+from reattend.passes.evaluate import ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import AttentionSpec, Rotary, Stream
@@ -55,8 +55,7 @@ def locate(captured: Capture, found: list[Found]) -> dict[int, tuple[str, Bindin
     calls = watch(captured.model, paths, inputs)
     cached = _watch_cache(captured.model, paths, captured.inputs)
     wanted = [n for f in found for n in _boundary(f)]
-    run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
-    values = dict(zip(wanted, run, strict=True))
+    values = captured.values(wanted, inputs)
     located: dict[int, tuple[str, Binding | None, str]] = {}
     ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
     for item in found:

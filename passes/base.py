@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+#: `node.meta` key: name of the node of the graph as captured that has this value
+CAPTURED = "captured"
+
 
 @dataclass(frozen=True)
 class Refusal:
