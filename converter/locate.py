@@ -19,6 +19,7 @@ from reattend.install.binding import (
     match_table,
     returns_bias,
 )
+from reattend.install.unmasked import unmasked
 from reattend.mixers.relative import relative_bias
 from reattend.passes.evaluate import ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
@@ -122,8 +123,15 @@ def _bind(
     mask, adds = None, False
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
-    if region.mask is not None and mask is None and item.follows_padding:
-        raise NotUnderstood(f"{path} does not receive the mask that hides padding")
+    opaque = item.spec.core.pattern.kind == "opaque"
+    if region.mask is not None and mask is None and (item.follows_padding or opaque):
+        does = "decides what is seen" if opaque else "hides padding"
+        raise NotUnderstood(f"{path} does not receive the mask that {does}")
+    if opaque and mask is not None:
+        owner = captured.model.get_submodule(path)
+        kind = unmasked(owner, call, mask, values[exit_node])
+        pattern = replace(item.spec.core.pattern, unmasked=kind)
+        item.spec = replace(item.spec, core=replace(item.spec.core, pattern=pattern))
     cos = sin = position = None
     if region.rotation is not None:
         cos, sin, position = _bind_rotation(captured, item, arguments)

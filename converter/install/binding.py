@@ -137,13 +137,16 @@ def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | Non
     """The leaf that hides what the core's mask hides, and whether it also adds a bias.
 
     The core may see more than the owner is given: a bool mask made additive, a bias added, one
-    row for all queries expanded. So where no leaf equals the mask, visibility decides.
+    row for all queries expanded. So where no leaf equals the mask, visibility decides. A mask
+    without a batch axis is a pattern, and no argument is needed for it.
     """
+    if mask_BhNM.dim() != 4:
+        return None, False
     exact = match(arguments, mask_BhNM)
     seen = shown(mask_BhNM)
     if exact is not None:
         return exact, _adds(mask_BhNM)
-    if mask_BhNM.dim() != 4 or bool(seen.all()):
+    if bool(seen.all()):
         return None, False
     for path, leaf in leaves(arguments):
         if not isinstance(leaf, Tensor) or leaf.dim() != 4 or leaf.is_complex():

@@ -17,7 +17,7 @@ from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.relative import RelativeBias
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend
+from reattend.mixers.scores import attend, refuse_opaque
 
 
 class DenseConfig(BlockConfig):
@@ -70,6 +70,8 @@ class DenseAttention(Mixer):
                 "a block with a relative position bias was given a fixed-capacity state",
                 next_step="run the model with a transformers cache, or without one",
             )
+        if span is not None:
+            refuse_opaque(c.core)
         if span is None:
             bias = None
             if self.relative is not None:
