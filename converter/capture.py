@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reattend.errors import CaptureError
-from reattend.inputs import is_hf, made_up, resized
+from reattend.inputs import is_hf, made_up, resized, without_cache
 from reattend.passes.base import CAPTURED
 from reattend.passes.evaluate import Evaluator
 
@@ -123,6 +123,8 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
                 next_step="pass inputs={'name': tensor, ...} with batch and length >= 2, distinct",
             )
         inputs = made_up(model)
+    elif is_hf(model):
+        inputs = without_cache(model, inputs)
     auto = torch.export.Dim.AUTO
     shapes = {
         name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
@@ -162,6 +164,9 @@ def watch(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str
 
     Returns:
         path -> the first call (a module called twice keeps its first).
+
+    Raises:
+        CaptureError: the model does not take these inputs (tokens outside its vocabulary).
     """
     calls: dict[str, Call] = {}
     handles = []
@@ -175,6 +180,13 @@ def watch(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str
     try:
         with evaluation(model), torch.no_grad():
             model(**inputs)
+    except (IndexError, TypeError, ValueError) as problem:
+        raise CaptureError(
+            "the model does not run on the example inputs",
+            where=type(model).__name__,
+            why=f"{type(problem).__name__}: {problem}",
+            next_step="check that model(**inputs) runs",
+        ) from problem
     finally:
         for handle in handles:
             handle.remove()
