@@ -139,14 +139,19 @@ def _show(found: FoundAttention) -> None:
             spec = Text(spec_summary(s).text() + (", cross" if s.spec.kind == "cross" else ""))
             table.add_row(Text(s.path), spec, Text(f"✓ {s.error:.0e}" if s.verified else "no"))
         out.print(table)
-    if found.refused:
-        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        for head in ("Not understood", "Reason"):
-            table.add_column(head, overflow="fold")
-        for r in found.refused:
-            table.add_row(Text(r.path or "(model)"), Text(r.reason))
-        out.print(table)
-    out.print(Text(f"{len(found.sites)} found, {len(found.refused)} not understood", style="bold"))
+    latent = [r for r in found.refused if r.latent is not None]
+    missed = [r for r in found.refused if r.latent is None]
+    for title, rows in (("Already latent", latent), ("Not understood", missed)):
+        if rows:
+            table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+            for head in (title, "Reason"):
+                table.add_column(head, overflow="fold")
+            for r in rows:
+                table.add_row(Text(r.path or "(model)"), Text(r.reason))
+            out.print(table)
+    already = f"{len(latent)} already latent, " if latent else ""
+    told = f"{len(found.sites)} found, {already}{len(missed)} not understood"
+    out.print(Text(told, style="bold"))
 
 
 @plans.command("list")
