@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reattend.cli_guard import console, dumped, emit, guarded, quiet
-from reattend.cli_look import Model, Trust
+from reattend.cli_look import Inputs, Model, Trust, Weights, example_inputs, opened_model
 from reattend.errors import ArgumentError, InterruptedRun
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def convert(
         str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=LOADING)
     ] = None,
     trust_remote_code: Trust = False,
+    weights: Weights = None,
+    inputs: Inputs = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)
     ] = False,
@@ -76,13 +78,23 @@ def convert(
         quiet()
         from reattend.pipeline import Job
 
-        job = Job(chosen, data=data, seed=seed, out=out, overwrite=overwrite, on_event=listen)
+        opened = opened_model(model, weights)
+        example: Any = inputs
+        batches: Any = data
+        if opened is not model:
+            example = example_inputs(inputs, opened)
+            if data is not None and data.suffix == ".safetensors":
+                batches = [example_inputs(data, opened)]
+        job = Job(
+            chosen, inputs=example, data=batches, seed=seed, out=out, overwrite=overwrite,
+            on_event=listen,
+        )  # fmt: skip
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         try:
             if dry_run:
-                _dry_run(job, model, opening, json)
+                _dry_run(job, opened, opening, json)
                 return
-            result = job.run(model, **opening)
+            result = job.run(opened, **opening)
         except KeyboardInterrupt:
             raise _interrupted(out) from None
     if json:
@@ -116,7 +128,7 @@ def _interrupted(out: Path | None) -> InterruptedRun:
     )
 
 
-def _dry_run(job: Job, model: str, opening: dict[str, Any], json: bool) -> None:
+def _dry_run(job: Job, model: Any, opening: dict[str, Any], json: bool) -> None:
     """Print the forecast, then refuse what the run would refuse."""
     from reattend.preflight import enforce
 

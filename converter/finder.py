@@ -14,6 +14,7 @@ from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.locate import adapter_of, locate, owner_of
 from reattend.passes.base import PassResult
+from reattend.passes.find.latent import LatentForm, read_latent
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.selfcheck import self_check
@@ -49,10 +50,14 @@ class AttentionSite:
 
 @dataclass
 class RefusedSite:
-    """A core that was seen but not understood, or not provable."""
+    """A core that was seen but not understood, or not provable.
+
+    `latent` holds the sizes of a block that already is multi-head latent attention.
+    """
 
     path: str
     reason: str
+    latent: LatentForm | None = None
 
 
 @dataclass
@@ -140,6 +145,9 @@ def _missed(item: Missed, ours: dict[str, Adapter]) -> RefusedSite:
     own = adapter_of(path, ours)
     if own is not None and ours[own].mixer.kind != "dense":
         return _already(own, ours[own])
+    latent = read_latent(item.core)
+    if latent is not None:
+        return RefusedSite(own or path, latent.reason, latent)
     return RefusedSite(own or path, item.reason)
 
 

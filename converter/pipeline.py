@@ -15,6 +15,7 @@ from reattend.api import Result
 from reattend.data import Dataset
 from reattend.errors import DataError
 from reattend.events import Event, OnEvent
+from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
 from reattend.inputs import is_hf, made_up
@@ -44,10 +45,13 @@ _COUNTED = frozenset({"statistics", "rewrite", "layerwise", "end-to-end"})
 
 @dataclass
 class Job:
-    """The arguments of `convert` that do not concern opening the model."""
+    """The arguments of `convert` that do not concern opening the model.
+
+    `inputs` may be a safetensors file, read once the model is open.
+    """
 
     plan: Plan
-    inputs: dict[str, Any] | None = None
+    inputs: dict[str, Any] | Path | None = None
     data: Any = None
     seed: int = 0
     inplace: bool = False
@@ -89,7 +93,10 @@ class Job:
             import reattend.targets.huggingface  # noqa: F401  (loaded code is no growth)
         self.log.baseline = peak_memory()
         source = self._stage("open", lambda: open_source(model, **opening))
-        return source, self._stage("find", lambda: find_attention(source.model, self.inputs))
+        if isinstance(self.inputs, Path):
+            self.inputs = read_inputs(self.inputs, source.model)
+        inputs = self.inputs
+        return source, self._stage("find", lambda: find_attention(source.model, inputs))
 
     def _predict(self, source: Source, choices: list[Choice], materials: Materials) -> Prediction:
         data = None if materials.own else materials.training
@@ -271,6 +278,7 @@ class Job:
         data: Dataset | None = materials.held_out or materials.statistics
         if data is not None:
             return next(iter(data.batches(4)))
+        assert not isinstance(self.inputs, Path)
         return self.inputs if self.inputs is not None else made_up(source.model)
 
     def _stage(self, name: str, work: Any) -> Any:

@@ -96,9 +96,10 @@ def rewrite(
         built = choice.conversion.build(forms.pop(path), statistics.get(path), choice.options)
         if graph:
             assert capture is not None and isinstance(target, fx.GraphModule)
+            opaque = choice.site.spec.core.pattern.kind == "opaque"
             replace_region(
                 target, path, choice.site.region, built.mixer, capture.placeholders(),
-                choice.site.follows_padding,
+                choice.site.follows_padding or opaque,
             )  # fmt: skip
         else:
             assert choice.site.binding is not None

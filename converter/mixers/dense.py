@@ -17,7 +17,7 @@ from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.relative import RelativeBias
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend
+from reattend.mixers.scores import attend, refuse_opaque
 
 
 class DenseConfig(BlockConfig):
@@ -89,6 +89,7 @@ class DenseAttention(Mixer):
                 "a block with a relative position bias was given a fixed-capacity state",
                 next_step="run the model with a transformers cache, or without one",
             )
+        refuse_opaque(c.core)
         y_BHNe, _ = torch.ops.reattend.attention(
             q, k, v, *span, scale=c.core.scale, causal=c.core.causal,
             sliding_window=c.core.window, softcap=c.core.softcap,

@@ -21,7 +21,7 @@ from reattend.mixers.config import BlockConfig, CoreConfig
 from reattend.mixers.dense import stream_norm
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend
+from reattend.mixers.scores import attend, refuse_opaque
 
 
 class LatentConfig(BlockConfig):
@@ -120,6 +120,7 @@ class LatentAttention(Mixer):
         q_nope_BHNd, q_rope_BHNR = query
         latent, rope = rows
         if span is not None:
+            refuse_opaque(self.config.core)
             u, _ = torch.ops.reattend.latent_attention(
                 self._absorb(q_nope_BHNd), q_rope_BHNR, latent.squeeze(1), rope.squeeze(1), *span,
                 scale=self.config.core.scale, causal=self.config.core.causal,

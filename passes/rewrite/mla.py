@@ -52,8 +52,6 @@ class ToMla(Conversion):
             return Refusal(
                 "a key bias under a softcap cannot be dropped (softmax does not cancel it)"
             )
-        if options.q_lora_rank and (config.q.norm or config.q.bias):
-            return Refusal("q_lora_rank with a query norm or bias is not supported yet")
         if options.q_lora_rank and options.q_lora_rank > min(
             config.hidden_size, config.core.heads * config.core.qk_head_dim
         ):

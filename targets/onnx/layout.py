@@ -119,6 +119,8 @@ def _check(path: str, config: object, *, cached: bool) -> None:
         why = "it keeps no cache; only decoders that generate token by token are exported"
     elif config.core.pattern == "chunked":
         why = "chunked attention has no ONNX form yet"
+    elif config.core.pattern == "opaque":
+        why = "what it attends to is a mask of the model's own, which the ONNX graph does not make"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 
