@@ -225,7 +225,7 @@ class Job:
 
         return rewrite(
             source.model, choices, moments, capture=found.capture, inplace=self.inplace,
-            progress=progress,
+            owned=source.owned, progress=progress,
         )  # fmt: skip
 
     def _calibrate(
