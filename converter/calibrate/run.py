@@ -17,7 +17,7 @@ from reattend.calibrate.stage import Stage, StageResult
 from reattend.calibrate.stream import Stream
 from reattend.calibrate.working import working_copies, write_back
 from reattend.data import Dataset
-from reattend.errors import DataError
+from reattend.errors import ArgumentError, DataError
 from reattend.events import OnEvent
 from reattend.plan_sections import Calibrate
 from reattend.workdir import Workdir, digest
@@ -70,7 +70,8 @@ def calibrate(
         TrainingError: NaN or infinity in a loss, gradient or weight; names stage, step, site.
         ModelError: the teacher itself produces NaN or infinity.
         DataError: the data has no token.
-        ArgumentError: no mixer in the student, or the models do not belong together.
+        ArgumentError: no mixer in the student, the models do not belong together, or the
+            environment asks for a form of FSDP that is not supported.
         MissingExtraError: `lora_rank` without peft.
         OutputError: a checkpoint cannot be written or read.
     """
@@ -80,12 +81,20 @@ def calibrate(
         raise DataError("there is no token to calibrate on", where=dataset.description)
     seed = seed if settings.seed is None else settings.seed
     ranks = Ranks(next(student.parameters()).device)
+    if ranks.sharded and "end-to-end" in settings.stages[:-1]:
+        raise ArgumentError(
+            "under FSDP end-to-end must be the last stage",
+            where="calibrate.stages",
+            why="its blocks are spread over the processes, and layerwise needs them whole",
+            next_step="calibrate with stages: [layerwise, end-to-end]",
+        )
     working = working_copies(teacher, student)
     stream = Stream(dataset, settings.batch_size, seed)
     results: list[StageResult] = []
     position = 0
+    processes = [ranks.world, "sharded"] if ranks.sharded else ranks.world
     key = digest(
-        [inputs_hash, settings.model_dump(mode="json"), seed, dataset.fingerprint, ranks.world]
+        [inputs_hash, settings.model_dump(mode="json"), seed, dataset.fingerprint, processes]
     )
     with _own_random_state(seed):
         if settings.lora_rank is not None:

@@ -69,6 +69,9 @@ class Stage(ABC):
             silent: run, but count no token.
         """
 
+    def close(self) -> None:  # noqa: B027  (most stages have nothing to undo)
+        """Make `working.masters` whole again; called once, after the last step."""
+
     def blame(self, group: str) -> str:
         """The site to name when the loss of `group` is not a number."""
         return group
