@@ -12,6 +12,7 @@ import typer
 from reattend.cli_guard import console, dumped, emit, guarded, quiet
 from reattend.cli_look import Model, Trust
 from reattend.errors import ArgumentError, InterruptedRun
+from reattend.processes import is_main
 
 if TYPE_CHECKING:
     from reattend.events import OnEvent
@@ -85,6 +86,8 @@ def convert(
             result = job.run(model, **opening)
         except KeyboardInterrupt:
             raise _interrupted(out) from None
+    if not is_main():
+        return
     if json:
         emit(result.report.to_json())
         return
@@ -99,6 +102,9 @@ def convert(
 def _listening(log: Path | None) -> Iterator[OnEvent]:
     from reattend.events import JsonLog, Progress, both
 
+    if not is_main():
+        yield lambda event: None
+        return
     with contextlib.ExitStack() as stack:
         lines = None if log is None else stack.enter_context(JsonLog(log))
         yield both(lines, stack.enter_context(Progress()))

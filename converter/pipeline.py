@@ -12,6 +12,7 @@ import torch
 
 from reattend import statistics
 from reattend.api import Result
+from reattend.calibrate.ranks import agreed
 from reattend.data import Dataset
 from reattend.errors import DataError
 from reattend.events import Event, OnEvent
@@ -24,6 +25,7 @@ from reattend.outdir import check_claimable
 from reattend.plan import Plan
 from reattend.predict import Prediction, predict
 from reattend.preflight import Choice, choose, preflight
+from reattend.processes import is_main
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
@@ -57,14 +59,21 @@ class Job:
     log: RunLog = field(default_factory=RunLog)
 
     def run(self, model: Any, **opening: Any) -> Result:
-        """All stages; see `reattend.convert`."""
+        """All stages; see `reattend.convert`.
+
+        Started by torchrun or accelerate, every process does the same work and shares out the
+        training; the first one writes and reports.
+        """
+        if not is_main():
+            self.on_event = None
         source, found = self._look(model, opening)
         choices = preflight(found, self.plan)
         materials = self._stage("data", lambda: self._materials(source, choices))
         self.log.predicted = self._predict(source, choices, materials).peaks
         with self._workdir(source, materials) as work:
-            if work is not None and work.state == "complete":
-                return self._already_there(work)
+            complete = work is not None and work.state == "complete"
+            if self.out is not None and agreed(complete, source.device):
+                return self._already_there(self.out.expanduser().absolute())
             return self._convert(source, found, choices, materials, work)
 
     def dry_run(self, model: Any, **opening: Any) -> tuple[list[Choice], Prediction]:
@@ -144,7 +153,7 @@ class Job:
 
     @contextmanager
     def _workdir(self, source: Source, materials: Materials) -> Iterator[Workdir | None]:
-        if self.out is None:
+        if self.out is None or not is_main():
             yield None
             return
         with Workdir.open(
@@ -154,13 +163,12 @@ class Job:
                 self._tell("resume", message="continuing an interrupted run")
             yield work
 
-    def _already_there(self, work: Workdir) -> Result:
+    def _already_there(self, out: Path) -> Result:
         from reattend.publishing import load_folder
         from reattend.report import Report, Run
 
-        self._tell("done", message=f"{work.out.name} is already complete: nothing to do")
-        report, run = Report.load(work.out), Run.load(work.out)
-        return Result(load_folder(work.out, None), report, run, work.out)
+        self._tell("done", message=f"{out.name} is already complete: nothing to do")
+        return Result(load_folder(out, None), Report.load(out), Run.load(out), out)
 
     def _statistics(
         self,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from reattend.processes import count
 from reattend.report import Run
 from reattend.report.run import StageRun
 from reattend.source import Source
@@ -55,14 +56,14 @@ class RunLog:
         paths = {} if source.folder is None else {"model": str(source.folder)}
         if out is not None:
             paths["out"] = str(out)
-        device = next(source.model.parameters()).device
         return Run(
             started=self.started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             host=socket.gethostname(),
             platform=platform.platform(),
-            device=str(device),
+            device=str(source.device),
             threads=torch.get_num_threads(),
+            processes=count(),
             command=tuple(sys.argv),
             paths=paths,
             stages=tuple(self._with_prediction(s) for s in self.stages),

@@ -35,6 +35,11 @@ class Source:
     owned: bool
     hashes: dict[str, str]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
+
 
 def open_source(
     model: Any,

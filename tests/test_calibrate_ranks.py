@@ -163,6 +163,42 @@ def test_sharded_and_killed_it_resumes_from_one_ordinary_checkpoint(
             assert torch.equal(both[0][name], tensor), name
 
 
+@pytest.mark.slow
+def test_convert_under_torchrun_publishes_once(
+    tiny_path: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """The command line as a user starts it: one result, like that of one process; again: done."""
+    plan = tmp_path / "plan.yaml"
+    calibrate = {"seq_len": 64, "statistics_tokens": 1024, "tokens": 1200, "batch_size": 4}
+    rules = [{"sites": "*", "to": "mla", "kv_keep": 0.5}]
+    plan.write_text(json.dumps({"version": 1, "rules": rules, "calibrate": calibrate}))
+
+    def convert(out: Path, before: list[str], **environment: str) -> str:
+        done = subprocess.run(
+            [
+                sys.executable, *before, "-m", "reattend", "convert", tiny_path, "--plan", plan,
+                "--data", tiny_text, "--out", out, "--json",
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=240,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-5000:]
+        return done.stdout
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    told = convert(tmp_path / "two", torchrun, **fsdp)
+    assert json.loads(told)["totals"]["converted"] == 2  # one report, not one per process
+    convert(tmp_path / "one", [])
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    assert convert(tmp_path / "two", torchrun, **fsdp) == told
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.yaml", "one", "two"}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

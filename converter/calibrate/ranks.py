@@ -7,7 +7,6 @@ order of summation. One process needs no group, and every method is then the ide
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from reattend.calibrate import shards
 from reattend.calibrate.stream import Batch
+from reattend.processes import several
 
 
 class Ranks:
@@ -91,11 +91,8 @@ class Ranks:
         shards.fill(target, full)
 
 
-def several() -> bool:
-    """Whether this process is one of several that torchrun or accelerate started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def is_main() -> bool:
-    """Whether this process writes and reports, judged before any process group exists."""
-    return not several() or int(os.environ.get("RANK", "0")) == 0
+def agreed(mine: bool, device: torch.device) -> bool:
+    """What the first process found, in all of them."""
+    found = torch.tensor(int(mine), device=device)
+    Ranks(device).same([found])
+    return bool(found)
