@@ -94,6 +94,9 @@ def convert(
     screen = console()
     screen.print(result.report.summary())
     screen.print()
+    reused = [] if result.run is None else [s.name for s in result.run.stages if s.reused]
+    if reused:
+        screen.print(f"reused from an earlier run: {', '.join(reused)}", markup=False)
     screen.print(f"{result.out}", markup=False, soft_wrap=True)
     screen.print(f"report: {Path(str(result.out)) / 'report.html'}", markup=False, soft_wrap=True)
 

@@ -123,8 +123,7 @@ class Job:
         moments.clear()
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
-            with self.log.stage("calibrate"):
-                stages = self._calibrate(source, done, materials, work)
+            stages = self._calibrate(source, done, materials, work)
         evidence = self._stage("verify", lambda: self._verify(source, choices, done, materials))
         evidence.stages = stages
         report = build_report(
@@ -248,12 +247,16 @@ class Job:
         from reattend.calibrate import calibrate
 
         assert materials.training is not None
-        key = digest([source.hashes, self.plan.fingerprint(), materials.fingerprint, self.seed])
-        return calibrate(
+        # gates may change without training anew
+        rules = [r.to_dict() for r in self.plan.rules]
+        key = digest([source.hashes, rules, self.plan.on_refusal, materials.fingerprint, self.seed])
+        stages = calibrate(
             source.model, done.model, materials.training, settings,
             seed=self.seed if settings.seed is None else settings.seed,
-            workdir=work, inputs_hash=key, on_event=self.on_event,
+            workdir=work, inputs_hash=key, on_event=self.on_event, around=self.log.stage,
         )  # fmt: skip
+        self.log.reused(*(s.name for s in stages if s.reused))
+        return stages
 
     def _verify(
         self, source: Source, choices: list[Choice], done: Rewritten, materials: Materials

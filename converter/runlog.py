@@ -36,9 +36,9 @@ class RunLog:
         self.predicted: dict[str, int] = {}
         self._reused: set[str] = set()
 
-    def reused(self, name: str) -> None:
-        """Note that a stage's result was taken from an interrupted run."""
-        self._reused.add(name)
+    def reused(self, *names: str) -> None:
+        """Note that these stages' results were taken from an interrupted run."""
+        self._reused.update(names)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -46,10 +46,7 @@ class RunLog:
         begin = time.monotonic()
         yield
         seconds = time.monotonic() - begin
-        reused = name in self._reused
-        self.stages.append(
-            StageRun(name=name, seconds=seconds, peak_bytes=peak_memory(), reused=reused)
-        )
+        self.stages.append(StageRun(name=name, seconds=seconds, peak_bytes=peak_memory()))
 
     def finish(self, source: Source, out: Path | None) -> Run:
         """The record so far."""
@@ -66,14 +63,15 @@ class RunLog:
             processes=count(),
             command=tuple(sys.argv),
             paths=paths,
-            stages=tuple(self._with_prediction(s) for s in self.stages),
+            stages=tuple(self._completed(s) for s in self.stages),
         )
 
-    def _with_prediction(self, stage: StageRun) -> StageRun:
+    def _completed(self, stage: StageRun) -> StageRun:
+        known: dict[str, object] = {"reused": stage.name in self._reused}
         growth = self.predicted.get(stage.name)
-        if growth is None:
-            return stage
-        return stage.model_copy(update={"peak_bytes_predicted": self.baseline + growth})
+        if growth is not None:
+            known["peak_bytes_predicted"] = self.baseline + growth
+        return stage.model_copy(update=known)
 
 
 def peak_memory() -> int:

@@ -60,7 +60,9 @@ class Loop:
         """
         self.progress.position = position
         self._restore()
-        saved = self._tenth()
+        saved, reused = self._tenth(), self.progress.complete
+        if reused:
+            self._tell("reused from the interrupted run")
         if not self.progress.complete:
             for batch in self.stream.batches(self.progress.position):
                 self._step(cut(batch, self.budget - self.progress.tokens))
@@ -76,7 +78,7 @@ class Loop:
         self.stage.close()
         p = self.progress
         sites = {g: (p.first[g], p.last[g]) for g in p.first}
-        return StageResult(self.stage.name, p.tokens, p.points, self.stage.loss_name, sites)
+        return StageResult(self.stage.name, p.tokens, p.points, self.stage.loss_name, sites, reused)
 
     def _step(self, batch: Batch) -> None:
         p, ranks = self.progress, self.stage.ranks
@@ -154,7 +156,7 @@ class Loop:
     def _tenth(self) -> int:
         return self.progress.tokens * CHECKPOINTS // self.budget
 
-    def _tell(self) -> None:
+    def _tell(self, message: str = "") -> None:
         if self.on_event is None or not self.stage.ranks.main:
             return
         p = self.progress
@@ -162,7 +164,7 @@ class Loop:
         self.on_event(
             Event(
                 self.stage.name, done=min(p.tokens, self.budget), total=self.budget,
-                values={"loss": loss, "step": p.step},
+                message=message, values={"loss": loss, "step": p.step},
             )
         )  # fmt: skip
 
