@@ -31,6 +31,7 @@ from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
 from reattend.runlog import RunLog, peak_memory
 from reattend.source import Source, open_source
+from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates, gate_error
 from reattend.verify.parity import block_errors, decode_checks, exact_check
 from reattend.verify.rows import measured_rows
@@ -153,8 +154,7 @@ class Job:
     @contextmanager
     def _workdir(self, source: Source, materials: Materials) -> Iterator[Workdir | None]:
         if self.out is None or not is_main():
-            yield None
-            return
+            return (yield None)
         with Workdir.open(
             self.out, run_fingerprint(source, self.plan, materials, self.seed), self.overwrite
         ) as work:
@@ -196,7 +196,6 @@ class Job:
             read = {p: load_file(work.path(n)) for p, n in names.items()}
             return {p: statistics.SiteStatistics.from_tensors(t) for p, t in read.items()}
         forms = normal_forms(source.model, wanted)
-        total = data.tokens
         regions = {c.site.path: c.site.region for c in wanted if c.site.owner == "graph"}
 
         def inside(batch: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +203,7 @@ class Job:
             return hidden_values(found.capture.gm, regions, found.capture.placeholders(known))
 
         def progress(tokens: int) -> None:
-            self._tell("statistics", done=min(tokens, total), total=total)
+            self._tell("statistics", done=min(tokens, data.tokens), total=data.tokens)
 
         moments = statistics.collect(
             source.model,
@@ -266,11 +265,10 @@ class Job:
         paths = list(done.built)
         sample = self._sample(source, materials)
         errors = {} if done.graph else block_errors(source.model, done.model, paths, sample)
+        trains = self.plan.calibrate.trains
+        bounds = {} if trains else block_bounds(source.model, done, choices, sample)
         parity: list[ParityCheck] = []
-        if (
-            all(b.exactness == "exact" for b in done.built.values())
-            and not self.plan.calibrate.trains
-        ):
+        if all(b.exactness == "exact" for b in done.built.values()) and not trains:
             parity.append(exact_check(source.model, done.model, sample))
         if is_hf(source.model):
             parity += decode_checks(source.model, done.model, self.seed)
@@ -278,7 +276,9 @@ class Job:
             source, done.model, choices, materials, self.seed, self.plan.verify.yardsticks
         )
         gates = check_gates(self.plan.verify, rows)
-        return Evidence(errors=errors, parity=parity, rows=rows, gates=gates, notes=notes)
+        return Evidence(
+            errors=errors, bounds=bounds, parity=parity, rows=rows, gates=gates, notes=notes
+        )
 
     def _sample(self, source: Source, materials: Materials) -> dict[str, Any]:
         data: Dataset | None = materials.held_out or materials.statistics

@@ -37,6 +37,7 @@ class Evidence:
     """What verification and calibration found."""
 
     errors: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
     parity: list[ParityCheck] = field(default_factory=list)
     rows: list[QualityRow] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -111,6 +112,7 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
     if built is not None:
         error = SiteError(
             output_relative=evidence.errors.get(path),
+            output_bound=evidence.bounds.get(path),
             discarded_energy=facts.pop("discarded_energy", None),
             rank=facts.get("kv_lora_rank"),
             energy_kept=tuple(kept),
