@@ -29,7 +29,7 @@ from reattend.processes import is_main
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
-from reattend.runlog import RunLog, peak_memory
+from reattend.runlog import RunLog
 from reattend.source import Source, open_source
 from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates, gate_error
@@ -97,7 +97,7 @@ class Job:
         torch.manual_seed(self.seed)
         if not isinstance(model, torch.nn.Module):
             import reattend.targets.huggingface  # noqa: F401  (loaded code is no growth)
-        self.log.baseline = peak_memory()
+        self.log.begin()
         source = self._stage("open", lambda: open_source(model, **opening))
         return source, self._stage("find", lambda: find_attention(source.model, self.inputs))
 
