@@ -12,6 +12,7 @@ import typer
 from reattend.cli_guard import console, dumped, emit, guarded, quiet
 from reattend.cli_look import Inputs, Model, Trust, Weights, example_inputs, opened_model
 from reattend.errors import ArgumentError, InterruptedRun
+from reattend.processes import is_main
 
 if TYPE_CHECKING:
     from reattend.events import OnEvent
@@ -97,12 +98,17 @@ def convert(
             result = job.run(opened, **opening)
         except KeyboardInterrupt:
             raise _interrupted(out) from None
+    if not is_main():
+        return
     if json:
         emit(result.report.to_json())
         return
     screen = console()
     screen.print(result.report.summary())
     screen.print()
+    reused = [] if result.run is None else [s.name for s in result.run.stages if s.reused]
+    if reused:
+        screen.print(f"reused from an earlier run: {', '.join(reused)}", markup=False)
     screen.print(f"{result.out}", markup=False, soft_wrap=True)
     screen.print(f"report: {Path(str(result.out)) / 'report.html'}", markup=False, soft_wrap=True)
 
@@ -111,6 +117,9 @@ def convert(
 def _listening(log: Path | None) -> Iterator[OnEvent]:
     from reattend.events import JsonLog, Progress, both
 
+    if not is_main():
+        yield lambda event: None
+        return
     with contextlib.ExitStack() as stack:
         lines = None if log is None else stack.enter_context(JsonLog(log))
         yield both(lines, stack.enter_context(Progress()))

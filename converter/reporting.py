@@ -46,6 +46,7 @@ class Evidence:
     """What verification and calibration found."""
 
     errors: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
     parity: list[ParityCheck] = field(default_factory=list)
     rows: list[QualityRow] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -112,7 +113,9 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
     facts: dict[str, Any] = {}
     error = None
     if built is not None:
-        facts, error = _evidence(built.evidence, evidence.errors.get(path))
+        facts, error = _evidence(
+            built.evidence, evidence.errors.get(path), evidence.bounds.get(path)
+        )
     after = choice.after if built is not None else choice.before
     groups = facts.pop("groups", ())
     trained = bool(evidence.stages)
@@ -139,7 +142,7 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
 
 
 def _evidence(
-    given: dict[str, Any], output_relative: float | None = None
+    given: dict[str, Any], output_relative: float | None = None, output_bound: float | None = None
 ) -> tuple[dict[str, Any], SiteError]:
     """What a conversion said about its result: the settings it resolved, and what was lost."""
     facts = dict(given)
@@ -149,6 +152,7 @@ def _evidence(
         kept.append(min(1.0, total))
     error = SiteError(
         output_relative=output_relative,
+        output_bound=output_bound,
         discarded_energy=facts.pop("discarded_energy", None),
         rank=facts.get("kv_lora_rank"),
         energy_kept=tuple(kept),

@@ -82,9 +82,14 @@ class SiteError(Part):
     output_relative: Number | None = Field(
         default=None, description="norm of the attention output difference / norm of the original"
     )
-    output_bound: Number | None = Field(default=None, description="the proven bound, where bounded")
+    output_bound: Number | None = Field(
+        default=None,
+        description="proven bound on output_relative, from what the conversion discarded on the "
+        "tokens measured; where bounded",
+    )
     discarded_energy: Number | None = Field(
-        default=None, description="energy share outside the rank"
+        default=None,
+        description="energy share outside the rank on the calibration tokens; no bound on outputs",
     )
     rank: int | None = Field(default=None, ge=0, description="rank that was kept")
     energy_kept: tuple[Number, ...] = Field(

@@ -41,8 +41,7 @@ def block_errors(
     Norm of the difference of the block's output over the norm of the original's, on real tokens.
     """
     calls = watch(original, set(paths), without_cache(original, inputs))
-    mask = inputs.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    real = real_positions(inputs)
     errors = {}
     with evaluation(converted), torch.no_grad():
         for path in paths:
@@ -54,6 +53,12 @@ def block_errors(
             gap = (y.double() - expected.double()).norm()
             errors[path] = float(gap / expected.double().norm().clamp_min(1e-30))
     return errors
+
+
+def real_positions(inputs: dict[str, Any]) -> Tensor | None:
+    """[B, N] bool from a 2-D attention mask; None where every position counts."""
+    mask = inputs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _main(output: Any) -> Tensor:
