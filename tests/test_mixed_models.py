@@ -181,7 +181,8 @@ def test_training_reaches_every_group(results: Any) -> None:
     }
     data = torch.randint(3, 97, (200, 20), generator=torch.Generator().manual_seed(1))
     trained = convert(build("llama"), plan=plan, data=data).model
-    plain = dict(results["llama"].model.named_parameters())
+    plan["calibrate"] = {**settings, "stages": ["layerwise"], "lr": 1e-9}
+    plain = dict(convert(build("llama"), plan=plan, data=data).model.named_parameters())
     changed = {
         name.split("mixer.")[1]
         for name, p in trained.named_parameters()
@@ -190,17 +191,18 @@ def test_training_reaches_every_group(results: Any) -> None:
     assert {"groups.0.kv_b_proj.weight", "groups.1.k_proj.weight", "o_proj.weight"} <= changed
 
 
-def test_lora_reaches_the_groups(results: Any) -> None:
+def test_lora_reaches_the_groups() -> None:
     pytest.importorskip("peft")
     settings = {"tokens": 2000, "lora_rank": 2, "lr": 1e-2, "seq_len": 20}
     plan = {"rules": RULES, "calibrate": {**settings, "stages": ["layerwise"]}}
     data = torch.randint(3, 97, (100, 20), generator=torch.Generator().manual_seed(1))
     trained = convert(build("llama"), plan=plan, data=data).model
-    plain = dict(results["llama"].model.named_parameters())
+    plan["calibrate"] = {**settings, "stages": ["layerwise"], "lr": 1e-9}
+    plain = dict(convert(build("llama"), plan=plan, data=data).model.named_parameters())
     name = "model.layers.0.self_attn.mixer.groups.0.kv_b_proj.weight"
     gap = dict(trained.named_parameters())[name] - plain[name]
     values = torch.linalg.svdvals(gap.double())
-    assert values[2:].sum() < 1e-3 * values.sum()
+    assert values[0] > 0 and values[2:].sum() < 1e-3 * values.sum()
 
 
 def test_the_forecast_knows_the_groups(results: Any) -> None:
