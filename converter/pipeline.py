@@ -74,7 +74,7 @@ class Job:
         source, found = self._look(model, opening)
         choices = preflight(found, self.plan)
         materials = self._stage("data", lambda: self._materials(source, choices))
-        self.log.predicted = self._predict(source, choices, materials).peaks
+        self.log.predicted = self._predict(source, found, choices, materials).peaks
         with self._workdir(source, materials) as work:
             complete = work is not None and work.state == "complete"
             if self.out is not None and agreed(complete, source.device):
@@ -91,7 +91,7 @@ class Job:
         materials = Materials()
         if self.data is not None or self.plan.calibrate.data not in (None, "self"):
             materials = self._materials(source, choices)
-        return choices, self._predict(source, choices, materials)
+        return choices, self._predict(source, found, choices, materials)
 
     def _look(self, model: Any, opening: dict[str, Any]) -> tuple[Source, FoundAttention]:
         """Check what can be checked at once, then open the model and find its attention."""
@@ -108,13 +108,18 @@ class Job:
         inputs = self.inputs
         return source, self._stage("find", lambda: find_attention(source.model, inputs))
 
-    def _predict(self, source: Source, choices: list[Choice], materials: Materials) -> Prediction:
+    def _predict(
+        self, source: Source, found: FoundAttention, choices: list[Choice], materials: Materials
+    ) -> Prediction:
         data = None if materials.own else materials.training
         rows = None if data is None else data.rows
         if rows is not None and materials.held_out is not None:
             rows += materials.held_out.rows
         text = text_block(self.plan, self.data)
-        return predict(source.model, choices, self.plan, rows=rows, text=text)
+        return predict(
+            source.model, choices, self.plan, found.capture.inputs, rows=rows, text=text,
+            owned=source.owned,
+        )  # fmt: skip
 
     def _convert(
         self,

@@ -86,8 +86,6 @@ class RunLog:
             growth = self.predicted.get(stage.name)
             if growth is not None:
                 highest = max(highest, growth)
-                known["peak_bytes_predicted"] = self.baseline + (
-                    growth if self._alone else highest
-                )
+                known["peak_bytes_predicted"] = self.baseline + (growth if self._alone else highest)
             done.append(stage.model_copy(update=known))
         return tuple(done)
