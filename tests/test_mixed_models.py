@@ -174,19 +174,17 @@ def test_heads_that_do_not_exist_and_norms_that_tie_are_refused() -> None:
         convert(zoo_models.build("olmo2"), plan={"rules": [{**RULES[1], "heads": [0]}]})
 
 
-def test_training_reaches_every_group(results: Any) -> None:
-    plan = {
-        "rules": RULES,
-        "calibrate": {"tokens": 4000, "stages": ["layerwise", "end-to-end"], "seq_len": 20},
-    }
+def test_training_reaches_every_group() -> None:
+    settings = {"tokens": 4000, "stages": ["layerwise", "end-to-end"], "seq_len": 20}
+    plan = {"rules": RULES, "calibrate": settings}
     data = torch.randint(3, 97, (200, 20), generator=torch.Generator().manual_seed(1))
     trained = convert(build("llama"), plan=plan, data=data).model
-    plan["calibrate"] = {**settings, "stages": ["layerwise"], "lr": 1e-9}
+    plan["calibrate"] = {**settings, "lr": 1e-12}
     plain = dict(convert(build("llama"), plan=plan, data=data).model.named_parameters())
     changed = {
         name.split("mixer.")[1]
         for name, p in trained.named_parameters()
-        if "mixer." in name and not torch.equal(p, plain[name])
+        if "mixer." in name and float((p - plain[name]).detach().abs().max()) > 1e-6
     }
     assert {"groups.0.kv_b_proj.weight", "groups.1.k_proj.weight", "o_proj.weight"} <= changed
 
