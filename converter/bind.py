@@ -6,6 +6,7 @@ Either the owner is exactly the block (`bind`), or what it does besides is cut o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from reattend.install.binding import (
     returns_bias,
 )
 from reattend.install.pieces import CacheAt, Path
+from reattend.install.unmasked import unmasked
 from reattend.mixers.relative import relative_bias
 from reattend.mixers.scores import shown
 from reattend.passes.evaluate import attribute
@@ -84,8 +86,15 @@ def bind(
     mask, adds = None, False
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
-    if region.mask is not None and mask is None and item.follows_padding:
-        raise NotUnderstood(f"{path} does not receive the mask that hides padding")
+    opaque = item.spec.core.pattern.kind == "opaque"
+    if region.mask is not None and mask is None and (item.follows_padding or opaque):
+        does = "decides what is seen" if opaque else "hides padding"
+        raise NotUnderstood(f"{path} does not receive the mask that {does}")
+    if opaque and mask is not None:
+        owner = captured.model.get_submodule(path)
+        kind = unmasked(owner, call, mask, values[exit_node])
+        pattern = replace(item.spec.core.pattern, unmasked=kind)
+        item.spec = replace(item.spec, core=replace(item.spec.core, pattern=pattern))
     cos = sin = position = None
     if region.rotation is not None:
         cos, sin, position = bind_rotation(captured, item, arguments)
@@ -127,9 +136,10 @@ def bind_around(
     mask, adds = None, False
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
-        if mask is None and item.follows_padding:
+        opaque = item.spec.core.pattern.kind == "opaque"
+        if mask is None and item.follows_padding and not opaque:
             mask = _validity_argument(arguments, values[region.mask])
-        if mask is None and item.follows_padding:
+        if mask is None and (item.follows_padding or opaque):
             mask, adds = cutter.enter("mask", region.mask), adds_bias(values[region.mask])
     cos = sin = position = None
     if region.rotation is not None:

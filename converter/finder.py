@@ -16,6 +16,7 @@ from reattend.install.binding import Binding
 from reattend.locate import Place, adapter_of, locate, owner_of
 from reattend.ownercheck import Watched, owner_check
 from reattend.passes.base import PassResult
+from reattend.passes.find.latent import LatentForm, read_latent
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.selfcheck import self_check
@@ -55,10 +56,14 @@ class AttentionSite:
 
 @dataclass
 class RefusedSite:
-    """A core that was seen but not understood, or not provable."""
+    """A core that was seen but not understood, or not provable.
+
+    `latent` holds the sizes of a block that already is multi-head latent attention.
+    """
 
     path: str
     reason: str
+    latent: LatentForm | None = None
 
 
 @dataclass
@@ -99,6 +104,10 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             result.refused.append(_missed(item, ours))
             continue
         place = places[id(item)]
+        if place.path in ours and ours[place.path].mixer.kind != "dense":
+            already = _already(place.path, ours[place.path])  # a dense group of a mixed block
+            result.refused.append(already)
+            continue
         if place.binding is None and is_hf(model):
             result.refused.append(RefusedSite(place.path, place.reason))
             continue
@@ -120,6 +129,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             continue
         result.sites.append(_site(item, place, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
+    result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
 
@@ -166,8 +176,21 @@ def _missed(item: Missed, ours: dict[str, Adapter]) -> RefusedSite:
     path = owner_of([item.core])
     own = adapter_of(path, ours)
     if own is not None and ours[own].mixer.kind != "dense":
-        return RefusedSite(own, f"already {ours[own].mixer.kind}")
+        return _already(own, ours[own])
+    latent = read_latent(item.core)
+    if latent is not None:
+        return RefusedSite(own or path, latent.reason, latent)
     return RefusedSite(own or path, item.reason)
+
+
+def _already(path: str, block: Adapter) -> RefusedSite:
+    """A block that an earlier conversion replaced."""
+    return RefusedSite(path, f"already {block.mixer.kind}")
+
+
+def _once(refused: list[RefusedSite], ours: dict[str, Adapter]) -> list[RefusedSite]:
+    """The cores of one converted block (head groups) are one refusal."""
+    return [r for i, r in enumerate(refused) if r.path not in ours or r not in refused[:i]]
 
 
 def _refused_cores(gm: fx.GraphModule, passes: list[PassResult]) -> list[RefusedSite]:

@@ -14,7 +14,6 @@ from reattend.frequencies import exact_frequencies
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding, equal, unmatched
 from reattend.install.pieces import CacheAt
-from reattend.passes.evaluate import Evaluator
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import AttentionSpec
@@ -84,7 +83,7 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
     inputs = captured.probe(padded=True, side=slice(-3, None))
     calls = watch_all(captured.model, paths, inputs)
     cached = _watch_cache(captured.model, paths, captured.inputs)
-    values = _values(captured, [n for f in found for n in boundary(f)], inputs)
+    values = captured.values([n for f in found for n in boundary(f)], inputs)
     located: dict[int, Place] = {}
     open_: list[_Candidate] = []
     ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
@@ -156,7 +155,7 @@ def _surround(
             c.reasons.append(str(why))
             continue
         wanted |= {*c.place.entries, *c.place.exits, *boundary(c.item), *c.item.region.externals}
-    values = _values(captured, list(wanted), inputs)
+    values = captured.values(list(wanted), inputs)
     for c in candidates:
         if located[id(c.item)].binding is not None or c.place is None:
             continue
@@ -203,11 +202,6 @@ def _check_steps(captured: Capture, places: list[Place]) -> None:
         if steps is None or not stepwise(captured.model, p.path, p.binding, around, width, steps):
             config = p.surrounding.config.model_copy(update={"stepwise": False})
             p.binding = p.binding.model_copy(update={"around": config})
-
-
-def _values(captured: Capture, wanted: list[fx.Node], inputs: dict[str, Any]) -> dict[fx.Node, Any]:
-    run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
-    return dict(zip(wanted, run, strict=True))
 
 
 def _watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, CacheAt]:

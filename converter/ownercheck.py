@@ -7,7 +7,6 @@ lengths and with padding.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding, bound, read, same, signature_of
 from reattend.install.pieces import BEFORE, Path
 from reattend.locate import Place
-from reattend.mixers.base import Context, Mixer, State
+from reattend.mixers.base import Mixer
 from reattend.passes.evaluate import Evaluator, attribute
 from reattend.passes.find.sites import Found
 from reattend.passes.find.streams import read_stream
@@ -28,27 +27,14 @@ from reattend.surround import filled
 from reattend.weights import build_dense
 
 
-class _Turned(Mixer):
-    """A mixer that is given the model's own rotary table, whatever the call says."""
+class _Turned(Adapter):
+    """An adapter that takes the graph's rotary tables, where no argument holds them."""
 
-    kind = "turned"
+    tables: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, mixer: Mixer, rotation: tuple[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.mixer, self.rotation, self.config = mixer, rotation, mixer.config
-        self.relative = getattr(mixer, "relative", None)
-
-    def forward(
-        self, x_BND: Tensor, ctx: Context, state: State | None = None, memory_BMD: Any = None
-    ) -> Tensor:
-        """See `Mixer.forward`."""
-        y: Tensor = self.mixer(x_BND, replace(ctx, rotation=self.rotation), state, memory_BMD)
-        return y
-
-    @property
-    def cache_per_token(self) -> int:
-        """The mixer's."""
-        return self.mixer.cache_per_token
+    def rotation(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """See `Adapter.rotation`."""
+        return super().rotation(arguments) if self.tables is None else self.tables
 
 
 class Watched:
@@ -119,9 +105,13 @@ def _trial(
         if changed[at] is not None:  # a mask that hides nothing may be left out of a call
             fixed[node] = changed[at]
     arguments = replaced(arguments, changed)
-    mixer, tables = _mixer(gm, found, binding, weights, given)
+    opaque = found.spec.core.pattern.kind == "opaque"
+    if opaque and binding.mask is not None and read(arguments, binding.mask) is None:
+        return 0.0  # called without the mask that is its pattern; the padded trials have it
     around = filled(surrounding, weights.__getitem__).double()
-    adapter = Adapter(mixer, binding, signature_of(module), around)
+    mixer = _mixer(found, weights)
+    adapter = _Turned(mixer, binding, signature_of(module), around)
+    adapter.tables, tables = _tables(gm, found, binding, given)
     with torch.no_grad():
         result = adapter.answer(arguments)
     nodes = [node for _, node in surrounding.outputs]
@@ -132,41 +122,43 @@ def _trial(
         same(read({"": result}, ("", *at)), value)
         for (at, _), value in zip(surrounding.outputs, expected, strict=True)
     ]
-    return max([*gaps, _table_gap(adapter, binding, arguments)])
+    return max([*gaps, _table_gap(adapter, arguments)])
 
 
-def _mixer(
-    gm: fx.GraphModule,
-    found: Found,
-    binding: Binding,
-    weights: dict[str, Tensor],
-    given: dict[fx.Node, Any],
-) -> tuple[Mixer, dict[fx.Node, Any]]:
-    """The normal form, and the rotary tables to fix in the graph where no argument holds them."""
+def _mixer(found: Found, weights: dict[str, Tensor]) -> Mixer:
+    memory = found.region.memory
+    width = 0 if memory is None else int(memory.meta["val"].shape[-1])
+    hidden = int(found.region.hidden.meta["val"].shape[-1])
+    return build_dense(found.spec, weights.__getitem__, hidden, width)
+
+
+def _tables(
+    gm: fx.GraphModule, found: Found, binding: Binding, given: dict[fx.Node, Any]
+) -> tuple[tuple[Tensor, Tensor] | None, dict[fx.Node, Any]]:
+    """cos and sin for the mixer, and their nodes to fix, where no argument holds them.
+
+    The graph would compute them anew in float64, and differ by the rounding of its own dtype.
+    """
     region = found.region
-    width = 0 if region.memory is None else int(region.memory.meta["val"].shape[-1])
-    hidden = int(region.hidden.meta["val"].shape[-1])
-    mixer: Mixer = build_dense(found.spec, weights.__getitem__, hidden, width)
     if region.rotation is None or (binding.cos is not None and binding.cos.path[0] != BEFORE):
-        return mixer, {}
+        return None, {}
     here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
     assert here is not None
     run = Evaluator(gm).run(region.externals, given)
-    tables = dict(zip(region.externals, run, strict=True))
-    return _Turned(mixer, (here.cos_NP[None], here.sin_NP[None])), tables
+    nodes = dict(zip(region.externals, run, strict=True))
+    return (here.cos_NP[None], here.sin_NP[None]), nodes
 
 
-def _table_gap(adapter: Adapter, binding: Binding, arguments: dict[str, Any]) -> float:
-    """0 where the tables the programs make equal the graph's; they are made in its own dtype."""
-    mixer = adapter.mixer
-    if binding.cos is None or not isinstance(mixer, _Turned) or adapter.around is None:
+def _table_gap(adapter: _Turned, arguments: dict[str, Any]) -> float:
+    """0 where the tables the programs make equal the graph's, to the rounding of their dtype."""
+    if adapter.binding.cos is None or adapter.tables is None or adapter.around is None:
         return 0.0
-    made = adapter.rotation(adapter.around.prepare(arguments))
+    made = Adapter.rotation(adapter, adapter.around.prepare(arguments))
     if made is None:
         return float("inf")
     limit = 1e-5 if made[0].element_size() > 2 else 0.03
-    pairs = zip(made, mixer.rotation, strict=True)
-    gap = max(same(a.expand_as(b) if len(a) == 1 else a[:1], b) for a, b in pairs)
+    pairs = zip(made, adapter.tables, strict=True)
+    gap = max(same(a[:1], b) for a, b in pairs)
     return 0.0 if gap <= limit else gap
 
 

@@ -7,7 +7,6 @@ that returns random tensors instead, so degenerate weights cannot hide a mistake
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from reattend.mixers.config import (
     StreamConfig,
 )
 from reattend.mixers.dense import DenseAttention, DenseConfig
-from reattend.spec import AttentionSpec, Norm, Pattern, Proj, Rotary, Scale, Stream
+from reattend.spec import AttentionSpec, Norm, Proj, Rotary, Scale, Stream
 
 Lookup = Callable[[str], Tensor]
 
@@ -41,7 +40,8 @@ def dense_config(spec: AttentionSpec, hidden: int, memory: int) -> DenseConfig:
         core=CoreConfig(
             heads=core.heads, kv_heads=core.kv_heads, qk_head_dim=core.qk_head_dim,
             v_head_dim=core.v_head_dim, scale=core.scale, softcap=core.softcap,
-            pattern=_known(core.pattern), window=core.pattern.window, chunk=core.pattern.chunk,
+            pattern=core.pattern.kind, window=core.pattern.window, chunk=core.pattern.chunk,
+            unmasked=core.pattern.unmasked,
         ),
         out_features=spec.out.features if spec.out else None,
         out_bias=bool(spec.out and spec.out.bias),
@@ -99,13 +99,6 @@ def build_dense(
     for parameter in mixer.parameters():
         parameter.requires_grad_(True)
     return mixer.eval()
-
-
-def _known(pattern: Pattern) -> Literal["full", "causal", "sliding", "chunked"]:
-    """The kind of a pattern that a mixer can apply by itself."""
-    if pattern.kind == "opaque":
-        raise ValueError("an opaque pattern has no normal form")
-    return pattern.kind
 
 
 def _stream_config(stream: Stream) -> StreamConfig:

@@ -28,7 +28,7 @@ def inject(working: Working, rank: int) -> None:
     except ImportError as problem:
         raise MissingExtraError(
             "calibrate.lora_rank needs peft",
-            next_step="pip install peft, or drop lora_rank to train full weights",
+            next_step="pip install reattend[lora], or drop lora_rank to train full weights",
         ) from problem
     held = {id(p) for p in working.masters.values()}
     targets = [

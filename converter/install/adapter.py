@@ -130,12 +130,8 @@ class Adapter(nn.Module):
         m = seen + n if memory is None else memory.shape[1]
         if mask is not None and mask.dim() == 4:
             m = mask.shape[-1]
-        relative = getattr(self.mixer, "relative", None)
-        if relative is None:
-            config: Any = self.mixer.config
-            return x.new_zeros(1, config.core.heads, n, m)
-        bias: Tensor = relative(n, m, seen)
-        return bias
+        bias = self.mixer.score_bias(n, m, seen)
+        return x.new_zeros(1, self.mixer.query_heads, n, m) if bias is None else bias
 
     def rotation(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """cos and sin [B or 1, N, P] that a call brings; None where positions are counted."""

@@ -102,18 +102,34 @@ def same(a: Any, b: Tensor) -> float:
         return float("inf")
     if not a.is_floating_point():
         return 0.0 if bool((a == b).all()) else float("inf")
-    x, y = a.double(), b.double()
-    finite = y.abs() < 1e30
-    if not bool((finite == (x.abs() < 1e30)).all()):
+    finite = b.abs() < _huge(b)
+    if not bool((finite == (a.abs() < _huge(a))).all()):
         return float("inf")
+    x, y = a.double(), b.double()
     scale = float(y[finite].abs().max()) if bool(finite.any()) else 0.0
     gap = float((x[finite] - y[finite]).abs().max()) if bool(finite.any()) else 0.0
     return gap / max(scale, 1e-30) if gap else 0.0
 
 
+def _huge(value: Tensor) -> float:
+    """From here on a number hides a score instead of adding to it (float16 ends at 65504)."""
+    return 6e4 if value.dtype == torch.float16 else 1e30
+
+
+def rounding(value: Tensor) -> float:
+    """How far apart two runs of one computation may be, relative to the largest number.
+
+    `Capture.values` is bit for bit what the model computes wherever kernels are deterministic;
+    this leaves two units in the last place, or 1e-3, for where they are not.
+    """
+    if not value.is_floating_point():
+        return 0.0
+    return max(1e-3, 2 * torch.finfo(value.dtype).eps)
+
+
 def equal(a: Any, b: Tensor) -> bool:
-    """Whether two tensors are one value, computed twice in the model's dtype."""
-    return same(a, b) <= (0.03 if b.element_size() <= 2 else 1e-3)
+    """Whether two tensors are one value, computed twice."""
+    return same(a, b) <= rounding(b)
 
 
 def match(arguments: dict[str, Any], value: Tensor) -> Path | None:
@@ -126,13 +142,16 @@ def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | Non
     """The leaf that hides what the core's mask hides, and whether it also adds a bias.
 
     The core may see more than the owner is given: a bool mask made additive, a bias added, one
-    row for all queries expanded. So where no leaf equals the mask, visibility decides.
+    row for all queries expanded. So where no leaf equals the mask, visibility decides. A mask
+    without a batch axis is a pattern, and no argument is needed for it.
     """
+    if mask_BhNM.dim() != 4:
+        return None, False
     exact = match(arguments, mask_BhNM)
     seen = shown(mask_BhNM)
     if exact is not None:
         return exact, adds_bias(mask_BhNM)
-    if mask_BhNM.dim() != 4 or bool(seen.all()):
+    if bool(seen.all()):
         return None, False
     for path, leaf in leaves(arguments):
         if not isinstance(leaf, Tensor) or leaf.dim() != 4 or leaf.is_complex():

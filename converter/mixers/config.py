@@ -66,7 +66,11 @@ class RelativeConfig(Frozen):
 
 
 class CoreConfig(Frozen):
-    """Scores and pattern; query head h reads key/value head h // (heads // kv_heads)."""
+    """Scores and pattern; query head h reads key/value head h // (heads // kv_heads).
+
+    `opaque`: the model's own 4-D mask is the pattern; a call without one follows `unmasked`, and
+    is an error where that is empty.
+    """
 
     heads: int
     kv_heads: int
@@ -74,9 +78,10 @@ class CoreConfig(Frozen):
     v_head_dim: int
     scale: float
     softcap: float = 0.0
-    pattern: Literal["full", "causal", "sliding", "chunked"] = "causal"
+    pattern: Literal["full", "causal", "sliding", "chunked", "opaque"] = "causal"
     window: int = 0
     chunk: int = 0
+    unmasked: Literal["", "full", "causal"] = ""
 
     @property
     def causal(self) -> bool:

@@ -144,7 +144,13 @@ class Report(Part):
 
     def to_json(self) -> str:
         """The report as JSON: sorted keys, fixed float format, one newline at the end."""
-        return dumps(self.model_dump(mode="json", by_alias=True))
+        data = self.model_dump(mode="json", by_alias=True)
+        for site in data["sites"]:
+            if not site[
+                "groups"
+            ]:  # written where there are any: files from before keep their bytes
+                del site["groups"]
+        return dumps(data)
 
     def to_markdown(self) -> str:
         """The report as GitHub Markdown, without plots."""

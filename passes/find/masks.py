@@ -69,6 +69,9 @@ def read_mask(
 
     Raises:
         NotUnderstood: it is a bias, or depends on hidden states, or differs between heads.
+
+    A mask of no known kind (images that see each other, prefixes, packed documents) is `opaque`:
+    the block takes it from the model call by call, and cannot be used without.
     """
     if mask is None:
         return FoundMask(Pattern("causal" if is_causal else "full"), False)
@@ -81,13 +84,11 @@ def read_mask(
         return shown(run.run([mask], inputs_at(length, padded))[0])
 
     bias = _bias(gm, mask, inputs_at)
-    base = _one(at(None, False))
-    pattern = classify(base)
+    base = at(None, False)
+    pattern = _pattern(base)
     longest = max(_constants(slice_nodes), default=0)
-    if pattern.kind != "full" and 2 * longest + 3 <= LONGEST:
-        pattern = classify(_one(at(max(2 * longest + 3, base.shape[0] + 6), False)))
-    if pattern.kind == "opaque":
-        raise NotUnderstood("the mask is not full, causal, sliding or chunked")
+    if pattern.kind not in ("full", "opaque") and 2 * longest + 3 <= LONGEST:
+        pattern = _pattern(at(max(2 * longest + 3, base.shape[-2] + 6), False))
     padded = at(None, True)
     return FoundMask(pattern, not bool((padded == base).all()), bias)
 
@@ -118,13 +119,15 @@ def _bias(
     return read_relative(name, attribute(gm, name).detach(), masked)
 
 
-def _one(allowed: Tensor) -> Tensor:
-    """[N, M] of a mask that is the same for every row and head."""
+def _pattern(allowed: Tensor) -> Pattern:
+    """The pattern of a mask; `opaque` where it depends on the row's data or fits none."""
     while allowed.dim() < 4:
         allowed = allowed[None]
-    if not bool((allowed == allowed[:1, :1]).all()):
-        raise NotUnderstood("the mask differs between rows or heads")
-    return allowed[0, 0]
+    if not bool((allowed == allowed[:, :1]).all()):
+        raise NotUnderstood("the mask differs between heads")
+    if not bool((allowed == allowed[:1]).all()):
+        return Pattern("opaque")
+    return classify(allowed[0, 0])
 
 
 def _constants(nodes: set[fx.Node]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reattend.passes.base import GraphPass, Refusal, replace_node
+from reattend.passes.base import GraphPass, Refusal, drop_dead, replace_node
 from reattend.passes.evaluate import parameter_only
 from reattend.passes.normalize.forms import aten, attention, is_op
 
@@ -238,7 +238,7 @@ class FuseEager(GraphPass):
             )
         replace_node(product, new)
         _erase_unused(node)
-        gm.graph.eliminate_dead_code()
+        drop_dead(gm.graph)
 
 
 def _erase_unused(node: fx.Node) -> None:

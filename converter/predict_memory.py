@@ -1,0 +1,179 @@
+"""Peak memory of every stage, from shapes and one probe: what the tensors alive at once add up to.
+
+Counted: weights, working copies, moments, gradients, activations that autograd keeps, logits and
+what the losses hold beside them, and constants for the libraries a stage loads (measured, below).
+Not counted: memory that was freed and that the C library keeps for later inside one stage. glibc
+keeps freed blocks of up to 32 MiB, so a run shows more than this while it trains;
+`MALLOC_MMAP_THRESHOLD_=262144` in the environment shows what is counted (tests/test_predict.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from reattend.materials import HELD_ROWS, HELD_SHARE
+from reattend.plan import Plan
+from reattend.preflight import Choice
+
+MIB = 1 << 20
+#: Measured on Linux with torch 2.13, transformers 5.23: loading; capture, and what stays of it;
+#: first products; first gradients; the report's page with its plots.
+OPENING, CAPTURING, CAPTURED = 12 * MIB, 80 * MIB, 55 * MIB
+RUNNING, TRAINING, PLOTTING = 12 * MIB, 4 * MIB, 32 * MIB
+#: A tokenizer's memory per byte of the text it is given; measured. Half of it stays fragmented.
+TOKENISING = 165
+#: Rows and tokens of what the model samples for itself when no data is given.
+OWN_ROWS, OWN_LENGTH, OWN_BATCH = 64, 256, 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of one model and plan. Bytes unless they say otherwise."""
+
+    weights: int
+    largest: int  # numbers in the largest tensor
+    element: int
+    parameters: int
+    vocabulary: int
+    widest: int  # output features of the widest layer below the head
+    hidden: int
+    layers: int
+    heads: int
+    saved: float  # numbers kept per token for a backward pass
+
+    def logits(self, tokens: int) -> int:
+        """Of the model as it is stored."""
+        return tokens * self.vocabulary * self.element
+
+    def activations(self, tokens: int) -> int:
+        """Of one layer without a backward pass."""
+        return 3 * tokens * self.widest * self.element
+
+
+def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
+    """Read off the model; `saved` from `reattend.probe`."""
+    parameters = list(model.parameters())
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+    outputs = [m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Linear)]
+    return Sizes(
+        weights=sum(p.numel() * p.element_size() for p in parameters),
+        largest=max(p.numel() for p in parameters),
+        element=parameters[0].element_size(),
+        parameters=sum(p.numel() for p in parameters),
+        vocabulary=vocabulary,
+        widest=max((n for n in outputs if n != vocabulary), default=0),
+        hidden=max((c.config.hidden_size for c in choices), default=0),
+        layers=len(choices),
+        heads=max((c.config.core.heads for c in choices), default=0),
+        saved=saved,
+    )
+
+
+def gram_width(choice: Choice) -> int:
+    """Y = G (d + e) where the conversion asks for second moments."""
+    if "gram" not in choice.needs:
+        return 0
+    core = choice.config.core
+    return core.kv_heads * (core.qk_head_dim + core.v_head_dim)
+
+
+def held_rows(rows: int | None) -> int:
+    """Rows held back to measure on."""
+    return 0 if rows is None else min(HELD_ROWS, rows // HELD_SHARE)
+
+
+def memory(
+    sizes: Sizes,
+    converted: list[Choice],
+    plan: Plan,
+    rows: int | None,
+    text: int,
+    generates: bool,
+    owned: bool,
+) -> dict[str, int]:
+    """Peak growth of every stage over the bare process, bytes.
+
+    Args:
+        sizes: of the original.
+        converted: the sites that change.
+        plan: decides data and stages.
+        rows: rows of data; None: sampled from the model.
+        text: bytes of text tokenised at a time.
+        generates: the model is from transformers, so decoding is checked.
+        owned: reattend loads the model; otherwise saving ends the sharing of weights with it.
+    """
+    calibrate, element = plan.calibrate, sizes.element
+    width = max((gram_width(c) for c in converted), default=0)
+    new = sum(c.after.parameters for c in converted) * element
+    block = max((c.before.parameters for c in converted), default=0)
+    batch = calibrate.batch_size * (OWN_LENGTH if rows is None else calibrate.seq_len)
+    base = sizes.weights + OPENING
+    found: dict[str, float] = {}
+    # isfinite holds |x|, two comparisons and their product beside x.
+    found["open"] = base + sizes.largest * (element + 3)
+    found["find"] = base + CAPTURING + 2 * 8 * block
+    base += CAPTURED
+    cache = sum(c.before.cache for c in converted) * element
+    own = OWN_BATCH * (OWN_LENGTH * cache + sizes.vocabulary * element)
+    found["data"] = base + TOKENISING * text + (2 * own if rows is None and width else 0)
+    base += RUNNING + TOKENISING * text // 2
+    moments = sum(_grams(c) for c in converted)
+    running = sizes.logits(batch) + sizes.activations(batch)
+    tokens = 2 * 8 * batch * width + 8 * width**2
+    found["statistics"] = base + (running + moments + tokens if width else 0)
+    found["rewrite"] = base + moments + new + 12 * 8 * width**2
+    base += new
+    if calibrate.trains:
+        trained = _training(sizes, converted, batch, plan)
+        found |= {name: base + TRAINING + grown for name, grown in trained.items()}
+        base += TRAINING
+    found["verify"] = base + _verifying(sizes, held_rows(rows), calibrate.seq_len, generates)
+    copied = 0 if owned else sizes.weights
+    found["publish"] = base + PLOTTING + copied
+    return {name: int(value) for name, value in found.items()}
+
+
+def _grams(choice: Choice) -> int:
+    """Bytes of one site's moments: float64, and the queries' where their rank is cut."""
+    core = choice.config.core
+    queries = core.heads * core.qk_head_dim
+    return 8 * (gram_width(choice) ** 2 + (queries**2 if "queries" in choice.needs else 0))
+
+
+def _training(sizes: Sizes, converted: list[Choice], batch: int, plan: Plan) -> dict[str, float]:
+    """Growth while a stage trains.
+
+    Masters, gradients and two moments of what is trained, and two temporaries of AdamW's step;
+    a float32 copy of a half-precision model; and, end to end, what autograd keeps, the logits of
+    both models and their gradient, and one row of them five times inside the divergence.
+    With LoRA this is an upper limit: the masters have neither gradients nor moments then.
+    """
+    wide = 4 * sizes.parameters if sizes.element < 4 else 0
+    size = max(4, sizes.element)
+    trained = size * sum(c.after.parameters for c in converted)
+    block = max(c.before.cache + 4 * c.config.hidden_size for c in converted)
+    alone = batch * size * (3 * sizes.widest + 2 * block)
+    logits = size * batch * sizes.vocabulary
+    row = size * plan.calibrate.seq_len * sizes.vocabulary
+    kept = size * batch * (sizes.saved + sizes.layers * sizes.hidden)
+    losses = max(3 * logits + 5 * row, 4 * logits)
+    amounts = {
+        "layerwise": max(6.0 * trained, 4 * trained + alone),
+        "end-to-end": max(6.0 * trained, 4 * trained + kept + losses),
+    }
+    return {name: wide + amounts[name] for name in plan.calibrate.stages}
+
+
+def _verifying(sizes: Sizes, held: int, seq_len: int, generates: bool) -> float:
+    """Logits of both models for a batch, the next batch's first ones, and one row five times."""
+    rows = min(8, held) if held else 4
+    batches = -(-held // 8)
+    logits = (1 if not held else 3 if batches > 1 else 2) * sizes.logits(rows * seq_len)
+    row = 4 * seq_len * sizes.vocabulary * (5 if held else 1)
+    decode = 6 * sizes.logits(3 * 53) if generates else 0
+    return max(logits + row, decode) + sizes.activations(rows * seq_len)
