@@ -29,7 +29,6 @@ from reattend.kernels.latent_attention import triton_kernel as latent_kernels
 from reattend.kernels.targets import SMALL_SHARED_LIMIT, Target
 
 ROPE_WIDTH = 64
-SPLITS = 8
 SPILL_LIMIT = 32  # bytes of stack per thread: a few slots differ between compiler versions
 VARIANTS = ("plain", "full")
 _POINTERS = {"lse": "fp32", "kv_start": "i64", "kv_len": "i64", "table": "i32"}
@@ -90,10 +89,8 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
     if kernel.startswith("attention"):
         constants |= {"D": width, "E": width, "BLOCK_D": block, "BLOCK_E": block}
     else:
-        constants |= {"RANK": width, "ROPE": ROPE_WIDTH}
+        constants |= {"RANK": width, "ROPE": ROPE_WIDTH, "SPREAD": config.spread}
         constants |= {"BLOCK_RANK": block, "BLOCK_ROPE": triton.next_power_of_2(ROPE_WIDTH)}
-    if "decode" in kernel:
-        constants["SPLITS"] = SPLITS
     return constants
 
 

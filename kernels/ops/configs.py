@@ -25,12 +25,19 @@ class KernelConfig:
         keys: keys of a tile.
         warps: warps per program.
         stages: depth of the load pipeline.
+        resident: programs one multiprocessor runs at once; only the number of splits depends on it.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    resident: int = 1
+
+    @property
+    def spread(self) -> bool:
+        """Whether warps outnumber the 16-row slabs that warp-group products divide rows into."""
+        return self.rows >= 64 and self.warps * 16 > self.rows
 
 
 Rows = dict[tuple[str, int], dict[int, KernelConfig]]

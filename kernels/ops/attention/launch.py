@@ -69,7 +69,7 @@ def launch(
     group = h // groups
     if decode:
         programs = -(-group * n // config.rows) * groups * b
-        splits = count_splits(q.device, programs, capacity) if splits is None else splits
+        splits = count_splits(q.device, programs, capacity, config) if splits is None else splits
     else:
         programs, splits = -(-n // config.rows) * h * b, 1
     y, lse, part, part_lse = outputs((b, h, n, e), splits, q)
@@ -88,7 +88,7 @@ def launch(
         if not decode:
             attention_prefill[(programs,)](*args, **options)
             return y, lse
-        attention_decode[(programs * splits,)](*args, b * h * n, SPLITS=splits, **options)
+        attention_decode[(programs * splits,)](*args, b * h * n, splits, **options)
         if splits > 1:
             merge(part, part_lse, y, lse)
     return y, lse

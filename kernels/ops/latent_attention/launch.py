@@ -80,7 +80,7 @@ def launch(
     if not decode:
         splits = 1
     elif splits is None:
-        splits = count_splits(q.device, programs, capacity)
+        splits = count_splits(q.device, programs, capacity, config)
     u, lse, part, part_lse = outputs((b, h, n, r), splits, q)
     if u.numel() == 0:
         return u, lse
@@ -93,7 +93,7 @@ def launch(
     )
     # fmt: on
     options = common_options(rule, config, paged, q)
-    options |= {"RANK": r, "ROPE": rope_width}
+    options |= {"RANK": r, "ROPE": rope_width, "SPREAD": config.spread}
     options |= {
         "BLOCK_RANK": next_power_of_two(r),
         "BLOCK_ROPE": next_power_of_two(rope_width),
@@ -102,7 +102,7 @@ def launch(
         if not decode:
             latent_prefill[(programs,)](*args, **options)
             return u, lse
-        latent_decode[(programs * splits,)](*args, b * h * n, SPLITS=splits, **options)
+        latent_decode[(programs * splits,)](*args, b * h * n, splits, **options)
         if splits > 1:
             merge(part, part_lse, u, lse)
     return u, lse
