@@ -21,7 +21,7 @@ START_TILES = 2.0
 MERGE_TILES = 2.0
 MERGE_TILES_PER_SPLIT = 0.05
 MAX_SPLITS = 64
-MERGE_COLUMNS = 64  # of the output, per merging program
+MERGE_TILE = 8192  # numbers (splits x columns) of a merging program
 
 
 def interpreting() -> bool:
@@ -56,9 +56,7 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def count_splits(
-    device: torch.device, programs: int, capacity: int, config: KernelConfig
-) -> int:
+def count_splits(device: torch.device, programs: int, capacity: int, config: KernelConfig) -> int:
     """Splits of the keys, from sizes the host knows (never from kv_len).
 
     Args:
@@ -128,7 +126,8 @@ def outputs(
 def merge(part: Tensor, part_lse: Tensor, y: Tensor, lse: Tensor) -> None:
     """Combine the splits into ``y`` and ``lse``."""
     e = y.shape[-1]
-    columns = min(MERGE_COLUMNS, next_power_of_two(e))
+    block_splits = triton.next_power_of_2(part.shape[0])
+    columns = min(MERGE_TILE // block_splits, next_power_of_two(e))
     merge_splits[(lse.numel() * -(-e // columns),)](
         part,
         part_lse,
@@ -137,7 +136,7 @@ def merge(part: Tensor, part_lse: Tensor, y: Tensor, lse: Tensor) -> None:
         lse.numel(),
         part.shape[0],
         E=e,
-        BLOCK_SPLITS=triton.next_power_of_2(part.shape[0]),
+        BLOCK_SPLITS=block_splits,
         BLOCK_E=columns,
         num_warps=4,
         enable_fp_fusion=True,

@@ -2,7 +2,8 @@
 
 Rules of the house: pointer loads only, no inline assembly and no libdevice (so the interpreter
 and every backend run the same code), 64-bit addresses, masks wherever a tile is not known to be
-whole, explicit options. Scores live in base 2 (exp2 is the hardware's instruction); lse is stored in base e.
+whole, explicit options. Scores live in base 2 (exp2 is the hardware's instruction); lse is stored
+in base e.
 """
 
 # mypy: disable-error-code="no-untyped-def"

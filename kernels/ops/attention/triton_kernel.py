@@ -131,12 +131,14 @@ def _sweep(
         k_page, k_m, v_page, v_m, D, E, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
         PRECISION, BLOCK_KEYS, BLOCK_D, BLOCK_E, False,
     )
-    return _span(
-        acc, top, mass, q_tile, pos, k, v, table_row, b, hi, hi, scale, softcap, window, page,
-        k_page, k_m, v_page, v_m, D, E, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
-        PRECISION, BLOCK_KEYS, BLOCK_D, BLOCK_E, True,
-    )
+    if b < hi:
+        acc, top, mass = _span(
+            acc, top, mass, q_tile, pos, k, v, table_row, b, hi, hi, scale, softcap, window, page,
+            k_page, k_m, v_page, v_m, D, E, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
+            PRECISION, BLOCK_KEYS, BLOCK_D, BLOCK_E, True,
+        )
     # fmt: on
+    return acc, top, mass
 
 
 @triton.jit
@@ -167,6 +169,7 @@ def attention_prefill(
     v_g,
     v_m,
     table_b,
+    together,
     D: tl.constexpr,
     E: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -180,12 +183,18 @@ def attention_prefill(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N)."""
+    """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N).
+
+    ``together`` divides H: so many heads run side by side.
+    """
     tiles = tl.cdiv(n, BLOCK_ROWS)
     pid = tl.program_id(0)
-    # the last queries see the most keys: start them first
-    tile = tiles - 1 - pid % tiles
-    head, b = (pid // tiles) % heads, (pid // tiles // heads).to(tl.int64)
+    # the last queries see the most keys: start them first, of all heads whose keys fit in L2
+    part, rest = pid // (tiles * together), pid % (tiles * together)
+    tile = tiles - 1 - rest // together
+    parts = heads // together
+    head = part % parts * together + rest % together
+    b = (part // parts).to(tl.int64)
     g, h = (head // group).to(tl.int64), head.to(tl.int64)
     start = tl.load(kv_start + b).to(tl.int32)
     end = tl.load(kv_len + b).to(tl.int32)
@@ -202,8 +211,9 @@ def attention_prefill(
     # fmt: off
     acc, top, mass = _sweep(
         q_tile, pos, first_pos, last_pos, k + cache * k_b + g * k_g, v + cache * v_b + g * v_g,
-        table + b * table_b, lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E, CAUSAL, HAS_WINDOW,
-        HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, BLOCK_E,
+        table + b * table_b, lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E,
+        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS,
+        BLOCK_D, BLOCK_E,
     )
     # fmt: on
     out, log_sum = finish(acc, top, mass)
@@ -289,8 +299,9 @@ def attention_decode(
     # fmt: off
     acc, top, mass = _sweep(
         q_tile, pos, first_pos, last_pos, k + cache * k_b + g * k_g, v + cache * v_b + g * v_g,
-        table + b * table_b, lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E, CAUSAL, HAS_WINDOW,
-        HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, BLOCK_E,
+        table + b * table_b, lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E,
+        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS,
+        BLOCK_D, BLOCK_E,
     )
     # fmt: on
     out, log_sum = finish(acc, top, mass)

@@ -30,7 +30,8 @@ def config_for(q_nope_BHNr: Tensor, q_rope_BHNR: Tensor) -> KernelConfig | None:
     _, h, n, r = q_nope_BHNr.shape
     if n > DECODE_QUERIES:
         return find_config(target.name, "latent_prefill", r, size)
-    wide = find_config(target.name, "latent_decode_wide", r, size) if h * n > WIDE_ROWS else None
+    limit = next((rows for rank, rows in WIDE_ROWS.items() if r <= rank), 0)
+    wide = find_config(target.name, "latent_decode_wide", r, size) if h * n > limit else None
     return wide or find_config(target.name, "latent_decode", r, size)
 
 

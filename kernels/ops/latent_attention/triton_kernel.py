@@ -190,15 +190,16 @@ def _attend_rows(
     acc, top, mass = _span(
         acc, top, mass, q_tile, w_tile, pos, latent, rope, table_row, a, z, hi, scale,
         softcap, window, page, latent_b, latent_m, rope_b, rope_m, RANK, ROPE, CAUSAL,
-        HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
-        False,
+        HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK,
+        BLOCK_ROPE, False,
     )
-    acc, top, mass = _span(
-        acc, top, mass, q_tile, w_tile, pos, latent, rope, table_row, z, hi, hi, scale,
-        softcap, window, page, latent_b, latent_m, rope_b, rope_m, RANK, ROPE, CAUSAL,
-        HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
-        True,
-    )
+    if z < hi:
+        acc, top, mass = _span(
+            acc, top, mass, q_tile, w_tile, pos, latent, rope, table_row, z, hi, hi, scale,
+            softcap, window, page, latent_b, latent_m, rope_b, rope_m, RANK, ROPE, CAUSAL,
+            HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK,
+            BLOCK_ROPE, True,
+        )
     # fmt: on
 
     out, log_sum = finish(acc, top, mass)
@@ -330,7 +331,7 @@ def latent_decode(
     _attend_rows(
         q_nope, q_rope, latent, rope, y, lse, kv_start, kv_len, table, scale, softcap, window,
         heads, n, m, page, qn_b, qn_h, qn_n, qr_b, qr_h, qr_n, latent_b, latent_m, rope_b, rope_m,
-        table_b, part, split, splits, tile, b, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
-        PRECISION, SPREAD, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
+        table_b, part, split, splits, tile, b, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED,
+        UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
     )
     # fmt: on
