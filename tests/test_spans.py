@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from reattend.install.adapter import StockState
 from reattend.install.spans import SpanCache, SpanState
 
 NEW = 12
+made = cache(converted)
 
 
 def prompts() -> dict[str, torch.Tensor]:
@@ -32,16 +34,20 @@ def decode(model: Any, batch: dict[str, Any], **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "beams", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
+    ("which", "to", "beams"),
+    [
+        ("all", "mla", {}),
+        ("middle", "mla", {}),
+        ("all", "dense", {}),
+        ("all", "mla", {"num_beams": 2, "num_return_sequences": 2}),
+    ],
 )
-@pytest.mark.parametrize(("which", "to"), [("all", "mla"), ("middle", "mla"), ("all", "dense")])
 def test_generates_what_a_dynamic_cache_generates(which: str, to: str, beams: Any) -> None:
-    model, batch = converted("llama", which, to), prompts()
+    model, batch = made("llama", which, to), prompts()
     want = decode(model, batch, **beams)
-    cache = SpanCache(model.config, 9 + NEW, batch["attention_mask"])
-    calls = []
+    spans = SpanCache(model.config, 9 + NEW, batch["attention_mask"])
     with mock.patch.object(SpanState, "span", autospec=True, side_effect=SpanState.span) as span:
-        got = decode(model, batch, past_key_values=cache, **beams)
+        got = decode(model, batch, past_key_values=spans, **beams)
         calls = [call.args[0].layer_idx for call in span.call_args_list]
     assert torch.equal(got.sequences, want.sequences)
     for a, b in zip(got.logits, want.logits, strict=True):
@@ -51,7 +57,7 @@ def test_generates_what_a_dynamic_cache_generates(which: str, to: str, beams: An
 
 
 def test_without_padding_no_mask_is_needed() -> None:
-    model, batch = converted("llama", "all"), prompts()
+    model, batch = made("llama", "all"), prompts()
     batch = {"input_ids": batch["input_ids"][:1]}
     got = decode(model, batch, past_key_values=SpanCache(model.config, 9 + NEW))
     assert torch.equal(got.sequences, decode(model, batch).sequences)
@@ -59,23 +65,23 @@ def test_without_padding_no_mask_is_needed() -> None:
 
 def test_padding_is_not_seen() -> None:
     """The padded row alone, without its padding, continues the same way: the test of `start`."""
-    model, batch = converted("llama", "all"), prompts()
-    cache = SpanCache(model.config, 9 + NEW, batch["attention_mask"])
-    got = decode(model, batch, past_key_values=cache).sequences[1, 9:]
+    model, batch = made("llama", "all"), prompts()
+    spans = SpanCache(model.config, 9 + NEW, batch["attention_mask"])
+    got = decode(model, batch, past_key_values=spans).sequences[1, 9:]
     alone = decode(model, {"input_ids": batch["input_ids"][1:, 3:]}).sequences[0, 6:]
     assert torch.equal(got, alone)
 
 
 def test_a_sliding_window_layer_keeps_transformers_cache() -> None:
-    model, batch = converted("mistral", "all"), prompts()
-    cache = SpanCache(model.config, 9 + NEW, batch["attention_mask"])
-    assert type(cache.reattend_state(0)) is StockState
-    got = decode(model, batch, past_key_values=cache)
+    model, batch = made("mistral", "all"), prompts()
+    spans = SpanCache(model.config, 9 + NEW, batch["attention_mask"])
+    assert type(spans.reattend_state(0)) is StockState
+    got = decode(model, batch, past_key_values=spans)
     assert torch.equal(got.sequences, decode(model, batch).sequences)
 
 
 def test_padding_elsewhere_is_refused() -> None:
-    model = converted("llama", "first")
+    model = made("llama", "first")
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     with pytest.raises(ArgumentError, match="padding on the left"):
         SpanCache(model.config, 8, mask)

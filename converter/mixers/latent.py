@@ -134,8 +134,11 @@ class LatentAttention(Mixer):
             return None
         full = rotation(self.config.rotary, ctx, state, x_BND)
         assert full is not None
-        columns = torch.tensor(self.config.rope_columns, device=x_BND.device)
-        return full[0].index_select(-1, columns), full[1].index_select(-1, columns)
+        columns = self.config.rope_columns
+        if columns == tuple(range(len(columns))):  # no index to send to the device
+            return full[0][..., : len(columns)], full[1][..., : len(columns)]
+        index = torch.tensor(columns, device=x_BND.device)
+        return full[0].index_select(-1, index), full[1].index_select(-1, index)
 
     def _queries(self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Unrotated [B, H, N, d] and rotated [B, H, N, R] queries."""

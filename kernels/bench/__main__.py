@@ -3,8 +3,8 @@
 No speed is reported while a kernel is wrong. The device's own ceilings (copy bandwidth, bf16
 matrix rate) are measured first: every case has a floor, the larger of its bytes over the one and
 its arithmetic over the other. Results go to ``kernels/bench/results`` with the device, the date
-and the versions. Without a GPU: exit code 5. `python kernels/bench report` prints the table of a
-results file as Markdown.
+and the versions. Without a GPU: exit code 5. `python kernels/bench report` prints the committed
+results as Markdown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from cases import SPEED, Case, bytes_of, case_calls, compile_case
 from correctness import check
 from peers import inputs_of, peers
-from table import table
+from table import model_table, table
 from timing import copy_gb_per_s, eager_ms, input_sets, matmul_tflops, replay_ms
 
 EXIT_WRONG, EXIT_NO_DEVICE = 1, 5
@@ -109,13 +109,15 @@ def main() -> int:
     """Check, time, write, print the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", choices=("run", "report"), default="run")
-    parser.add_argument("--file", type=Path, default=RESULTS / "nvidia-h200.json")
+    parser.add_argument("--device", default="nvidia-h200", help="whose results to report")
+    parser.add_argument("--check-only", action="store_true", help="do not time")
     parser.add_argument("--no-check", action="store_true", help="time only; nothing is written")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     if options.what == "report":
-        say(table(json.loads(options.file.read_text("utf-8"))))
+        for name, made in ((options.device, table), (f"model-{options.device}", model_table)):
+            say(made(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")
         return 0
     if not torch.cuda.is_available():
         sys.stderr.write(
@@ -129,6 +131,9 @@ def main() -> int:
     if wrong:
         sys.stderr.write(f"{len(wrong)} checks failed, no speed is reported: {wrong}\n")
         return EXIT_WRONG
+    if options.check_only:
+        say(f"{len(checks)} checks passed")
+        return 0
     report = measure(checks, options.only)
     if checks:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@
 - ``flex``: FlexAttention compiled by inductor, on the same problem.
 - ``flash, equal FLOPs`` (latent prefill): SDPA flash at head width 128 with as many heads as make
   the arithmetic the same. SDPA has no fast kernel for rows as wide as a latent's.
-- ``flash, original MHA`` and ``flash, original 8 KV heads`` (latent decode): SDPA decode of the
-  cache that a converted model had, at the same batch and length, heads of width 128.
+- ``original MHA`` and ``original 8 KV heads`` (latent decode): SDPA decode, by either backend, of
+  the cache that a converted model had, at the same batch and length, heads of width 128.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def peers(case: Case, with_flex: bool) -> Sequence[Peer]:
         found = [Peer(name, case, sdpa(case, name)) for name in BACKENDS]
     elif case.decodes:
         whole = original(case, case.h)
-        found = [Peer("flash, original MHA", whole, sdpa(whole, "flash"))]
+        found = [Peer(f"{name}, original MHA", whole, sdpa(whole, name)) for name in BACKENDS]
         if case.h > 8:
-            grouped = original(case, 8)
-            found.append(Peer("flash, original 8 KV heads", grouped, sdpa(grouped, "flash")))
+            some = original(case, 8)
+            found += [Peer(f"{n}, original 8 KV heads", some, sdpa(some, n)) for n in BACKENDS]
     else:
         same = equal_flops(case)
         found = [Peer("flash, equal FLOPs", same, sdpa(same, "flash"))]

@@ -30,8 +30,8 @@ from reattend.kernels.configs import KernelConfig
 from reattend.kernels.core import Rule
 
 RESULTS = Path(__file__).parent / "results"
-Tile = tuple[int, int, int, int]
-# tiles (rows, keys, warps, stages) that compile for sm_90 without spilling inside a loop
+Tile = tuple[int, ...]
+# (rows, keys, warps, stages[, programs a multiprocessor holds]) that compile for sm_90
 GRID: dict[str, tuple[Tile, ...]] = {
     "attention prefill 64": (
         (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
@@ -60,11 +60,11 @@ GRID: dict[str, tuple[Tile, ...]] = {
         (16, 64, 4, 4), (16, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 4, 2),
     ),
     "latent decode 512": (
-        (16, 64, 8, 2), (16, 64, 4, 2), (16, 32, 4, 3), (16, 32, 4, 4), (16, 32, 8, 4),
-        (16, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 3),
+        (16, 32, 4, 3, 2), (16, 64, 4, 2, 2), (16, 64, 8, 3), (32, 32, 4, 2, 2), (32, 32, 4, 3, 2),
+        (32, 64, 4, 2, 2), (64, 64, 8, 2),
     ),
     "latent decode 256": (
-        (16, 64, 4, 3), (16, 128, 8, 2), (16, 64, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2),
+        (16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (32, 64, 4, 2, 2), (32, 128, 4, 2), (64, 64, 4, 2),
         (64, 64, 8, 3),
     ),
 }  # fmt: skip
@@ -148,7 +148,8 @@ def main() -> int:
         sets = [full_inputs(case, seed) for seed in range(input_sets(bytes_of(case)))]
         best: list[tuple[float, str]] = []
         for config in grid_of(case):
-            row = {"case": case.name, "config": asdict(config)}
+            day = date.today().isoformat()
+            row = {"case": case.name, "date": day, "config": asdict(config)}
             if refused[case, config] is not None:
                 rows.append(row | {"refused": refused[case, config]})
                 continue
@@ -180,6 +181,10 @@ def main() -> int:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"sweep-{name.lower().replace(' ', '-')}.json"
+    if path.exists():  # cases that were not swept again stay as they were
+        again = {case.name for case in cases}
+        old = json.loads(path.read_text("utf-8"))["rows"]
+        report["rows"] = [row for row in old if row["case"] not in again] + rows
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"wrote {path} after {time.perf_counter() - began:.0f} s\n")
     return 0

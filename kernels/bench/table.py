@@ -1,4 +1,4 @@
-"""The Markdown table of a results file of `python kernels/bench`: no number is typed by hand."""
+"""The Markdown tables of the committed results: no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -52,3 +52,24 @@ def table(results: dict[str, Any]) -> str:
     ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in results["speed"]]
     return "\n".join(lines)
+
+
+def model_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/model.py` as Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    shape = results["shape"]
+    lines = [
+        f"{results['device']}, {results['date']}, {versions}, `{results['command']}`:"
+        f" {shape['layers']} layers of width {shape['hidden']} with {shape['heads']} heads, random"
+        f" bf16 weights; latent rank {results['rank']} + {results['rope']}.",
+        "",
+        "| attention | at | batch | context | cache bytes per token | ms per step | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['at']} | {row['batch']} | {row['context']} |"
+        f" {row['cache_bytes_per_token']} | {row['step_ms']:.1f} | {row['tokens_per_s']:.0f} |"
+        for row in results["rows"]
+    ]
+    ratios = "; ".join(f"{name}: x{ratio:.2f}" for name, ratio in results["times_faster"].items())
+    return "\n".join([*lines, "", f"Tokens per second, latent over {ratios}."])

@@ -27,14 +27,16 @@ def input_sets(bytes_per_set: int) -> int:
     return min(max(2, -(-ROTATE_BYTES // max(bytes_per_set, 1))), MAX_SETS)
 
 
-def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS) -> float:
+def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS, repeats: int | None = None) -> float:
     """Milliseconds of one call: median over replays of a graph that holds every call.
 
     Args:
         calls: the same work over different inputs.
         rounds: replays that are timed.
+        repeats: how often a graph holds every call; as many as make 16 calls when None.
     """
-    repeats = max(1, CALLS_PER_GRAPH // len(calls))
+    if repeats is None:
+        repeats = max(1, CALLS_PER_GRAPH // len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

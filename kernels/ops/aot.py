@@ -72,7 +72,7 @@ class Compiled:
 
 def _kernel(name: str) -> Any:
     module = attention_kernels if name.startswith("attention") else latent_kernels
-    return getattr(module, name.removesuffix("_wide"))
+    return getattr(module, name.removesuffix("_wide").removesuffix("_tall"))
 
 
 def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dict[str, Any]:

@@ -5,8 +5,9 @@ width that holds max(d, e) for `attention` and r for `latent`. A shape the table
 runs the torch implementation. Every entry is compiled ahead of time for its target by
 `reattend.kernels.aot`, which checks shared memory, registers and spill. Entries of `MEASURED` are
 the fastest of a sweep on that device (`kernels/bench/sweep.py`); all others were chosen by the
-compiler's report: the largest tiles that fit without spill. `latent_decode_wide` is the decode
-kernel with taller tiles, for many heads: every tile of rows reads the cache once.
+compiler's report: the largest tiles that fit without spill. `latent_decode_wide` and
+`latent_decode_tall` are the decode kernel with taller tiles, for many heads: every tile of rows
+reads the cache once.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DECODE_QUERIES = 16  # more new tokens than this run the prefill kernel
-# more (query, head) pairs than this decode with `latent_decode_wide`; by rank up to
-WIDE_ROWS = {128: 16, 256: 16, 512: 32}
+# more (query, head) pairs than this decode with a kernel of taller tiles, where one is listed
+WIDE_ROWS, TALL_ROWS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ Tile = tuple[int, ...]
 
 
 def _heads(*tiles: Tile) -> dict[int, KernelConfig]:
-    """Configs (rows, keys, warps, stages) for head widths up to 64, 128 and 256."""
+    """Configs (rows, keys, warps, stages[, resident]) for head widths up to 64, 128 and 256."""
     return {w: KernelConfig(*t) for w, t in zip((64, 128, 256), tiles, strict=True)}
 
 
 def _ranks(*tiles: Tile) -> dict[int, KernelConfig]:
-    """Configs (rows, keys, warps, stages) for latent ranks up to 128, 256 and 512."""
+    """Configs (rows, keys, warps, stages[, resident]) for latent ranks up to 128, 256 and 512."""
     return {w: KernelConfig(*t) for w, t in zip((128, 256, 512), tiles, strict=True)}
 
 
@@ -65,7 +66,7 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("attention_prefill", 4): _heads((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
-    ("latent_prefill", 4): _ranks((32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
+    ("latent_prefill", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
     ("latent_decode", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
 }
 _SM_90: Rows = {
@@ -77,11 +78,12 @@ _SM_90: Rows = {
 }
 # fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
 _H200: Rows = {
-    ("attention_prefill", 2): _heads((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+    ("attention_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
     ("attention_decode", 2): _heads((16, 128, 4, 4), (16, 64, 4, 4), (16, 64, 4, 3)),
     ("latent_prefill", 2): _ranks((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-    ("latent_decode", 2): _ranks((16, 64, 4, 4), (16, 64, 8, 3), (16, 64, 8, 3)),
-    ("latent_decode_wide", 2): _ranks((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
+    ("latent_decode", 2): _ranks((16, 128, 4, 3), (16, 64, 4, 3, 2), (16, 32, 4, 3, 2)),
+    ("latent_decode_wide", 2): _ranks((64, 64, 4, 3), (32, 64, 4, 3, 2), (32, 32, 4, 3, 2)),
+    ("latent_decode_tall", 2): _ranks((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
 }
 _GFX942: Rows = {
     ("attention_prefill", 2): _heads((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),

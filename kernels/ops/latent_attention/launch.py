@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reattend.kernels.configs import DECODE_QUERIES, WIDE_ROWS, KernelConfig, find_config
+from reattend.kernels.configs import (
+    DECODE_QUERIES,
+    TALL_ROWS,
+    WIDE_ROWS,
+    KernelConfig,
+    find_config,
+)
 from reattend.kernels.core import Rule
 from reattend.kernels.latent_attention.triton_kernel import latent_decode, latent_prefill
 from reattend.kernels.launching import (
@@ -30,9 +36,11 @@ def config_for(q_nope_BHNr: Tensor, q_rope_BHNR: Tensor) -> KernelConfig | None:
     _, h, n, r = q_nope_BHNr.shape
     if n > DECODE_QUERIES:
         return find_config(target.name, "latent_prefill", r, size)
-    limit = next((rows for rank, rows in WIDE_ROWS.items() if r <= rank), 0)
-    wide = find_config(target.name, "latent_decode_wide", r, size) if h * n > limit else None
-    return wide or find_config(target.name, "latent_decode", r, size)
+    names = ["latent_decode"]
+    names += ["latent_decode_wide"] * (h * n > WIDE_ROWS)
+    names += ["latent_decode_tall"] * (h * n > TALL_ROWS)
+    found = (find_config(target.name, name, r, size) for name in reversed(names))
+    return next((config for config in found if config is not None), None)
 
 
 def launch(
