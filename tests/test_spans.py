@@ -13,6 +13,7 @@ from test_adapter import converted
 from reattend.errors import ArgumentError
 from reattend.install.adapter import StockState
 from reattend.install.spans import SpanCache, SpanState
+from reattend.mixers.latent import LatentAttention
 
 NEW = 12
 made = cache(converted)
@@ -54,6 +55,15 @@ def test_generates_what_a_dynamic_cache_generates(which: str, to: str, beams: An
         assert (a - b).abs().max() <= 2e-4 * b.abs().max()
     assert set(calls) == ({0, 1, 2} if which == "all" else {1})
     assert len(calls) == len(set(calls)) * NEW
+
+
+def test_only_the_first_call_rebuilds_keys_and_values() -> None:
+    model, batch = made("llama", "all"), prompts()
+    spans = SpanCache(model.config, 9 + NEW, batch["attention_mask"])
+    real = LatentAttention._prefill
+    with mock.patch.object(LatentAttention, "_prefill", autospec=True, side_effect=real) as first:
+        decode(model, batch, past_key_values=spans)
+    assert first.call_count == 3
 
 
 def test_without_padding_no_mask_is_needed() -> None:

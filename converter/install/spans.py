@@ -24,6 +24,12 @@ class SpanState(StockState):
     """One layer: all rows of its tensors, and which of them count."""
 
     cache: SpanCache
+    fresh = False
+
+    def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Append on the token axis; returns the whole capacity."""
+        self.fresh = not self.cache.layers[self.layer_idx].is_initialized
+        return super().update(first, second)
 
     def span(self) -> tuple[Tensor, Tensor] | None:
         """(kv_start_B, kv_len_B) after `update`."""

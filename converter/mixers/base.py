@@ -58,6 +58,13 @@ class MemoryState(State, Protocol):
         ...
 
 
+@runtime_checkable
+class FreshState(State, Protocol):
+    """A state that knows, without asking the device, whether the last `update` found it empty."""
+
+    fresh: bool
+
+
 class Mixer(nn.Module, ABC):
     """An attention block. `kind` names it in checkpoints, `config` describes it fully."""
 

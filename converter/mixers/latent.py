@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reattend.mixers.base import Context, Mixer, State
+from reattend.mixers.base import Context, FreshState, Mixer, State
 from reattend.mixers.config import BlockConfig, CoreConfig
 from reattend.mixers.dense import stream_norm
 from reattend.mixers.norm import StreamNorm
@@ -113,7 +113,10 @@ class LatentAttention(Mixer):
         if state is not None:
             latent, rope = state.update(latent, rope)
         span = state.span() if state is not None else None
-        if span is not None:
+        first = isinstance(state, FreshState) and state.fresh and x_BND.shape[1] > 1
+        if span is not None and first:
+            y_BHNe = self._prefill(q_nope_BHNd, q_rope_BHNR, latent, rope, span)
+        elif span is not None:
             u, _ = torch.ops.reattend.latent_attention(
                 self._absorb(q_nope_BHNd), q_rope_BHNR, latent.squeeze(1), rope.squeeze(1), *span,
                 scale=self.config.core.scale, causal=self.config.core.causal,
@@ -246,6 +249,23 @@ class LatentAttention(Mixer):
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any
     ) -> Tensor:
+        keys, values = self._rebuilt(latent, rope)
+        return attend(torch.cat([q_nope, q_rope], -1), keys, values, self.config.core, mask)
+
+    def _prefill(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, span: Any
+    ) -> Tensor:
+        """`_expanded` by the op, over the rows of the first call alone."""
+        c, n = self.config.core, q_nope.shape[2]
+        keys, values = self._rebuilt(latent[:, :, :n], rope[:, :, :n])
+        y_BHNe: Tensor = torch.ops.reattend.attention(
+            torch.cat([q_nope, q_rope], -1), keys, values, *span, scale=c.scale, causal=c.causal,
+            sliding_window=c.window, softcap=c.softcap,
+        )[0]  # fmt: skip
+        return y_BHNe
+
+    def _rebuilt(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, G, M, d + R] and values [B, G, M, e] of every group."""
         c = self.config.core
         both = self.kv_b_proj(latent[:, 0]).unflatten(
             -1, (c.kv_heads, c.qk_head_dim + c.v_head_dim)
@@ -253,8 +273,7 @@ class LatentAttention(Mixer):
         keys, values = both.transpose(1, 2).split([c.qk_head_dim, c.v_head_dim], -1)
         if self.v_bias is not None:
             values = values + self.v_bias[None, :, None]
-        keys = torch.cat([keys, rope.expand(-1, c.kv_heads, -1, -1)], -1)
-        return attend(torch.cat([q_nope, q_rope], -1), keys, values, c, mask)
+        return torch.cat([keys, rope.expand(-1, c.kv_heads, -1, -1)], -1), values
 
     def _core(self, width: int) -> CoreConfig:
         return self.config.core.model_copy(update={"kv_heads": 1, "qk_head_dim": width})

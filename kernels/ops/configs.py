@@ -72,9 +72,9 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
 _SM_90: Rows = {
     **_SM_80,
     ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 8, 2)),
-    ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)),
+    ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 # fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
 _H200: Rows = {
