@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from reattend.kernels.configs import MEASURED
 
 BENCH = Path(__file__).parents[1] / "kernels" / "bench"
 
@@ -26,29 +29,96 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from cases import Case, OPTIONS, error_of, ours, tensors, torchs
+import peers
+from cases import Case, SPEED, bytes_of, ours, tensors
+from correctness import OPTIONS, error_of, poison
+from torch.nn.attention import SDPBackend
+peers.BACKENDS = {"flash": SDPBackend.MATH}  # the CPU has no other that takes every case
 for case in (
     Case("a", "attention", 2, 4, 2, 20, 50, 16),
     Case("b", "attention", 2, 4, 2, 1, 50, 16),
-    Case("c", "latent_attention", 2, 3, 1, 30, 30, 16, 8),
-    Case("d", "latent_attention", 2, 3, 1, 1, 30, 16, 8),
+    Case("c", "attention", 2, 4, 2, 30, 30, 16),
 ):
     inputs = tensors(case, torch.float32, "cpu")
     rows = (torch.zeros(case.b, dtype=torch.int64), torch.full((case.b,), case.m))
-    got, want = ours(case, inputs, rows, 0.2)(), torchs(case, inputs, 0.2)()
+    got, want = ours(case, inputs, rows, 0.25)(), peers.sdpa(case, "flash")(inputs)()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+poison()
+for case in (
+    Case("a", "attention", 2, 4, 2, 20, 50, 16),
+    Case("b", "attention", 3, 4, 2, 1, 50, 16),
+    Case("c", "latent_attention", 2, 3, 1, 30, 30, 16, 8),
+    Case("d", "latent_attention", 3, 3, 1, 1, 30, 16, 8),
+):
     for options in OPTIONS:
         for dtype in (torch.float32, torch.bfloat16):
             error = error_of(case, dtype, "cpu", options)
             assert 0 < error <= 1, (case, options, error)
-    assert case.flops > 0 and case.cache_bytes > 0
+for case in SPEED:
+    visible = sum(case.m - case.n + i + 1 for i in range(case.n))
+    wide = 2 * case.d + case.rope
+    assert case.flops == 2 * case.b * case.h * visible * wide, case
+    assert case.cache_bytes < bytes_of(case) < 40e9, case
+    if case.op == "latent_attention" and not case.decodes:
+        assert peers.equal_flops(case).flops == case.flops
+    if case.op == "latent_attention" and case.decodes:
+        assert peers.original(case, case.h).cache_bytes == 4 * case.b * case.m * case.h * 128
 """
 
 
-def test_ours_and_sdpa_time_the_same_problem() -> None:
+def test_the_peers_compute_the_same_and_the_arithmetic_is_right() -> None:
     command = [sys.executable, "-c", SCRIPT, str(BENCH)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+BROKEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import correctness
+from cases import Case
+right = correctness.attention
+for wrong in (
+    lambda *a, **k: (right(*a, **k)[0] * 1.1, right(*a, **k)[1]),
+    lambda *a, **k: (right(*a, **k)[0], right(*a, **k)[1] + 0.01),
+    lambda *a, **k: (right(*a, **k)[0].index_fill(0, torch.tensor([0]), float("nan")),) * 2,
+):
+    correctness.attention = wrong
+    case = Case("a", "attention", 2, 4, 2, 20, 50, 16)
+    assert correctness.error_of(case, torch.float32, "cpu", {}) > 1
+"""
+
+
+def test_a_wrong_kernel_is_noticed() -> None:
+    command = [sys.executable, "-c", BROKEN, str(BENCH)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_committed_tables_are_those_of_the_json() -> None:
+    run = subprocess.run(
+        [sys.executable, str(BENCH), "report"], capture_output=True, text=True, check=True
+    )
+    page = (BENCH.parent / "README.md").read_text("utf-8")
+    begin, end = "<!-- bench:begin -->\n", "<!-- bench:end -->"
+    assert page.count(begin) == page.count(end) == 1
+    shown = page.partition(begin)[2].partition(end)[0].strip()
+    assert shown == run.stdout.strip(), "paste what `python kernels/bench report` prints"
+    results = json.loads((BENCH / "results" / "nvidia-h200.json").read_text("utf-8"))
+    assert all(row["ok"] for row in results["checks"])
+    assert len(results["checks"]) > 200
+    assert results["device"] in shown
+
+
+def test_measured_configurations_are_of_the_committed_sweep() -> None:
+    """Every shipped configuration that claims to be measured was swept, and nearly the fastest."""
+    sweep = json.loads((BENCH / "results" / "sweep-nvidia-h200.json").read_text("utf-8"))
+    tile = ("rows", "keys", "warps", "stages")
+    swept = {tuple(row["config"][key] for key in tile) for row in sweep["rows"] if "ms" in row}
+    shipped = [c for classes in MEASURED["sm_90"].values() for c in classes.values()]
+    assert shipped
+    assert {tuple(getattr(c, key) for key in tile) for c in shipped} <= swept
 
 
 @pytest.mark.gpu

@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "prefill-not-causal": {"n": 19, "m": 23, "causal": False, "length": [23, 17]},
     "prefill-paged": {"n": 18, "m": 40, "page": 8, "start": [0, 5], "length": [40, 29]},
     "prefill-sees-nothing": {"n": 17, "m": 20, "start": [0, 9], "length": [20, 9]},
+    "prefill-few-heads-at-a-time": {"n": 37, "m": 37, "l2": 1, "start": [0, 2]},
+    "prefill-tall": {"n": 70, "m": 75, "rows": 64, "warps": 8, "length": [75, 71]},
     "decode": {"n": 1, "m": 53, "length": [53, 31], "decode": True},
     "decode-split": {"n": 1, "m": 100, "start": [40, 2], "length": [99, 3], "splits": 4},
     "decode-small-chunk": {"n": 3, "m": 60, "start": [0, 11], "length": [58, 13], "splits": 2},
@@ -54,6 +56,8 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
     from reattend.kernels.latent_attention import reference as latent_reference
 
     case = {"causal": True, "window": 0, "softcap": 0.0, "splits": 1, "page": 0} | CASES[name]
+    attention_launch.L2_BYTES = case.get("l2", 24_000_000)
+    config = KernelConfig(case.get("rows", 16), 32, case.get("warps", 4), 1)
     gen = torch.Generator().manual_seed(len(name))
     dtype = getattr(torch, dtype_name)
     b, n, m, (d, e) = 2, case["n"], case["m"], SHAPES[shape]["widths"]
@@ -95,7 +99,7 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
         length,
         table,
         rule,
-        KernelConfig(rows=16, keys=32, warps=4, stages=1),
+        config,
         decode=name.startswith("decode"),
         splits=case["splits"],
     )

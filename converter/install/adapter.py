@@ -174,9 +174,11 @@ def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:
     if leaf is None:
         return None
     values = component(leaf, ref.part)
-    columns = torch.tensor(ref.columns, device=values.device)
-    whole = ref.columns == tuple(range(len(ref.columns)))
-    picked = values[..., : len(ref.columns)] if whole else values.index_select(-1, columns)
+    if ref.columns == tuple(range(len(ref.columns))):  # no index to send to the device
+        picked = values[..., : len(ref.columns)]
+    else:
+        columns = torch.tensor(ref.columns, device=values.device)
+        picked = values.index_select(-1, columns)
     return picked.reshape(-1, *picked.shape[-2:]) if picked.dim() != 3 else picked
 
 

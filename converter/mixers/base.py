@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -38,11 +38,13 @@ class Context:
             bias that the mixer adds itself.
         rotation: the model's own cos and sin per pair, [B or 1, N, P] each.
         position_BN: positions in tokens, where the model passes them.
+        fresh: the state was empty before this call: the new tokens are all there is.
     """
 
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     position_BN: Tensor | None = None
+    fresh: bool = False
 
 
 class State(Protocol):
@@ -79,6 +81,13 @@ class GroupedState(State, Protocol):
         ...
 
 
+@runtime_checkable
+class FreshState(State, Protocol):
+    """A state that knows, without asking the device, whether the last `update` found it empty."""
+
+    fresh: bool
+
+
 class Mixer(nn.Module, ABC):
     """An attention block. `kind` names it in checkpoints, `config` describes it fully.
 
@@ -112,6 +121,8 @@ class Mixer(nn.Module, ABC):
             query, new = self.project(x_BND, source, ctx, state)
             rows = new if state is None else self.store(new, state)
         span = state.span() if state is not None else None
+        if isinstance(state, FreshState) and state.fresh:
+            ctx = replace(ctx, fresh=True)
         heads = self.attend(query, rows, ctx, span)
         y: Tensor = self.o_proj(self.join(heads, x_BND))
         return y

@@ -121,6 +121,8 @@ class LatentAttention(Mixer):
         latent, rope = rows
         if span is not None:
             refuse_opaque(self.config.core)
+            if ctx.fresh and q_nope_BHNd.shape[2] > 1:
+                return self._prefill(q_nope_BHNd, q_rope_BHNR, latent, rope, span)
             u, _ = torch.ops.reattend.latent_attention(
                 self._absorb(q_nope_BHNd), q_rope_BHNR, latent.squeeze(1), rope.squeeze(1), *span,
                 scale=self.config.core.scale, causal=self.config.core.causal,
@@ -139,8 +141,11 @@ class LatentAttention(Mixer):
             return None
         full = rotation(self.config.rotary, ctx, state, x_BND)
         assert full is not None
-        columns = torch.tensor(self.config.rope_columns, device=x_BND.device)
-        return full[0].index_select(-1, columns), full[1].index_select(-1, columns)
+        columns = self.config.rope_columns
+        if columns == tuple(range(len(columns))):  # no index to send to the device
+            return full[0][..., : len(columns)], full[1][..., : len(columns)]
+        index = torch.tensor(columns, device=x_BND.device)
+        return full[0].index_select(-1, index), full[1].index_select(-1, index)
 
     def _queries(self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Unrotated [B, H, N, d] and rotated [B, H, N, R] queries."""
@@ -248,6 +253,23 @@ class LatentAttention(Mixer):
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any
     ) -> Tensor:
+        keys, values = self._rebuilt(latent, rope)
+        return attend(torch.cat([q_nope, q_rope], -1), keys, values, self.config.core, mask)
+
+    def _prefill(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, span: Any
+    ) -> Tensor:
+        """`_expanded` by the op, over the rows of the first call alone."""
+        c, n = self.config.core, q_nope.shape[2]
+        keys, values = self._rebuilt(latent[:, :, :n], rope[:, :, :n])
+        y_BHNe: Tensor = torch.ops.reattend.attention(
+            torch.cat([q_nope, q_rope], -1), keys, values, *span, scale=c.scale, causal=c.causal,
+            sliding_window=c.window, softcap=c.softcap,
+        )[0]  # fmt: skip
+        return y_BHNe
+
+    def _rebuilt(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, G, M, d + R] and values [B, G, M, e] of every group."""
         c = self.config.core
         both = self.kv_b_proj(latent[:, 0]).unflatten(
             -1, (c.kv_heads, c.qk_head_dim + c.v_head_dim)
@@ -255,8 +277,7 @@ class LatentAttention(Mixer):
         keys, values = both.transpose(1, 2).split([c.qk_head_dim, c.v_head_dim], -1)
         if self.v_bias is not None:
             values = values + self.v_bias[None, :, None]
-        keys = torch.cat([keys, rope.expand(-1, c.kv_heads, -1, -1)], -1)
-        return attend(torch.cat([q_nope, q_rope], -1), keys, values, c, mask)
+        return torch.cat([keys, rope.expand(-1, c.kv_heads, -1, -1)], -1), values
 
     def _core(self, width: int) -> CoreConfig:
         return self.config.core.model_copy(update={"kv_heads": 1, "qk_head_dim": width})

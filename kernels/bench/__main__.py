@@ -1,24 +1,35 @@
-"""`python kernels/bench`: on a GPU, check the kernels, then time them against torch's SDPA.
+"""`python kernels/bench`: on a GPU, check the kernels, then time them against their peers.
 
-No speed is reported while a kernel is wrong. Results go to ``kernels/bench/results`` with the
-device, the date and the versions. Without a GPU: exit code 5.
+No speed is reported while a kernel is wrong. The device's own ceilings (copy bandwidth, bf16
+matrix rate) are measured first: every case has a floor, the larger of its bytes over the one and
+its arithmetic over the other. Results go to ``kernels/bench/results`` with the device, the date
+and the versions. Without a GPU: exit code 5. `python kernels/bench report` prints the committed
+results as Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CORRECT, OPTIONS, SPEED, Case, error_of, ours, tensors, torchs
+from cases import SPEED, Case, bytes_of, case_calls, compile_case
+from correctness import check
+from peers import inputs_of, peers
+from table import model_table, table
+from timing import copy_gb_per_s, eager_ms, input_sets, matmul_tflops, replay_ms
 
 EXIT_WRONG, EXIT_NO_DEVICE = 1, 5
 RESULTS = Path(__file__).parent / "results"
+FLEX = ("gqa prefill 4k", "gqa decode 8k, batch 8", "mla prefill 4k, 16 heads")
 
 
 def say(text: str) -> None:
@@ -26,47 +37,88 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def check(device: str, cases: tuple[Case, ...] = CORRECT) -> list[dict[str, Any]]:
-    """Every case in every dtype with every option set; error in units of the allowed one."""
-    rows = []
-    for case in cases:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for options in OPTIONS:
-                error = error_of(case, dtype, device, options)
-                name = f"{case.name}, {str(dtype)[6:]}, {options or 'causal'}"
-                rows.append({"name": name, "error": round(error, 4), "ok": error <= 1.0})
-                say(f"{'ok   ' if error <= 1 else 'WRONG'} {error:8.3f}  {name}")
-    return rows
-
-
-def time_case(case: Case, device: str, milliseconds: Any) -> dict[str, Any]:
-    """Median milliseconds of our kernel and of SDPA, with the rates they amount to."""
-    inputs = tensors(case, torch.bfloat16, device)
-    rows = (
-        torch.zeros(case.b, dtype=torch.int64, device=device),
-        torch.full((case.b,), case.m, dtype=torch.int64, device=device),
-    )
-    scale = (case.d + case.rope) ** -0.5
-    mine = milliseconds(ours(case, inputs, rows, scale))
-    theirs = milliseconds(torchs(case, inputs, scale))
-    row = {
+def time_case(case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Times of our op and of its peers, with the floor and what the times amount to."""
+    calls = case_calls(case, input_sets(bytes_of(case)))
+    ms, eager = replay_ms(calls), eager_ms(calls)
+    again = replay_ms(calls)
+    del calls
+    floor_bytes = bytes_of(case) / ceilings["copy_gb_per_s"] / 1e6
+    floor_flops = case.flops / ceilings["matmul_tflops"] / 1e9
+    floor = max(floor_bytes, floor_flops)
+    row: dict[str, Any] = {
         "case": case.name,
-        "ours_ms": round(mine, 4),
-        "sdpa_ms": round(theirs, 4),
-        "times_faster": round(theirs / mine, 2),
-        "ours_tflops": round(case.flops / mine / 1e9, 1),
-        "ours_cache_gb_per_s": round(case.cache_bytes / mine / 1e6, 1),
+        "op": case.op,
+        "shape": {k: getattr(case, k) for k in ("b", "h", "g", "n", "m", "d", "rope")},
+        "ms": round(ms, 5),
+        "ms_again": round(again, 5),
+        "eager_ms": round(eager, 5),
+        "bound": "bytes" if floor_bytes >= floor_flops else "FLOPs",
+        "floor_ms": round(floor, 5),
+        "fraction_of_floor": round(floor / ms, 3),
+        "tflops": round(case.flops / ms / 1e9, 1),
+        "gb_per_s": round(bytes_of(case) / ms / 1e6, 1),
+        "peers": {},
     }
-    say(f"{case.name:28} ours {mine:8.4f} ms   sdpa {theirs:8.4f} ms   x{theirs / mine:.2f}")
+    for peer in peers(case, case.name in FLEX):
+        try:
+            inputs = inputs_of(peer, input_sets(bytes_of(peer.case)))
+            theirs = replay_ms([peer.make(x) for x in inputs])
+        except Exception as error:  # a peer that cannot do it is part of the result
+            row["peers"][peer.name] = {"refused": f"{type(error).__name__}: {str(error)[:160]}"}
+            continue
+        finally:
+            inputs = []
+            torch.cuda.empty_cache()
+        row["peers"][peer.name] = {
+            "ms": round(theirs, 5),
+            "times_faster": round(theirs / ms, 3),
+            "bytes_ratio": round(bytes_of(peer.case) / bytes_of(case), 3),
+            "flops_ratio": round(peer.case.flops / case.flops, 3),
+        }
+    say(f"{case.name:28} {ms:8.4f} ms  {floor / ms:5.0%} of floor  {row['peers']}")
     return row
 
 
+def measure(checks: list[dict[str, Any]], only: str) -> dict[str, Any]:
+    """The whole report."""
+    import triton
+
+    cases = [case for case in SPEED if only in case.name]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_case, cases))
+    ceilings = {"copy_gb_per_s": copy_gb_per_s(), "matmul_tflops": matmul_tflops()}
+    say(f"ceilings: {ceilings}")
+    return {
+        "command": "python kernels/bench",
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        "dtype": "bfloat16",
+        "ceilings": {k: round(v, 1) for k, v in ceilings.items()},
+        "checks": checks,
+        "speed": [time_case(case, ceilings) for case in cases],
+    }
+
+
 def main() -> int:
-    """Check, time, write; returns the exit status."""
+    """Check, time, write, print the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("run", "report"), default="run")
+    parser.add_argument("--device", default="nvidia-h200", help="whose results to report")
     parser.add_argument("--check-only", action="store_true", help="do not time")
+    parser.add_argument("--no-check", action="store_true", help="time only; nothing is written")
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
+    if options.what == "report":
+        for name, made in ((options.device, table), (f"model-{options.device}", model_table)):
+            say(made(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")
+        return 0
     if not torch.cuda.is_available():
         sys.stderr.write(
             "no GPU: this benchmark runs the Triton kernels on a CUDA or ROCm device and there is"
@@ -74,37 +126,21 @@ def main() -> int:
             " kernels/bench/aot.py` compiles every kernel for every target\n"
         )
         return EXIT_NO_DEVICE
-    import triton
-    from triton.testing import do_bench
-
-    checks = check("cuda")
-    wrong = [row["name"] for row in checks if not row["ok"]]
+    checks = [] if options.no_check else check()
+    wrong = [row for row in checks if not row["ok"]]
     if wrong:
         sys.stderr.write(f"{len(wrong)} checks failed, no speed is reported: {wrong}\n")
         return EXIT_WRONG
-    name = torch.cuda.get_device_name()
-    report = {
-        "command": "python kernels/bench",
-        "date": date.today().isoformat(),
-        "device": name,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "dtype": "bfloat16",
-        "checks": checks,
-        "speed": []
-        if options.check_only
-        else [
-            time_case(case, "cuda", lambda call: float(do_bench(call, return_mode="median")))
-            for case in SPEED
-        ],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    say(f"wrote {path}")
+    if options.check_only:
+        say(f"{len(checks)} checks passed")
+        return 0
+    report = measure(checks, options.only)
+    if checks:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"{report['device'].lower().replace(' ', '-')}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        say(f"wrote {path}")
+    say(table(report))
     return 0
 
 

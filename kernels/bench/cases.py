@@ -6,13 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reattend.kernels.attention import attention
-from reattend.kernels.attention import reference as attention_reference
+from reattend.kernels.configs import DECODE_QUERIES
 from reattend.kernels.latent_attention import latent_attention
-from reattend.kernels.latent_attention import reference as latent_reference
 
 Call = Callable[[], Tensor]
 
@@ -44,6 +42,19 @@ class Case:
     rope: int = 0
 
     @property
+    def decodes(self) -> bool:
+        """Whether the decode kernel runs it."""
+        return self.n <= DECODE_QUERIES
+
+    @property
+    def kernel(self) -> str:
+        """Op, phase and width class, as the sweep's grid lists them."""
+        op = "latent" if self.op == "latent_attention" else "attention"
+        classes = (128, 256, 512) if op == "latent" else (64, 128, 256)
+        width = min(w for w in classes if w >= self.d)
+        return f"{op} {'decode' if self.decodes else 'prefill'} {width}"
+
+    @property
     def flops(self) -> int:
         """Arithmetic of the visible half (causal): 2 per multiply-add, scores and average."""
         per_pair = 2 * (2 * self.d + self.rope)
@@ -59,32 +70,66 @@ class Case:
 
 SPEED = (
     Case("gqa prefill 4k", "attention", 1, 32, 8, 4096, 4096, 128),
-    Case("gqa chunk on past", "attention", 1, 32, 8, 512, 16384, 128),
-    Case("gqa decode 8k", "attention", 8, 32, 8, 1, 8192, 128),
-    Case("gqa decode 32k", "attention", 1, 32, 8, 1, 32768, 128),
-    Case("mla prefill 2k, 16 heads", "latent_attention", 1, 16, 1, 2048, 2048, 512, 64),
-    Case("mla decode 8k, 16 heads", "latent_attention", 8, 16, 1, 1, 8192, 512, 64),
-    Case("mla decode 8k, 128 heads", "latent_attention", 8, 128, 1, 1, 8192, 512, 64),
-    Case("mla decode 32k, 128 heads", "latent_attention", 1, 128, 1, 1, 32768, 512, 64),
+    Case("gqa prefill 16k", "attention", 1, 32, 8, 16384, 16384, 128),
+    Case("mha prefill 4k", "attention", 1, 32, 32, 4096, 4096, 128),
+    Case("gqa prefill 4k, width 64", "attention", 1, 32, 8, 4096, 4096, 64),
+    Case("gqa prefill 4k, width 256", "attention", 1, 16, 4, 4096, 4096, 256),
+    Case("gqa 512 new on 16k", "attention", 1, 32, 8, 512, 16384, 128),
+    Case("gqa decode 8k, batch 8", "attention", 8, 32, 8, 1, 8192, 128),
+    Case("gqa decode 32k, batch 1", "attention", 1, 32, 8, 1, 32768, 128),
+    Case("mha decode 8k, batch 8", "attention", 8, 32, 32, 1, 8192, 128),
+    Case("mla prefill 4k, 16 heads", "latent_attention", 1, 16, 1, 4096, 4096, 512, 64),
+    Case("mla prefill 4k, 32 heads, rank 256", "latent_attention", 1, 32, 1, 4096, 4096, 256, 64),
+    Case("mla decode 8k, batch 8, 16 heads", "latent_attention", 8, 16, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k, batch 8, 32 heads", "latent_attention", 8, 32, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k, batch 8, 128 heads", "latent_attention", 8, 128, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k, batch 64, 16 heads", "latent_attention", 64, 16, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k, batch 64, 32 heads", "latent_attention", 64, 32, 1, 1, 8192, 512, 64),
+    Case("mla decode 32k, batch 1, 128 heads", "latent_attention", 1, 128, 1, 1, 32768, 512, 64),
+    Case("mla decode 128k, batch 8, 16 heads", "latent_attention", 8, 16, 1, 1, 131072, 512, 64),
+    Case(
+        "mla decode 8k, batch 64, 32 heads, rank 256",
+        "latent_attention",
+        64,
+        32,
+        1,
+        1,
+        8192,
+        256,
+        64,
+    ),
 )
-CORRECT = (
-    Case("gqa prefill", "attention", 2, 8, 2, 133, 200, 128),
-    Case("gqa prefill, narrow", "attention", 2, 4, 4, 70, 70, 40),
-    Case("gqa prefill, wide", "attention", 1, 2, 1, 129, 129, 256),
-    Case("gqa decode", "attention", 3, 8, 2, 1, 1111, 128),
-    Case("gqa small chunk", "attention", 2, 8, 2, 5, 700, 64),
-    Case("mla prefill", "latent_attention", 2, 16, 1, 65, 150, 512, 64),
-    Case("mla prefill, odd rank", "latent_attention", 2, 3, 1, 50, 77, 48, 16),
-    Case("mla prefill, no rope", "latent_attention", 2, 4, 1, 40, 77, 128, 0),
-    Case("mla decode, 16 heads", "latent_attention", 3, 16, 1, 1, 1111, 512, 64),
-    Case("mla decode, 128 heads", "latent_attention", 2, 128, 1, 1, 2100, 512, 64),
+SWEEP = (
+    Case("gqa prefill 4k d128", "attention", 1, 32, 8, 4096, 4096, 128),
+    Case("gqa prefill 16k d128", "attention", 1, 32, 8, 16384, 16384, 128),
+    Case("gqa prefill 4k d64", "attention", 1, 32, 8, 4096, 4096, 64),
+    Case("gqa prefill 4k d256", "attention", 1, 16, 4, 4096, 4096, 256),
+    Case("gqa decode 8k b8 d128", "attention", 8, 32, 8, 1, 8192, 128),
+    Case("gqa decode 32k b1 d128", "attention", 1, 32, 8, 1, 32768, 128),
+    Case("mha decode 8k b8 d128", "attention", 8, 32, 32, 1, 8192, 128),
+    Case("gqa decode 8k b8 d64", "attention", 8, 32, 8, 1, 8192, 64),
+    Case("gqa decode 8k b8 d256", "attention", 8, 16, 4, 1, 8192, 256),
+    Case("mla prefill 4k h16 r512", "latent_attention", 1, 16, 1, 4096, 4096, 512, 64),
+    Case("mla prefill 4k h32 r256", "latent_attention", 1, 32, 1, 4096, 4096, 256, 64),
+    Case("mla decode 8k b8 h16 r512", "latent_attention", 8, 16, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k b8 h32 r512", "latent_attention", 8, 32, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k b8 h128 r512", "latent_attention", 8, 128, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k b64 h16 r512", "latent_attention", 64, 16, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k b64 h32 r512", "latent_attention", 64, 32, 1, 1, 8192, 512, 64),
+    Case("mla decode 8k b64 h32 r256", "latent_attention", 64, 32, 1, 1, 8192, 256, 64),
+    Case("mla decode 32k b1 h128 r512", "latent_attention", 1, 128, 1, 1, 32768, 512, 64),
+    Case("mla decode 128k b8 h16 r512", "latent_attention", 8, 16, 1, 1, 131072, 512, 64),
+    Case("mla prefill 4k h32 r128", "latent_attention", 1, 32, 1, 4096, 4096, 128, 64),
+    Case("mla decode 8k b8 h128 r256", "latent_attention", 8, 128, 1, 1, 8192, 256, 64),
+    Case("mla decode 8k b8 h16 r256", "latent_attention", 8, 16, 1, 1, 8192, 256, 64),
+    Case("mla decode 8k b8 h32 r128", "latent_attention", 8, 32, 1, 1, 8192, 128, 64),
+    Case("mla decode 8k b8 h32 r256", "latent_attention", 8, 32, 1, 1, 8192, 256, 64),
 )
-OPTIONS = ({}, {"sliding_window": 37, "softcap": 5.0}, {"causal": False})
 
 
 def tensors(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, ...]:
     """Float inputs of the op of a case."""
-    make = torch.Generator(device="cpu").manual_seed(seed)
+    make = torch.Generator(device=device).manual_seed(seed)
     latent = case.op == "latent_attention"
     shapes: tuple[tuple[int, ...], ...]
     if latent:
@@ -94,7 +139,13 @@ def tensors(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> tuple
     else:
         cache = (case.b, case.g, case.m, case.d)
         shapes = ((case.b, case.h, case.n, case.d), cache, cache)
-    return tuple(torch.randn(s, generator=make).to(device, dtype) for s in shapes)
+    return tuple(torch.randn(s, generator=make, device=device).to(dtype) for s in shapes)
+
+
+def bytes_of(case: Case) -> int:
+    """Bytes every input of a case read once and its output written once, 2 per number."""
+    new = case.b * case.h * case.n * (2 * case.d + case.rope)
+    return case.cache_bytes + 2 * new
 
 
 def ours(case: Case, inputs: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], scale: float) -> Call:
@@ -103,53 +154,15 @@ def ours(case: Case, inputs: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], sc
     return lambda: op(*inputs, *rows, scale=scale)[0]
 
 
-def torchs(case: Case, inputs: tuple[Tensor, ...], scale: float) -> Call:
-    """Torch's SDPA on the same problem; the mask is omitted where no key is hidden.
-
-    For a latent cache the shared row is one KV head of width r + R with value width r, which is
-    how SDPA can express absorbed MLA (the concatenation is not timed).
-    """
-    if case.op == "latent_attention":
-        q = torch.cat(inputs[:2], -1)
-        k = torch.cat(inputs[2:], -1)[:, None]
-        v = inputs[2][:, None]
-    else:
-        q, k, v = inputs
-    mask = None
-    if 1 < case.n < case.m:
-        mask = torch.ones(case.n, case.m, dtype=torch.bool, device=q.device)
-        mask = mask.tril(case.m - case.n)
-    causal = case.n == case.m
-    return lambda: F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True
-    )
-
-
-def error_of(case: Case, dtype: torch.dtype, device: str, options: dict[str, float]) -> float:
-    """Largest error of y and lse against the fp64 reference, in units of the allowed error.
-
-    Rows are ragged and left-padded, unused rows hold NaN. Allowed: 4 roundings of the result in
-    its dtype relative to the largest value, for lse 1e-3 (bf16 and fp16 products, fp32 sums).
-    """
-    inputs = tensors(case, dtype, device)
-    start = torch.arange(case.b, device=device) * 3
-    length = case.m - torch.arange(case.b, device=device) * 5
-    caches = inputs[2:] if case.op == "latent_attention" else inputs[1:]
-    for cache in caches:
-        for b in range(case.b):
-            cache[b, ..., : int(start[b]), :] = float("nan")
-            cache[b, ..., int(length[b]) :, :] = float("nan")
+def case_calls(case: Case, sets: int) -> list[Call]:
+    """Our op on each of several input sets."""
     scale = (case.d + case.rope) ** -0.5
-    latent = case.op == "latent_attention"
-    op = latent_attention if latent else attention
-    reference = latent_reference.latent_attention if latent else attention_reference.attention
-    y, lse = op(*inputs, start, length, scale=scale, **options)
-    want, want_lse = reference(*(x.double() for x in inputs), start, length, scale=scale, **options)
-    y_error = (y.double() - want).abs().max() / want.abs().max()
-    finite = torch.isfinite(want_lse)
-    if not torch.equal(torch.isfinite(lse), finite) or not torch.isfinite(y).all():
-        return float("inf")
-    lse_error = (lse.double() - want_lse)[finite].abs().max()
-    lse_limit = 1e-3 if dtype != torch.float32 else 1e-5
-    y_limit = 4 * max(torch.finfo(dtype).eps, 1e-6)
-    return float(torch.maximum(y_error / y_limit, lse_error / lse_limit))
+    start = torch.zeros(case.b, dtype=torch.int64, device="cuda")
+    rows = (start, start + case.m)
+    made = (tensors(case, torch.bfloat16, "cuda", seed) for seed in range(sets))
+    return [ours(case, inputs, rows, scale) for inputs in made]
+
+
+def compile_case(case: Case) -> None:
+    """In a worker: run once, which leaves the compiled kernel on disk."""
+    case_calls(case, 1)[0]()

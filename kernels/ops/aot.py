@@ -24,13 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from reattend.kernels.attention import triton_kernel as attention_kernels
-from reattend.kernels.configs import KernelConfig, shipped
+from reattend.kernels.configs import MEASURED, KernelConfig, shipped
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
 from reattend.kernels.targets import SMALL_SHARED_LIMIT, Target
 
 ROPE_WIDTH = 64
-SPLITS = 8
 SPILL_LIMIT = 32  # bytes of stack per thread: a few slots differ between compiler versions
+MEASURED_SPILL_LIMIT = 320  # of a configuration that was fastest on the device in spite of it
 VARIANTS = ("plain", "full")
 _POINTERS = {"lse": "fp32", "kv_start": "i64", "kv_len": "i64", "table": "i32"}
 _FLOATS = ("scale", "softcap")
@@ -72,7 +72,7 @@ class Compiled:
 
 def _kernel(name: str) -> Any:
     module = attention_kernels if name.startswith("attention") else latent_kernels
-    return getattr(module, name.removesuffix("_wide"))
+    return getattr(module, name.removesuffix("_wide").removesuffix("_tall"))
 
 
 def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dict[str, Any]:
@@ -90,10 +90,8 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
     if kernel.startswith("attention"):
         constants |= {"D": width, "E": width, "BLOCK_D": block, "BLOCK_E": block}
     else:
-        constants |= {"RANK": width, "ROPE": ROPE_WIDTH}
+        constants |= {"RANK": width, "ROPE": ROPE_WIDTH, "SPREAD": config.spread}
         constants |= {"BLOCK_RANK": block, "BLOCK_ROPE": triton.next_power_of_2(ROPE_WIDTH)}
-    if "decode" in kernel:
-        constants["SPLITS"] = SPLITS
     return constants
 
 
@@ -146,14 +144,21 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return read("vgpr_count"), read("vgpr_spill_count")
 
 
-def _problems(target: Target, shared: int, registers: int, spill: int, matrix: int) -> list[str]:
+def _spill_limit(target: Target, kernel: str, width: int, size: int, config: KernelConfig) -> int:
+    measured = MEASURED.get(target.name, {}).get((kernel, size), {}).get(width)
+    return MEASURED_SPILL_LIMIT if config == measured else SPILL_LIMIT
+
+
+def _problems(
+    target: Target, shared: int, registers: int, spill: int, spill_limit: int, matrix: int
+) -> list[str]:
     limit = SMALL_SHARED_LIMIT if target.name == "sm_80" else target.shared_limit
     found = []
     if shared > limit:
         found.append(f"shared memory {shared} B is over {limit} B")
     if registers > target.register_limit:
         found.append(f"{registers} registers are over {target.register_limit}")
-    if spill > SPILL_LIMIT:
+    if spill > spill_limit:
         found.append(f"spills {spill}")
     if not matrix:
         found.append("no matrix instruction")
@@ -198,6 +203,7 @@ def compile_config(
     # exact fp32 products have no matrix instruction on NVIDIA
     expected = matrix if size == 2 or target.backend == "hip" else 1
     shared = int(compiled.metadata.shared)
+    limit = _spill_limit(target, kernel, width, size, config)
     return Compiled(
         target.name,
         kernel,
@@ -210,7 +216,7 @@ def compile_config(
         spill,
         matrix,
         seconds,
-        _problems(target, shared, registers, spill, expected),
+        _problems(target, shared, registers, spill, limit, expected),
     )
 
 

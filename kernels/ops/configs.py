@@ -3,9 +3,11 @@
 Key: (target, kernel, width class, bytes per element). The width class is the smallest listed
 width that holds max(d, e) for `attention` and r for `latent`. A shape the table does not hold
 runs the torch implementation. Every entry is compiled ahead of time for its target by
-`reattend.kernels.aot`, which checks shared memory, registers and spill. No entry was tuned on a
-device: tiles are the largest that fit without spill. `latent_decode_wide` is the decode kernel
-with taller tiles, for many heads: every tile of rows reads the cache once.
+`reattend.kernels.aot`, which checks shared memory, registers and spill. Entries of `MEASURED` are
+the fastest of a sweep on that device (`kernels/bench/sweep.py`); all others were chosen by the
+compiler's report: the largest tiles that fit without spill. `latent_decode_wide` and
+`latent_decode_tall` are the decode kernel with taller tiles, for many heads: every tile of rows
+reads the cache once.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DECODE_QUERIES = 16  # more new tokens than this run the prefill kernel
-WIDE_ROWS = 16  # more (query, head) pairs than this decode with `latent_decode_wide`
+# more (query, head) pairs than this decode with a kernel of taller tiles, where one is listed
+WIDE_ROWS, TALL_ROWS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,32 @@ class KernelConfig:
         keys: keys of a tile.
         warps: warps per program.
         stages: depth of the load pipeline.
+        resident: programs one multiprocessor runs at once; only the number of splits depends on it.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    resident: int = 1
+
+    @property
+    def spread(self) -> bool:
+        """Whether warps outnumber the 16-row slabs that warp-group products divide rows into."""
+        return self.rows >= 64 and self.warps * 16 > self.rows
 
 
 Rows = dict[tuple[str, int], dict[int, KernelConfig]]
+Tile = tuple[int, ...]
 
 
-def _heads(*tiles: tuple[int, int, int, int]) -> dict[int, KernelConfig]:
-    """Configs (rows, keys, warps, stages) for head widths up to 64, 128 and 256."""
+def _heads(*tiles: Tile) -> dict[int, KernelConfig]:
+    """Configs (rows, keys, warps, stages[, resident]) for head widths up to 64, 128 and 256."""
     return {w: KernelConfig(*t) for w, t in zip((64, 128, 256), tiles, strict=True)}
 
 
-def _ranks(*tiles: tuple[int, int, int, int]) -> dict[int, KernelConfig]:
-    """Configs (rows, keys, warps, stages) for latent ranks up to 128, 256 and 512."""
+def _ranks(*tiles: Tile) -> dict[int, KernelConfig]:
+    """Configs (rows, keys, warps, stages[, resident]) for latent ranks up to 128, 256 and 512."""
     return {w: KernelConfig(*t) for w, t in zip((128, 256, 512), tiles, strict=True)}
 
 
@@ -55,15 +66,24 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("attention_prefill", 4): _heads((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
-    ("latent_prefill", 4): _ranks((32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
+    ("latent_prefill", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
     ("latent_decode", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
 }
 _SM_90: Rows = {
     **_SM_80,
     ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
-    ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 64, 8, 2)),
-    ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)),
+    ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+# fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
+_H200: Rows = {
+    ("attention_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+    ("attention_decode", 2): _heads((16, 128, 4, 4), (16, 64, 4, 4), (16, 64, 4, 3)),
+    ("latent_prefill", 2): _ranks((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+    ("latent_decode", 2): _ranks((16, 128, 4, 3), (16, 64, 4, 3, 2), (16, 32, 4, 3, 2)),
+    ("latent_decode_wide", 2): _ranks((64, 64, 4, 3), (32, 64, 4, 3, 2), (32, 32, 4, 3, 2)),
+    ("latent_decode_tall", 2): _ranks((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
 }
 _GFX942: Rows = {
     ("attention_prefill", 2): _heads((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
@@ -77,7 +97,13 @@ _GFX942: Rows = {
     ("latent_decode", 4): _ranks((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 # fmt: on
-_TABLE: dict[str, Rows] = {"sm_80": _SM_80, "sm_90": _SM_90, "sm_100": _SM_90, "gfx942": _GFX942}
+MEASURED: dict[str, Rows] = {"sm_90": _H200}
+_TABLE: dict[str, Rows] = {
+    "sm_80": _SM_80,
+    "sm_90": _SM_90 | _H200,
+    "sm_100": _SM_90,
+    "gfx942": _GFX942,
+}
 
 
 def find_config(target: str, kernel: str, width: int, size: int) -> KernelConfig | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from reattend.kernels.core import Rule
 from reattend.kernels.targets import Target, target_of_device
 from reattend.kernels.triton_tiles import merge_splits
 
-PROGRAMS_PER_PROCESSOR = 2  # enough decode programs to hide each other's loads
-MIN_KEYS_PER_SPLIT = 256
+# costs of split decode, in tiles of keys
+START_TILES = 2.0
+MERGE_TILES = 2.0
+MERGE_TILES_PER_SPLIT = 0.05
 MAX_SPLITS = 64
+MERGE_TILE = 8192  # numbers (splits x columns) of a merging program
 
 
 def interpreting() -> bool:
@@ -52,20 +56,40 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def count_splits(device: torch.device, programs: int, capacity: int) -> int:
-    """Splits of the keys, a power of two, from sizes the host knows (never from kv_len).
+def count_splits(device: torch.device, programs: int, capacity: int, config: KernelConfig) -> int:
+    """Splits of the keys, from sizes the host knows (never from kv_len).
 
     Args:
         device: where the kernel runs.
         programs: programs without splitting.
         capacity: rows of the cache.
+        config: the kernel's configuration.
     """
     if device.type != "cuda":
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = PROGRAMS_PER_PROCESSOR * processors // max(programs, 1)
-    possible = min(wanted, capacity // MIN_KEYS_PER_SPLIT, MAX_SPLITS)
-    return 1 << (possible.bit_length() - 1) if possible > 1 else 1
+    return best_splits(processors * config.resident, programs, -(-capacity // config.keys))
+
+
+@lru_cache(maxsize=1024)
+def best_splits(slots: int, programs: int, tiles: int) -> int:
+    """The number of splits with the shortest predicted time.
+
+    Programs run in waves of ``slots``. A program costs its tiles and `START_TILES` to begin and
+    to end; merging costs `MERGE_TILES` and, per split, `MERGE_TILES_PER_SPLIT`.
+
+    Args:
+        slots: programs the device runs at once.
+        programs: programs without splitting.
+        tiles: tiles of keys of one program without splitting.
+    """
+
+    def cost(splits: int) -> float:
+        waves = -(-programs * splits // slots)
+        merging = MERGE_TILES + MERGE_TILES_PER_SPLIT * splits if splits > 1 else 0.0
+        return waves * (-(-tiles // splits) + START_TILES) + merging
+
+    return min(range(1, max(min(tiles, MAX_SPLITS), 1) + 1), key=cost)
 
 
 def common_options(rule: Rule, config: KernelConfig, paged: bool, x: Tensor) -> dict[str, Any]:
@@ -102,15 +126,18 @@ def outputs(
 def merge(part: Tensor, part_lse: Tensor, y: Tensor, lse: Tensor) -> None:
     """Combine the splits into ``y`` and ``lse``."""
     e = y.shape[-1]
-    merge_splits[(lse.numel(),)](
+    block_splits = triton.next_power_of_2(part.shape[0])
+    columns = min(MERGE_TILE // block_splits, next_power_of_two(e))
+    merge_splits[(lse.numel() * -(-e // columns),)](
         part,
         part_lse,
         y,
         lse,
         lse.numel(),
+        part.shape[0],
         E=e,
-        SPLITS=part.shape[0],
-        BLOCK_E=next_power_of_two(e),
+        BLOCK_SPLITS=block_splits,
+        BLOCK_E=columns,
         num_warps=4,
         enable_fp_fusion=True,
     )

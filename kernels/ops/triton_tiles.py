@@ -1,8 +1,9 @@
 """Pieces every attention kernel is made of: key range, soft cap, online softmax, split merge.
 
 Rules of the house: pointer loads only, no inline assembly and no libdevice (so the interpreter
-and every backend run the same code), 64-bit addresses, a mask on every dimension, explicit
-options. Scores live in base 2 (exp2 is the hardware's instruction); lse is stored in base e.
+and every backend run the same code), 64-bit addresses, masks wherever a tile is not known to be
+whole, explicit options. Scores live in base 2 (exp2 is the hardware's instruction); lse is stored
+in base e.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -44,21 +45,89 @@ def key_range(
 
 
 @triton.jit
-def split_range(lo, hi, split, SPLITS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+def whole_keys(
+    lo,
+    hi,
+    first_pos,
+    last_pos,
+    window,
+    BLOCK_KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Keys [a, b): the tiles, counted from lo, that every query between the positions sees whole.
+
+    They need no mask; [lo, a) and [b, hi) do.
+    """
+    a = lo
+    if HAS_WINDOW:
+        late = tl.maximum(last_pos - window + 1 - lo, 0)
+        a = tl.minimum(lo + (late + BLOCK_KEYS - 1) // BLOCK_KEYS * BLOCK_KEYS, hi)
+    b = hi
+    if CAUSAL:
+        b = tl.minimum(hi, first_pos + 1)
+    return a, a + tl.maximum(b - a, 0) // BLOCK_KEYS * BLOCK_KEYS
+
+
+@triton.jit
+def split_range(lo, hi, split, splits, BLOCK_KEYS: tl.constexpr):
     """The part of [lo, hi) that belongs to one split: whole tiles, evenly, by the true length."""
     tiles = tl.maximum(hi - lo + BLOCK_KEYS - 1, 0) // BLOCK_KEYS
-    width = (tiles + SPLITS - 1) // SPLITS * BLOCK_KEYS
-    mine = lo + split * width
+    width = (tiles + splits - 1) // splits * BLOCK_KEYS
+    mine = tl.minimum(lo + split * width, tl.maximum(hi, lo))
     return mine, tl.minimum(hi, mine + width)
 
 
 @triton.jit
-def key_rows(j, is_key, table_row, page, stride_page, stride_row, PAGED: tl.constexpr):
+def key_rows(
+    j,
+    is_key,
+    table_row,
+    page,
+    stride_page,
+    stride_row,
+    PAGED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Address offset (64-bit) of each key of a tile, through the block table where there is one."""
+    rows = j.to(tl.int64) * stride_row
     if PAGED:
-        number = tl.load(table_row + j // page, mask=is_key, other=0).to(tl.int64)
-        return number * stride_page + (j % page).to(tl.int64) * stride_row
-    return j.to(tl.int64) * stride_row
+        if MASKED:
+            number = tl.load(table_row + j // page, mask=is_key, other=0).to(tl.int64)
+        else:
+            number = tl.load(table_row + j // page).to(tl.int64)
+        rows = number * stride_page + (j % page).to(tl.int64) * stride_row
+    return rows
+
+
+@triton.jit
+def load_tile(
+    base,
+    rows,
+    is_row,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Tile (rows, BLOCK_WIDTH) from row offsets; what lies outside is 0.
+
+    Rows are masked where MASKED, columns only where the width is not the tile's.
+    """
+    column = tl.arange(0, BLOCK_WIDTH)
+    at = base + rows[:, None] + column[None, :]
+    if MASKED:
+        if WIDTH == BLOCK_WIDTH:
+            tile = tl.load(at, mask=is_row[:, None], other=0.0)
+        else:
+            tile = tl.load(at, mask=is_row[:, None] & (column < WIDTH)[None, :], other=0.0)
+    elif WIDTH == BLOCK_WIDTH:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
@@ -67,18 +136,11 @@ def mask_scores(
     j,
     pos,
     is_key,
-    scale,
-    softcap,
     window,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
-    """Scale, cap and mask a tile of scores (rows, keys); the result is in base 2."""
-    if HAS_SOFTCAP:
-        s = soft_cap(s * scale, softcap) * LOG2E
-    else:
-        s = s * (scale * LOG2E)
+    """Scores (rows, keys) with -inf where the query does not see the key."""
     seen = is_key[None, :]
     if CAUSAL:
         seen = seen & (j[None, :] <= pos[:, None])
@@ -88,15 +150,18 @@ def mask_scores(
 
 
 @triton.jit
-def online_softmax(s, top, mass):
-    """One step of the running softmax.
+def online_softmax(s, top, mass, factor, MASKED: tl.constexpr):
+    """One step of the running softmax over scores in units of ``factor`` (> 0) of base 2.
 
-    Returns the probabilities of this tile against the new maximum, the factor that rescales what
-    was summed before, the new maximum and the new mass. Rows that saw nothing stay at -inf and 0.
+    The factor is applied inside the exponent, where it costs no instruction of its own. Returns
+    the probabilities of this tile against the new maximum, the factor that rescales what was
+    summed before, the new maximum and the new mass. Rows that saw nothing stay at -inf and 0.
     """
-    new_top = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(s - safe[:, None])
+    new_top = tl.maximum(top, tl.max(s, 1) * factor)
+    safe = new_top
+    if MASKED:
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(s * factor - safe[:, None])
     rescale = tl.exp2(top - safe)
     return p, rescale, new_top, mass * rescale + tl.sum(p, 1)
 
@@ -116,31 +181,34 @@ def merge_splits(
     out,
     lse,
     rows,
+    splits,
     E: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Combine partial outputs (SPLITS, rows, E) by their lse; one program per row.
+    """Combine partial outputs (splits, rows, E) by their lse.
 
+    Grid: (rows * cdiv(E, BLOCK_E)). All splits are one tile, so a program waits for memory once.
     Source: chunked-attention merge by log-sum-exp (Flash-Decoding).
     """
-    row = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    top = tl.load(part_lse + row).to(tl.float32)
-    acc = tl.load(part + row * E + e, mask=e < E, other=0.0).to(tl.float32)
-    mass = tl.where(top == float("-inf"), 0.0, 1.0)
-    for split in range(1, SPLITS):
-        at = split * rows.to(tl.int64) + row
-        value = tl.load(part + at * E + e, mask=e < E, other=0.0).to(tl.float32)
-        weight = tl.load(part_lse + at).to(tl.float32)
-        new_top = tl.maximum(top, weight)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        old, new = tl.exp2((top - safe) * LOG2E), tl.exp2((weight - safe) * LOG2E)
-        acc = acc * old + value * new
-        mass = mass * old + new
-        top = new_top
+    chunks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    pid = tl.program_id(0)
+    row, chunk = (pid // chunks).to(tl.int64), pid % chunks
+    e = chunk * BLOCK_E + tl.arange(0, BLOCK_E)
+    s = tl.arange(0, BLOCK_SPLITS)
+    at = s.to(tl.int64) * rows + row
+    is_split = s < splits
+    value = tl.load(
+        part + at[:, None] * E + e[None, :],
+        mask=is_split[:, None] & (e < E)[None, :],
+        other=0.0,
+    )
+    log_sum = tl.load(part_lse + at, mask=is_split, other=float("-inf"))
+    top = tl.max(log_sum, 0)
+    weight = tl.exp2((log_sum - tl.where(top == float("-inf"), 0.0, top)) * LOG2E)
+    mass = tl.sum(weight, 0)
     safe = tl.where(mass > 0.0, mass, 1.0)
-    result = acc / safe
+    result = tl.sum(value * (weight / safe)[:, None], 0)
     tl.store(out + row * E + e, result.to(out.dtype.element_ty), mask=e < E)
     total = tl.where(mass > 0.0, top + tl.log2(safe) * LN2, float("-inf"))
-    tl.store(lse + row, total)
+    tl.store(lse + row, total, mask=chunk == 0)

@@ -18,6 +18,8 @@ from reattend.kernels.launching import (
     unit_stride,
 )
 
+L2_BYTES = 24_000_000  # of the cache of the devices listed, what keys may count on
+
 
 def config_for(q_BHNd: Tensor, v_BGMe: Tensor) -> KernelConfig | None:
     """The shipped configuration for these tensors, or None: then torch computes the op."""
@@ -27,6 +29,19 @@ def config_for(q_BHNd: Tensor, v_BGMe: Tensor) -> KernelConfig | None:
     kernel = "attention_decode" if q_BHNd.shape[2] <= DECODE_QUERIES else "attention_prefill"
     width = max(q_BHNd.shape[3], v_BGMe.shape[3])
     return find_config(target.name, kernel, width, q_BHNd.element_size())
+
+
+def heads_together(heads: int, group: int, bytes_per_group: int) -> int:
+    """How many heads prefill side by side: whole groups whose keys and values stay in L2.
+
+    Args:
+        heads: query heads.
+        group: query heads per KV head.
+        bytes_per_group: keys and values of one KV head of one row of the batch.
+    """
+    fitting = max(L2_BYTES // max(bytes_per_group, 1), 1)
+    groups = heads // group
+    return group * max(n for n in range(1, groups + 1) if groups % n == 0 and n <= fitting)
 
 
 def launch(
@@ -69,7 +84,7 @@ def launch(
     group = h // groups
     if decode:
         programs = -(-group * n // config.rows) * groups * b
-        splits = count_splits(q.device, programs, capacity) if splits is None else splits
+        splits = count_splits(q.device, programs, capacity, config) if splits is None else splits
     else:
         programs, splits = -(-n // config.rows) * h * b, 1
     y, lse, part, part_lse = outputs((b, h, n, e), splits, q)
@@ -86,9 +101,10 @@ def launch(
     options |= {"D": d, "E": e, "BLOCK_D": next_power_of_two(d), "BLOCK_E": next_power_of_two(e)}
     with on_device(q):
         if not decode:
-            attention_prefill[(programs,)](*args, **options)
+            together = heads_together(h, group, capacity * (d + e) * q.element_size())
+            attention_prefill[(programs,)](*args, together, **options)
             return y, lse
-        attention_decode[(programs * splits,)](*args, b * h * n, SPLITS=splits, **options)
+        attention_decode[(programs * splits,)](*args, b * h * n, splits, **options)
         if splits > 1:
             merge(part, part_lse, y, lse)
     return y, lse

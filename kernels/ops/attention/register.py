@@ -112,8 +112,8 @@ def _cuda(
     check(*inputs, sliding_window=sliding_window, softcap=softcap)
     rule = Rule(scale, causal, sliding_window, softcap)
     launch = load_launch("reattend.kernels.attention.launch")
-    config = launch.config_for(q, v)
-    if config is None:  # fp64, very wide heads, or a GPU no kernel is shipped for
+    config = launch.config_for(q, v) if scale > 0 else None
+    if config is None:  # fp64, very wide heads, a GPU no kernel is shipped for, a scale of 0
         return reference.forward(*inputs, rule)
     return launch.launch(*inputs, rule, config)
 

@@ -14,19 +14,80 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.triton_tiles import (
+    LOG2E,
     finish,
     key_range,
     key_rows,
+    load_tile,
     mask_scores,
     online_softmax,
+    soft_cap,
     split_range,
+    whole_keys,
 )
+
+
+@triton.jit
+def _span(
+    acc,
+    top,
+    mass,
+    q_tile,
+    pos,
+    k,
+    v,
+    table_row,
+    begin,
+    stop,
+    hi,
+    scale,
+    softcap,
+    window,
+    page,
+    k_page,
+    k_m,
+    v_page,
+    v_m,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PAGED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Running softmax over the tiles of keys from begin to stop; hi ends the keys that count."""
+    for first in range(begin, stop, BLOCK_KEYS):
+        j = first + tl.arange(0, BLOCK_KEYS)
+        is_key = j < hi
+        k_rows = key_rows(j, is_key, table_row, page, k_page, k_m, PAGED, MASKED)
+        v_rows = key_rows(j, is_key, table_row, page, v_page, v_m, PAGED, MASKED)
+        k_tile = load_tile(k, k_rows, is_key, D, BLOCK_D, MASKED, UPCAST)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        factor = scale * LOG2E
+        if HAS_SOFTCAP:
+            s = soft_cap(s * scale, softcap)
+            factor = LOG2E
+        if MASKED:
+            s = mask_scores(s, j, pos, is_key, window, CAUSAL, HAS_WINDOW)
+        p, rescale, top, mass = online_softmax(s, top, mass, factor, MASKED)
+        v_tile = load_tile(v, v_rows, is_key, E, BLOCK_E, MASKED, UPCAST)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    return acc, top, mass
 
 
 @triton.jit
 def _sweep(
     q_tile,
     pos,
+    first_pos,
+    last_pos,
     k,
     v,
     table_row,
@@ -53,29 +114,30 @@ def _sweep(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Running softmax of one tile of rows over keys [lo, hi)."""
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    """One tile of rows over keys [lo, hi): masked at the edges, without masks in between."""
     acc = tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32)
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for first in range(lo, hi, BLOCK_KEYS):
-        j = first + tl.arange(0, BLOCK_KEYS)
-        is_key = j < hi
-        k_row = key_rows(j, is_key, table_row, page, k_page, k_m, PAGED)
-        k_at = k + k_row[:, None] + d[None, :]
-        k_tile = tl.load(k_at, mask=is_key[:, None] & (d < D)[None, :], other=0.0)
-        if UPCAST:
-            k_tile = k_tile.to(tl.float32)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        s = mask_scores(s, j, pos, is_key, scale, softcap, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
-        p, rescale, top, mass = online_softmax(s, top, mass)
-        v_row = key_rows(j, is_key, table_row, page, v_page, v_m, PAGED)
-        v_at = v + v_row[:, None] + e[None, :]
-        v_tile = tl.load(v_at, mask=is_key[:, None] & (e < E)[None, :], other=0.0)
-        if UPCAST:
-            v_tile = v_tile.to(tl.float32)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    a, b = whole_keys(lo, hi, first_pos, last_pos, window, BLOCK_KEYS, CAUSAL, HAS_WINDOW)
+    # fmt: off
+    if HAS_WINDOW:
+        acc, top, mass = _span(
+            acc, top, mass, q_tile, pos, k, v, table_row, lo, a, hi, scale, softcap, window, page,
+            k_page, k_m, v_page, v_m, D, E, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
+            PRECISION, BLOCK_KEYS, BLOCK_D, BLOCK_E, True,
+        )
+    acc, top, mass = _span(
+        acc, top, mass, q_tile, pos, k, v, table_row, a, b, hi, scale, softcap, window, page,
+        k_page, k_m, v_page, v_m, D, E, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
+        PRECISION, BLOCK_KEYS, BLOCK_D, BLOCK_E, False,
+    )
+    if b < hi:
+        acc, top, mass = _span(
+            acc, top, mass, q_tile, pos, k, v, table_row, b, hi, hi, scale, softcap, window, page,
+            k_page, k_m, v_page, v_m, D, E, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
+            PRECISION, BLOCK_KEYS, BLOCK_D, BLOCK_E, True,
+        )
+    # fmt: on
     return acc, top, mass
 
 
@@ -107,6 +169,7 @@ def attention_prefill(
     v_g,
     v_m,
     table_b,
+    together,
     D: tl.constexpr,
     E: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -120,32 +183,37 @@ def attention_prefill(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N)."""
+    """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N).
+
+    ``together`` divides H: so many heads run side by side.
+    """
     tiles = tl.cdiv(n, BLOCK_ROWS)
     pid = tl.program_id(0)
-    # the last queries see the most keys: start them first
-    tile = tiles - 1 - pid % tiles
-    head, b = (pid // tiles) % heads, (pid // tiles // heads).to(tl.int64)
+    # the last queries see the most keys: start them first, of all heads whose keys fit in L2
+    part, rest = pid // (tiles * together), pid % (tiles * together)
+    tile = tiles - 1 - rest // together
+    parts = heads // together
+    head = part % parts * together + rest % together
+    b = (part // parts).to(tl.int64)
     g, h = (head // group).to(tl.int64), head.to(tl.int64)
     start = tl.load(kv_start + b).to(tl.int32)
     end = tl.load(kv_len + b).to(tl.int32)
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < n
     pos = end - n + row
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    q_at = q + b * q_b + h * q_h + row.to(tl.int64)[:, None] * q_n + d[None, :]
-    q_tile = tl.load(q_at, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
-    if UPCAST:
-        q_tile = q_tile.to(tl.float32)
+    e = tl.arange(0, BLOCK_E)
+    q_rows = row.to(tl.int64) * q_n
+    q_tile = load_tile(q + b * q_b + h * q_h, q_rows, is_row, D, BLOCK_D, True, UPCAST)
     first_pos = end - n + tile * BLOCK_ROWS
     last_pos = end - n + tl.minimum(n, (tile + 1) * BLOCK_ROWS) - 1
     lo, hi = key_range(start, tl.minimum(end, m), first_pos, last_pos, window, CAUSAL, HAS_WINDOW)
     cache = b * 0 if PAGED else b
     # fmt: off
     acc, top, mass = _sweep(
-        q_tile, pos, k + cache * k_b + g * k_g, v + cache * v_b + g * v_g, table + b * table_b,
-        lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E, CAUSAL, HAS_WINDOW,
-        HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, BLOCK_E,
+        q_tile, pos, first_pos, last_pos, k + cache * k_b + g * k_g, v + cache * v_b + g * v_g,
+        table + b * table_b, lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E,
+        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS,
+        BLOCK_D, BLOCK_E,
     )
     # fmt: on
     out, log_sum = finish(acc, top, mass)
@@ -187,6 +255,7 @@ def attention_decode(
     v_m,
     table_b,
     part,
+    splits,
     D: tl.constexpr,
     E: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -199,19 +268,19 @@ def attention_decode(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
-    """Grid: (SPLITS * row tiles * G * B). ``part`` is B * H * N, the stride between splits.
+    """Grid: (row tiles * splits * G * B). ``part`` is B * H * N, the stride between splits.
 
-    y and lse are (SPLITS, B, H, N, E) and (SPLITS, B, H, N), contiguous; with one split they are
+    y and lse are (splits, B, H, N, E) and (splits, B, H, N), contiguous; with one split they are
     the outputs themselves, else `merge_splits` combines them.
     """
     rows = group * n
     tiles = tl.cdiv(rows, BLOCK_ROWS)
     groups = heads // group
     pid = tl.program_id(0)
-    split, rest = pid % SPLITS, pid // SPLITS
-    tile, rest = rest % tiles, rest // tiles
+    # tiles that read the same keys run side by side, so that the second finds them in L2
+    tile, rest = pid % tiles, pid // tiles
+    split, rest = rest % splits, rest // splits
     g, b = (rest % groups).to(tl.int64), (rest // groups).to(tl.int64)
     start = tl.load(kv_start + b).to(tl.int32)
     end = tl.load(kv_len + b).to(tl.int32)
@@ -220,19 +289,19 @@ def attention_decode(
     i = row // group
     h = g * group + row % group
     pos = end - n + i
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    q_at = q + b * q_b + (h * q_h + i.to(tl.int64) * q_n)[:, None] + d[None, :]
-    q_tile = tl.load(q_at, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
-    if UPCAST:
-        q_tile = q_tile.to(tl.float32)
-    lo, hi = key_range(start, tl.minimum(end, m), end - n, end - 1, window, CAUSAL, HAS_WINDOW)
-    lo, hi = split_range(lo, hi, split, SPLITS, BLOCK_KEYS)
+    e = tl.arange(0, BLOCK_E)
+    q_rows = h * q_h + i.to(tl.int64) * q_n
+    q_tile = load_tile(q + b * q_b, q_rows, is_row, D, BLOCK_D, True, UPCAST)
+    first_pos, last_pos = end - n, end - 1
+    lo, hi = key_range(start, tl.minimum(end, m), first_pos, last_pos, window, CAUSAL, HAS_WINDOW)
+    lo, hi = split_range(lo, hi, split, splits, BLOCK_KEYS)
     cache = b * 0 if PAGED else b
     # fmt: off
     acc, top, mass = _sweep(
-        q_tile, pos, k + cache * k_b + g * k_g, v + cache * v_b + g * v_g, table + b * table_b,
-        lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E, CAUSAL, HAS_WINDOW,
-        HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, BLOCK_E,
+        q_tile, pos, first_pos, last_pos, k + cache * k_b + g * k_g, v + cache * v_b + g * v_g,
+        table + b * table_b, lo, hi, scale, softcap, window, page, k_b, k_m, v_b, v_m, D, E,
+        CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_KEYS,
+        BLOCK_D, BLOCK_E,
     )
     # fmt: on
     out, log_sum = finish(acc, top, mass)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reattend.kernels.configs import DECODE_QUERIES, WIDE_ROWS, KernelConfig, find_config
+from reattend.kernels.configs import (
+    DECODE_QUERIES,
+    TALL_ROWS,
+    WIDE_ROWS,
+    KernelConfig,
+    find_config,
+)
 from reattend.kernels.core import Rule
 from reattend.kernels.latent_attention.triton_kernel import latent_decode, latent_prefill
 from reattend.kernels.launching import (
@@ -30,8 +36,11 @@ def config_for(q_nope_BHNr: Tensor, q_rope_BHNR: Tensor) -> KernelConfig | None:
     _, h, n, r = q_nope_BHNr.shape
     if n > DECODE_QUERIES:
         return find_config(target.name, "latent_prefill", r, size)
-    wide = find_config(target.name, "latent_decode_wide", r, size) if h * n > WIDE_ROWS else None
-    return wide or find_config(target.name, "latent_decode", r, size)
+    names = ["latent_decode"]
+    names += ["latent_decode_wide"] * (h * n > WIDE_ROWS)
+    names += ["latent_decode_tall"] * (h * n > TALL_ROWS)
+    found = (find_config(target.name, name, r, size) for name in reversed(names))
+    return next((config for config in found if config is not None), None)
 
 
 def launch(
@@ -80,7 +89,7 @@ def launch(
     if not decode:
         splits = 1
     elif splits is None:
-        splits = count_splits(q.device, programs, capacity)
+        splits = count_splits(q.device, programs, capacity, config)
     u, lse, part, part_lse = outputs((b, h, n, r), splits, q)
     if u.numel() == 0:
         return u, lse
@@ -93,7 +102,7 @@ def launch(
     )
     # fmt: on
     options = common_options(rule, config, paged, q)
-    options |= {"RANK": r, "ROPE": rope_width}
+    options |= {"RANK": r, "ROPE": rope_width, "SPREAD": config.spread}
     options |= {
         "BLOCK_RANK": next_power_of_two(r),
         "BLOCK_ROPE": next_power_of_two(rope_width),
@@ -102,7 +111,7 @@ def launch(
         if not decode:
             latent_prefill[(programs,)](*args, **options)
             return u, lse
-        latent_decode[(programs * splits,)](*args, b * h * n, SPLITS=splits, **options)
+        latent_decode[(programs * splits,)](*args, b * h * n, splits, **options)
         if splits > 1:
             merge(part, part_lse, u, lse)
     return u, lse

@@ -112,7 +112,7 @@ def _cuda(
     check(*inputs, sliding_window=sliding_window, softcap=softcap)
     rule = Rule(scale, causal, sliding_window, softcap)
     launch = load_launch("reattend.kernels.latent_attention.launch")
-    config = launch.config_for(q_nope, q_rope)
+    config = launch.config_for(q_nope, q_rope) if scale > 0 else None
     if config is None:  # fp64, very wide rows, or a GPU no kernel is shipped for
         return reference.forward(*inputs, rule)
     return launch.launch(*inputs, rule, config)

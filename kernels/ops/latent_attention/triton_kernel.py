@@ -13,13 +13,95 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.triton_tiles import (
+    LOG2E,
     finish,
     key_range,
     key_rows,
+    load_tile,
     mask_scores,
     online_softmax,
+    soft_cap,
     split_range,
+    whole_keys,
 )
+
+
+@triton.jit
+def _product(q_tile, k_tile, always, PRECISION: tl.constexpr, SPREAD: tl.constexpr):
+    """Scores (rows, keys) of two tiles.
+
+    Seeing that the scores feed a second product, Triton gives every warp rows of its own; where
+    there are more warps than rows for them, they repeat each other's work. SPREAD hides the second
+    product behind a branch that is always taken, and the warps share the keys instead. (Both arms
+    are the same, so that the compiler does not move work into one of them; it emits one.)
+    """
+    if SPREAD:
+        if always:
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        else:
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    else:
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _span(
+    acc,
+    top,
+    mass,
+    q_tile,
+    w_tile,
+    pos,
+    latent,
+    rope,
+    table_row,
+    begin,
+    stop,
+    hi,
+    scale,
+    softcap,
+    window,
+    page,
+    latent_page,
+    latent_m,
+    rope_page,
+    rope_m,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PAGED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Running softmax over the tiles of keys from begin to stop; hi ends the keys that count."""
+    for first in range(begin, stop, BLOCK_KEYS):
+        j = first + tl.arange(0, BLOCK_KEYS)
+        is_key = j < hi
+        c_rows = key_rows(j, is_key, table_row, page, latent_page, latent_m, PAGED, MASKED)
+        c_tile = load_tile(latent, c_rows, is_key, RANK, BLOCK_RANK, MASKED, UPCAST)
+        s = _product(q_tile, c_tile, first < hi, PRECISION, SPREAD)
+        if ROPE > 0:
+            k_rows = key_rows(j, is_key, table_row, page, rope_page, rope_m, PAGED, MASKED)
+            k_tile = load_tile(rope, k_rows, is_key, ROPE, BLOCK_ROPE, MASKED, UPCAST)
+            s += _product(w_tile, k_tile, first < hi, PRECISION, SPREAD)
+        factor = scale * LOG2E
+        if HAS_SOFTCAP:
+            s = soft_cap(s * scale, softcap)
+            factor = LOG2E
+        if MASKED:
+            s = mask_scores(s, j, pos, is_key, window, CAUSAL, HAS_WINDOW)
+        p, rescale, top, mass = online_softmax(s, top, mass, factor, MASKED)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(p.to(c_tile.dtype), c_tile, acc, input_precision=PRECISION)
+    return acc, top, mass
 
 
 @triton.jit
@@ -53,6 +135,7 @@ def _attend_rows(
     table_b,
     part,
     split,
+    splits,
     tile,
     b,
     RANK: tl.constexpr,
@@ -63,11 +146,11 @@ def _attend_rows(
     PAGED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """One tile of rows over its (split of the) visible keys, then the store."""
     start = tl.load(kv_start + b).to(tl.int32)
@@ -79,19 +162,14 @@ def _attend_rows(
     first_pos = end - n + tile * BLOCK_ROWS // heads
     last_pos = end - n + tl.minimum(n, tl.cdiv((tile + 1) * BLOCK_ROWS, heads)) - 1
     lo, hi = key_range(start, tl.minimum(end, m), first_pos, last_pos, window, CAUSAL, HAS_WINDOW)
-    lo, hi = split_range(lo, hi, split, SPLITS, BLOCK_KEYS)
+    lo, hi = split_range(lo, hi, split, splits, BLOCK_KEYS)
 
-    r, w = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_ROPE)
     wide = i.to(tl.int64)
-    q_at = q_nope + b * qn_b + (h * qn_h + wide * qn_n)[:, None] + r[None, :]
-    q_tile = tl.load(q_at, mask=is_row[:, None] & (r < RANK)[None, :], other=0.0)
-    if UPCAST:
-        q_tile = q_tile.to(tl.float32)
+    q_rows, w_rows = h * qn_h + wide * qn_n, h * qr_h + wide * qr_n
+    q_tile = load_tile(q_nope + b * qn_b, q_rows, is_row, RANK, BLOCK_RANK, True, UPCAST)
+    w_tile = q_tile  # never read without a rotary part
     if ROPE > 0:
-        w_at = q_rope + b * qr_b + (h * qr_h + wide * qr_n)[:, None] + w[None, :]
-        w_tile = tl.load(w_at, mask=is_row[:, None] & (w < ROPE)[None, :], other=0.0)
-        if UPCAST:
-            w_tile = w_tile.to(tl.float32)
+        w_tile = load_tile(q_rope + b * qr_b, w_rows, is_row, ROPE, BLOCK_ROPE, True, UPCAST)
 
     if not PAGED:
         latent += b * latent_b
@@ -100,28 +178,32 @@ def _attend_rows(
     acc = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for first in range(lo, hi, BLOCK_KEYS):
-        j = first + tl.arange(0, BLOCK_KEYS)
-        is_key = j < hi
-        at = key_rows(j, is_key, table_row, page, latent_b, latent_m, PAGED)
-        c_at = latent + at[:, None] + r[None, :]
-        c_tile = tl.load(c_at, mask=is_key[:, None] & (r < RANK)[None, :], other=0.0)
-        if UPCAST:
-            c_tile = c_tile.to(tl.float32)
-        s = tl.dot(q_tile, tl.trans(c_tile), input_precision=PRECISION)
-        if ROPE > 0:
-            at = key_rows(j, is_key, table_row, page, rope_b, rope_m, PAGED)
-            k_at = rope + at[:, None] + w[None, :]
-            k_tile = tl.load(k_at, mask=is_key[:, None] & (w < ROPE)[None, :], other=0.0)
-            if UPCAST:
-                k_tile = k_tile.to(tl.float32)
-            s = tl.dot(w_tile, tl.trans(k_tile), s, input_precision=PRECISION)
-        s = mask_scores(s, j, pos, is_key, scale, softcap, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP)
-        p, rescale, top, mass = online_softmax(s, top, mass)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(p.to(c_tile.dtype), c_tile, acc, input_precision=PRECISION)
+    a, z = whole_keys(lo, hi, first_pos, last_pos, window, BLOCK_KEYS, CAUSAL, HAS_WINDOW)
+    # fmt: off
+    if HAS_WINDOW:
+        acc, top, mass = _span(
+            acc, top, mass, q_tile, w_tile, pos, latent, rope, table_row, lo, a, hi, scale,
+            softcap, window, page, latent_b, latent_m, rope_b, rope_m, RANK, ROPE, CAUSAL,
+            HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK,
+            BLOCK_ROPE, True,
+        )
+    acc, top, mass = _span(
+        acc, top, mass, q_tile, w_tile, pos, latent, rope, table_row, a, z, hi, scale,
+        softcap, window, page, latent_b, latent_m, rope_b, rope_m, RANK, ROPE, CAUSAL,
+        HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK,
+        BLOCK_ROPE, False,
+    )
+    if z < hi:
+        acc, top, mass = _span(
+            acc, top, mass, q_tile, w_tile, pos, latent, rope, table_row, z, hi, hi, scale,
+            softcap, window, page, latent_b, latent_m, rope_b, rope_m, RANK, ROPE, CAUSAL,
+            HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK,
+            BLOCK_ROPE, True,
+        )
+    # fmt: on
 
     out, log_sum = finish(acc, top, mass)
+    r = tl.arange(0, BLOCK_RANK)
     at = split.to(tl.int64) * part + (b * heads + h) * n + i
     tl.store(
         y + at[:, None] * RANK + r[None, :],
@@ -168,6 +250,7 @@ def latent_prefill(
     PAGED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -183,8 +266,8 @@ def latent_prefill(
     _attend_rows(
         q_nope, q_rope, latent, rope, y, lse, kv_start, kv_len, table, scale, softcap, window,
         heads, n, m, page, qn_b, qn_h, qn_n, qr_b, qr_h, qr_n, latent_b, latent_m, rope_b, rope_m,
-        table_b, 0, pid * 0, tile, b, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
-        PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE, 1,
+        table_b, 0, pid * 0, 1, tile, b, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
+        PRECISION, SPREAD, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
     )
     # fmt: on
 
@@ -219,6 +302,7 @@ def latent_decode(
     rope_m,
     table_b,
     part,
+    splits,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -227,27 +311,27 @@ def latent_decode(
     PAGED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
-    """Grid: (SPLITS * row tiles * B). ``part`` is B * H * N, the stride between splits.
+    """Grid: (row tiles * splits * B). ``part`` is B * H * N, the stride between splits.
 
-    y and lse are (SPLITS, B, H, N, r) and (SPLITS, B, H, N), contiguous; with one split they are
+    y and lse are (splits, B, H, N, r) and (splits, B, H, N), contiguous; with one split they are
     the outputs themselves, else `merge_splits` combines them.
     """
     tiles = tl.cdiv(n * heads, BLOCK_ROWS)
     pid = tl.program_id(0)
-    split, rest = pid % SPLITS, pid // SPLITS
-    tile = rest % tiles
-    b = (rest // tiles).to(tl.int64)
+    # tiles that read the same keys run side by side, so that the second finds them in L2
+    tile, rest = pid % tiles, pid // tiles
+    split, b = rest % splits, (rest // splits).to(tl.int64)
     # fmt: off
     _attend_rows(
         q_nope, q_rope, latent, rope, y, lse, kv_start, kv_len, table, scale, softcap, window,
         heads, n, m, page, qn_b, qn_h, qn_n, qr_b, qr_h, qr_n, latent_b, latent_m, rope_b, rope_m,
-        table_b, part, split, tile, b, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED, UPCAST,
-        PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE, SPLITS,
+        table_b, part, split, splits, tile, b, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PAGED,
+        UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
     )
     # fmt: on

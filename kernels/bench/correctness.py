@@ -1,0 +1,197 @@
+"""Is every kernel right on this GPU? Checked before anything is timed.
+
+Rows are ragged and left-padded, unused rows of the cache hold NaN, uninitialised memory holds NaN
+(an output that nobody writes is seen), one row of every batch of three is empty. Every case runs
+in three dtypes and with several option sets and layouts. Cases run in as many processes as the
+machine has cores, because nearly all of the time is compiling.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from cases import Case, tensors
+from torch import Tensor
+
+from reattend.kernels.attention import attention
+from reattend.kernels.attention import reference as attention_reference
+from reattend.kernels.latent_attention import latent_attention
+from reattend.kernels.latent_attention import reference as latent_reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"sliding_window": 37, "softcap": 5.0},
+    {"causal": False},
+    {"layout": "transposed"},
+    {"layout": "paged"},
+)
+CORRECT = (
+    Case("gqa prefill", "attention", 2, 8, 2, 133, 200, 128),
+    Case("gqa prefill, width 32", "attention", 3, 4, 4, 70, 70, 32),
+    Case("gqa prefill, width 40", "attention", 2, 4, 4, 70, 70, 40),
+    Case("gqa prefill, width 64", "attention", 2, 4, 2, 300, 300, 64),
+    Case("gqa prefill, width 80", "attention", 2, 4, 2, 97, 97, 80),
+    Case("gqa prefill, width 96", "attention", 2, 4, 1, 65, 161, 96),
+    Case("gqa prefill, width 256", "attention", 1, 2, 1, 129, 129, 256),
+    Case("gqa decode", "attention", 3, 8, 2, 1, 1111, 128),
+    Case("gqa decode, width 80", "attention", 3, 32, 4, 1, 999, 80),
+    Case("gqa decode, width 256", "attention", 3, 8, 2, 1, 517, 256),
+    Case("gqa small chunk", "attention", 3, 8, 2, 5, 700, 64),
+    Case("mqa small chunk", "attention", 2, 24, 1, 16, 333, 128),
+    Case("mla prefill", "latent_attention", 2, 16, 1, 65, 150, 512, 64),
+    Case("mla prefill, rank 256", "latent_attention", 2, 8, 1, 65, 150, 256, 32),
+    Case("mla prefill, odd rank", "latent_attention", 2, 3, 1, 50, 77, 48, 16),
+    Case("mla prefill, no rope", "latent_attention", 2, 4, 1, 40, 77, 128, 0),
+    Case("mla decode, 16 heads", "latent_attention", 3, 16, 1, 1, 1111, 512, 64),
+    Case("mla decode, 128 heads", "latent_attention", 3, 128, 1, 1, 2100, 512, 64),
+    Case("mla decode, rank 200", "latent_attention", 3, 32, 1, 2, 701, 200, 48),
+)
+HUGE = (  # more than 2^31 numbers in one cache
+    Case("gqa, 2^31 numbers", "attention", 1, 16, 8, 3, (1 << 21) + 999, 128),
+    Case("mla, 2^31 numbers", "latent_attention", 1, 16, 1, 3, (1 << 22) + 999, 512, 64),
+)
+Job = tuple[Case, torch.dtype, dict[str, Any]]
+
+
+def jobs(cases: tuple[Case, ...] = CORRECT) -> Iterator[Job]:
+    """Every case in every dtype with every option set; fp16, which compiles like bf16, with one."""
+    for job in product(cases, DTYPES, OPTIONS):
+        if job[1] != torch.float16 or not job[2]:
+            yield job
+
+
+def title(job: Job) -> str:
+    """How a job is listed."""
+    case, dtype, options = job
+    return f"{case.name}, {str(dtype)[6:]}, {options or 'causal'}"
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values with heads inside tokens, between other numbers: nothing is contiguous."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 8), float("nan"), dtype=x.dtype).to(x.device)
+    if x.dim() == 4:
+        wide = wide.transpose(1, 2).contiguous().transpose(1, 2)
+    view = wide[..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+def paged(caches: tuple[Tensor, ...], page: int = 16) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The same rows in pages that lie in a random order, and the block table."""
+    b, m = caches[0].shape[0], caches[0].shape[-2]
+    count = -(-m // page)
+    order = torch.randperm(b * count, device=caches[0].device)
+    found = []
+    for cache in caches:
+        whole = cache.new_full((*cache.shape[:-2], count * page, cache.shape[-1]), float("nan"))
+        whole[..., :m, :] = cache
+        split = whole.unflatten(-2, (count, page)).movedim(-3, 1).flatten(0, 1)
+        found.append(torch.empty_like(split).index_copy_(0, order, split))
+    return tuple(found), order.view(b, count).to(torch.int32)
+
+
+def rows_of(case: Case, device: str) -> tuple[Tensor, Tensor]:
+    """First and past-the-last key of each row; the third row of a batch is empty."""
+    start = torch.arange(case.b, device=device) * 3
+    length = case.m - torch.arange(case.b, device=device) * 5
+    if case.b > 2:
+        length[2] = start[2]
+    return start, length
+
+
+def error_of(case: Case, dtype: torch.dtype, device: str, options: dict[str, Any]) -> float:
+    """Largest error of y and lse against the fp64 reference, in units of the allowed error.
+
+    Allowed: 4 roundings of the result in its dtype relative to the largest value, for lse 1e-3
+    (1e-5 in fp32).
+    """
+    options = dict(options)
+    layout = options.pop("layout", "plain")
+    inputs = tensors(case, dtype, device)
+    start, length = rows_of(case, device)
+    latent = case.op == "latent_attention"
+    for cache in inputs[2:] if latent else inputs[1:]:
+        for b in range(case.b):
+            cache[b, ..., : int(start[b]), :] = float("nan")
+            cache[b, ..., int(length[b]) :, :] = float("nan")
+    scale = (case.d + case.rope) ** -0.5
+    op = latent_attention if latent else attention
+    reference = latent_reference.latent_attention if latent else attention_reference.attention
+    given, table = inputs, None
+    if layout == "transposed":
+        given = tuple(transposed(x) for x in inputs)
+    elif layout == "paged":
+        new = 2 if latent else 1
+        pages, table = paged(inputs[new:])
+        given = (*inputs[:new], *pages)
+    y, lse = op(*given, start, length, table, scale=scale, **options)
+    want, want_lse = reference(*(x.double() for x in inputs), start, length, scale=scale, **options)
+    return compared(y, lse, want, want_lse, dtype)
+
+
+def compared(y: Tensor, lse: Tensor, want: Tensor, want_lse: Tensor, dtype: torch.dtype) -> float:
+    """Error in units of the allowed one; infinite where NaN or unseen rows disagree."""
+    finite = torch.isfinite(want_lse)
+    if not torch.equal(torch.isfinite(lse), finite) or not torch.isfinite(y).all():
+        return float("inf")
+    y_error = (y.double() - want).abs().max() / want.abs().max()
+    lse_error = (lse.double() - want_lse)[finite].abs().max()
+    lse_limit = 1e-3 if dtype != torch.float32 else 1e-5
+    y_limit = 4 * max(torch.finfo(dtype).eps, 1e-6)
+    return float(torch.maximum(y_error / y_limit, lse_error / lse_limit))
+
+
+def huge_error(case: Case) -> float:
+    """A cache that needs 64-bit addresses, of which only the last rows are seen."""
+    seen = 1500
+    inputs = tensors(case, torch.bfloat16, "cuda")
+    end = torch.full((1,), case.m, device="cuda")
+    scale = (case.d + case.rope) ** -0.5
+    latent = case.op == "latent_attention"
+    op = latent_attention if latent else attention
+    reference = latent_reference.latent_attention if latent else attention_reference.attention
+    y, lse = op(*inputs, end - seen, end, scale=scale)
+    new = 2 if latent else 1
+    small = (*inputs[:new], *(x[..., -seen:, :] for x in inputs[new:]))
+    zero = torch.zeros_like(end)
+    want, want_lse = reference(*(x.double() for x in small), zero, zero + seen, scale=scale)
+    return compared(y, lse, want, want_lse, torch.bfloat16)
+
+
+def poison() -> None:
+    """Make uninitialised memory NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+def run_job(job: Job) -> float | str:
+    """In a worker: the error, or why the op did not run."""
+    poison()
+    try:
+        return error_of(job[0], job[1], "cuda", job[2])
+    except Exception as error:  # every failure is listed, none hides the others
+        return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def check() -> list[dict[str, Any]]:
+    """Run everything; rows with the error in units of the allowed one and whether it passes."""
+    listed = list(jobs())
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(run_job, listed))
+    rows = []
+    for job, error in zip(listed, found, strict=True):
+        ok = isinstance(error, float) and error <= 1.0
+        shown = round(error, 4) if isinstance(error, float) else error
+        rows.append({"name": title(job), "error": shown, "ok": ok})
+    for case in HUGE:
+        error = huge_error(case)
+        rows.append({"name": case.name, "error": round(error, 4), "ok": error <= 1.0})
+        torch.cuda.empty_cache()
+    return rows

@@ -1,0 +1,103 @@
+"""How the benchmark measures: graph replay over rotating inputs, host time, and the two ceilings.
+
+A replayed CUDA graph holds one call per input set, so launches cost the device what they cost it
+and nothing waits for Python. Input sets together are several times the L2, so no call finds its
+cache there because the one before read the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+ROTATE_BYTES = 400_000_000  # several times the L2 of any GPU listed
+MAX_SETS = 16
+CALLS_PER_GRAPH = 16
+ROUNDS = 15
+
+Call = Callable[[], Any]
+
+
+def input_sets(bytes_per_set: int) -> int:
+    """How many input sets rotate."""
+    return min(max(2, -(-ROTATE_BYTES // max(bytes_per_set, 1))), MAX_SETS)
+
+
+def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS, repeats: int | None = None) -> float:
+    """Milliseconds of one call: median over replays of a graph that holds every call.
+
+    Args:
+        calls: the same work over different inputs.
+        rounds: replays that are timed.
+        repeats: how often a graph holds every call; as many as make 16 calls when None.
+    """
+    if repeats is None:
+        repeats = max(1, CALLS_PER_GRAPH // len(calls))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    graph.replay()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(rounds):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times) / (repeats * len(calls))
+
+
+def eager_ms(calls: Sequence[Call], rounds: int = 5) -> float:
+    """Milliseconds of one call launched from Python, host and device together."""
+    times = []
+    for _ in range(rounds + 1):  # the first warms up
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times[1:]) / len(calls)
+
+
+def call_ms(call: Call, rounds: int = ROUNDS) -> float:
+    """Milliseconds of one call between events, for work so long that its launch does not matter.
+
+    A copy must not be measured in a graph: as a graph node it leaves the multiprocessors to a copy
+    engine, which is slower.
+    """
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(rounds + 1):
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def copy_gb_per_s(size: int = 1 << 32) -> float:
+    """GB read and written per second by a large device-to-device copy."""
+    source = torch.randint(0, 255, (size // 2,), dtype=torch.int16, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size / call_ms(lambda: target.copy_(source)) / 1e6
+
+
+def matmul_tflops(size: int = 8192) -> float:
+    """bf16 matrix products of random data, in TFLOP/s."""
+    a, b = (torch.randn(size, size, device="cuda").to(torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / call_ms(lambda: a @ b) / 1e9

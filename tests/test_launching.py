@@ -1,0 +1,54 @@
+"""The number of splits of a decode, from sizes alone; which heads prefill together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reattend.kernels.attention.launch import L2_BYTES, heads_together
+from reattend.kernels.configs import KernelConfig
+from reattend.kernels.launching import MAX_SPLITS, best_splits, count_splits
+
+SLOTS = 132  # multiprocessors of an H200
+
+
+def test_a_full_device_does_not_split() -> None:
+    assert best_splits(SLOTS, SLOTS, 128) == 1
+    assert best_splits(SLOTS, 10 * SLOTS, 128) == 1
+
+
+def test_few_programs_fill_one_wave() -> None:
+    for programs in (1, 8, 16, 64):
+        splits = best_splits(SLOTS, programs, 2048)
+        assert splits == min(SLOTS // programs, MAX_SPLITS), programs
+
+
+def test_short_caches_are_not_cut_finely() -> None:
+    assert best_splits(SLOTS, 8, 1) == 1
+    assert best_splits(SLOTS, 8, 2) == 1
+    for tiles in (4, 8, 16, 32):
+        assert 1 < best_splits(SLOTS, 1, tiles) <= tiles
+
+
+def test_waves_are_not_left_half_empty() -> None:
+    """100 programs on 132 slots: two splits would make a wave and a half."""
+    assert best_splits(SLOTS, 100, 128) in (1, 5)
+    splits = best_splits(SLOTS, 100, 128)
+    assert 100 * splits / (-(-100 * splits // SLOTS) * SLOTS) > 0.75
+
+
+def test_the_interpreter_does_not_split() -> None:
+    assert count_splits(torch.device("cpu"), 1, 100_000, KernelConfig(16, 64, 4, 2)) == 1
+
+
+@pytest.mark.parametrize(("heads", "group"), [(32, 4), (32, 32), (24, 8), (7, 1)])
+def test_heads_together_divide_the_heads_and_keep_groups_whole(heads: int, group: int) -> None:
+    seen = set()
+    for megabytes in (0, 1, 3, 5, 7, 11, 1000):
+        together = heads_together(heads, group, megabytes * 1_000_000)
+        assert heads % together == 0
+        assert together % group == 0
+        groups = together // group
+        assert groups == 1 or groups * megabytes * 1_000_000 <= L2_BYTES
+        seen.add(together)
+    assert {heads, group} <= seen
