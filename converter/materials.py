@@ -32,6 +32,13 @@ class Materials:
     fingerprint: str = "none"
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of real data, those held back included; None where there are none."""
+        if self.own or self.training is None:
+            return None
+        return self.training.rows + (0 if self.held_out is None else self.held_out.rows)
+
 
 def check_data(plan: Plan, data: Any) -> None:
     """Before the model is opened: what can be known to be wrong with the data.

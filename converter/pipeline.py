@@ -111,14 +111,9 @@ class Job:
     def _predict(
         self, source: Source, found: FoundAttention, choices: list[Choice], materials: Materials
     ) -> Prediction:
-        data = None if materials.own else materials.training
-        rows = None if data is None else data.rows
-        if rows is not None and materials.held_out is not None:
-            rows += materials.held_out.rows
-        text = text_block(self.plan, self.data)
         return predict(
-            source.model, choices, self.plan, found.capture.inputs, rows=rows, text=text,
-            owned=source.owned,
+            source.model, choices, self.plan, found.capture.inputs, rows=materials.rows,
+            text=text_block(self.plan, self.data), owned=source.owned,
         )  # fmt: skip
 
     def _convert(

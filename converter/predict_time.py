@@ -49,14 +49,15 @@ def seconds(
     own = OWN_ROWS // OWN_BATCH * OWN_LENGTH * max(single, OWN_BATCH * forward)
     found = {
         "open": sizes.weights / 5e8,
-        "find": 2.0 + 0.35 * sizes.layers + 8 * step,
+        "find": 2.0 + 0.7 * sizes.layers + 8 * step,
         "data": own if rows is None and needs else 0.0,
         "statistics": tokens * (forward + 2.0 * moments / wide) if needs else 0.0,
         "rewrite": solve + sizes.weights / 4e9,
     }
     if calibrate.trains:
         dtype = {2: torch.bfloat16, 8: torch.float64}.get(sizes.element, torch.float32)
-        slower = speed(dtype) / speed(torch.float32) if sizes.element == 2 else 1.0
+        # products are only part of a pass, so a model in half precision gains less than they do
+        slower = min(2.0, max(1.0, speed(dtype) / speed(torch.float32)))
         for name, budget in budgets(calibrate).items():
             found[name] = TRAINING_PASSES[name] * forward * slower * budget
     passes = MEASURING_PASSES * held_rows(rows) * seq_len * forward

@@ -97,7 +97,7 @@ def launch(
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
     done = subprocess.run(
         [sys.executable, *(several if world > 1 else []), script, folder, str(lora), str(die)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **fsdp}, timeout=240, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **fsdp}, timeout=240, capture_output=True,
         text=True,
     )  # fmt: skip
     return done.returncode, done.stderr
@@ -105,7 +105,7 @@ def launch(
 
 def run(folder: Path, world: int, *, sharded: bool = False, lora: int = 0) -> list[State]:
     code, told = launch(folder, world, sharded=sharded, lora=lora)
-    assert code == 0, told[-3000:]
+    assert code == 0, told[:6000] + told[-3000:]
     return [load_file(folder / f"{rank}.safetensors") for rank in range(world)]
 
 

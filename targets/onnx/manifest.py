@@ -148,11 +148,14 @@ def weights_sha256(model: nn.Module) -> str:
     """Hash of names, dtypes, shapes and bytes of the checkpoint's tensors."""
     import torch
 
+    from reattend.sharing import is_shared
+
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         assert isinstance(tensor, Tensor)
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        plain = plain.clone() if is_shared(plain) else plain  # numpy's pointer ends the sharing
         found.update(cast("Any", plain.numpy()))
     return found.hexdigest()
 
