@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reattend import statistics
+from reattend.allocation import allocate
 from reattend.api import Result
 from reattend.data import Dataset
 from reattend.errors import DataError
@@ -23,7 +24,7 @@ from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.outdir import check_claimable
 from reattend.plan import Plan
 from reattend.predict import Prediction, predict
-from reattend.preflight import Choice, choose, preflight
+from reattend.preflight import Choice, choose, needs_of, preflight
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
@@ -110,7 +111,9 @@ class Job:
         moments = self._stage(
             "statistics", lambda: self._statistics(source, found, choices, materials, work)
         )
-        done = self._stage("rewrite", lambda: self._rewrite(source, found, choices, moments))
+        done = self._stage(
+            "rewrite", lambda: self._rewrite(source, found, choices, moments, materials)
+        )
         moments.clear()
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
@@ -139,7 +142,7 @@ class Job:
         return result
 
     def _materials(self, source: Source, choices: list[Choice]) -> Materials:
-        needs = {n for c in choices if c.conversion is not None for n in c.conversion.needs}
+        needs = {n for found in needs_of(choices).values() for n in found}
         return load_materials(source, self.plan, self.data, seed=self.seed, needed=bool(needs))
 
     @contextmanager
@@ -170,16 +173,14 @@ class Job:
         materials: Materials,
         work: Workdir | None,
     ) -> dict[str, statistics.SiteStatistics]:
-        wanted = [c for c in choices if c.conversion is not None and "gram" in c.conversion.needs]
+        needs = needs_of(choices)
+        wanted = [c for c in choices if needs.get(c.site.path)]
         if not wanted:
             return {}
         paths = [c.site.path for c in wanted]
         assert materials.statistics is not None
-        queries = frozenset(
-            c.site.path for c in wanted if getattr(c.options, "q_lora_rank", None) is not None
-        )
         data = materials.statistics
-        key = digest([source.hashes, data.fingerprint, paths, sorted(queries)])
+        key = digest([source.hashes, data.fingerprint, [[p, *sorted(needs[p])] for p in paths]])
         names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}
         if work is not None and work.has("statistics", key):
             from safetensors.torch import load_file
@@ -203,7 +204,7 @@ class Job:
             source.model,
             {c.site.path: (forms[c.site.path], c.site.binding) for c in wanted},
             data.batches(self.plan.calibrate.batch_size),
-            queries=queries,
+            needs=needs,
             inside=inside if regions else None,
             progress=progress,
         )
@@ -219,7 +220,13 @@ class Job:
         found: FoundAttention,
         choices: list[Choice],
         moments: dict[str, Any],
+        materials: Materials,
     ) -> Rewritten:
+        allocate(
+            source.model, choices, moments, materials.statistics,
+            lambda path: self._tell("rewrite", site=path, message=f"sizes of {path}"),
+        )  # fmt: skip
+
         def progress(choice: Choice, done: int, total: int) -> None:
             self._tell("rewrite", site=choice.site.path, layer=choice.layer, done=done, total=total)
 

@@ -8,10 +8,12 @@ from typing import Any
 from reattend.errors import NothingFoundError, RefusedError
 from reattend.finder import AttentionSite, FoundAttention
 from reattend.mixers.dense import DenseConfig
+from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Conversion, Cost, dense_cost
 from reattend.passes.rewrite.registry import conversion
 from reattend.plan import Plan, Rule
 from reattend.plan_rule import layer_of
+from reattend.statistics import Need
 from reattend.weights import dense_config
 
 
@@ -70,7 +72,7 @@ def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
     paths = [s.path for s in found.sites]
     layers = layer_of(paths)
     assigned = plan.assign(paths)
-    choices = [_choose(s, assigned[s.path], layers[s.path][0]) for s in found.sites]
+    choices = [_choose(s, assigned[s.path], *layers[s.path]) for s in found.sites]
     return _units(choices)
 
 
@@ -97,7 +99,16 @@ def enforce(choices: list[Choice], plan: Plan) -> None:
         )
 
 
-def _choose(site: AttentionSite, rule: Rule | None, layer: int) -> Choice:
+def needs_of(choices: list[Choice]) -> dict[str, frozenset[Need]]:
+    """By path of each converted site, the statistics its conversion reads."""
+    return {
+        c.site.path: c.conversion.wants(c.config, c.options)
+        for c in choices
+        if c.conversion is not None
+    }
+
+
+def _choose(site: AttentionSite, rule: Rule | None, layer: int, layers: int) -> Choice:
     config = dense_config(site.spec, site.hidden_size, site.memory_size)
     if rule is None:
         return Choice(site, config, layer, "unmatched", reason="no rule of the plan matches")
@@ -107,10 +118,11 @@ def _choose(site: AttentionSite, rule: Rule | None, layer: int) -> Choice:
     if rule.heads is not None:
         reason = f"`heads` is not supported by to: {rule.to}, which converts whole blocks"
         return Choice(site, config, layer, "refused", reason=reason)
-    refusal = chosen.check(config, rule.options)
+    options = chosen.for_layer(rule.options, layer, layers)
+    refusal = options if isinstance(options, Refusal) else chosen.check(config, options)
     if refusal is not None:
         return Choice(site, config, layer, "refused", reason=refusal.reason)
-    return Choice(site, config, layer, "converted", chosen, rule.options)
+    return Choice(site, config, layer, "converted", chosen, options)
 
 
 def _units(choices: list[Choice]) -> list[Choice]:

@@ -17,6 +17,11 @@ from reattend.passes.rewrite.mla import MlaOptions, ToMla, resolve
 from reattend.statistics import SiteStatistics
 
 HIDDEN = 24
+#: TransMLA as published.
+PAPER: dict[str, Any] = {
+    "mixing": "real", "rope_select": "per-frequency", "phase": "one", "rope_table": "strided",
+    "latent": "pca", "center": False,
+}  # fmt: skip
 
 
 class GrowingState:
@@ -66,7 +71,8 @@ def dense(cfg: DenseConfig) -> DenseAttention:
 
 
 def moments(mixer: DenseAttention, queries: bool = False) -> SiteStatistics:
-    found = SiteStatistics.empty(mixer, queries)
+    needs = {"attention", "inputs", "sample", *(["queries"] if queries else [])}
+    found = SiteStatistics.empty(mixer, needs)
     x = torch.randn(4, 50, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
         found.add(mixer, x, None, torch.ones(4, 50))
@@ -162,7 +168,9 @@ def test_error_falls_as_the_rank_grows_and_vanishes() -> None:
 def test_fold_two_is_not_exact_and_says_bounded() -> None:
     original = dense(config(4, 4))
     found = moments(original)
-    options = MlaOptions(kv_lora_rank=32, qk_rope_head_dim=32, fold=2, allow_growth=True)
+    options = MlaOptions(
+        kv_lora_rank=32, qk_rope_head_dim=32, fold=2, allow_growth=True, **PAPER
+    )
     built = ToMla().build(original, found, options)
     x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
@@ -208,7 +216,7 @@ def test_latent_norm_keeps_the_mean_size() -> None:
         (MlaOptions(kv_lora_rank=25, qk_rope_head_dim=8), "larger than possible"),
         (MlaOptions(kv_lora_rank=24, qk_rope_head_dim=8, fold=1), "would not shrink: 24 + 8 = 32"),
         (MlaOptions(kv_lora_rank=8, qk_rope_head_dim=7), "must be even"),
-        (MlaOptions(kv_lora_rank=8, qk_rope_head_dim=6, fold=2), "cannot be spread"),
+        (MlaOptions(kv_lora_rank=8, qk_rope_head_dim=6, fold=2, **PAPER), "cannot be spread"),
         (MlaOptions(kv_keep=0.01), "leaves no latent"),
     ],
 )
