@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,7 @@ def divergence(model: nn.Module, choices: dict[str, Choice], data: Dataset) -> M
         owner, binding = target.get_submodule(path), choices[path].site.binding
         assert binding is not None
         dtype = next(model.get_submodule(path).parameters()).dtype
-        replace_module(target, path, install(owner, mixer.to(dtype), binding))
+        replace_module(target, path, install(owner, copy.deepcopy(mixer).to(dtype), binding))
         try:
             moved = _outputs(target, batch)
         finally:

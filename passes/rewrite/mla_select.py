@@ -69,7 +69,7 @@ def _kept(
         grouped = statistics.attention.query_norms
         grouped = grouped.reshape(groups, config.core.heads // groups, pairs).sum(1)
         score = grouped * statistics.attention.key_norms
-        rank = score.argsort(1, descending=True, stable=True).argsort(1)
+        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen = [c for c in found if int(rank[c.place, c.frequency]) < slots // groups]
     else:
         per, columns = max(1, slots // max(pairs, 1)), set(range(pairs))
