@@ -110,6 +110,40 @@ def test_exact_setting_equals_the_original(case: str) -> None:
     assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "published": PAPER,
+    "real-global": {"mixing": "real", "latent": "pca"},
+    "complex-global-one": {"mixing": "complex", "phase": "one"},
+    "complex-per-frequency": {"mixing": "complex", "rope_select": "per-frequency"},
+    "balanced-strided": {"rope_select": "per-frequency", "rope_table": "strided"},
+    "per-head-svd": {
+        "mixing": "none", "rope_select": "per-head", "latent": "svd", "balance": "none",
+    },
+    "care": {**PAPER, "latent": "care"},
+    "derived-balance": {"balance": "derived"},
+    "uncentred": {"center": False, "balance": 3.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", ["gqa", "bias", "qk-norm-bias", "partial-rotary", "softcap"])
+def test_every_option_is_exact_with_all_pairs_and_full_rank(case: str, variant: str) -> None:
+    original = dense(CASES[case])
+    exact = ToMla().exact_setting(original.config)
+    options = MlaOptions(**{**exact.model_dump(exclude_unset=True), **VARIANTS[variant]})
+    refusal = ToMla().check(original.config, options)
+    if options.latent in ("svd", "care") and original.config.k.norm is not None:
+        assert refusal is not None
+        return
+    assert refusal is None
+    built = ToMla().build(original, moments(original), options)
+    assert built.exactness == "exact"
+    x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
+    with torch.no_grad():
+        expected, got = original(x, Context()), built.mixer(x, Context())
+    assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("case", "chunk"), itertools.product(CASES, (1, 4)))
 def test_absorbed_equals_expanded_through_a_cache(case: str, chunk: int) -> None:
     original = dense(CASES[case])
@@ -168,9 +202,7 @@ def test_error_falls_as_the_rank_grows_and_vanishes() -> None:
 def test_fold_two_is_not_exact_and_says_bounded() -> None:
     original = dense(config(4, 4))
     found = moments(original)
-    options = MlaOptions(
-        kv_lora_rank=32, qk_rope_head_dim=32, fold=2, allow_growth=True, **PAPER
-    )
+    options = MlaOptions(kv_lora_rank=32, qk_rope_head_dim=32, fold=2, allow_growth=True, **PAPER)
     built = ToMla().build(original, found, options)
     x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
     with torch.no_grad():

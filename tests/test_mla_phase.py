@@ -22,7 +22,9 @@ def test_the_mean_has_the_least_error() -> None:
     assert bool((mean.lost <= one.lost + 1e-12).all())
     size = torch.view_as_complex(found.attention.phases) / found.count
     for shift in (0.01, -0.02j, 0.1 + 0.1j):
-        other = 1 - 2 * ((mean.factor + shift).conj() * size).real + (mean.factor + shift).abs() ** 2
+        other = (
+            1 - 2 * ((mean.factor + shift).conj() * size).real + (mean.factor + shift).abs() ** 2
+        )
         assert bool((mean.lost < other).all())
 
 
