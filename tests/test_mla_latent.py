@@ -73,7 +73,7 @@ def test_the_metric_of_values_is_their_effect_on_the_output() -> None:
     for head in (2, 3):
         alone = torch.zeros(4, 8, dtype=torch.float64)
         alone[head] = error[1]
-        expected += float((mixer.o_proj.weight @ alone.flatten()).square().sum())
+        expected += float((mixer.o_proj.weight @ alone.flatten()).square().sum().detach())
     assert float(error.flatten() @ metric @ error.flatten()) == pytest.approx(expected)
 
 

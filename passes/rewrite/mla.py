@@ -115,7 +115,7 @@ class ToMla(Conversion):
         sizes = resolve(config, options)
         assert not isinstance(sizes, Refusal)
         if options.balance == "derived":
-            ratio, solved = best_ratio(dense, statistics, options, sizes)
+            _, solved = best_ratio(dense, statistics, options, sizes)
         else:
             ratio = options.balance if isinstance(options.balance, float) else None
             solved = solve(dense, statistics, options, sizes, ratio)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.latent import LatentAttention
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Measure, Subject
 from reattend.passes.rewrite.mla_error import Sample
@@ -176,7 +177,7 @@ def _widths(site: Subject, share: int) -> list[int]:
 
 def _built(
     dense: DenseAttention, site: Subject, sizes: Sizes, ratio: float | None
-) -> torch.nn.Module:
+) -> LatentAttention:
     solved = solve(dense, site.statistics, site.options, sizes, ratio)
     return assemble(dense, site.statistics, site.options, sizes, solved)[0]
 

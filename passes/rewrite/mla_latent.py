@@ -95,10 +95,12 @@ def output_metric(
     queries = statistics.attention.queries / max(statistics.count, 1)
     read = turn_Hdd @ queries @ turn_Hdd.transpose(1, 2)
     grouped = read.reshape(groups, -1, *read.shape[1:]).sum(1)
-    keys = choice.nope_up.t() @ torch.block_diag(*grouped) @ choice.nope_up
+    stacked = torch.block_diag(*grouped)
+    keys = choice.nope_up.t() @ stacked @ choice.nope_up
     if dense.config.out_features is None:
         return Metric(keys, torch.eye(groups * e, dtype=torch.float64))
-    out = dense.o_proj.weight.detach().double().cpu().reshape(-1, groups, core.heads // groups, e)
+    out = dense.get_parameter("o_proj.weight").detach().double().cpu()
+    out = out.reshape(-1, groups, core.heads // groups, e)
     return Metric(keys, torch.block_diag(*torch.einsum("oghe,oghf->gef", out, out)))
 
 
