@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from reattend.allocation import ROWS
 from reattend.inputs import is_hf
 from reattend.materials import HELD_ROWS, HELD_SHARE
 from reattend.plan import Plan
+from reattend.predict_statistics import (
+    gram_width,
+    moments_bytes,
+    sharing_bytes,
+    solves,
+    spreading_bytes,
+    wants,
+)
 from reattend.preflight import Choice
 
 MIB = 1 << 20
@@ -164,22 +173,6 @@ def _sizes(model: nn.Module, choices: list[Choice]) -> _Sizes:
     )
 
 
-def _gram_width(choice: Choice) -> int:
-    """Y = G (d + e) where the conversion asks for second moments."""
-    if choice.conversion is None or "gram" not in choice.conversion.needs:
-        return 0
-    core = choice.config.core
-    return core.kv_heads * (core.qk_head_dim + core.v_head_dim)
-
-
-def _grams(choice: Choice) -> int:
-    """Bytes of one site's moments: float64, and the queries' where their rank is cut."""
-    core = choice.config.core
-    queries = core.heads * core.qk_head_dim
-    cut = getattr(choice.options, "q_lora_rank", None) is not None
-    return 8 * (_gram_width(choice) ** 2 + (queries**2 if cut else 0))
-
-
 def _held(rows: int | None) -> int:
     return 0 if rows is None else min(HELD_ROWS, rows // HELD_SHARE)
 
@@ -194,12 +187,12 @@ def _memory(
 ) -> dict[str, int]:
     """Highest growth at the end of every stage; a stage never ends below the one before."""
     calibrate, element = plan.calibrate, sizes.element
-    width = max((_gram_width(c) for c in converted), default=0)
+    width = max((gram_width(c) for c in converted), default=0)
     new = sum(c.after.parameters for c in converted) * element
     block = max((c.before.parameters for c in converted), default=0)
     batch = calibrate.batch_size * (OWN_LENGTH if rows is None else calibrate.seq_len)
     base = sizes.weights + OPENING
-    moments = sum(_grams(c) for c in converted)
+    moments = sum(moments_bytes(c) for c in converted)
     found: dict[str, int] = {}
     # isfinite holds |x|, two comparisons and their product beside x.
     found["open"] = base + sizes.largest * (element + 3)
@@ -211,8 +204,16 @@ def _memory(
     base += RUNNING + TOKENISING * text // 2
     running = sizes.logits(batch) + sizes.activations(batch)
     tokens = 2 * 8 * batch * width + 8 * width**2
+    length = batch // calibrate.batch_size
+    tokens += spreading_bytes(converted, length)
     found["statistics"] = base + (running + moments + tokens if width else 0)
-    found["rewrite"] = base + moments + new + 12 * 8 * width**2
+    found["rewrite"] = (
+        base
+        + moments
+        + new
+        + 12 * 8 * width**2
+        + sharing_bytes(sizes.vocabulary, converted, length)
+    )
     base += new
     found["calibrate"] = base + (_training(sizes, new, batch) if calibrate.trains else 0)
     found["verify"] = base + _verifying(sizes, _held(rows), calibrate.seq_len, generates)
@@ -254,16 +255,22 @@ def _time(sizes: _Sizes, converted: list[Choice], plan: Plan, rows: int | None) 
     tokens = min(given * seq_len, max(calibrate.statistics_tokens, seq_len))
     forward = 2.0 * sizes.parameters / speed
     step = max(0.0012 * sizes.layers, OWN_BATCH * forward)
-    needs = any(_gram_width(c) for c in converted)
-    moments = sum(_gram_width(c) ** 2 for c in converted)
-    solve = sum(40.0 * _gram_width(c) ** 3 for c in converted) / wide
+    needs = any(gram_width(c) for c in converted)
+    moments = sum(gram_width(c) ** 2 for c in converted)
+    spread = sum(
+        12.0 * seq_len * c.config.core.heads * c.config.core.qk_head_dim
+        for c in converted
+        if "attention" in wants(c)
+    )
+    solve = sum(40.0 * gram_width(c) ** 3 * solves(c) for c in converted) / wide
+    solve += forward * ROWS * seq_len * sum(solves(c) > 1 for c in converted)
     own = OWN_ROWS // OWN_BATCH * OWN_LENGTH * step if rows is None and needs else 0.0
     decode = 4 * 8 * max(0.0012 * sizes.layers, 3 * forward)
     return {
         "open": sizes.weights / 1e9,
         "find": 2.0 + 0.35 * sizes.layers,
         "data": own,
-        "statistics": tokens * (forward + 2.0 * moments / wide) if needs else 0.0,
+        "statistics": tokens * (forward + (2.0 * moments + spread) / wide) if needs else 0.0,
         "rewrite": solve + sizes.weights / 4e9,
         "calibrate": 8.0 * forward * calibrate.tokens if calibrate.trains else 0.0,
         "verify": MEASURING_PASSES * _held(rows) * seq_len * forward + decode,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
-from test_mla import PAPER, config
+from test_mla import PAPER, config, dense
 
+from reattend.errors import ArgumentError
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mla import MlaOptions, ToMla
 from reattend.plan import Plan
 from reattend.plans import preset_names
+from reattend.statistics import SiteStatistics
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,10 @@ def test_presets_fit_ordinary_blocks(name: str, keep: float) -> None:
     options = Plan.load(name).rules[0].options.model_copy(update={"kv_keep": keep})
     for cfg in (config(4, 4), config(8, 4, bias=True)):
         assert ToMla().check(cfg, options) is None
+
+
+def test_statistics_of_another_plan_are_refused() -> None:
+    mixer = dense(config())
+    found = SiteStatistics.empty(mixer)
+    with pytest.raises(ArgumentError, match="not collected: attention"):
+        ToMla().build(mixer, found, MlaOptions(kv_keep=0.5))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from reattend.errors import ArgumentError
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.latent import LatentAttention
 from reattend.passes.base import Refusal
@@ -114,6 +115,7 @@ class ToMla(Conversion):
         config = dense.config
         sizes = resolve(config, options)
         assert not isinstance(sizes, Refusal)
+        _require(statistics, self.wants(config, options))
         if options.balance == "derived":
             _, solved = best_ratio(dense, statistics, options, sizes)
         else:
@@ -162,3 +164,20 @@ class ToMla(Conversion):
     def allocate(self, sites: list[Subject], measure: Measure) -> list[MlaOptions]:
         """Sizes of all sites from one budget."""
         return allocate(sites, measure)
+
+
+def _require(statistics: SiteStatistics, wants: frozenset[Need]) -> None:
+    """Statistics of another plan would be wrong without any sign of it."""
+    there = {
+        "gram": True,
+        "queries": statistics.query_gram is not None,
+        "attention": statistics.attention is not None,
+        "inputs": statistics.input_gram is not None,
+        "sample": bool(statistics.samples),
+    }
+    if missing := sorted(need for need in wants if not there[need]):
+        raise ArgumentError(
+            f"these options of to: mla read statistics that were not collected: "
+            f"{', '.join(missing)}",
+            next_step="collect with needs=ToMla().wants(config, options) for every site",
+        )
