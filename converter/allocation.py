@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from reattend.capture import evaluation
 from reattend.data import Dataset
-from reattend.errors import RefusedError
 from reattend.install.adapter import install, replace_module
 from reattend.mixers.base import Mixer
 from reattend.passes.rewrite.base import Measure, Subject
@@ -36,33 +35,27 @@ def allocate(
         model: the original.
         choices: from `preflight`; sites with equal options share a budget.
         moments: their statistics by path.
-        data: calibration rows, for `divergence`.
+        data: calibration rows, for `divergence`; a model whose blocks have no modules of their
+            own cannot run with one of them replaced, so its sites are not measured.
         progress: called with the path of every site that is measured.
-
-    Raises:
-        RefusedError: a site has no module of its own, so it cannot be measured in place.
     """
     groups: dict[tuple[str, str], list[Choice]] = {}
     for c in choices:
         if c.conversion is not None and c.conversion.undecided(c.options):
-            if c.site.owner == "graph":
-                raise RefusedError(
-                    "automatic sizes need a block with a module of its own",
-                    where=c.site.path,
-                    next_step="give kv_lora_rank and qk_rope_head_dim numbers",
-                )
             key = (c.conversion.name, c.options.model_dump_json())
             groups.setdefault(key, []).append(c)
     if not groups:
         return
-    assert data is not None
+    owned = all(c.site.owner != "graph" for group in groups.values() for c in group)
     forms = normal_forms(model, [c for group in groups.values() for c in group])
-    measure = divergence(model, {c.site.path: c for g in groups.values() for c in g}, data)
+    measure: Measure | None = None
+    if owned and data is not None:
+        measure = divergence(model, {c.site.path: c for g in groups.values() for c in g}, data)
 
-    def told(path: str, mixer: Mixer) -> float:
+    def told(path: str, mixer: Mixer) -> float | None:
         if progress is not None:
             progress(path)
-        return measure(path, mixer)
+        return None if measure is None else measure(path, mixer)
 
     for group in groups.values():
         conversion = group[0].conversion

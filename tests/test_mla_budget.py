@@ -118,3 +118,18 @@ def test_derived_balance_is_the_best_that_was_tried() -> None:
         errors[tried] = sample.error(ToMla().build(site.dense, site.statistics, fixed).mixer)
     assert errors[ratio] == min(errors.values())
     assert len(set(errors.values())) == len(RATIOS)
+
+
+def test_without_a_measure_errors_are_relative_to_the_output() -> None:
+    options = MlaOptions(kv_keep=0.5, **AUTO)
+    site = subject(options)
+    even = resolve(site.dense.config, options)
+    absolute = curve(site, even, lambda path, mixer: 1.0)
+    relative = curve(site, even, lambda path, mixer: None)
+    sample = Sample(site.dense, site.statistics.samples)
+    base = MlaOptions(kv_lora_rank=even.kv_lora_rank, qk_rope_head_dim=even.qk_rope_head_dim)
+    error = sample.error(ToMla().build(site.dense, site.statistics, base).mixer)
+    assert relative.sizes == absolute.sizes
+    finite = np.isfinite(relative.error)
+    ratio = relative.error[finite] / absolute.error[finite]
+    assert np.allclose(ratio, error / sample.size())

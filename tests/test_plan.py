@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +14,7 @@ from reattend.plan import Calibrate, Plan, Rule
 
 class FakeMla(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kv_lora_rank: int | Literal["auto"] | None = Field(default=None)
+    kv_lora_rank: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     qk_rope_head_dim: int | Literal["auto"] | None = None
     kv_keep: float | None = Field(default=None, gt=0)
     balance: float | Literal["derived"] = 1.0

@@ -43,8 +43,8 @@ class Subject:
 
 
 #: (path, mixer) -> divergence of the model's output if only this site is converted. Its unit is
-#: the same for all sites, and only ratios count.
-Measure = Callable[[str, Mixer], float]
+#: the same for all sites, and only ratios count; None where no site can be measured.
+Measure = Callable[[str, Mixer], float | None]
 
 
 class Conversion(ABC):

@@ -2,7 +2,8 @@
 
 For every site the output error is measured on its sample at a few (R, r), interpolated between
 ranks, and weighted by what the site's error does to the model's output (`measure`, one run per
-site). The sizes are then the exact minimum of the sum under the budget, by dynamic programming.
+site; without it, errors are relative to the output's size). The sizes are then the exact minimum
+of the sum under the budget, by dynamic programming.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def curve(site: Subject, even: Sizes, measure: Measure) -> Curve:
     cap = dense.config.cache_per_token - 1
     best: dict[int, tuple[float, tuple[int, int]]] = {}
     mixer = _built(dense, site, even, ratio)
-    weight = max(measure(site.path, mixer), 1e-12) / max(sample.error(mixer), 1e-30)
+    moved = measure(site.path, mixer)
+    weight = 1 / max(sample.size(), 1e-30)
+    if moved is not None:
+        weight = max(moved, 1e-12) / max(sample.error(mixer), 1e-30)
     for rope in _widths(site, share):
         sizes = _sizes(site, rope, 1)
         if sizes is None:

@@ -25,6 +25,11 @@ class Sample:
         with torch.no_grad():
             self.expected = [dense(x, Context()).double() for x in self.rows]
 
+    def size(self) -> float:
+        """Mean over tokens of |expected|^2."""
+        tokens = sum(y.shape[1] for y in self.expected)
+        return sum(float(y.square().sum()) for y in self.expected) / max(tokens, 1)
+
     def error(self, mixer: Mixer) -> float:
         """Mean over tokens of |output - expected|^2."""
         total, tokens = 0.0, 0
