@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reattend import statistics
+from reattend.allocation import allocate
 from reattend.api import Result
 from reattend.calibrate.ranks import agreed
 from reattend.data import Dataset
@@ -127,7 +128,9 @@ class Job:
         moments = self._stage(
             "statistics", lambda: self._statistics(source, found, choices, materials, work)
         )
-        done = self._stage("rewrite", lambda: self._rewrite(source, found, choices, moments))
+        done = self._stage(
+            "rewrite", lambda: self._rewrite(source, found, choices, moments, materials)
+        )
         moments.clear()
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
@@ -184,14 +187,14 @@ class Job:
         materials: Materials,
         work: Workdir | None,
     ) -> dict[str, statistics.SiteStatistics]:
-        wanted = [c for c in choices if "gram" in c.needs]
+        wanted = [c for c in choices if c.needs]
         if not wanted:
             return {}
         paths = [c.site.path for c in wanted]
         assert materials.statistics is not None
-        queries = frozenset(c.site.path for c in wanted if "queries" in c.needs)
+        needs = {c.site.path: c.needs for c in wanted}
         data = materials.statistics
-        key = digest([source.hashes, data.fingerprint, paths, sorted(queries)])
+        key = digest([source.hashes, data.fingerprint, [[p, *sorted(needs[p])] for p in paths]])
         names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}
         if work is not None and work.has("statistics", key):
             from safetensors.torch import load_file
@@ -214,7 +217,7 @@ class Job:
             source.model,
             {c.site.path: (forms[c.site.path], c.site.binding) for c in wanted},
             data.batches(self.plan.calibrate.batch_size),
-            queries=queries,
+            needs=needs,
             inside=inside if regions else None,
             around=arounds(source.model, wanted),
             progress=progress,
@@ -231,7 +234,13 @@ class Job:
         found: FoundAttention,
         choices: list[Choice],
         moments: dict[str, Any],
+        materials: Materials,
     ) -> Rewritten:
+        allocate(
+            source.model, choices, moments, materials.statistics,
+            lambda path: self._tell("rewrite", site=path, message=f"sizes of {path}"),
+        )  # fmt: skip
+
         def progress(choice: Choice, done: int, total: int) -> None:
             self._tell("rewrite", site=choice.site.path, layer=choice.layer, done=done, total=total)
 

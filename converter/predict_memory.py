@@ -16,6 +16,12 @@ from torch import nn
 
 from reattend.materials import HELD_ROWS, HELD_SHARE
 from reattend.plan import Plan
+from reattend.predict_statistics import (
+    gram_width,
+    moments_bytes,
+    sharing_bytes,
+    spreading_bytes,
+)
 from reattend.preflight import Choice
 
 MIB = 1 << 20
@@ -76,14 +82,6 @@ def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
     )
 
 
-def gram_width(choice: Choice) -> int:
-    """Y = G (d + e) where the conversion asks for second moments."""
-    if "gram" not in choice.needs:
-        return 0
-    core = choice.config.core
-    return core.kv_heads * (core.qk_head_dim + core.v_head_dim)
-
-
 def held_rows(rows: int | None) -> int:
     """Rows held back to measure on."""
     return 0 if rows is None else min(HELD_ROWS, rows // HELD_SHARE)
@@ -124,11 +122,14 @@ def memory(
     own = OWN_BATCH * (OWN_LENGTH * cache + sizes.vocabulary * element)
     found["data"] = base + TOKENISING * text + (2 * own if rows is None and width else 0)
     base += RUNNING + TOKENISING * text // 2
-    moments = sum(_grams(c) for c in converted)
+    moments = sum(moments_bytes(c) for c in converted)
     running = sizes.logits(batch) + sizes.activations(batch)
     tokens = 2 * 8 * batch * width + 8 * width**2
+    length = batch // calibrate.batch_size
+    tokens += spreading_bytes(converted, length)
     found["statistics"] = base + (running + moments + tokens if width else 0)
-    found["rewrite"] = base + moments + new + 8 * 8 * width**2
+    sharing = sharing_bytes(sizes.vocabulary, converted, length)
+    found["rewrite"] = base + moments + new + 8 * 8 * width**2 + sharing
     base += new
     if calibrate.trains:
         trained = _training(sizes, converted, batch, plan)
@@ -151,13 +152,6 @@ def exporting(model: nn.Module, dtype: Literal["float32", "float16"] = "float32"
     target = (4 if dtype == "float32" else 2) * sum(p.numel() for p in parameters)
     copied = 0 if held == target else target
     return held + copied + target + EXPORTING
-
-
-def _grams(choice: Choice) -> int:
-    """Bytes of one site's moments: float64, and the queries' where their rank is cut."""
-    core = choice.config.core
-    queries = core.heads * core.qk_head_dim
-    return 8 * (gram_width(choice) ** 2 + (queries**2 if "queries" in choice.needs else 0))
 
 
 def _training(sizes: Sizes, converted: list[Choice], batch: int, plan: Plan) -> dict[str, float]:

@@ -10,8 +10,10 @@ import time
 
 import torch
 
+from reattend.allocation import ROWS
 from reattend.plan import Plan
-from reattend.predict_memory import OWN_BATCH, OWN_LENGTH, OWN_ROWS, Sizes, gram_width, held_rows
+from reattend.predict_memory import OWN_BATCH, OWN_LENGTH, OWN_ROWS, Sizes, held_rows
+from reattend.predict_statistics import gram_width, solves
 from reattend.preflight import Choice
 from reattend.probe import Probe
 
@@ -44,14 +46,20 @@ def seconds(
     step = measured.seconds * measured.tokens
     needs = any(gram_width(c) for c in converted)
     moments = sum(gram_width(c) ** 2 for c in converted)
-    solve = sum(40.0 * gram_width(c) ** 3 for c in converted) / wide
+    spread = sum(
+        12.0 * seq_len * c.config.core.heads * c.config.core.qk_head_dim
+        for c in converted
+        if "attention" in c.needs
+    )
+    solve = sum(40.0 * gram_width(c) ** 3 * solves(c) for c in converted) / wide
+    solve += forward * ROWS * seq_len * sum(solves(c) > 1 for c in converted)
     single = max(0.0012 * sizes.layers, 2.0 * sizes.weights / 1e10)
     own = OWN_ROWS // OWN_BATCH * OWN_LENGTH * max(single, OWN_BATCH * forward)
     found = {
         "open": sizes.weights / 5e8,
         "find": 2.0 + 0.7 * sizes.layers + 8 * step,
         "data": own if rows is None and needs else 0.0,
-        "statistics": tokens * (forward + 2.0 * moments / wide) if needs else 0.0,
+        "statistics": tokens * (forward + (2.0 * moments + spread) / wide) if needs else 0.0,
         "rewrite": solve + sizes.weights / 4e9,
     }
     if calibrate.trains:

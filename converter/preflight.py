@@ -8,11 +8,13 @@ from typing import Any
 from reattend.errors import NothingFoundError, RefusedError
 from reattend.finder import AttentionSite, FoundAttention
 from reattend.mixers.dense import DenseConfig
-from reattend.passes.rewrite.base import Conversion, Cost, Need, dense_cost
+from reattend.passes.base import Refusal
+from reattend.passes.rewrite.base import Conversion, Cost, dense_cost
 from reattend.passes.rewrite.mixed import Mixed, MixedOptions, PartOptions
 from reattend.passes.rewrite.registry import conversion
 from reattend.plan import Plan, Rule
 from reattend.plan_rule import KEEP, layer_of
+from reattend.statistics import Need
 from reattend.weights import dense_config
 
 
@@ -31,9 +33,9 @@ class Choice:
     @property
     def needs(self) -> frozenset[Need]:
         """Statistics to collect for this site."""
-        if self.conversion is None:
+        if self.conversion is None or self.options is None:
             return frozenset()
-        return self.conversion.wanted(self.options)
+        return self.conversion.wants(self.config, self.options)
 
     @property
     def before(self) -> Cost:
@@ -78,7 +80,7 @@ def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
     paths = [s.path for s in found.sites]
     layers = layer_of(paths)
     assigned = plan.assign(paths)
-    choices = [_choose(s, assigned[s.path], layers[s.path][0]) for s in found.sites]
+    choices = [_choose(s, assigned[s.path], *layers[s.path]) for s in found.sites]
     return _units(choices)
 
 
@@ -105,7 +107,7 @@ def enforce(choices: list[Choice], plan: Plan) -> None:
         )
 
 
-def _choose(site: AttentionSite, rules: tuple[Rule, ...], layer: int) -> Choice:
+def _choose(site: AttentionSite, rules: tuple[Rule, ...], layer: int, layers: int) -> Choice:
     """The rules that take a site, in order; the first that takes a KV group wins it."""
     config = dense_config(site.spec, site.hidden_size, site.memory_size)
     groups = config.core.kv_heads
@@ -122,17 +124,22 @@ def _choose(site: AttentionSite, rules: tuple[Rule, ...], layer: int) -> Choice:
     if all(rule.to == KEEP for rule in taken.values()):
         return Choice(site, config, layer, "kept", reason="the plan keeps it")
     parts = _parts(taken, groups)
+    for i, p in enumerate(parts):
+        options = conversion(p.to)().for_layer(p.options, layer, layers)
+        if isinstance(options, Refusal):
+            return Choice(site, config, layer, "refused", reason=options.reason)
+        parts[i] = p.model_copy(update={"options": options})
     if len(parts) == 1:
-        chosen, options = conversion(parts[0].to)(), parts[0].options
+        chosen, given = conversion(parts[0].to)(), parts[0].options
     else:
-        chosen, options = Mixed(), MixedOptions(groups=parts)
-    refusal = chosen.check(config, options)
+        chosen, given = Mixed(), MixedOptions(groups=tuple(parts))
+    refusal = chosen.check(config, given)
     if refusal is not None:
         return Choice(site, config, layer, "refused", reason=refusal.reason)
-    return Choice(site, config, layer, "converted", chosen, options)
+    return Choice(site, config, layer, "converted", chosen, given)
 
 
-def _parts(taken: dict[int, Rule], groups: int) -> tuple[PartOptions, ...]:
+def _parts(taken: dict[int, Rule], groups: int) -> list[PartOptions]:
     """One part per rule; KV groups that stay as they are become one dense part."""
     dense = conversion("dense")
     unchanged = PartOptions(heads=(), to=dense.name, options=dense.Options())
@@ -144,7 +151,7 @@ def _parts(taken: dict[int, Rule], groups: int) -> tuple[PartOptions, ...]:
             key, part = id(rule), PartOptions(heads=(), to=rule.to, options=rule.options)
         part = parts.get(key, part)
         parts[key] = part.model_copy(update={"heads": (*part.heads, head)})
-    return tuple(parts.values())
+    return list(parts.values())
 
 
 def _units(choices: list[Choice]) -> list[Choice]:

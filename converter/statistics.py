@@ -1,18 +1,20 @@
 """Second moments of keys and values, streamed: memory does not depend on the number of tokens.
 
-One Gram matrix per site holds everything the MLA conversion asks for: y = [k of all groups | v
-of all groups] before rotation (after a key norm), bias left out, in float64.
+One Gram matrix per site holds what the published MLA conversion asks for: y = [k of all groups |
+v of all groups] before rotation (after a key norm), bias left out, in float64. Conversions may
+ask for more (`Need`), each again of a fixed size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from reattend.attention_moments import AttentionMoments
 from reattend.capture import evaluation
 from reattend.errors import ModelError
 from reattend.install.around import Around
@@ -24,6 +26,12 @@ from reattend.parts import query_heads
 #: batch -> hidden and encoder states of sites that no module owns
 Inside = Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor | None]]]
 
+#: `gram` is always there; the others: second moments of all queries, `AttentionMoments`, second
+#: moments of the block's input, and a few rows of that input.
+Need = Literal["gram", "queries", "attention", "inputs", "sample"]
+#: Rows and tokens per row of a sample.
+SAMPLE_ROWS, SAMPLE_TOKENS = 4, 256
+
 
 @dataclass
 class SiteStatistics:
@@ -34,33 +42,54 @@ class SiteStatistics:
         total: sum of y, [Y].
         query_gram: sum of q q^T over tokens, [H d, H d]; None unless asked for.
         count: tokens.
+        attention: moments that weigh tokens by the attention they get; None unless asked for.
+        input_gram: sum of x x^T of what keys and values are made from; None unless asked for.
+        samples: rows of the block's input without padding, [n, D] each; None unless asked for.
     """
 
     gram: Tensor
     total: Tensor
     query_gram: Tensor | None
     count: int = 0
+    attention: AttentionMoments | None = None
+    input_gram: Tensor | None = None
+    samples: list[Tensor] | None = field(default=None)
 
     @classmethod
-    def empty(cls, dense: DenseAttention, queries: bool) -> SiteStatistics:
+    def empty(cls, dense: DenseAttention, needs: Collection[Need] = ()) -> SiteStatistics:
         """Zero moments of the right size."""
         core = dense.config.core
         width = core.kv_heads * (core.qk_head_dim + core.v_head_dim)
-        q = core.heads * core.qk_head_dim
-        wide = torch.float64
-        query = torch.zeros(q, q, dtype=wide) if queries else None
-        return cls(torch.zeros(width, width, dtype=wide), torch.zeros(width, dtype=wide), query)
+        q, wide = core.heads * core.qk_head_dim, torch.float64
+        inputs = dense.config.memory_size or dense.config.hidden_size
+        return cls(
+            gram=torch.zeros(width, width, dtype=wide),
+            total=torch.zeros(width, dtype=wide),
+            query_gram=torch.zeros(q, q, dtype=wide) if "queries" in needs else None,
+            attention=AttentionMoments.empty(dense) if "attention" in needs else None,
+            input_gram=torch.zeros(inputs, inputs, dtype=wide) if "inputs" in needs else None,
+            samples=[] if "sample" in needs else None,
+        )
 
     def add(
         self, dense: DenseAttention, x_BND: Tensor, memory: Tensor | None, valid: Tensor | None
     ) -> None:
         """Add the tokens of one call; `valid` [B, N] marks real ones."""
         source = x_BND if memory is None else memory
-        y = torch.cat([keys(dense, source), values(dense, source)], -1)
-        y = _real(y, valid if memory is None else None)
+        y_BNY = torch.cat([keys(dense, source), values(dense, source)], -1)
+        y = _real(y_BNY, valid if memory is None else None)
         self.gram += y.t() @ y
         self.total += y.sum(0)
         self.count += y.shape[0]
+        if self.attention is not None:
+            self.attention.add(dense, x_BND, y_BNY, valid)
+        if self.input_gram is not None:
+            z = _real(source, valid if memory is None else None)
+            self.input_gram += z.t() @ z
+        if self.samples is not None and len(self.samples) < SAMPLE_ROWS:
+            for row, x in enumerate(x_BND[: SAMPLE_ROWS - len(self.samples)]):
+                x = x if valid is None else x[valid[row].bool()]
+                self.samples.append(x[:SAMPLE_TOKENS].cpu().clone())
         if self.query_gram is not None:
             q = _real(torch.nn.functional.linear(x_BND, dense.q_proj.weight), valid)
             self.query_gram += q.t() @ q
@@ -72,19 +101,35 @@ class SiteStatistics:
         y = torch.cat([y, core.kv_heads * d + _dimensions(kv_heads, e)])
         q = _dimensions(query_heads(core, kv_heads), d)
         query = None if self.query_gram is None else self.query_gram[q][:, q]
-        return SiteStatistics(self.gram[y][:, y], self.total[y], query, self.count)
+        attention = self.attention
+        if attention is not None:
+            attention = attention.part(y, query_heads(core, kv_heads), list(kv_heads))
+        return SiteStatistics(
+            self.gram[y][:, y], self.total[y], query, self.count, attention, self.input_gram,
+            self.samples,
+        )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
         """For storage beside the run."""
         stored = {"gram": self.gram, "total": self.total, "count": torch.tensor(self.count)}
         if self.query_gram is not None:
             stored["query_gram"] = self.query_gram
+        if self.attention is not None:
+            stored |= self.attention.tensors()
+        if self.input_gram is not None:
+            stored["input_gram"] = self.input_gram
+        for number, x in enumerate(self.samples or ()):
+            stored[f"sample.{number}"] = x
         return stored
 
     @classmethod
     def from_tensors(cls, stored: dict[str, Tensor]) -> SiteStatistics:
         """The inverse of `tensors`."""
-        return cls(stored["gram"], stored["total"], stored.get("query_gram"), int(stored["count"]))
+        samples = [stored[f"sample.{i}"] for i in range(SAMPLE_ROWS) if f"sample.{i}" in stored]
+        return cls(
+            stored["gram"], stored["total"], stored.get("query_gram"), int(stored["count"]),
+            AttentionMoments.from_tensors(stored), stored.get("input_gram"), samples or None,
+        )  # fmt: skip
 
 
 def _dimensions(heads: Sequence[int], width: int) -> Tensor:
@@ -121,7 +166,7 @@ def collect(
     sites: dict[str, tuple[DenseAttention, Binding | None]],
     batches: Iterable[dict[str, Any]],
     *,
-    queries: frozenset[str] = frozenset(),
+    needs: Mapping[str, frozenset[Need]] | None = None,
     inside: Inside | None = None,
     around: Mapping[str, Around] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -132,7 +177,7 @@ def collect(
         model: the original; not changed.
         sites: site path -> (normal form, binding of its owner, None where it has none).
         batches: keyword arguments of the model; `attention_mask` [B, N] marks real tokens.
-        queries: sites whose query moments are wanted too.
+        needs: by site, what is wanted beside `gram`.
         inside: reads the inputs of sites without an owner, from a batch.
         around: the programs of owners that do more than their block, by site path.
         progress: called with the number of tokens seen so far.
@@ -140,7 +185,7 @@ def collect(
     Raises:
         ModelError: NaN or infinity in the activations of a site.
     """
-    found = {p: SiteStatistics.empty(d, p in queries) for p, (d, _) in sites.items()}
+    found = {p: SiteStatistics.empty(d, (needs or {}).get(p, ())) for p, (d, _) in sites.items()}
     valid: Tensor | None = None
     handles = []
     for path, (dense, binding) in sites.items():

@@ -25,10 +25,11 @@ PPL_TOKENS, RECALL_TOKENS = 256, 512
 
 
 def converted_row(keep: float, args: argparse.Namespace) -> Any:
-    """The model converted to MLA at this share of the cache, statistics only."""
+    """The model converted to MLA as published at this share of the cache, statistics only."""
     from reattend import convert
+    from reattend.plan import Plan
 
-    plan = {"rules": [{"sites": "*", "to": "mla", "kv_keep": keep}]}
+    plan = Plan.load("transmla-paper").with_set([f"kv_keep={keep}"])
     result = convert(
         str(args.model), plan=plan, data=str(args.model / "calibration.txt"), seed=args.seed
     )

@@ -77,12 +77,15 @@ class Campaign:
         }
 
     def student(self, name: str) -> Any:
-        """The converted model in the dtype of the checkpoint, statistics only."""
+        """The model converted as published, in the dtype of the checkpoint, statistics only."""
         from reattend import convert
+        from reattend.plan import Plan
 
         if name not in self.converted:
             options = STUDENTS[name]
-            to = {"to": "dense"} if options is None else {"to": "mla", **options}
+            published = Plan.load("transmla-paper").rules[0].to_dict()
+            del published["sites"], published["kv_keep"]  # the students give their own sizes
+            to = {"to": "dense"} if options is None else {**published, **options}
             plan = {
                 "rules": [{"sites": "*", **to}],
                 "calibrate": {"statistics_tokens": STATISTICS, "seq_len": SEQ_LEN},

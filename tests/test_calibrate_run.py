@@ -53,7 +53,9 @@ def convert(teacher: nn.Module, rank: int | None) -> nn.Module:
     }
     tensors = [*teacher.parameters(), *teacher.buffers()]
     student = copy.deepcopy(teacher, {id(t): t for t in tensors})
-    seen = collect(teacher, dense, data(8, 1).batches(4)) if rank is not None else {}
+    needs = dict.fromkeys(dense, frozenset({"attention"}))
+    rows = data(8, 1).batches(4)
+    seen = collect(teacher, dense, rows, needs=needs) if rank is not None else {}
     for path, (block, binding) in dense.items():
         mixer: Any = block
         if rank is not None:

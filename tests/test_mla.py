@@ -17,6 +17,11 @@ from reattend.passes.rewrite.mla import MlaOptions, ToMla, resolve
 from reattend.statistics import SiteStatistics
 
 HIDDEN = 24
+#: TransMLA as published.
+PAPER: dict[str, Any] = {
+    "mixing": "real", "rope_select": "per-frequency", "phase": "one", "rope_table": "strided",
+    "latent": "pca", "center": False,
+}  # fmt: skip
 
 
 class GrowingState:
@@ -66,7 +71,8 @@ def dense(cfg: DenseConfig) -> DenseAttention:
 
 
 def moments(mixer: DenseAttention, queries: bool = False) -> SiteStatistics:
-    found = SiteStatistics.empty(mixer, queries)
+    needs = {"attention", "inputs", "sample", *(["queries"] if queries else [])}
+    found = SiteStatistics.empty(mixer, needs)
     x = torch.randn(4, 50, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
         found.add(mixer, x, None, torch.ones(4, 50))
@@ -97,6 +103,40 @@ def test_exact_setting_equals_the_original(case: str) -> None:
     options = conversion.exact_setting(original.config)
     assert conversion.check(original.config, options) is None
     built = conversion.build(original, moments(original), options)
+    assert built.exactness == "exact"
+    x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
+    with torch.no_grad():
+        expected, got = original(x, Context()), built.mixer(x, Context())
+    assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "published": PAPER,
+    "real-global": {"mixing": "real", "latent": "pca"},
+    "complex-global-one": {"mixing": "complex", "phase": "one"},
+    "complex-per-frequency": {"mixing": "complex", "rope_select": "per-frequency"},
+    "balanced-strided": {"rope_select": "per-frequency", "rope_table": "strided"},
+    "per-head-svd": {
+        "mixing": "none", "rope_select": "per-head", "latent": "svd", "balance": "none",
+    },
+    "care": {**PAPER, "latent": "care"},
+    "derived-balance": {"balance": "derived"},
+    "uncentred": {"center": False, "balance": 3.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", ["gqa", "bias", "qk-norm-bias", "partial-rotary", "softcap"])
+def test_every_option_is_exact_with_all_pairs_and_full_rank(case: str, variant: str) -> None:
+    original = dense(CASES[case])
+    exact = ToMla().exact_setting(original.config)
+    options = MlaOptions(**{**exact.model_dump(exclude_unset=True), **VARIANTS[variant]})
+    refusal = ToMla().check(original.config, options)
+    if options.latent in ("svd", "care") and original.config.k.norm is not None:
+        assert refusal is not None
+        return
+    assert refusal is None
+    built = ToMla().build(original, moments(original), options)
     assert built.exactness == "exact"
     x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
@@ -162,7 +202,7 @@ def test_error_falls_as_the_rank_grows_and_vanishes() -> None:
 def test_fold_two_is_not_exact_and_says_bounded() -> None:
     original = dense(config(4, 4))
     found = moments(original)
-    options = MlaOptions(kv_lora_rank=32, qk_rope_head_dim=32, fold=2, allow_growth=True)
+    options = MlaOptions(kv_lora_rank=32, qk_rope_head_dim=32, fold=2, allow_growth=True, **PAPER)
     built = ToMla().build(original, found, options)
     x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
     with torch.no_grad():
@@ -229,7 +269,7 @@ def test_latent_norm_keeps_the_mean_size() -> None:
         (MlaOptions(kv_lora_rank=25, qk_rope_head_dim=8), "larger than possible"),
         (MlaOptions(kv_lora_rank=24, qk_rope_head_dim=8, fold=1), "would not shrink: 24 + 8 = 32"),
         (MlaOptions(kv_lora_rank=8, qk_rope_head_dim=7), "must be even"),
-        (MlaOptions(kv_lora_rank=8, qk_rope_head_dim=6, fold=2), "cannot be spread"),
+        (MlaOptions(kv_lora_rank=8, qk_rope_head_dim=6, fold=2, **PAPER), "cannot be spread"),
         (MlaOptions(kv_keep=0.01), "leaves no latent"),
     ],
 )

@@ -6,7 +6,6 @@ import pytest
 import torch
 from test_mla import config
 
-from reattend.passes.rewrite.mla_latent import balance_factor
 from reattend.passes.rewrite.mla_rotary import select_real, slot_columns, smallest_fold
 
 
@@ -75,11 +74,3 @@ def test_a_larger_fold_captures_no_less_energy() -> None:
     moment = gram(32)
     shares = [sum(select_real(cfg, moment, 8, fold).energy) for fold in (1, 2, 4)]
     assert shares == sorted(shares)
-
-
-def test_balance_equalises_mean_column_norms() -> None:
-    keys, values = torch.diag(torch.tensor([16.0, 64.0])), torch.diag(torch.tensor([1.0, 9.0]))
-    assert balance_factor(keys, values, 1.0) == pytest.approx(6.0 / 2.0)
-    assert balance_factor(keys, values, 2.0) == pytest.approx(1.5)
-    assert balance_factor(torch.zeros(2, 2), values, 1.0) == 1.0
-    assert balance_factor(torch.zeros(0, 0), values, 1.0) == 1.0

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,8 +14,10 @@ from reattend.plan import Calibrate, Plan, Rule
 
 class FakeMla(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kv_lora_rank: int | None = Field(default=None, ge=1)
+    kv_lora_rank: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    qk_rope_head_dim: int | Literal["auto"] | None = None
     kv_keep: float | None = Field(default=None, gt=0)
+    balance: float | Literal["derived"] = 1.0
     latent_norm: str = "none"
 
 

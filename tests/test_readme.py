@@ -73,7 +73,9 @@ def script(name):
     return module
 
 
-@pytest.mark.parametrize(("mark", "name"), [("results", "quality"), ("recovery", "recovery")])
+@pytest.mark.parametrize(
+    ("mark", "name"), [("results", "quality"), ("recovery", "recovery"), ("mla", "mla_table")]
+)
 def test_a_committed_table_is_that_of_its_json(mark, name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as when run as a script
     begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"

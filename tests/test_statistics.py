@@ -78,7 +78,7 @@ def test_memory_does_not_depend_on_the_number_of_tokens() -> None:
 def test_query_moments_only_where_asked() -> None:
     model, sites = setup()
     path = "model.layers.0.self_attn"
-    found = statistics.collect(model, sites, batches(1), queries=frozenset({path}))
+    found = statistics.collect(model, sites, batches(1), needs={path: frozenset({"queries"})})
     assert found[path].query_gram is not None
     assert found["model.layers.1.self_attn"].query_gram is None
 

@@ -11,7 +11,7 @@ Probabilities sum to one, so the second sum may be taken around any centre c, an
 the scores: TV <= tanh((max d - min d) / 4), and by Pinsker TV <= sqrt(KL(p || p^) / 2) with
 KL = log sum p e^d - sum p d. The smaller one counts. So the bound is a theorem about the
 discarded parts of keys and values (v - v^, and k - k^ as the queries weigh it) on the tokens
-measured, in exact arithmetic; it promises nothing for other tokens. docs/math/mla.md section 11.
+measured, in exact arithmetic; it promises nothing for other tokens. docs/math/mla.md section 14.
 
 Layout letters: B batch, N queries, M keys, H heads, D outputs, e value width.
 """

@@ -7,6 +7,7 @@ One file per conversion in this folder. Third parties add theirs by the entry po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,8 +15,8 @@ from reattend.mixers.base import Mixer
 from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.passes.base import Refusal
+from reattend.statistics import Need, SiteStatistics
 
-Need = Literal["gram", "queries"]
 Exactness = Literal["exact", "bounded", "learned"]
 
 
@@ -31,16 +32,27 @@ class Cost:
     context: int = 4096
 
 
+@dataclass
+class Subject:
+    """A site whose sizes are chosen from statistics, together with others."""
+
+    path: str
+    dense: DenseAttention
+    statistics: SiteStatistics
+    options: Any
+
+
+#: (path, mixer) -> divergence of the model's output if only this site is converted. Its unit is
+#: the same for all sites, and only ratios count; None where no site can be measured.
+Measure = Callable[[str, Mixer], float | None]
+
+
 class Conversion(ABC):
     """Base class; `Options` are the plan's YAML keys."""
 
     name: ClassVar[str]
     Options: ClassVar[type[Frozen]]
     needs: ClassVar[frozenset[Need]] = frozenset()
-
-    def wanted(self, options: Any) -> frozenset[Need]:
-        """The statistics to collect for these options."""
-        return self.needs
 
     @abstractmethod
     def check(self, config: DenseConfig, options: Any) -> Refusal | None:
@@ -49,6 +61,22 @@ class Conversion(ABC):
     @abstractmethod
     def build(self, dense: DenseAttention, statistics: Any, options: Any) -> Built:
         """The mixer that replaces `dense`, and the evidence of what was lost."""
+
+    def wants(self, config: DenseConfig, options: Any) -> frozenset[Need]:
+        """The statistics that `build` and `allocate` will read."""
+        return self.needs
+
+    def for_layer(self, options: Any, layer: int, layers: int) -> Any:
+        """The options of one layer of a stack, or a Refusal; for options that list layers."""
+        return options
+
+    def undecided(self, options: Any) -> bool:
+        """Whether `allocate` has something to choose."""
+        return False
+
+    def allocate(self, sites: list[Subject], measure: Measure) -> list[Any]:
+        """Final options of sites that share options, once there are statistics."""
+        return [site.options for site in sites]
 
     @abstractmethod
     def exact_setting(self, config: DenseConfig) -> Frozen:

@@ -17,9 +17,9 @@ from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.mixed import GroupConfig, MixedAttention, MixedConfig
 from reattend.parts import part, part_config, why_whole
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import Built, Conversion, Cost, Exactness, Need
+from reattend.passes.rewrite.base import Built, Conversion, Cost, Exactness
 from reattend.passes.rewrite.registry import conversion
-from reattend.statistics import SiteStatistics
+from reattend.statistics import Need, SiteStatistics
 
 #: from best to worst
 _ORDER: tuple[Exactness, ...] = ("exact", "bounded", "learned")
@@ -51,9 +51,10 @@ class Mixed(Conversion):
     name = "mixed"
     Options = MixedOptions
 
-    def wanted(self, options: MixedOptions) -> frozenset[Need]:
+    def wants(self, config: DenseConfig, options: MixedOptions) -> frozenset[Need]:
         """What any part wants."""
-        return frozenset().union(*(conversion(p.to)().wanted(p.options) for p in options.groups))
+        parts = ((conversion(p.to)(), part_config(config, p.heads), p) for p in options.groups)
+        return frozenset().union(*(made.wants(own, p.options) for made, own, p in parts))
 
     def check(self, config: DenseConfig, options: MixedOptions) -> Refusal | None:
         """A part's refusal names its heads."""
@@ -62,7 +63,10 @@ class Mixed(Conversion):
             return Refusal(f"`heads` cannot divide this block: {tied}")
         reasons = []
         for p in options.groups:
-            refusal = conversion(p.to)().check(part_config(config, p.heads), p.options)
+            made = conversion(p.to)()
+            refusal = made.check(part_config(config, p.heads), p.options)
+            if refusal is None and made.undecided(p.options):
+                refusal = Refusal("auto sizes are chosen for whole blocks; give numbers for heads")
             if refusal is not None:
                 reasons.append(f"heads {list(p.heads)} (to: {p.to}): {refusal.reason}")
         return Refusal("; ".join(reasons)) if reasons else None

@@ -1,25 +1,34 @@
 """`to: mla`: keys and values of all heads become one latent and one shared rotated key.
 
-The published method, TransMLA (arXiv 2502.07864): rotate heads per frequency so that few
-components carry the rotation (`mla_rotary`), balance and compress the rest with the values
-(`mla_latent`), and let queries absorb both (`mla_weights`). Exact with every pair rotated at
-fold 1 and full rank. Derivation with the symbols used here: docs/math/mla.md.
+Mix heads per frequency so that few components carry the rotation (`mla_mixing`, `mla_select`; the
+published way, TransMLA arXiv 2502.07864, in `mla_rotary`), put a constant in place of the rotations
+that are dropped (`mla_phase`), compress the rest with the values (`mla_latent`), and let queries
+absorb it all (`mla_weights`). `mla_budget` shares one budget over layers. Exact with every pair
+rotated at fold 1 and full rank. Derivation with the symbols used here: docs/math/mla.md.
 """
 
 from __future__ import annotations
 
 import torch
 
-from reattend.mixers.config import StreamConfig
+from reattend.errors import ArgumentError
 from reattend.mixers.dense import DenseAttention, DenseConfig
-from reattend.mixers.latent import LatentAttention, LatentConfig
+from reattend.mixers.latent import LatentAttention
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import Built, Conversion, Cost, Exactness, Need
-from reattend.passes.rewrite.mla_latent import joint_pca
-from reattend.passes.rewrite.mla_rotary import select_real, slot_columns
-from reattend.passes.rewrite.mla_sizes import MlaOptions, Sizes, is_exact, resolve
-from reattend.passes.rewrite.mla_weights import biased_key_gram, latent_weights
-from reattend.statistics import SiteStatistics
+from reattend.passes.rewrite.base import (
+    Built,
+    Conversion,
+    Cost,
+    Exactness,
+    Measure,
+    Subject,
+)
+from reattend.passes.rewrite.mla_budget import allocate
+from reattend.passes.rewrite.mla_error import best_ratio
+from reattend.passes.rewrite.mla_options import MlaOptions
+from reattend.passes.rewrite.mla_sizes import is_exact, resolve
+from reattend.passes.rewrite.mla_solve import assemble, mixer_config, solve
+from reattend.statistics import Need, SiteStatistics
 
 __all__ = ["MlaOptions", "ToMla", "resolve"]
 
@@ -30,10 +39,6 @@ class ToMla(Conversion):
     name = "mla"
     Options = MlaOptions
     needs = frozenset({"gram"})
-
-    def wanted(self, options: MlaOptions) -> frozenset[Need]:
-        """Moments of queries too where their rank is cut."""
-        return self.needs if options.q_lora_rank is None else self.needs | {"queries"}
 
     def check(self, config: DenseConfig, options: MlaOptions) -> Refusal | None:
         """Reads no weight; the arithmetic is in the message."""
@@ -56,6 +61,14 @@ class ToMla(Conversion):
             config.hidden_size, config.core.heads * config.core.qk_head_dim
         ):
             return Refusal(f"q_lora_rank {options.q_lora_rank} is larger than the query's rank")
+        if options.latent in ("svd", "care") and config.k.norm is not None:
+            return Refusal(
+                f"latent: {options.latent} reads key weights, and a key norm follows them here; "
+                "use latent: output or pca"
+            )
+        turned = 2 * config.rotary.pairs if config.rotary else config.core.qk_head_dim
+        if options.rope_select == "mean-key" and turned != config.core.qk_head_dim:
+            return Refusal("rope_select: mean-key is not defined for partial rotary")
         sizes = resolve(config, options)
         if isinstance(sizes, Refusal):
             return sizes
@@ -83,7 +96,8 @@ class ToMla(Conversion):
         sizes = resolve(config, options)
         assert not isinstance(sizes, Refusal)
         with torch.device("meta"):
-            mixer = LatentAttention(_config(config, sizes, options))
+            columns = (0,) * (sizes.qk_rope_head_dim // 2)
+            mixer = LatentAttention(mixer_config(config, sizes, options, columns))
         parameters = sum(p.numel() for p in mixer.parameters())
         context, core = 4096, config.core
         r, rope = sizes.kv_lora_rank, sizes.qk_rope_head_dim
@@ -99,27 +113,17 @@ class ToMla(Conversion):
         config = dense.config
         sizes = resolve(config, options)
         assert not isinstance(sizes, Refusal)
-        width = config.core.kv_heads * config.core.qk_head_dim
-        gram = statistics.gram
-        choice = select_real(
-            config, biased_key_gram(dense, statistics, width), sizes.qk_rope_head_dim, sizes.fold
-        )
-        latent = joint_pca(gram, choice, width, sizes.kv_lora_rank, options.balance)
-        with torch.device("meta"):
-            mixer = LatentAttention(_config(config, sizes, options))
-        state = latent_weights(dense, choice, latent, mixer.config, statistics)
-        dtype, device = dense.q_proj.weight.dtype, dense.q_proj.weight.device
-        mixer.load_state_dict(
-            {k: v.to(device, dtype).contiguous() for k, v in state.items()},
-            strict=True,
-            assign=True,
-        )
-        for parameter in mixer.parameters():
-            parameter.requires_grad_(True)
+        _require(statistics, self.wants(config, options))
+        if options.balance == "derived":
+            _, solved = best_ratio(dense, statistics, options, sizes)
+        else:
+            ratio = options.balance if isinstance(options.balance, float) else None
+            solved = solve(dense, statistics, options, sizes, ratio)
+        mixer, latent = assemble(dense, statistics, options, sizes, solved)
         kept = sum(latent.energy[: sizes.kv_lora_rank])
         exactness: Exactness = "exact" if is_exact(config, sizes, options) else "bounded"
         return Built(
-            mixer.eval(),
+            mixer,
             exactness,
             {
                 "kv_lora_rank": sizes.kv_lora_rank,
@@ -128,27 +132,50 @@ class ToMla(Conversion):
                 "balance": latent.balance,
                 "discarded_energy": max(0.0, 1.0 - kept),
                 "energy": latent.energy,
-                "rotary_energy": sum(choice.energy),
+                "rotary_energy": sum(solved.rotary.energy),
             },
         )
 
+    def wants(self, config: DenseConfig, options: MlaOptions) -> frozenset[Need]:
+        """Beside the Gram matrix: what the chosen methods read."""
+        found: set[Need] = {"gram"}
+        if options.q_lora_rank is not None:
+            found.add("queries")
+        by_loss = options.mixing == "balanced" or options.rope_select in ("global", "per-head")
+        if by_loss or options.phase == "mean" or options.latent == "output":
+            found.add("attention")
+        if options.latent == "care":
+            found.add("inputs")
+        if options.balance == "derived" or (options.automatic and options.allocate == "error"):
+            found.add("sample")
+        return frozenset(found)
 
-def _config(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> LatentConfig:
-    """The mixer's description; key and value scales are folded into weights."""
-    has_out = config.out_features is not None
-    normed = config.q.norm is not None or config.k.norm is not None
-    data = config.model_dump(exclude={"kind"})
-    data["k"] = StreamConfig(bias=config.k.bias and normed, norm=config.k.norm).model_dump()
-    data["v"] = StreamConfig().model_dump()
-    data["out_bias"] = config.out_bias or (has_out and config.v.bias)
-    slots, pairs = sizes.qk_rope_head_dim // 2, config.rotary.pairs if config.rotary else 0
-    return LatentConfig(
-        **data,
-        kv_lora_rank=sizes.kv_lora_rank,
-        qk_rope_head_dim=sizes.qk_rope_head_dim,
-        rope_columns=slot_columns(pairs, slots, sizes.fold),
-        q_lora_rank=options.q_lora_rank,
-        latent_norm=options.latent_norm,
-        value_bias=config.v.bias and not has_out,
-        rope_key_bias=config.k.bias and not normed and sizes.qk_rope_head_dim > 0,
-    )
+    def for_layer(self, options: MlaOptions, layer: int, layers: int) -> MlaOptions | Refusal:
+        """One entry of every per-layer list."""
+        chosen = options.at_layer(layer, layers)
+        return Refusal(chosen) if isinstance(chosen, str) else chosen
+
+    def undecided(self, options: MlaOptions) -> bool:
+        """`auto` anywhere."""
+        return options.automatic
+
+    def allocate(self, sites: list[Subject], measure: Measure) -> list[MlaOptions]:
+        """Sizes of all sites from one budget."""
+        return allocate(sites, measure)
+
+
+def _require(statistics: SiteStatistics, wants: frozenset[Need]) -> None:
+    """Statistics of another plan would be wrong without any sign of it."""
+    there = {
+        "gram": True,
+        "queries": statistics.query_gram is not None,
+        "attention": statistics.attention is not None,
+        "inputs": statistics.input_gram is not None,
+        "sample": bool(statistics.samples),
+    }
+    if missing := sorted(need for need in wants if not there[need]):
+        raise ArgumentError(
+            f"these options of to: mla read statistics that were not collected: "
+            f"{', '.join(missing)}",
+            next_step="collect with needs=ToMla().wants(config, options) for every site",
+        )

@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
 from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseConfig
 from reattend.passes.base import Refusal
+from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_rotary import smallest_fold
-
-
-class MlaOptions(Frozen):
-    """Options of `to: mla`.
-
-    Attributes:
-        kv_lora_rank: r, rows of the latent.
-        qk_rope_head_dim: R, shared rotary dimensions (even).
-        kv_keep: share of the original cache instead of r; r = share x cache - R.
-        fold: adjacent frequencies mixed in the selection; `auto` is the smallest that fits.
-        balance: weight of keys against values in the joint PCA (TransMLA's balance_kv_ratio).
-        q_lora_rank: rank of the query projection, none for a full one.
-        latent_norm: `rms` puts DeepSeek's RMSNorm on the latent, its gain set to the mean norm.
-        allow_growth: accept a cache larger than the original.
-    """
-
-    kv_lora_rank: int | None = Field(default=None, ge=1)
-    qk_rope_head_dim: int | None = Field(default=None, ge=0)
-    kv_keep: float | None = Field(default=None, gt=0, le=1)
-    fold: int | Literal["auto"] = "auto"
-    balance: float = Field(default=1.0, gt=0)
-    q_lora_rank: int | None = Field(default=None, ge=1)
-    latent_norm: Literal["none", "rms"] = "none"
-    allow_growth: bool = False
 
 
 class Sizes(Frozen):
@@ -45,27 +18,31 @@ class Sizes(Frozen):
 
 
 def resolve(config: DenseConfig, options: MlaOptions) -> Sizes | Refusal:
-    """Turn options into sizes, or say why they do not fit this block."""
+    """Turn options into sizes, or say why they do not fit this block.
+
+    `auto` gives the sizes of an even split; `mla_budget` replaces them once there are statistics.
+    """
     core = config.core
     pairs = config.rotary.pairs if config.rotary else 0
     groups, cache = core.kv_heads, config.cache_per_token
-    if options.kv_lora_rank is not None and options.kv_keep is not None:
-        return Refusal(
-            "both kv_lora_rank and kv_keep are set; give one (--set kv_keep=null drops the share)"
-        )
+    refusal = _clash(options)
+    if refusal is not None:
+        return refusal
     rope = options.qk_rope_head_dim
-    if rope is None:
+    if not isinstance(rope, int):
         rope = _default_rope(config, options)
-    if rope % 2 or rope > 2 * pairs * groups:
+    most = min(2 * pairs, core.qk_head_dim) if options.rope_select == "mean-key" else None
+    if rope % 2 or rope > 2 * pairs * groups or (most is not None and rope > most):
         return Refusal(
-            f"qk_rope_head_dim {rope} must be even and at most {2 * pairs * groups} "
-            f"({pairs} rotary pairs x 2 x {groups} kv heads)"
+            f"qk_rope_head_dim {rope} must be even and at most "
+            f"{2 * pairs * groups if most is None else most} "
+            f"({pairs} rotary pairs x 2 x {groups if most is None else 1} kv heads)"
         )
-    full = groups * (core.qk_head_dim + core.v_head_dim) - rope
-    if options.kv_keep is not None:
-        rank = int(options.kv_keep * cache) - rope
-    elif options.kv_lora_rank is not None:
+    full = full_rank(config, options, rope)
+    if isinstance(options.kv_lora_rank, int):
         rank = options.kv_lora_rank
+    elif options.kv_keep is not None:
+        rank = int(options.kv_keep * cache) - rope
     else:
         return Refusal("no size given: set kv_lora_rank, or kv_keep (share of the original cache)")
     if rank < 1:
@@ -73,17 +50,59 @@ def resolve(config: DenseConfig, options: MlaOptions) -> Sizes | Refusal:
     if rank > full:
         return Refusal(
             f"kv_lora_rank {rank} is larger than possible: {groups} kv heads x "
-            f"({core.qk_head_dim} + {core.v_head_dim}) - {rope} rotary = {full}"
+            f"({core.qk_head_dim} + {core.v_head_dim}) - {cache - full} rotary = {full}"
         )
-    fold = options.fold
-    if rope and fold == "auto":
-        fold = smallest_fold(pairs, rope // 2)
-    if rope and (not fold or pairs % int(fold) or (int(fold) * rope // 2) % pairs):
+    fold = _fold(config, options, rope // 2)
+    return fold if isinstance(fold, Refusal) else Sizes(
+        kv_lora_rank=rank, qk_rope_head_dim=rope, fold=fold
+    )  # fmt: skip
+
+
+def full_rank(config: DenseConfig, options: MlaOptions, rope: int) -> int:
+    """The largest useful r beside R = `rope`."""
+    groups = config.core.kv_heads if options.rope_select == "mean-key" else 1
+    return config.cache_per_token - groups * rope
+
+
+def _clash(options: MlaOptions) -> Refusal | None:
+    """Sizes that contradict each other."""
+    if isinstance(options.kv_lora_rank, int) and options.kv_keep is not None:
         return Refusal(
-            f"qk_rope_head_dim {rope} cannot be spread over {pairs} frequencies with fold "
-            f"{options.fold}: fold x {rope // 2} must be a multiple of {pairs}"
+            "both kv_lora_rank and kv_keep are set; give one (--set kv_keep=null drops the share)"
         )
-    return Sizes(kv_lora_rank=rank, qk_rope_head_dim=rope, fold=int(fold) if rope else 1)
+    if not options.automatic:
+        return None
+    if options.kv_keep is None:
+        return Refusal("auto sizes share one budget: set kv_keep (share of the original cache)")
+    if options.allocate == "energy" and options.qk_rope_head_dim == "auto":
+        return Refusal("allocate: energy shares ranks; give qk_rope_head_dim a number or nothing")
+    return None
+
+
+def _fold(config: DenseConfig, options: MlaOptions, slots: int) -> int | Refusal:
+    """Frequencies per band; 1 for every selection but the published one."""
+    pairs = config.rotary.pairs if config.rotary else 0
+    if not slots:
+        return 1
+    if options.published:
+        fold = smallest_fold(pairs, slots) if options.fold == "auto" else options.fold
+        if not fold or pairs % fold or (fold * slots) % pairs:
+            return Refusal(
+                f"qk_rope_head_dim {2 * slots} cannot be spread over {pairs} frequencies with "
+                f"fold {options.fold}: fold x {slots} must be a multiple of {pairs}"
+            )
+        return fold
+    if options.rope_select == "per-frequency" and slots % pairs and pairs % slots:
+        return Refusal(
+            f"qk_rope_head_dim {2 * slots} cannot be spread evenly: {slots} slots and {pairs} "
+            "frequencies must divide one another (rope_select: global takes any number)"
+        )
+    if options.rope_select == "per-head" and slots % config.core.kv_heads:
+        return Refusal(
+            f"qk_rope_head_dim {2 * slots} cannot be shared by {config.core.kv_heads} kv heads: "
+            "rope_select: per-head keeps as many pairs in each"
+        )
+    return 1
 
 
 def _default_rope(config: DenseConfig, options: MlaOptions) -> int:
@@ -95,20 +114,32 @@ def _default_rope(config: DenseConfig, options: MlaOptions) -> int:
     if config.rotary is None:
         return 0
     rope = 2 * config.rotary.pairs
-    if options.kv_keep is not None:
-        target = int(options.kv_keep * config.cache_per_token)
+    if isinstance(options.kv_lora_rank, int):
+        target = min(2 * options.kv_lora_rank, config.cache_per_token)
     else:
-        target = min(2 * (options.kv_lora_rank or 1), config.cache_per_token)
+        target = int((options.kv_keep or 1.0) * config.cache_per_token)
     while rope > 2 and rope > target // 2:
         rope //= 2
-    return rope - rope % 2
+    rope -= rope % 2
+    if options.rope_select == "per-head":  # as many pairs in every head, at least one
+        step = 2 * config.core.kv_heads
+        return max(step, rope - rope % step)
+    return rope
 
 
 def is_exact(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> bool:
     """All pairs rotated unmixed, full rank, and nothing else in the way."""
     if options.latent_norm != "none" or options.q_lora_rank is not None:
         return False
+    if options.rope_select == "mean-key":
+        return False
     pairs = config.rotary.pairs if config.rotary else 0
     all_rotated = sizes.qk_rope_head_dim == 2 * pairs * config.core.kv_heads
     full = sizes.kv_lora_rank + sizes.qk_rope_head_dim == config.cache_per_token
     return all_rotated and full and sizes.fold == 1
+
+
+def centred(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> bool:
+    """Whether a mean is taken out and put back as a bias; at full rank there is nothing to do."""
+    full = sizes.kv_lora_rank == full_rank(config, options, sizes.qk_rope_head_dim)
+    return options.center and options.latent in ("pca", "output") and not full

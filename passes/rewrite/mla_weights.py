@@ -17,24 +17,15 @@ from reattend.passes.rewrite.mla_rotary import RotaryChoice
 from reattend.statistics import SiteStatistics
 
 
-def biased_key_gram(dense: DenseAttention, statistics: SiteStatistics, width: int) -> Tensor:
-    """Second moment of the keys as they are rotated: bias included."""
-    gram = statistics.gram[:width, :width]
-    bias = dense.k_proj.bias
-    if bias is None or dense.k_norm is not None:
-        return gram
-    b, s = bias.detach().double().cpu(), statistics.total[:width]
-    return gram + torch.outer(b, s) + torch.outer(s, b) + statistics.count * torch.outer(b, b)
-
-
 def latent_weights(
     dense: DenseAttention,
     choice: RotaryChoice,
     latent: LatentChoice,
     config: LatentConfig,
     statistics: SiteStatistics,
+    turn_Hdd: Tensor,
 ) -> dict[str, Tensor]:
-    """Every tensor of the new mixer, float64."""
+    """Every tensor of the new mixer, float64; `turn_Hdd` stands in for dropped rotations."""
     core = config.core
     groups, d, e = core.kv_heads, core.qk_head_dim, core.v_head_dim
     key_width = groups * d
@@ -56,7 +47,7 @@ def latent_weights(
     else:
         both = torch.cat([old["k_proj.weight"], old["v_proj.weight"]])
         state["kv_a_proj_with_mqa.weight"] = rows @ both
-        widen = _widening(choice, config, scale_k)
+        widen = _widening(choice, config, scale_k, turn_Hdd)
         state |= _query_weights(old, widen, config, statistics)
         if config.rope_key_bias:
             state["k_rope_bias"] = choice.key_rope @ old["k_proj.bias"]
@@ -73,9 +64,10 @@ def latent_weights(
         state["kv_a_layernorm.weight"] = torch.full((config.kv_lora_rank,), gain)
     state["kv_b_proj.weight"] = up
     state |= {k: v for k, v in old.items() if k.startswith("o_proj.")}
-    if "v_proj.bias" in old:
-        bias = (old["v_proj.bias"] * scale_v).reshape(groups, e)
-        if config.out_features is None:
+    if config.value_bias or config.out_bias:
+        bias = (latent.value_mean + old.get("v_proj.bias", 0.0)) * scale_v
+        bias = bias.reshape(groups, e)
+        if config.value_bias:
             state["v_bias"] = bias
         else:
             spread = bias.repeat_interleave(core.heads // groups, 0).flatten()
@@ -84,17 +76,17 @@ def latent_weights(
 
 
 def _widening(
-    choice: RotaryChoice, config: LatentConfig, scale_k: float
+    choice: RotaryChoice, config: LatentConfig, scale_k: float, turn_Hdd: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """q rows per head [nope d | rope R]: the head itself, and its share of the rotated slots."""
+    """q rows per head [nope d | rope R]: the head turned, and its share of the rotated slots."""
     core = config.core
     heads, groups, d = core.heads, core.kv_heads, core.qk_head_dim
-    turn_gRd = choice.query_rope.reshape(-1, groups, d).transpose(0, 1) * scale_k
-    turn_hRd = turn_gRd.repeat_interleave(heads // groups, 0)
+    slots_gRd = choice.query_rope.reshape(-1, groups, d).transpose(0, 1) * scale_k
+    slots_hRd = slots_gRd.repeat_interleave(heads // groups, 0)
 
     def widen(rows: Tensor) -> Tensor:
         per_head = rows.reshape(heads, d, -1)
-        return torch.cat([per_head, turn_hRd @ per_head], 1).flatten(0, 1)
+        return torch.cat([turn_Hdd @ per_head, slots_hRd @ per_head], 1).flatten(0, 1)
 
     return widen
 

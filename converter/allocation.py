@@ -1,0 +1,123 @@
+"""Options that wait for statistics: hand sites that share them to their conversion together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.capture import evaluation
+from reattend.data import Dataset
+from reattend.install.adapter import install, replace_module
+from reattend.mixers.base import Mixer
+from reattend.passes.rewrite.base import Measure, Subject
+from reattend.preflight import Choice
+from reattend.rewriting import normal_forms, shared_copy
+from reattend.statistics import SiteStatistics
+
+#: Rows a divergence is measured on, and the most bytes of outputs kept for it.
+ROWS, OUTPUT_BYTES = 4, 256 << 20
+
+
+def allocate(
+    model: nn.Module,
+    choices: list[Choice],
+    moments: dict[str, SiteStatistics],
+    data: Dataset | None,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Give every choice its final options, in place.
+
+    Args:
+        model: the original.
+        choices: from `preflight`; sites with equal options share a budget.
+        moments: their statistics by path.
+        data: calibration rows, for `divergence`; a model whose blocks have no modules of their
+            own cannot run with one of them replaced, so its sites are not measured.
+        progress: called with the path of every site that is measured.
+    """
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for c in choices:
+        if c.conversion is not None and c.conversion.undecided(c.options):
+            key = (c.conversion.name, c.options.model_dump_json())
+            groups.setdefault(key, []).append(c)
+    if not groups:
+        return
+    owned = all(c.site.owner != "graph" for group in groups.values() for c in group)
+    forms = normal_forms(model, [c for group in groups.values() for c in group])
+    measure: Measure | None = None
+    if owned and data is not None:
+        measure = divergence(model, {c.site.path: c for g in groups.values() for c in g}, data)
+
+    def told(path: str, mixer: Mixer) -> float | None:
+        if progress is not None:
+            progress(path)
+        return None if measure is None else measure(path, mixer)
+
+    for group in groups.values():
+        conversion = group[0].conversion
+        assert conversion is not None
+        subjects = [
+            Subject(c.site.path, forms[c.site.path], moments[c.site.path], c.options) for c in group
+        ]
+        for choice, options in zip(group, conversion.allocate(subjects, told), strict=True):
+            choice.options = options
+
+
+def divergence(model: nn.Module, choices: dict[str, Choice], data: Dataset) -> Measure:
+    """How far the model's output moves when one site is replaced.
+
+    Mean KL(original || changed) over real tokens for models with logits, else the mean squared
+    difference of the first output.
+    """
+    target = shared_copy(model)
+    batch = next(iter(data.batches(ROWS)))
+    reference = _outputs(model, batch)
+    fits = max(1, OUTPUT_BYTES // max(1, reference[:1].numel() * 4))
+    if fits < len(reference):
+        batch = {k: v[:fits] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        reference = reference[:fits].clone()
+    logits = _has_logits(model, batch)
+    if logits:
+        reference = reference.log_softmax(-1)
+    mask = batch.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def measure(path: str, mixer: Mixer) -> float:
+        owner, binding = target.get_submodule(path), choices[path].site.binding
+        assert binding is not None
+        dtype = next(model.get_submodule(path).parameters()).dtype
+        replace_module(target, path, install(owner, copy.deepcopy(mixer).to(dtype), binding))
+        try:
+            moved = _outputs(target, batch)
+        finally:
+            replace_module(target, path, owner)
+        if logits:
+            gap = (reference.exp() * (reference - moved.log_softmax(-1))).sum(-1)
+        else:
+            gap = (reference - moved).square().flatten(2).mean(-1)
+        return float((gap if real is None else gap[real.to(gap.device)]).double().mean())
+
+    return measure
+
+
+def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
+    with evaluation(model), torch.no_grad():
+        return model(**batch)
+
+
+def _has_logits(model: nn.Module, batch: dict[str, Any]) -> bool:
+    one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return isinstance(getattr(_run(model, one), "logits", None), Tensor)
+
+
+def _outputs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Logits, or the first tensor of the output, float32."""
+    output = _run(model, batch)
+    found = getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        found = output if isinstance(output, Tensor) else output[0]
+    return found.float()

@@ -1,0 +1,50 @@
+"""What statistics, and choosing sizes from them, will cost in bytes and solves."""
+
+from __future__ import annotations
+
+from reattend.allocation import OUTPUT_BYTES, ROWS
+from reattend.preflight import Choice
+from reattend.statistics import SAMPLE_ROWS, SAMPLE_TOKENS
+
+
+def gram_width(choice: Choice) -> int:
+    """Y = G (d + e) where the conversion asks for second moments."""
+    if "gram" not in choice.needs:
+        return 0
+    core = choice.config.core
+    return core.kv_heads * (core.qk_head_dim + core.v_head_dim)
+
+
+def moments_bytes(choice: Choice) -> int:
+    """Bytes of one site's moments, float64, and of its sample."""
+    core, config = choice.config.core, choice.config
+    inputs = config.memory_size or config.hidden_size
+    found = {
+        "gram": gram_width(choice) ** 2,
+        "queries": (core.heads * core.qk_head_dim) ** 2,
+        "attention": gram_width(choice) ** 2 + core.heads * core.qk_head_dim**2,
+        "inputs": inputs**2,
+        "sample": SAMPLE_ROWS * SAMPLE_TOKENS * inputs // 2,
+    }
+    return 8 * sum(found[need] for need in choice.needs)
+
+
+def spreading_bytes(converted: list[Choice], length: int) -> int:
+    """Bytes while the attention of one row is summed: five copies in float32."""
+    heads = [c.config.core.heads for c in converted if "attention" in c.needs]
+    return 5 * 4 * max(heads, default=0) * length**2
+
+
+def sharing_bytes(vocabulary: int, converted: list[Choice], length: int) -> int:
+    """Bytes of measuring what each site does to the output: four times a few rows' logits."""
+    undecided = [c for c in converted if c.conversion and c.conversion.undecided(c.options)]
+    if not undecided:
+        return 0
+    row = 4 * length * max(vocabulary, 1)
+    return 5 * row * max(1, min(ROWS, OUTPUT_BYTES // row))
+
+
+def solves(choice: Choice) -> int:
+    """How often a site's latent is solved: `auto` sizes try many rotary widths."""
+    undecided = choice.conversion is not None and choice.conversion.undecided(choice.options)
+    return 20 if undecided else 1

@@ -1,0 +1,225 @@
+"""Every MLA preset at equal cache, without training: perplexity and recall.
+
+    python examples/mla_table.py --model examples/models/pycode-gqa \\
+        --out examples/results/mla_table.json
+
+Two kinds of cells: a share of the original cache, and a share of the rotary pairs with everything
+else kept. Statistics are collected once for all presets, from `calibration.txt`; held-out text is
+only measured on. Every finished cell is written at once, so the same command continues after an
+interruption. `--table` prints the Markdown table of an existing file and computes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+import time
+from fractions import Fraction
+from typing import Any
+
+import campaign
+
+PRESETS = ("transmla", "transmla-paper", "mha2mla", "x-ecomla", "care")
+KEEPS = (0.5, 0.25, 0.125, 0.0625)
+PAIRS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
+PPL_TOKENS, RECALL_TOKENS, STATISTICS_ROWS = 256, 512, 256
+
+
+def cells() -> list[str]:
+    """Names of all cells, in the table's order."""
+    return [*(f"{100 * keep:g} %" for keep in KEEPS), *(f"{share} of pairs" for share in PAIRS)]
+
+
+def options_of(preset: str, cell: str, config: Any) -> dict[str, Any]:
+    """The preset's options with the sizes of a cell, for a block's `DenseConfig`."""
+    from reattend.plan import Plan
+
+    given = Plan.load(preset).rules[0].to_dict()
+    for keep in KEEPS:
+        if cell == f"{100 * keep:g} %":
+            return {**given, "kv_keep": keep}
+    from reattend.passes.rewrite.mla_options import MlaOptions
+    from reattend.passes.rewrite.mla_sizes import full_rank
+
+    share = next(share for share in PAIRS if cell == f"{share} of pairs")
+    rope = 2 * int(share * config.rotary.pairs * config.core.kv_heads)
+    sized = {k: v for k, v in given.items() if k not in ("kv_keep", "sites", "to")}
+    sized |= {"qk_rope_head_dim": rope, "kv_lora_rank": 1, "allow_growth": True}
+    rank = full_rank(config, MlaOptions(**sized), rope)
+    return {"sites": "*", "to": "mla", **sized, "kv_lora_rank": rank}
+
+
+class Campaign:
+    """Model, data and statistics, loaded once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from reattend.data import load_data
+
+        self.args = args
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        self.model = model.to(args.device).eval()
+
+        def rows(name: str, length: int, count: int) -> Any:
+            text = load_data(args.model / name, self.tokenizer, seq_len=length, seed=args.seed)
+            return text.take(count)
+
+        self.text = rows("heldout.txt", PPL_TOKENS, args.rows)
+        self.long = rows("heldout.txt", RECALL_TOKENS, max(2, args.rows // 4))
+        self.calibration = rows("calibration.txt", PPL_TOKENS, STATISTICS_ROWS)
+        self.moments: dict[str, Any] = {}
+
+    def inputs(self) -> dict[str, Any]:
+        """What the cells depend on; a results file of other inputs is not continued."""
+        return {
+            "weights": campaign.sha256(self.args.model / "model.safetensors"),
+            "calibration": self.calibration.fingerprint,
+            "heldout": self.text.fingerprint,
+            "heldout_long": self.long.fingerprint,
+            "rows": self.args.rows,
+            "seed": self.args.seed,
+        }
+
+    def prepare(self) -> None:
+        """Find the blocks and collect what any preset reads."""
+        from reattend import find_attention, statistics
+        from reattend.plan import Plan
+        from reattend.preflight import preflight
+        from reattend.rewriting import normal_forms
+
+        self.found = find_attention(self.model)
+        choices = preflight(self.found, Plan.load("transmla"))
+        self.config = choices[0].config
+        wanted: frozenset[Any] = frozenset({"attention", "sample"})
+        if self.config.k.norm is None:
+            wanted |= {"inputs"}
+        forms = normal_forms(self.model, choices)
+        self.moments = statistics.collect(
+            self.model,
+            {c.site.path: (forms[c.site.path], c.site.binding) for c in choices},
+            self.calibration.batches(8),
+            needs={c.site.path: wanted for c in choices},
+        )
+
+    def original(self) -> dict[str, Any]:
+        """The model as it is."""
+        return {"preset": "original", "cell": "original", **self.measured(self.model)}
+
+    def cell(self, preset: str, cell: str) -> dict[str, Any]:
+        """Convert and measure one cell."""
+        from reattend.allocation import allocate
+        from reattend.errors import ReattendError
+        from reattend.plan import Plan
+        from reattend.preflight import preflight
+        from reattend.rewriting import rewrite
+
+        row: dict[str, Any] = {"preset": preset, "cell": cell}
+        begin = time.perf_counter()
+        try:
+            plan = Plan.load({"rules": [options_of(preset, cell, self.config)]})
+            choices = preflight(self.found, plan)
+        except ReattendError as error:
+            return {**row, "refused": str(error)}
+        allocate(self.model, choices, self.moments, self.calibration)
+        converted = rewrite(self.model, choices, self.moments)
+        seconds = time.perf_counter() - begin
+        built = [b.evidence for b in converted.built.values()]
+        sizes = [(b["qk_rope_head_dim"], b["kv_lora_rank"]) for b in built]
+        return {**row, "sizes": sizes, "seconds": round(seconds, 1),
+                **self.measured(converted.model.eval())}  # fmt: skip
+
+    def measured(self, model: Any) -> dict[str, Any]:
+        """Perplexity, copy and passkey recall."""
+        from reattend.verify.quality import measure
+        from reattend.verify.recall import probes, score
+        from reattend.verify.scoring import full_scorer
+
+        quality = measure(model, self.text, with_recall=False)
+        built = probes(self.long.packed[0], seed=self.args.seed)
+        recall = {
+            name: score(built[name], full_scorer(model)).to_dict() for name in ("copy", "passkey")
+        }
+        found = {"loss": quality.loss, "perplexity": quality.perplexity, "tokens": quality.tokens}
+        return {**found, "recall": recall}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown: perplexity (copy recall, right) per preset and cell."""
+    found = {(row["preset"], row["cell"]): row for row in results["rows"]}
+    start = found["original", "original"]
+
+    def shown(row: dict[str, Any] | None, best: float) -> str:
+        if row is None:
+            return "-"
+        if "refused" in row:
+            return "refused"
+        ppl = f"{row['perplexity']:.2f}"
+        ppl = f"**{ppl}**" if row["perplexity"] == best else ppl
+        return f"{ppl} ({100 * row['recall']['copy']['accuracy']:.0f} %)"
+
+    names = cells()
+    lines = [f"| preset | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for preset in PRESETS:
+        line = [preset]
+        for name in names:
+            column = [found[p, name] for p in PRESETS if (p, name) in found]
+            best = min((r["perplexity"] for r in column if "refused" not in r), default=0.0)
+            line.append(shown(found.get((preset, name)), best))
+        lines.append(f"| {' | '.join(line)} |")
+    lines += [
+        "",
+        f"{results['model']}, {results['date']}, {results['device']}, no training. Original: "
+        f"{shown(start, 0.0)}. Each cell: perplexity on {results['inputs']['rows']} x "
+        f"{PPL_TOKENS} held-out tokens (copy recall right, {results['inputs']['rows'] // 4} x "
+        f"{RECALL_TOKENS}). Share of the cache: all layers together; share of the rotary pairs: "
+        f"everything else kept. Command: `{results['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = campaign.arguments(str(__doc__), "examples/results/mla_table.json")
+    parser.add_argument("--only", default="", help="presets, comma-separated")
+    return campaign.run(parser.parse_args(argv), table, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Measure the missing cells, writing after each."""
+    subject = Campaign(args)
+    inputs = subject.inputs()
+    results = campaign.earlier(args, inputs)
+    if results is None:
+        return 2
+    results = {
+        "schema": 1,
+        "model": args.model.name,
+        "command": shlex.join(campaign.command("mla_table.py", args)),
+        "device": campaign.device_name(args.device),
+        "versions": campaign.versions(),
+        "inputs": inputs,
+        "rows": results.get("rows", []),
+    }
+    done = {(row["preset"], row["cell"]) for row in results["rows"]}
+    wanted = [name for name in args.only.split(",") if name] or list(PRESETS)
+    todo = [("original", "original")]
+    todo += [(preset, cell) for cell in cells() for preset in PRESETS if preset in wanted]
+    for preset, cell in [pair for pair in todo if pair not in done]:
+        print(f"{preset} at {cell} ...", file=sys.stderr, flush=True)
+        if not subject.moments:
+            subject.prepare()
+        row = subject.original() if preset == "original" else subject.cell(preset, cell)
+        results["date"] = row["date"] = datetime.date.today().isoformat()
+        results["rows"].append(row)
+        campaign.write(args.out, results)
+    results["date"] = max(row["date"] for row in results["rows"])
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

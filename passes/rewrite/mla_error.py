@@ -1,0 +1,55 @@
+"""Output error of a converted block on the sampled rows, and what is chosen by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reattend.mixers.base import Context, Mixer
+from reattend.mixers.dense import DenseAttention
+from reattend.passes.rewrite.mla_options import MlaOptions
+from reattend.passes.rewrite.mla_sizes import Sizes
+from reattend.passes.rewrite.mla_solve import Solved, assemble, solve
+from reattend.statistics import SiteStatistics
+
+#: Ratios that `balance: derived` tries.
+RATIOS = (0.5, 0.7, 1.0, 1.4, 2.0)
+
+
+class Sample:
+    """The block's outputs on the rows its statistics kept; inputs are the original's own."""
+
+    def __init__(self, dense: DenseAttention, rows: list[Tensor]) -> None:
+        like = dense.q_proj.weight
+        self.rows = [row.to(like.device, like.dtype)[None] for row in rows]
+        with torch.no_grad():
+            self.expected = [dense(x, Context()).double() for x in self.rows]
+
+    def size(self) -> float:
+        """Mean over tokens of |expected|^2."""
+        tokens = sum(y.shape[1] for y in self.expected)
+        return sum(float(y.square().sum()) for y in self.expected) / max(tokens, 1)
+
+    def error(self, mixer: Mixer) -> float:
+        """Mean over tokens of |output - expected|^2."""
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for x, expected in zip(self.rows, self.expected, strict=True):
+                total += float((mixer(x, Context()).double() - expected).square().sum())
+                tokens += x.shape[1]
+        return total / max(tokens, 1)
+
+
+def best_ratio(
+    dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions, sizes: Sizes
+) -> tuple[float, Solved]:
+    """The balance with the least output error on the sample, and its solution."""
+    assert statistics.samples
+    sample = Sample(dense, statistics.samples)
+    tried = []
+    for ratio in RATIOS:
+        solved = solve(dense, statistics, options, sizes, ratio)
+        mixer, _ = assemble(dense, statistics, options, sizes, solved)
+        tried.append((sample.error(mixer), ratio, solved))
+    _, ratio, solved = min(tried, key=lambda t: t[0])
+    return ratio, solved

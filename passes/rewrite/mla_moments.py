@@ -1,0 +1,67 @@
+"""Second moments of y = [keys | values] that the conversion compresses and selects by.
+
+`pca`: as calibrated. `output`: weighted by the attention each token receives. `care`
+(FutureMLS-Lab/CARE): W S^2 W^T with S = (1 - l) C^(1/2) + l I for the input covariance C, scaled
+to mean diagonal 1; l = 0 is `pca` up to a factor. `svd` (MHA2MLA, X-EcoMLA): W W^T, no data.
+W = [W_K; W_V].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reattend.mixers.dense import DenseAttention
+from reattend.passes.rewrite.mla_options import MlaOptions
+from reattend.statistics import SiteStatistics
+
+
+def latent_moment(
+    dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions
+) -> tuple[Tensor, Tensor]:
+    """Moment of y and the mean it is about (zero uncentred), [Y, Y] and [Y]."""
+    zero = torch.zeros_like(statistics.total)
+    if options.latent in ("care", "svd"):
+        weight = torch.cat([dense.k_proj.weight, dense.v_proj.weight]).detach().double().cpu()
+        if options.latent == "care":
+            weight = weight @ shrunk_root(statistics, options.shrinkage)
+        return weight @ weight.t(), zero
+    count = max(statistics.count, 1)
+    gram, total = statistics.gram, statistics.total
+    if options.latent == "output":
+        assert statistics.attention is not None
+        gram, total = statistics.attention.gram, statistics.attention.total
+    if not options.center:
+        return gram / count, zero
+    mean = total / count
+    if dense.config.core.softcap:  # a constant key is no constant score any more
+        mean = mean.clone()
+        mean[: dense.config.core.kv_heads * dense.config.core.qk_head_dim] = 0
+        cross = torch.outer(total / count, mean)
+        return gram / count - cross - cross.t() + torch.outer(mean, mean), mean
+    return gram / count - torch.outer(mean, mean), mean
+
+
+def shrunk_root(statistics: SiteStatistics, shrinkage: float) -> Tensor:
+    """S, [D, D]."""
+    assert statistics.input_gram is not None
+    gram = statistics.input_gram
+    scaled = gram / (torch.diagonal(gram).mean().clamp_min(1e-300))
+    values, vectors = torch.linalg.eigh(scaled)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+    return (1 - shrinkage) * root + shrinkage * torch.eye(len(root), dtype=root.dtype)
+
+
+def key_moment(dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions) -> Tensor:
+    """Mean of k k^T of the keys as they are rotated, bias included, [G d, G d]."""
+    core = dense.config.core
+    width, count = core.kv_heads * core.qk_head_dim, max(statistics.count, 1)
+    gram, total = statistics.gram, statistics.total
+    if options.mixing == "balanced" and statistics.attention is not None:
+        gram, total = statistics.attention.gram, statistics.attention.total
+    gram, total = gram[:width, :width] / count, total[:width] / count
+    bias = dense.k_proj.bias
+    if bias is None or dense.k_norm is not None:
+        return gram
+    b = bias.detach().double().cpu()
+    return gram + torch.outer(b, total) + torch.outer(total, b) + torch.outer(b, b)

@@ -1,0 +1,64 @@
+"""Sizes chosen on a whole model: within the budget, measured in place, nothing left changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo_models
+
+from reattend import convert, find_attention, load
+from reattend.allocation import divergence
+from reattend.data import load_data
+from reattend.plan import Plan
+from reattend.preflight import preflight
+from reattend.rewriting import normal_forms
+
+AUTO = {"sites": "*", "to": "mla", "kv_keep": 0.4, "kv_lora_rank": "auto",
+        "qk_rope_head_dim": "auto"}  # fmt: skip
+
+
+def data() -> torch.Tensor:
+    return torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_model_converts_within_the_budget(name: str, tmp_path: Any) -> None:
+    model = zoo_models.build(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = convert(model, plan={"rules": [AUTO]}, data=data(), out=tmp_path / "out")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    sizes = [s.options for s in result.report.sites]
+    assert all(isinstance(o["kv_lora_rank"], int) for o in sizes)
+    assert result.report.totals.cache_ratio <= 0.4
+    assert result.report.totals.cache_ratio > 0.3
+    ids = data()[:2, :9]
+    run = {"max_new_tokens": 8, "do_sample": False}
+    again = load(tmp_path / "out").generate(ids, **run)
+    assert bool((again == result.model.generate(ids, **run)).all())
+
+
+def test_lists_of_sizes_reach_their_layers() -> None:
+    model = zoo_models.build("llama")
+    layers = len(find_attention(model).sites)
+    ranks = [6 + i for i in range(layers)]
+    plan = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": ranks, "qk_rope_head_dim": 4}]}
+    result = convert(model, plan=plan, data=data())
+    assert [s.options["kv_lora_rank"] for s in result.report.sites] == ranks
+
+
+def test_an_unchanged_block_does_not_diverge_and_a_broken_one_does() -> None:
+    model = zoo_models.build("llama")
+    plan = Plan.load({"rules": [AUTO]})
+    choices = preflight(find_attention(model), plan)
+    rows = load_data(data(), None, seq_len=40, seed=0)
+    measure = divergence(model, {c.site.path: c for c in choices}, rows)
+    forms = normal_forms(model, choices)
+    path = choices[1].site.path
+    assert abs(measure(path, forms[path])) < 1e-5
+    broken = normal_forms(model, choices)[path]
+    broken.v_proj.weight = torch.nn.Parameter(torch.zeros_like(broken.v_proj.weight))
+    worse = measure(path, broken)
+    assert worse > 1e-4
+    assert abs(measure(path, forms[path])) < 1e-5  # the broken one is gone again

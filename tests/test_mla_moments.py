@@ -1,0 +1,66 @@
+"""Moments that are compressed: CARE and SVD beside calibrated ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_mla import HIDDEN, config, dense, moments
+
+from reattend.passes.rewrite.mla_moments import key_moment, latent_moment, shrunk_root
+from reattend.passes.rewrite.mla_options import MlaOptions
+
+
+def test_care_without_shrinkage_is_the_activations_moment() -> None:
+    mixer = dense(config())
+    found = moments(mixer)
+    care, _ = latent_moment(mixer, found, MlaOptions(latent="care", shrinkage=0.0))
+    pca, _ = latent_moment(mixer, found, MlaOptions(latent="pca", center=False))
+    scale = float(torch.diagonal(found.input_gram).mean()) / found.count
+    assert torch.allclose(care * scale, pca, rtol=1e-9, atol=1e-9)
+
+
+def test_care_shrunk_far_is_the_weights_moment() -> None:
+    mixer = dense(config())
+    found = moments(mixer)
+    care, _ = latent_moment(mixer, found, MlaOptions(latent="care", shrinkage=1 - 1e-9))
+    svd, _ = latent_moment(mixer, found, MlaOptions(latent="svd"))
+    assert torch.allclose(care, svd, atol=1e-6)
+    weight = torch.cat([mixer.k_proj.weight, mixer.v_proj.weight]).detach()
+    assert torch.equal(svd, weight @ weight.t())
+
+
+def test_the_root_is_a_root() -> None:
+    found = moments(dense(config()))
+    root = shrunk_root(found, 0.0)
+    scaled = found.input_gram / torch.diagonal(found.input_gram).mean()
+    assert torch.allclose(root @ root, scaled, atol=1e-10)
+    assert root.shape == (HIDDEN, HIDDEN)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_centred_moments_are_about_the_mean(softcap: float) -> None:
+    """Under a softcap a constant key shifts scores unevenly, so keys stay uncentred."""
+    mixer = dense(config(softcap=softcap))
+    found = moments(mixer)
+    moment, mean = latent_moment(mixer, found, MlaOptions(latent="pca"))
+    expected = found.total / found.count
+    if softcap:
+        expected = torch.cat([torch.zeros(16, dtype=torch.float64), expected[16:]])
+    assert torch.allclose(mean, expected)
+    raw = found.gram / found.count
+    total = found.total / found.count
+    about = raw - torch.outer(mean, total) - torch.outer(total, mean) + torch.outer(mean, mean)
+    assert torch.allclose(moment, about)
+
+
+def test_key_moment_includes_the_bias() -> None:
+    mixer = dense(config(bias=True))
+    x = torch.randn(300, HIDDEN, dtype=torch.float64)
+    from reattend.statistics import SiteStatistics
+
+    found = SiteStatistics.empty(mixer)
+    with torch.no_grad():
+        found.add(mixer, x[None], None, None)
+        keys = mixer.k_proj(x)
+    got = key_moment(mixer, found, MlaOptions(mixing="complex"))
+    assert torch.allclose(got, keys.t() @ keys / 300)
