@@ -232,7 +232,7 @@ def test_a_lower_query_rank_costs_what_the_queries_lose(norm: bool) -> None:
     x = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
     errors = []
     for rank in (6, 12, 18, 24):
-        options = exact.model_copy(update={"q_lora_rank": rank})
+        options = exact.model_copy(update={"q_lora_rank": rank, "phase": "one"})
         assert ToMla().check(original.config, options) is None
         mixer: Any = ToMla().build(original, found, options).mixer
         with torch.no_grad():
