@@ -53,6 +53,10 @@ class Inlined(nn.Module):
         return x + F.linear(y.transpose(1, 2).flatten(2), a.out.weight, a.out.bias)
 
 
+class Flat(Inlined):
+    """The model runs its code without calling it: no submodule holds the attention."""
+
+
 class Owned(nn.Module):
     def __init__(self, without: str) -> None:
         super().__init__()
@@ -78,7 +82,8 @@ class Model(nn.Module):
     def forward(self, ids: Tensor, prefix: Tensor, valid: Tensor) -> Tensor:
         x = self.embed(ids)
         for block in self.blocks:
-            x = block(x, prefix, valid)
+            run = block.forward if isinstance(block, Flat) else block
+            x = run(x, prefix, valid)
         return x
 
 
@@ -95,12 +100,12 @@ def inputs(length: int = 17, prefix: tuple[int, ...] = (4, 9), pad: int = 0) -> 
 
 
 @pytest.mark.parametrize("plan", ["identity", MLA], ids=["identity", "mla"])
-@pytest.mark.parametrize("block", [Owned, Inlined])
+@pytest.mark.parametrize("block", [Owned, Inlined, Flat])
 def test_a_prefix_mask_is_kept_by_any_conversion(block: type[nn.Module], plan: Any) -> None:
     original = model(block)
     found = find_attention(original, inputs())
     assert [s.spec.core.pattern.kind for s in found.sites] == ["opaque"] * 2
-    assert [s.owner for s in found.sites] == ["module" if block is Owned else "graph"] * 2
+    assert [s.owner for s in found.sites] == ["graph" if block is Flat else "module"] * 2
     converted = convert(original, plan=plan, inputs=inputs(), data=[inputs()]).model
     for given in (inputs(), inputs(31, (7, 30, 0)), inputs(23, (11, 2), pad=5)):
         with torch.no_grad():
@@ -146,8 +151,8 @@ def test_an_opaque_core_is_never_full_by_accident() -> None:
         refuse_opaque(core)
 
 
-def test_a_mask_made_inside_a_block_makes_the_model_a_graph() -> None:
-    """Nobody passes the mask to the block, so its module cannot be replaced by one that asks."""
+def test_a_mask_made_inside_a_block_is_made_there_again() -> None:
+    """Nobody passes the mask to the block: how it is made is kept before the mixer."""
 
     class Inside(Attention):
         def forward(self, x: Tensor, prefix: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
@@ -158,7 +163,8 @@ def test_a_mask_made_inside_a_block_makes_the_model_a_graph() -> None:
         block.attn.__class__ = Inside
         block.forward = lambda x, p, v, b=block: x + b.attn(b.ln(x), p, v)
     found = find_attention(original, inputs())
-    assert [s.owner for s in found.sites] == ["graph"] * 2
+    arounds = [s.binding.around for s in found.sites if s.binding is not None]
+    assert [list(a.before) for a in arounds if a is not None] == [["mask"]] * 2
     converted = convert(original, plan="identity", inputs=inputs()).model
     given = inputs(31, (7, 30, 0))
     with torch.no_grad():

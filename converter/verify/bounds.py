@@ -112,9 +112,11 @@ def output_bound(
         real: [B, N] bool; None: all.
 
     Returns:
-        None where the mixer does not attend with queries, keys and values of these heads.
+        None where the mixer does not attend with queries, keys and values of these heads, and
+        where the owner does more than the block: the bound is about the block's output, while the
+        measured error is about the owner's.
     """
-    if not isinstance(converted, Adapter) or form.config.cross:
+    if not isinstance(converted, Adapter) or form.config.cross or converted.around is not None:
         return None
     before = _asked(install(original, form, converted.binding), call)
     after = _asked(converted, call)
