@@ -67,7 +67,8 @@ class Latent:
         key_size, value_size = float(key_up.norm()), float(value_up.norm())
         size = key_size / value_size if key_size > 0 and value_size > 0 else 1.0
         basis, mix = torch.linalg.qr(torch.cat([key_up / size, value_up]))
-        down, key_up, value_up = mix @ down, *basis.split([key_up.shape[0], value_up.shape[0]])
+        key_up, value_up = basis.split([key_up.shape[0], value_up.shape[0]])
+        down = mix @ down
         centre = self.mean[key_up.shape[0] :] - value_up @ (down @ self.mean)
         return LatentChoice(down, size * key_up, value_up, centre, self.energy, self.balance)
 
