@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_mla import PAPER
 from torch import nn
 
 from reattend.calibrate import StageResult, calibrate
@@ -60,7 +61,10 @@ def convert(teacher: nn.Module, rank: int | None) -> nn.Module:
         mixer: Any = block
         if rank is not None:
             exact = ToMla().exact_setting(block.config)
-            options = MlaOptions(kv_lora_rank=rank, qk_rope_head_dim=4) if rank else exact
+            # The published start leaves training the most to recover.
+            options = exact
+            if rank:
+                options = MlaOptions(kv_lora_rank=rank, qk_rope_head_dim=4, **PAPER)
             mixer = ToMla().build(block, seen[path], options).mixer
         mixer.to(next(teacher.parameters()).dtype)
         replace_module(student, path, install(student.get_submodule(path), mixer, binding))

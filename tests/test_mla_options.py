@@ -8,7 +8,7 @@ from test_mla import PAPER, config, dense
 
 from reattend.errors import ArgumentError
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.mla import MlaOptions, ToMla
+from reattend.passes.rewrite.mla import MlaOptions, ToMla, resolve
 from reattend.plan import Plan
 from reattend.plans import preset_names
 from reattend.statistics import SiteStatistics
@@ -89,3 +89,9 @@ def test_statistics_of_another_plan_are_refused() -> None:
     found = SiteStatistics.empty(mixer)
     with pytest.raises(ArgumentError, match="not collected: attention"):
         ToMla().build(mixer, found, MlaOptions(kv_keep=0.5))
+
+
+def test_a_number_for_the_rank_settles_the_width() -> None:
+    options = MlaOptions(kv_lora_rank=8, qk_rope_head_dim="auto")
+    assert not options.automatic
+    assert resolve(config(), options) == resolve(config(), MlaOptions(kv_lora_rank=8))

@@ -199,7 +199,6 @@ def test_what_costs_more_is_predicted_to() -> None:
     assert trained.seconds > untrained.seconds
     assert untrained.peaks["statistics"] < base.peaks["statistics"]
     assert base.peaks["rewrite"] < chosen.peaks["rewrite"]
-    assert base.seconds < chosen.seconds
     assert longer.peaks["verify"] > 4 * (base.peaks["verify"] - base.peaks["find"])
     assert predicted(model, plan, rows=None).to_dict()["peak_bytes"] > 0
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

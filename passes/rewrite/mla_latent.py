@@ -57,12 +57,20 @@ class Latent:
     balance: float
 
     def cut(self, rank: int) -> LatentChoice:
-        """The latent of `rank` rows."""
-        down, value_up = self.down[:rank], self.value_up[:, :rank]
-        centre = self.mean[self.key_up.shape[0] :] - value_up @ (down @ self.mean)
-        return LatentChoice(
-            down, self.key_up[:, :rank], value_up, centre, self.energy, self.balance
-        )
+        """The latent of `rank` rows.
+
+        Its coordinates are free: they are chosen so that the columns of [key_up / a | value_up]
+        are orthonormal, a equalising the two, as in a plain PCA. A metric would leave them scaled
+        unevenly, which training and half types would feel.
+        """
+        down, key_up, value_up = self.down[:rank], self.key_up[:, :rank], self.value_up[:, :rank]
+        key_size, value_size = float(key_up.norm()), float(value_up.norm())
+        size = key_size / value_size if key_size > 0 and value_size > 0 else 1.0
+        basis, mix = torch.linalg.qr(torch.cat([key_up / size, value_up]))
+        key_up, value_up = basis.split([key_up.shape[0], value_up.shape[0]])
+        down = mix @ down
+        centre = self.mean[key_up.shape[0] :] - value_up @ (down @ self.mean)
+        return LatentChoice(down, size * key_up, value_up, centre, self.energy, self.balance)
 
 
 @dataclass(frozen=True)

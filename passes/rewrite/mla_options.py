@@ -24,7 +24,8 @@ class MlaOptions(Frozen):
 
     Attributes:
         kv_lora_rank: r, rows of the latent: a number, one per layer of the stack, or `auto`.
-        qk_rope_head_dim: R, shared rotary dimensions (even): likewise.
+        qk_rope_head_dim: R, shared rotary dimensions (even): likewise; `auto` beside a number for
+            r is the default width.
         kv_keep: share of the original cache instead of r; r = share x cache - R. With `auto` it
             is the budget of all sites of the rule together.
         allocate: how `auto` shares the budget: `error`, by measured output errors, or `energy`,
@@ -92,7 +93,8 @@ class MlaOptions(Frozen):
     @property
     def automatic(self) -> bool:
         """Whether sizes are chosen from statistics."""
-        return "auto" in (self.kv_lora_rank, self.qk_rope_head_dim)
+        rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
+        return rank == "auto" or (rope == "auto" and rank is None)
 
     def at_layer(self, layer: int, layers: int) -> MlaOptions | str:
         """The options of one layer; the reason where a list has another length."""
