@@ -115,12 +115,8 @@ class Adapter(nn.Module):
         m = seen + n if memory is None else memory.shape[1]
         if mask is not None and mask.dim() == 4:
             m = mask.shape[-1]
-        relative = getattr(self.mixer, "relative", None)
-        if relative is None:
-            config: Any = self.mixer.config
-            return x.new_zeros(1, config.core.heads, n, m)
-        bias: Tensor = relative(n, m, seen)
-        return bias
+        bias = self.mixer.score_bias(n, m, seen)
+        return x.new_zeros(1, self.mixer.query_heads, n, m) if bias is None else bias
 
     def _rotation(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         if self.binding.cos is None or self.binding.sin is None:

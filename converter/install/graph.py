@@ -37,7 +37,7 @@ class GraphSite(nn.Module):
         rotation = None
         if self.cos is not None and self.sin is not None:
             rotation = (_columns(cos, self.cos), _columns(sin, self.sin))
-        if mask is not None and getattr(self.mixer, "relative", None) is not None:
+        if mask is not None and self.mixer.adds_bias:
             mask = shown(mask)  # the mixer adds the bias itself
         y: Tensor = self.mixer(x, Context(mask=mask, rotation=rotation), None, memory)
         return y

@@ -1,19 +1,31 @@
 """The contract of a mixer: one attention block in our own terms.
 
-Layout letters: B batch, N new tokens, M cached tokens, D hidden, P rotary pairs.
+A call runs in phases, so that a layer can hold several *head groups* of different kinds
+(`reattend.mixers.mixed`) around one cache and one output projection: `project` new tokens, `store`
+what is cached of them, `attend` to all rows, `join` the heads, then `o_proj`. A block of one kind
+is one group.
+
+Layout letters: B batch, N new tokens, M cached tokens, H query heads, D hidden, e value width, P
+rotary pairs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from reattend.errors import ModelError
+from reattend.errors import ArgumentError, ModelError
 from reattend.mixers.config import Frozen
+
+#: What a mixer caches of each token: two tensors [B, heads, N, width], widths may be 0.
+Rows = tuple[Tensor, Tensor]
+#: (heads, width) of each of the two.
+RowShapes = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -58,26 +70,127 @@ class MemoryState(State, Protocol):
         ...
 
 
+@runtime_checkable
+class GroupedState(State, Protocol):
+    """A state that keeps what each head group of a layer caches apart."""
+
+    def group(self, index: int) -> State:
+        """The state of one group, by its place in `Mixer.head_groups`."""
+        ...
+
+
 class Mixer(nn.Module, ABC):
-    """An attention block. `kind` names it in checkpoints, `config` describes it fully."""
+    """An attention block. `kind` names it in checkpoints, `config` describes it fully.
+
+    Subclasses set `o_proj` (an `nn.Identity` where the block has no projection) and write
+    `project` and `attend`. What passes between the phases is the subclass' own.
+    """
 
     kind: ClassVar[str]
     config: Frozen
+    o_proj: nn.Module
 
-    @abstractmethod
     def forward(
         self, x_BND: Tensor, ctx: Context, state: State | None = None, memory_BMD: Any = None
     ) -> Tensor:
-        """[B, N, D] -> [B, N, out_features], or joined heads where the block has no projection."""
+        """[B, N, D] -> [B, N, out_features], or joined heads where the block has no projection.
+
+        Raises:
+            ArgumentError: a cross-attention block has neither encoder states nor a filled cache.
+        """
+        stored = state.stored() if self.cross and isinstance(state, MemoryState) else None
+        if self.cross and stored is None and memory_BMD is None:
+            raise ArgumentError(
+                "a cross-attention block was called without encoder states",
+                next_step="pass the encoder's output, or a cache that was filled with it",
+            )
+        if stored is not None:
+            query, _ = self.project(x_BND, None, ctx, state)
+            rows = self.unpack(stored)
+        else:
+            source = x_BND if memory_BMD is None else memory_BMD
+            query, new = self.project(x_BND, source, ctx, state)
+            rows = new if state is None else self.store(new, state)
+        span = state.span() if state is not None else None
+        heads = self.attend(query, rows, ctx, span)
+        y: Tensor = self.o_proj(self.join(heads, x_BND))
+        return y
+
+    @abstractmethod
+    def project(
+        self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
+    ) -> tuple[Any, Any]:
+        """What `attend` reads of the new tokens, and their `Rows`.
+
+        Args:
+            x_BND: where queries come from.
+            source_BMD: where keys and values come from; None: they are stored, the second is None.
+            ctx: of this call.
+            state: before anything is stored; only `seen` may be asked.
+        """
+
+    def store(self, new: Any, state: State) -> Any:
+        """Append the new rows and return all rows to attend to."""
+        return state.update(*new)
+
+    def unpack(self, stored: Rows) -> Any:
+        """All rows, from the two tensors a cache holds for this layer."""
+        return stored
+
+    @abstractmethod
+    def attend(
+        self, query: Any, rows: Any, ctx: Context, span: tuple[Tensor, Tensor] | None
+    ) -> Any:
+        """Every head's output [B, H, N, e]; `span` is `State.span`."""
+
+    def join(self, heads: Any, x_BND: Tensor) -> Tensor:
+        """[B, H, N, e] -> [B, N, H e]: what `o_proj` reads."""
+        joined: Tensor = heads.transpose(1, 2).flatten(2)
+        return joined
 
     def described(self) -> dict[str, Any]:
         """What a checkpoint stores; `build_mixer` reads it back."""
         return {"kind": self.kind, "config": self.config.model_dump(mode="json")}
 
     @property
+    def head_groups(self) -> Sequence[Mixer]:
+        """The groups of heads, each a mixer; a block of one kind is its own only group."""
+        return (self,)
+
+    @property
+    def query_heads(self) -> int:
+        """H, over all groups."""
+        config: Any = self.config
+        return int(config.core.heads)
+
+    @property
+    def cross(self) -> bool:
+        """Whether keys and values come from another stream."""
+        return bool(getattr(self.config, "cross", False))
+
+    @property
     @abstractmethod
+    def row_shapes(self) -> RowShapes:
+        """Heads and width of the two tensors this mixer caches per token."""
+
+    @property
     def cache_per_token(self) -> int:
         """Numbers this mixer caches per token."""
+        return sum(heads * width for heads, width in self.row_shapes)
+
+    def score_bias(self, n: int, m: int, offset: int) -> Tensor | None:
+        """What the block adds to its scores by itself [1, H, N, M]; None: nothing.
+
+        Args:
+            n, m: queries and keys.
+            offset: tokens before the first query.
+        """
+        return None
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether `score_bias` is not None."""
+        return False
 
 
 def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reattend.errors import ArgumentError, UnsupportedCacheError
-from reattend.mixers.base import Context, MemoryState, Mixer, State
+from reattend.errors import UnsupportedCacheError
+from reattend.mixers.base import Context, Mixer, Rows, RowShapes, State
 from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.relative import RelativeBias
@@ -50,60 +50,59 @@ class DenseAttention(Mixer):
             self.o_proj = nn.Linear(width, config.out_features, config.out_bias)
 
     @property
-    def cache_per_token(self) -> int:
-        """2 G d."""
-        return self.config.cache_per_token
+    def row_shapes(self) -> RowShapes:
+        """Keys and values of all G kv heads."""
+        core = self.config.core
+        return (core.kv_heads, core.qk_head_dim), (core.kv_heads, core.v_head_dim)
 
-    def forward(
-        self, x_BND: Tensor, ctx: Context, state: State | None = None, memory_BMD: Any = None
-    ) -> Tensor:
-        """See `Mixer.forward`."""
+    def project(
+        self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
+    ) -> tuple[Any, Rows | None]:
+        """Queries with the tokens seen before them; keys and values."""
         c = self.config
         turn = rotation(c.rotary, ctx, state, x_BND)
         pairs = c.rotary.pairs if c.rotary else 0
         offset = state.seen() if state is not None and self.relative is not None else 0
         q = stream(self.q_proj(x_BND), c.core.heads, c.q, self.q_norm, turn, pairs)
-        k, v = self._keys_values(x_BND, turn, pairs, state, memory_BMD)
-        span = state.span() if state is not None else None
-        if self.relative is not None and span is not None:
+        if source_BMD is None:
+            return (q, offset), None
+        k = stream(self.k_proj(source_BMD), c.core.kv_heads, c.k, self.k_norm, turn, pairs)
+        v = stream(self.v_proj(source_BMD), c.core.kv_heads, c.v, self.v_norm, None, 0)
+        return (q, offset), (k, v)
+
+    def attend(
+        self, query: Any, rows: Rows, ctx: Context, span: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """See `Mixer.attend`.
+
+        Raises:
+            UnsupportedCacheError: a relative bias with a fixed-capacity state.
+        """
+        c = self.config
+        (q, offset), (k, v) = query, rows
+        if span is None:
+            return attend(
+                q, k, v, c.core, ctx.mask, self.score_bias(q.shape[2], k.shape[2], offset)
+            )
+        if self.relative is not None:
             raise UnsupportedCacheError(
                 "a block with a relative position bias was given a fixed-capacity state",
                 next_step="run the model with a transformers cache, or without one",
             )
-        if span is None:
-            bias = None
-            if self.relative is not None:
-                bias = self.relative(q.shape[2], k.shape[2], offset)
-            y_BHNe = attend(q, k, v, c.core, ctx.mask, bias)
-        else:
-            y_BHNe, _ = torch.ops.reattend.attention(
-                q, k, v, *span, scale=c.core.scale, causal=c.core.causal,
-                sliding_window=c.core.window, softcap=c.core.softcap,
-            )  # fmt: skip
-        return self.o_proj(y_BHNe.transpose(1, 2).flatten(2))
+        y_BHNe, _ = torch.ops.reattend.attention(
+            q, k, v, *span, scale=c.core.scale, causal=c.core.causal,
+            sliding_window=c.core.window, softcap=c.core.softcap,
+        )  # fmt: skip
+        return y_BHNe
 
-    def _keys_values(
-        self,
-        x_BND: Tensor,
-        turn: tuple[Tensor, Tensor] | None,
-        pairs: int,
-        state: State | None,
-        memory_BMD: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """All keys and values to attend to; those of encoder states are projected once."""
-        c = self.config
-        stored = state.stored() if c.cross and isinstance(state, MemoryState) else None
-        if stored is not None:
-            return stored
-        if c.cross and memory_BMD is None:
-            raise ArgumentError(
-                "a cross-attention block was called without encoder states",
-                next_step="pass the encoder's output, or a cache that was filled with it",
-            )
-        source = x_BND if memory_BMD is None else memory_BMD
-        k = stream(self.k_proj(source), c.core.kv_heads, c.k, self.k_norm, turn, pairs)
-        v = stream(self.v_proj(source), c.core.kv_heads, c.v, self.v_norm, None, 0)
-        return (k, v) if state is None else state.update(k, v)
+    def score_bias(self, n: int, m: int, offset: int) -> Tensor | None:
+        """The learned bias by distance, where the block has one."""
+        return None if self.relative is None else self.relative(n, m, offset)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether there is one."""
+        return self.relative is not None
 
 
 def stream_norm(config: StreamConfig, heads: int, width: int) -> StreamNorm | None:

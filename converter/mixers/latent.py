@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reattend.mixers.base import Context, Mixer, State
+from reattend.mixers.base import Context, Mixer, Rows, RowShapes, State
 from reattend.mixers.config import BlockConfig, CoreConfig
 from reattend.mixers.dense import stream_norm
 from reattend.mixers.norm import StreamNorm
@@ -98,33 +98,37 @@ class LatentAttention(Mixer):
         self._up: tuple[Any, Tensor] | None = None
 
     @property
-    def cache_per_token(self) -> int:
-        """r + R."""
-        return self.config.kv_lora_rank + self.config.qk_rope_head_dim
+    def row_shapes(self) -> RowShapes:
+        """The latent (r) and the rotated key (R), one head each."""
+        return (1, self.config.kv_lora_rank), (1, self.config.qk_rope_head_dim)
 
-    def forward(
-        self, x_BND: Tensor, ctx: Context, state: State | None = None, memory_BMD: Any = None
-    ) -> Tensor:
-        """See `Mixer.forward`."""
+    def project(
+        self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
+    ) -> tuple[Any, Rows | None]:
+        """Queries (unrotated, rotated); latent and rotated key."""
         turn = self._turn(ctx, state, x_BND)
-        q_nope_BHNd, q_rope_BHNR = self._queries(x_BND, turn)
-        latent, rope = self._rows(x_BND if memory_BMD is None else memory_BMD, turn)
-        latent, rope = latent[:, None], rope[:, None]
-        if state is not None:
-            latent, rope = state.update(latent, rope)
-        span = state.span() if state is not None else None
+        query = self._queries(x_BND, turn)
+        if source_BMD is None:
+            return query, None
+        latent, rope = self._rows(source_BMD, turn)
+        return query, (latent[:, None], rope[:, None])
+
+    def attend(
+        self, query: Any, rows: Rows, ctx: Context, span: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """See `Mixer.attend`."""
+        q_nope_BHNd, q_rope_BHNR = query
+        latent, rope = rows
         if span is not None:
             u, _ = torch.ops.reattend.latent_attention(
                 self._absorb(q_nope_BHNd), q_rope_BHNR, latent.squeeze(1), rope.squeeze(1), *span,
                 scale=self.config.core.scale, causal=self.config.core.causal,
                 sliding_window=self.config.core.window, softcap=self.config.core.softcap,
             )  # fmt: skip
-            y_BHNe = self._values(u)
-        elif self._absorbs(x_BND.shape[1], latent.shape[2]):
-            y_BHNe = self._absorbed(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
-        else:
-            y_BHNe = self._expanded(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
-        return self.o_proj(y_BHNe.transpose(1, 2).flatten(2))
+            return self._values(u)
+        if self._absorbs(q_nope_BHNd.shape[2], latent.shape[2]):
+            return self._absorbed(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
+        return self._expanded(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
 
     def _turn(
         self, ctx: Context, state: State | None, x_BND: Tensor
