@@ -23,7 +23,7 @@ from reattend.mixers.relative import relative_bias
 from reattend.passes.evaluate import Evaluator, ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.spec import AttentionSpec, Rotary, Stream
+from reattend.spec import RelativeBias, Rotary, Stream
 from reattend.weights import head_order
 
 #: (owner path, binding or None, why there is none)
@@ -79,9 +79,7 @@ def locate(captured: Capture, found: list[Found]) -> dict[int, tuple[str, Bindin
             path = candidate
             if stop:
                 item.region.exit.node, item.region.exit.out = item.region.exit.joined, None
-                item.spec = AttentionSpec(
-                    item.spec.q, item.spec.k, item.spec.v, item.spec.core, None
-                )
+                item.spec = replace(item.spec, out=None)
             break
         located[id(item)] = (path, binding, reasons[min(1, len(reasons) - 1)])
     return located
@@ -142,7 +140,7 @@ def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor
     core, region = item.spec.core, item.region
     n = values[region.hidden].shape[1]
     m = n if region.memory is None else values[region.memory].shape[1]
-    if core.bias is None:
+    if not isinstance(core.bias, RelativeBias):
         return values[region.hidden].new_zeros(1, core.heads, n, m)
     table = attribute(captured.gm, core.bias.weight).detach()
     return relative_bias(table, core.bias.buckets, n, m)

@@ -19,6 +19,7 @@ def attend(
     core: CoreConfig,
     mask: Tensor | None,
     bias_1HNM: Tensor | None = None,
+    sinks_H11: Tensor | None = None,
 ) -> Tensor:
     """Attention output [B, H, N, e]; differentiable.
 
@@ -27,26 +28,37 @@ def attend(
         core: scale, softcap and pattern.
         mask: as in `Context.mask`.
         bias_1HNM: added to the scores after softcap.
+        sinks_H11: logits that take part in the softmax beside the keys', [.., H, N or 1, 1].
     """
     n, m = q_BHNd.shape[2], k_BGMd.shape[2]
     bias = visibility(mask, core, n, m, q_BHNd)
     if bias_1HNM is not None:
         bias = biased(bias, bias_1HNM.to(q_BHNd.dtype))
     grouped = k_BGMd.shape[1] != q_BHNd.shape[1]
-    if not core.softcap:
+    if not core.softcap and sinks_H11 is None:
         return F.scaled_dot_product_attention(
             q_BHNd, k_BGMd, v_BGMe, attn_mask=bias, scale=core.scale, enable_gqa=grouped
         )
     repeat = q_BHNd.shape[1] // k_BGMd.shape[1]
     k, v = k_BGMd.repeat_interleave(repeat, 1), v_BGMe.repeat_interleave(repeat, 1)
     scores = torch.matmul(q_BHNd, k.transpose(-1, -2)) * core.scale
-    scores = core.softcap * torch.tanh(scores / core.softcap)
+    if core.softcap:
+        scores = core.softcap * torch.tanh(scores / core.softcap)
     if bias is not None:
         hidden = ~bias if bias.dtype == torch.bool else None
         scores = scores.masked_fill(hidden, float("-inf")) if hidden is not None else scores + bias
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    probs = torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
+    if sinks_H11 is not None:
+        column = sinks_H11.to(wide.dtype).expand(*wide.shape[:-1], 1)
+        probs = torch.softmax(torch.cat([wide, column], -1), -1)[..., :-1]
+    else:
+        probs = torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
     return torch.matmul(probs.to(v.dtype), v)
+
+
+def per_head(sinks_H: Tensor | None) -> Tensor | None:
+    """Sinks as `attend` takes them."""
+    return None if sinks_H is None else sinks_H[:, None, None]
 
 
 def biased(mask: Tensor | None, bias_1HNM: Tensor) -> Tensor:

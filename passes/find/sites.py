@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,8 +101,6 @@ def _read(
     mask_of: Callable[[fx.Node | None, bool], FoundMask],
 ) -> Found:
     q_node, k_node, v_node, mask, scale, softcap, is_causal, sinks = core.args
-    if sinks is not None:
-        raise NotUnderstood("logit sinks")
     streams = {
         name: read_stream(gm, node, given)  # type: ignore[arg-type]
         for name, node in (("q", q_node), ("k", k_node), ("v", v_node))
@@ -122,11 +120,14 @@ def _read(
         q=Stream("hidden", q.steps),
         k=Stream("hidden" if memory is None else "encoder", k.steps),
         v=Stream("hidden" if memory is None else "encoder", v.steps),
-        core=_core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
+        core=replace(
+            _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
+            sinks=None if sinks is None else str(sinks.target),  # type: ignore[union-attr]
+        ),
         out=None,
     )
-    exit_ = read_exit(gm, core, given)
-    spec = AttentionSpec(spec.q, spec.k, spec.v, spec.core, exit_.out)
+    exit_ = read_exit(gm, core, hidden, given)
+    spec = replace(spec, out=exit_.out, join=exit_.join)
     externals = {e for s in streams.values() for e in s.externals}
     region = Region(
         core, hidden, memory, mask, exit_, streams, rotation,  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch
 
 from reattend.mixers.config import StreamConfig
 from reattend.mixers.dense import DenseAttention, DenseConfig
-from reattend.mixers.latent import LatentAttention, LatentConfig
+from reattend.mixers.latent import LatentAttention, LatentConfig, has_own_query
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Conversion, Cost, Exactness
 from reattend.passes.rewrite.mla_latent import joint_pca
@@ -35,8 +35,9 @@ class ToMla(Conversion):
         """Reads no weight; the arithmetic is in the message."""
         if config.cross:
             return Refusal("cross-attention: its keys are cached once per prompt, MLA saves little")
-        if config.relative is not None:
-            return Refusal("a relative position bias is not supported by to: mla yet")
+        for name, stream in (("keys", config.k), ("values", config.v)):
+            if stream.opaque is not None:
+                return Refusal(f"{name} are made by the model's own steps, not by a projection")
         if config.v.norm is not None:
             return Refusal("values are normalised per head, which no shared latent can carry")
         for name, stream in (("queries", config.q), ("keys", config.k)):
@@ -48,8 +49,8 @@ class ToMla(Conversion):
             return Refusal(
                 "a key bias under a softcap cannot be dropped (softmax does not cancel it)"
             )
-        if options.q_lora_rank and (config.q.norm or config.q.bias):
-            return Refusal("q_lora_rank with a query norm or bias is not supported yet")
+        if options.q_lora_rank and (config.q.norm or config.q.bias or config.q.opaque):
+            return Refusal("q_lora_rank needs queries that are one projection without bias")
         if options.q_lora_rank and options.q_lora_rank > min(
             config.hidden_size, config.core.heads * config.core.qk_head_dim
         ):
@@ -133,12 +134,13 @@ class ToMla(Conversion):
 
 def _config(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> LatentConfig:
     """The mixer's description; key and value scales are folded into weights."""
-    has_out = config.out_features is not None
-    normed = config.q.norm is not None or config.k.norm is not None
+    plain = config.gate is None and config.join is None and not config.core.sinks
+    folds = config.out_features is not None and plain  # a value bias reaches the output whole
+    normed = has_own_query(config)
     data = config.model_dump(exclude={"kind"})
     data["k"] = StreamConfig(bias=config.k.bias and normed, norm=config.k.norm).model_dump()
     data["v"] = StreamConfig().model_dump()
-    data["out_bias"] = config.out_bias or (has_out and config.v.bias)
+    data["out_bias"] = config.out_bias or (folds and config.v.bias)
     slots, pairs = sizes.qk_rope_head_dim // 2, config.rotary.pairs if config.rotary else 0
     return LatentConfig(
         **data,
@@ -147,6 +149,7 @@ def _config(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> LatentCon
         rope_columns=slot_columns(pairs, slots, sizes.fold),
         q_lora_rank=options.q_lora_rank,
         latent_norm=options.latent_norm,
-        value_bias=config.v.bias and not has_out,
+        value_bias=config.v.bias and not folds,
         rope_key_bias=config.k.bias and not normed and sizes.qk_rope_head_dim > 0,
+        key_bias=config.k.bias and not normed and config.core.sinks,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.dense import DenseAttention
-from reattend.mixers.latent import LatentConfig
+from reattend.mixers.latent import LatentConfig, has_own_query
 from reattend.passes.rewrite.mla_latent import LatentChoice
 from reattend.passes.rewrite.mla_rotary import RotaryChoice
 from reattend.statistics import SiteStatistics
@@ -41,7 +41,7 @@ def latent_weights(
     rope_rows = torch.zeros(choice.key_rope.shape[0], latent.down.shape[1], dtype=torch.float64)
     rope_rows[:, :key_width] = choice.key_rope
     rows = torch.cat([latent.down, rope_rows])
-    normed = dense.config.q.norm is not None or dense.config.k.norm is not None
+    normed = has_own_query(dense.config)
     state: dict[str, Tensor] = {}
     if normed:
         state["kv_a_proj_with_mqa.weight"] = rows
@@ -68,10 +68,14 @@ def latent_weights(
         gain = _mean_rms(latent.down, statistics)
         state["kv_a_layernorm.weight"] = torch.full((config.kv_lora_rank,), gain)
     state["kv_b_proj.weight"] = up
-    state |= {k: v for k, v in old.items() if k.startswith("o_proj.")}
+    outside = ("o_proj", "sinks", "relative", "g_proj", "joint")
+    state |= {k: v for k, v in old.items() if k.split(".")[0] in outside}
+    if config.key_bias:
+        b = choice.nope_up @ choice.key_nope @ old["k_proj.bias"]
+        state["k_bias"] = (b * scale_k).reshape(groups, d)
     if "v_proj.bias" in old:
         bias = (old["v_proj.bias"] * scale_v).reshape(groups, e)
-        if config.out_features is None:
+        if config.value_bias:
             state["v_bias"] = bias
         else:
             spread = bias.repeat_interleave(core.heads // groups, 0).flatten()
