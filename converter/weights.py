@@ -144,8 +144,9 @@ def build_dense(
     spec: AttentionSpec, lookup: Lookup, hidden: int, memory: int, *, copy: bool = False
 ) -> DenseAttention:
     """The normal form of a site, holding (or sharing) the model's weights."""
+    config = dense_config(spec, hidden, memory)
     with torch.device("meta"):
-        mixer = DenseAttention(dense_config(spec, hidden, memory))
+        mixer = DenseAttention(config)
     state = {k: (v.clone() if copy else v) for k, v in dense_state(spec, lookup).items()}
     mixer.load_state_dict(state, strict=True, assign=True)
     for parameter in mixer.parameters():

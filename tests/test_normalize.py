@@ -81,6 +81,32 @@ class TestLinear:
         assert not calls(gm, aten.linear)
 
 
+class TestInPlace:
+    def test_later_readers_see_the_change(self) -> None:
+        def clipped(m: Holder, x: Tensor) -> Tensor:
+            y = x @ m.weight.t()
+            y.clamp_(-0.5, 0.5)  # the result is not named
+            return y + 1.0
+
+        gm, _ = graph(clipped, X)
+        (clamp,) = calls(gm, aten.clamp)
+        linear = calls(gm, aten.linear)[0]
+        add = calls(gm, aten.add)[0]
+        given = {linear: torch.full((2, 5, 12), 3.0)}
+        assert clamp.args[0] is linear
+        assert bool((Evaluator(gm).run([add], given)[0] == 1.5).all())
+        assert bool((given[linear] == 3.0).all())
+
+    def test_a_part_written_in_place_stays(self) -> None:
+        def part(_m: Holder, x: Tensor) -> Tensor:
+            y = x * 2.0
+            y[..., :4].mul_(3.0)
+            return y + 1.0
+
+        gm, _ = graph(part, X)
+        assert len(calls(gm, aten.mul_)) == 1
+
+
 class TestRmsNorm:
     @pytest.mark.parametrize(
         "spelling",

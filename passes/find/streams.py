@@ -211,6 +211,10 @@ def _row_map(push: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, tuple
         raise NotUnderstood("a head dimension that reads no single projection row")
     row_Hd = (index / scale - 1).round()
     exact = (index - (row_Hd + 1) * scale).abs() <= 1e-6 * index.abs().clamp_min(1)
+    generator = torch.Generator().manual_seed(2)
+    y_BNp = 30 * torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    picked = torch.stack([y[row_Hd[0].long().clamp(0, like.shape[-1] - 1)] for y in y_BNp[:, 0]])
+    exact &= (push(y_BNp)[:, :, 0] - picked * scale).abs() <= 1e-9 * y_BNp.abs().max()
     if not bool(exact.all()) or not bool((row_Hd == row_Hd[:1]).all()):
         raise NotUnderstood("between projection and core stands something that is not a row map")
     flat = tuple(int(r) for r in row_Hd[0].reshape(-1).tolist())
