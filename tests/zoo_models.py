@@ -78,7 +78,8 @@ ZOO: dict[str, Callable[[], Any]] = {
 
 #: further spellings, each in the one its class prefers: scaled queries, fused groups, interleaved
 #: and partial rotary, norms over the full width, a router beside attention, scaled tables, chunks,
-#: logit sinks, ALiBi in two spellings, heads folded into the batch
+#: logit sinks, ALiBi in two spellings, heads folded into the batch, a norm and a gate after the
+#: core, clipped streams, a gain per head
 MORE: dict[str, Callable[[], Any]] = {
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(
@@ -134,6 +135,14 @@ MORE: dict[str, Callable[[], Any]] = {
             vocab_size=VOCABULARY, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4,
             eos_token_id=None, pad_token_id=0,
         )
+    ),
+    "bitnet": lambda: tf.BitNetForCausalLM(tf.BitNetConfig(**_without("head_dim"))),
+    "olmo_clip": lambda: tf.OlmoForCausalLM(tf.OlmoConfig(**_without("head_dim"), clip_qkv=1.0)),
+    "cohere_norm": lambda: tf.CohereForCausalLM(
+        tf.CohereConfig(**_without("head_dim"), use_qk_norm=True)
+    ),
+    "qwen3_next": lambda: tf.Qwen3NextForCausalLM(
+        tf.Qwen3NextConfig(**DECODER, layer_types=["full_attention"] * 2, num_experts=0)
     ),
 }  # fmt: skip
 
