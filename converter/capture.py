@@ -6,16 +6,19 @@ a submodule and values in the graph can be matched by value, never by name.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from reattend.errors import CaptureError
-from reattend.inputs import is_hf, made_up, resized
+from reattend.inputs import is_hf, made_up, resized, without_cache
+from reattend.passes.base import CAPTURED
+from reattend.passes.evaluate import Evaluator
 
 
 @dataclass
@@ -29,19 +32,41 @@ class Call:
 
 @dataclass
 class Capture:
-    """A model's graph and the inputs it was captured with."""
+    """A model's graph and the inputs it was captured with.
+
+    `gm` is rewritten to normal forms; `exact` stays as captured, and computes bit for bit what
+    the model does where the kernels are deterministic.
+    """
 
     model: nn.Module
     gm: fx.GraphModule
     inputs: dict[str, Any]
     sizes: dict[str, int]
-    calls: dict[str, Call] = field(default_factory=dict)
+    exact: fx.GraphModule | None = None
 
     def placeholders(self, inputs: dict[str, Any] | None = None) -> dict[fx.Node, Any]:
         """The graph's input nodes with the values they take under `inputs`."""
         nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         flat = torch.utils._pytree.tree_leaves(list((inputs or self.inputs).values()))
         return dict(zip(nodes, flat, strict=True))
+
+    def values(self, nodes: list[fx.Node], inputs: dict[str, Any]) -> dict[fx.Node, Any]:
+        """Values of nodes of `gm` as the model itself computes them.
+
+        Normal forms round differently (a norm, a softmax), and in 16 bits that grows over
+        layers until two runs cannot be matched. So whatever the graph as captured has too is
+        computed there, and only nodes that the normal forms added are computed in `gm`.
+        """
+        known: dict[fx.Node, Any] = dict(self.placeholders(inputs))
+        if self.exact is not None:
+            twins = {n.name: n for n in self.exact.graph.nodes}
+            same = {n: twins[n.meta[CAPTURED]] for n in nodes if n.meta.get(CAPTURED) in twins}
+            given = {twins[n.name]: v for n, v in known.items()}
+            run = Evaluator(self.exact).run(list(same.values()), given)
+            known.update(zip(same, run, strict=True))
+        rest = [n for n in nodes if n not in known]
+        known.update(zip(rest, Evaluator(self.gm).run(rest, known), strict=True))
+        return {n: known[n] for n in nodes}
 
     def probe(
         self, length: int | None = None, padded: bool = False, side: slice = slice(0, 3)
@@ -98,6 +123,8 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
                 next_step="pass inputs={'name': tensor, ...} with batch and length >= 2, distinct",
             )
         inputs = made_up(model)
+    elif is_hf(model):
+        inputs = without_cache(model, inputs)
     auto = torch.export.Dim.AUTO
     shapes = {
         name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
@@ -118,7 +145,10 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
             ) from problem
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
-    return Capture(model, gm, inputs, _sizes(inputs))
+    for node in gm.graph.nodes:
+        node.meta[CAPTURED] = node.name
+    exact = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    return Capture(model, gm, inputs, _sizes(inputs), exact)
 
 
 def _sizes(inputs: dict[str, Any]) -> dict[str, int]:
@@ -134,6 +164,9 @@ def watch(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str
 
     Returns:
         path -> the first call (a module called twice keeps its first).
+
+    Raises:
+        CaptureError: the model does not take these inputs (tokens outside its vocabulary).
     """
     calls: dict[str, Call] = {}
     handles = []
@@ -147,6 +180,13 @@ def watch(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str
     try:
         with evaluation(model), torch.no_grad():
             model(**inputs)
+    except (IndexError, TypeError, ValueError) as problem:
+        raise CaptureError(
+            "the model does not run on the example inputs",
+            where=type(model).__name__,
+            why=f"{type(problem).__name__}: {problem}",
+            next_step="check that model(**inputs) runs",
+        ) from problem
     finally:
         for handle in handles:
             handle.remove()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reattend.cli_guard import console, dumped, emit, guarded, quiet
-from reattend.cli_look import Model, Trust
+from reattend.cli_look import Inputs, Model, Trust, Weights, example_inputs, opened_model
 from reattend.errors import ArgumentError, InterruptedRun
+from reattend.processes import is_main
 
 if TYPE_CHECKING:
     from reattend.events import OnEvent
@@ -51,6 +52,8 @@ def convert(
         str | None, typer.Option(help="cpu, cuda, ...", rich_help_panel=LOADING)
     ] = None,
     trust_remote_code: Trust = False,
+    weights: Weights = None,
+    inputs: Inputs = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)
     ] = False,
@@ -76,21 +79,36 @@ def convert(
         quiet()
         from reattend.pipeline import Job
 
-        job = Job(chosen, data=data, seed=seed, out=out, overwrite=overwrite, on_event=listen)
+        opened = opened_model(model, weights)
+        example: Any = inputs
+        batches: Any = data
+        if opened is not model:
+            example = example_inputs(inputs, opened)
+            if data is not None and data.suffix == ".safetensors":
+                batches = [example_inputs(data, opened)]
+        job = Job(
+            chosen, inputs=example, data=batches, seed=seed, out=out, overwrite=overwrite,
+            on_event=listen,
+        )  # fmt: skip
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         try:
             if dry_run:
-                _dry_run(job, model, opening, json)
+                _dry_run(job, opened, opening, json)
                 return
-            result = job.run(model, **opening)
+            result = job.run(opened, **opening)
         except KeyboardInterrupt:
             raise _interrupted(out) from None
+    if not is_main():
+        return
     if json:
         emit(result.report.to_json())
         return
     screen = console()
     screen.print(result.report.summary())
     screen.print()
+    reused = [] if result.run is None else [s.name for s in result.run.stages if s.reused]
+    if reused:
+        screen.print(f"reused from an earlier run: {', '.join(reused)}", markup=False)
     screen.print(f"{result.out}", markup=False, soft_wrap=True)
     screen.print(f"report: {Path(str(result.out)) / 'report.html'}", markup=False, soft_wrap=True)
 
@@ -99,6 +117,9 @@ def convert(
 def _listening(log: Path | None) -> Iterator[OnEvent]:
     from reattend.events import JsonLog, Progress, both
 
+    if not is_main():
+        yield lambda event: None
+        return
     with contextlib.ExitStack() as stack:
         lines = None if log is None else stack.enter_context(JsonLog(log))
         yield both(lines, stack.enter_context(Progress()))
@@ -116,7 +137,7 @@ def _interrupted(out: Path | None) -> InterruptedRun:
     )
 
 
-def _dry_run(job: Job, model: str, opening: dict[str, Any], json: bool) -> None:
+def _dry_run(job: Job, model: Any, opening: dict[str, Any], json: bool) -> None:
     """Print the forecast, then refuse what the run would refuse."""
     from reattend.preflight import enforce
 
@@ -143,8 +164,7 @@ def show_prediction(prediction: Prediction) -> None:
 
     sites = table(("Block", "Would become", "Cache B/token", "after", "Parameters", "after"))
     for s in prediction.sites:
-        options = ", ".join(f"{k}: {v}" for k, v in s.options.items())
-        what = f"{s.conversion} ({options})" if options else s.conversion
+        what = _named(s.conversion, s.options)
         what = what if s.action == "converted" else f"{s.action}: {s.reason}"
         sites.add_row(
             Text(s.path), Text(what), f"{s.cache_bytes_before:,}", f"{s.cache_bytes_after:,}",
@@ -168,6 +188,15 @@ def show_prediction(prediction: Prediction) -> None:
     screen.print()
     screen.print(stages)
     screen.print(Text("memory beside about 0.5 GB for Python, torch and transformers", style="dim"))
+
+
+def _named(conversion: str, options: Mapping[str, Any]) -> str:
+    """`mla (kv_keep: 0.5)`, or `heads [0]: mla (kv_keep: 0.5), heads [1]: dense`."""
+    if "groups" in options and conversion == "mixed":
+        parts = [dict(part) for part in options["groups"]]
+        return ", ".join(f"heads {p.pop('heads')}: {_named(p.pop('to'), p)}" for p in parts)
+    text = ", ".join(f"{key}: {value}" for key, value in options.items())
+    return f"{conversion} ({text})" if text else conversion
 
 
 def _duration(seconds: float) -> str:

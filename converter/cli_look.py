@@ -9,12 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reattend.cli_guard import console, dumped, emit, guarded, quiet
-from reattend.errors import NothingFoundError
+from reattend.errors import ArgumentError, NothingFoundError
 
 if TYPE_CHECKING:
     from reattend.finder import FoundAttention
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or id on this machine.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Model folder, id on this machine, or code to call: pkg.module:factory, file.py:make.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="Safetensors for the module a factory made."),
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option("--inputs", metavar="FILE", help="Safetensors: example arguments of forward."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that lies in the folder.")
@@ -29,7 +43,13 @@ plans = typer.Typer(
 
 
 @guarded
-def find(model: Model, json: Json = False, trust_remote_code: Trust = False) -> None:
+def find(
+    model: Model,
+    json: Json = False,
+    trust_remote_code: Trust = False,
+    weights: Weights = None,
+    inputs: Inputs = None,
+) -> None:
     """List the attention blocks of a model, what they compute, and which cannot be converted.
 
     A block is verified when, rebuilt from its description, it gives the original's output to
@@ -39,8 +59,8 @@ def find(model: Model, json: Json = False, trust_remote_code: Trust = False) -> 
     from reattend.finder import find_attention
     from reattend.source import open_source
 
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    found = find_attention(source.model)
+    source = open_source(opened_model(model, weights), trust_remote_code=trust_remote_code)
+    found = find_attention(source.model, example_inputs(inputs, source.model))
     if json:
         emit(dumped(_found(found)))
     else:
@@ -52,6 +72,38 @@ def find(model: Model, json: Json = False, trust_remote_code: Trust = False) -> 
             why="; ".join(f"{r.path}: {r.reason}" for r in found.refused[:5])
             or "the graph has no softmax attention",
         )
+
+
+def opened_model(model: str, weights: Path | None) -> Any:
+    """The module a factory makes, or what was given: a folder or id, opened later."""
+    from reattend.factory import build, names_factory
+
+    if names_factory(model):
+        return build(model, weights)
+    if weights is not None:
+        raise ArgumentError(
+            "--weights is for a module that a factory makes",
+            where=model,
+            next_step="a model folder holds its own weights; leave --weights out",
+        )
+    return model
+
+
+def example_inputs(file: Path | None, model: Any) -> dict[str, Any] | None:
+    """What `--inputs` holds; asked for where nothing can be made up."""
+    from reattend.factory import read_inputs
+    from reattend.inputs import is_hf
+
+    if file is not None:
+        return read_inputs(file, model)
+    if not is_hf(model):
+        raise ArgumentError(
+            "example inputs are needed for a module that is not from transformers",
+            where=type(model).__name__,
+            next_step="add --inputs FILE.safetensors: tensors named like the parameters of "
+            "forward, batch and length >= 2 and distinct",
+        )
+    return None
 
 
 def _found(found: FoundAttention) -> dict[str, Any]:
@@ -87,14 +139,19 @@ def _show(found: FoundAttention) -> None:
             spec = Text(spec_summary(s).text() + (", cross" if s.spec.kind == "cross" else ""))
             table.add_row(Text(s.path), spec, Text(f"✓ {s.error:.0e}" if s.verified else "no"))
         out.print(table)
-    if found.refused:
-        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        for head in ("Not understood", "Reason"):
-            table.add_column(head, overflow="fold")
-        for r in found.refused:
-            table.add_row(Text(r.path or "(model)"), Text(r.reason))
-        out.print(table)
-    out.print(Text(f"{len(found.sites)} found, {len(found.refused)} not understood", style="bold"))
+    latent = [r for r in found.refused if r.latent is not None]
+    missed = [r for r in found.refused if r.latent is None]
+    for title, rows in (("Already latent", latent), ("Not understood", missed)):
+        if rows:
+            table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+            for head in (title, "Reason"):
+                table.add_column(head, overflow="fold")
+            for r in rows:
+                table.add_row(Text(r.path or "(model)"), Text(r.reason))
+            out.print(table)
+    already = f"{len(latent)} already latent, " if latent else ""
+    told = f"{len(found.sites)} found, {already}{len(missed)} not understood"
+    out.print(Text(told, style="bold"))
 
 
 @plans.command("list")

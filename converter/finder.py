@@ -14,10 +14,11 @@ from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.locate import adapter_of, locate, owner_of
 from reattend.passes.base import PassResult
+from reattend.passes.find.latent import LatentForm, read_latent
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.selfcheck import self_check
-from reattend.spec import AttentionSpec
+from reattend.spec import AttentionSpec, Opaque
 
 
 @dataclass
@@ -49,10 +50,14 @@ class AttentionSite:
 
 @dataclass
 class RefusedSite:
-    """A core that was seen but not understood, or not provable."""
+    """A core that was seen but not understood, or not provable.
+
+    `latent` holds the sizes of a block that already is multi-head latent attention.
+    """
 
     path: str
     reason: str
+    latent: LatentForm | None = None
 
 
 @dataclass
@@ -91,6 +96,13 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             result.refused.append(_missed(item, ours))
             continue
         path, binding, reason = places[id(item)]
+        latent = read_latent(item.region.core) if _own_steps(item.spec) else None
+        if latent is not None:
+            result.refused.append(RefusedSite(path, latent.reason, latent))
+            continue
+        if path in ours and ours[path].mixer.kind != "dense":  # a dense group of a mixed block
+            result.refused.append(_already(path, ours[path]))
+            continue
         if binding is None and is_hf(model):
             result.refused.append(RefusedSite(path, reason))
             continue
@@ -100,8 +112,14 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             continue
         result.sites.append(_site(item, path, binding, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
+    result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
+
+
+def _own_steps(spec: AttentionSpec) -> bool:
+    """Whether keys or values are made by the model's own steps, as those of a latent block are."""
+    return any(isinstance(s.proj, Opaque) for s in (spec.k, spec.v))
 
 
 def _site(item: Found, path: str, binding: Binding | None, error: float) -> AttentionSite:
@@ -135,8 +153,21 @@ def _missed(item: Missed, ours: dict[str, Adapter]) -> RefusedSite:
     path = owner_of([item.core])
     own = adapter_of(path, ours)
     if own is not None and ours[own].mixer.kind != "dense":
-        return RefusedSite(own, f"already {ours[own].mixer.kind}")
+        return _already(own, ours[own])
+    latent = read_latent(item.core)
+    if latent is not None:
+        return RefusedSite(own or path, latent.reason, latent)
     return RefusedSite(own or path, item.reason)
+
+
+def _already(path: str, block: Adapter) -> RefusedSite:
+    """A block that an earlier conversion replaced."""
+    return RefusedSite(path, f"already {block.mixer.kind}")
+
+
+def _once(refused: list[RefusedSite], ours: dict[str, Adapter]) -> list[RefusedSite]:
+    """The cores of one converted block (head groups) are one refusal."""
+    return [r for i, r in enumerate(refused) if r.path not in ours or r not in refused[:i]]
 
 
 def _refused_cores(gm: fx.GraphModule, passes: list[PassResult]) -> list[RefusedSite]:

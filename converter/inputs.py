@@ -12,6 +12,8 @@ from reattend.errors import ArgumentError
 
 #: Example sizes: distinct primes, so that a batch is never mistaken for a length.
 BATCH, LENGTH = 2, 23
+#: height and width in pixels, where a model's config does not say
+IMAGE = 64
 
 
 def is_hf(model: nn.Module) -> bool:
@@ -36,9 +38,10 @@ def made_up(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[
     device = next(model.parameters()).device
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
-        size = vision.image_size
+        size = getattr(vision, "image_size", IMAGE)  # convolutions take any size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        pixels = torch.randn(batch, vision.num_channels, height, width, generator=generator)
+        channels = getattr(vision, "num_channels", 3)
+        pixels = torch.randn(batch, channels, height, width, generator=generator)
         return {"pixel_values": pixels.to(device, next(model.parameters()).dtype)}
     if main != "input_ids":
         raise ArgumentError(

@@ -19,8 +19,9 @@ from reattend.install.binding import (
     match_table,
     returns_bias,
 )
+from reattend.install.unmasked import unmasked
 from reattend.mixers.relative import relative_bias
-from reattend.passes.evaluate import Evaluator, ancestors, attribute
+from reattend.passes.evaluate import ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import RelativeBias, Rotary, Stream
@@ -55,8 +56,7 @@ def locate(captured: Capture, found: list[Found]) -> dict[int, tuple[str, Bindin
     calls = watch(captured.model, paths, inputs)
     cached = _watch_cache(captured.model, paths, captured.inputs)
     wanted = [n for f in found for n in _boundary(f)]
-    run = Evaluator(captured.gm).run(wanted, captured.placeholders(inputs))
-    values = dict(zip(wanted, run, strict=True))
+    values = captured.values(wanted, inputs)
     located: dict[int, tuple[str, Binding | None, str]] = {}
     ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
     for item in found:
@@ -121,8 +121,15 @@ def _bind(
     mask, adds = None, False
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
-    if region.mask is not None and mask is None and item.follows_padding:
-        raise NotUnderstood(f"{path} does not receive the mask that hides padding")
+    opaque = item.spec.core.pattern.kind == "opaque"
+    if region.mask is not None and mask is None and (item.follows_padding or opaque):
+        does = "decides what is seen" if opaque else "hides padding"
+        raise NotUnderstood(f"{path} does not receive the mask that {does}")
+    if opaque and mask is not None:
+        owner = captured.model.get_submodule(path)
+        kind = unmasked(owner, call, mask, values[exit_node])
+        pattern = replace(item.spec.core.pattern, unmasked=kind)
+        item.spec = replace(item.spec, core=replace(item.spec.core, pattern=pattern))
     cos = sin = position = None
     if region.rotation is not None:
         cos, sin, position = _bind_rotation(captured, item, arguments)

@@ -12,9 +12,11 @@ import torch
 
 from reattend import statistics
 from reattend.api import Result
+from reattend.calibrate.ranks import agreed
 from reattend.data import Dataset
 from reattend.errors import DataError
 from reattend.events import Event, OnEvent
+from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
 from reattend.inputs import is_hf, made_up
@@ -24,11 +26,13 @@ from reattend.outdir import check_claimable
 from reattend.plan import Plan
 from reattend.predict import Prediction, predict
 from reattend.preflight import Choice, choose, preflight
+from reattend.processes import is_main
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
 from reattend.rewriting import Rewritten, normal_forms, rewrite
-from reattend.runlog import RunLog, peak_memory
+from reattend.runlog import RunLog
 from reattend.source import Source, open_source
+from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates, gate_error
 from reattend.verify.parity import block_errors, decode_checks, exact_check
 from reattend.verify.rows import measured_rows
@@ -44,10 +48,13 @@ _COUNTED = frozenset({"statistics", "rewrite", "layerwise", "end-to-end"})
 
 @dataclass
 class Job:
-    """The arguments of `convert` that do not concern opening the model."""
+    """The arguments of `convert` that do not concern opening the model.
+
+    `inputs` may be a safetensors file, read once the model is open.
+    """
 
     plan: Plan
-    inputs: dict[str, Any] | None = None
+    inputs: dict[str, Any] | Path | None = None
     data: Any = None
     seed: int = 0
     inplace: bool = False
@@ -57,14 +64,21 @@ class Job:
     log: RunLog = field(default_factory=RunLog)
 
     def run(self, model: Any, **opening: Any) -> Result:
-        """All stages; see `reattend.convert`."""
+        """All stages; see `reattend.convert`.
+
+        Started by torchrun or accelerate, every process does the same work and shares out the
+        training; the first one writes and reports.
+        """
+        if not is_main():
+            self.on_event = None
         source, found = self._look(model, opening)
         choices = preflight(found, self.plan)
         materials = self._stage("data", lambda: self._materials(source, choices))
         self.log.predicted = self._predict(source, choices, materials).peaks
         with self._workdir(source, materials) as work:
-            if work is not None and work.state == "complete":
-                return self._already_there(work)
+            complete = work is not None and work.state == "complete"
+            if self.out is not None and agreed(complete, source.device):
+                return self._already_there(self.out.expanduser().absolute())
             return self._convert(source, found, choices, materials, work)
 
     def dry_run(self, model: Any, **opening: Any) -> tuple[list[Choice], Prediction]:
@@ -87,9 +101,12 @@ class Job:
         torch.manual_seed(self.seed)
         if not isinstance(model, torch.nn.Module):
             import reattend.targets.huggingface  # noqa: F401  (loaded code is no growth)
-        self.log.baseline = peak_memory()
+        self.log.begin()
         source = self._stage("open", lambda: open_source(model, **opening))
-        return source, self._stage("find", lambda: find_attention(source.model, self.inputs))
+        if isinstance(self.inputs, Path):
+            self.inputs = read_inputs(self.inputs, source.model)
+        inputs = self.inputs
+        return source, self._stage("find", lambda: find_attention(source.model, inputs))
 
     def _predict(self, source: Source, choices: list[Choice], materials: Materials) -> Prediction:
         data = None if materials.own else materials.training
@@ -114,8 +131,7 @@ class Job:
         moments.clear()
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
-            with self.log.stage("calibrate"):
-                stages = self._calibrate(source, done, materials, work)
+            stages = self._calibrate(source, done, materials, work)
         evidence = self._stage("verify", lambda: self._verify(source, choices, done, materials))
         evidence.stages = stages
         report = build_report(
@@ -139,14 +155,13 @@ class Job:
         return result
 
     def _materials(self, source: Source, choices: list[Choice]) -> Materials:
-        needs = {n for c in choices if c.conversion is not None for n in c.conversion.needs}
-        return load_materials(source, self.plan, self.data, seed=self.seed, needed=bool(needs))
+        needed = any(c.needs for c in choices)
+        return load_materials(source, self.plan, self.data, seed=self.seed, needed=needed)
 
     @contextmanager
     def _workdir(self, source: Source, materials: Materials) -> Iterator[Workdir | None]:
-        if self.out is None:
-            yield None
-            return
+        if self.out is None or not is_main():
+            return (yield None)
         with Workdir.open(
             self.out, run_fingerprint(source, self.plan, materials, self.seed), self.overwrite
         ) as work:
@@ -154,13 +169,12 @@ class Job:
                 self._tell("resume", message="continuing an interrupted run")
             yield work
 
-    def _already_there(self, work: Workdir) -> Result:
+    def _already_there(self, out: Path) -> Result:
         from reattend.publishing import load_folder
         from reattend.report import Report, Run
 
-        self._tell("done", message=f"{work.out.name} is already complete: nothing to do")
-        report, run = Report.load(work.out), Run.load(work.out)
-        return Result(load_folder(work.out, None), report, run, work.out)
+        self._tell("done", message=f"{out.name} is already complete: nothing to do")
+        return Result(load_folder(out, None), Report.load(out), Run.load(out), out)
 
     def _statistics(
         self,
@@ -170,14 +184,12 @@ class Job:
         materials: Materials,
         work: Workdir | None,
     ) -> dict[str, statistics.SiteStatistics]:
-        wanted = [c for c in choices if c.conversion is not None and "gram" in c.conversion.needs]
+        wanted = [c for c in choices if "gram" in c.needs]
         if not wanted:
             return {}
         paths = [c.site.path for c in wanted]
         assert materials.statistics is not None
-        queries = frozenset(
-            c.site.path for c in wanted if getattr(c.options, "q_lora_rank", None) is not None
-        )
+        queries = frozenset(c.site.path for c in wanted if "queries" in c.needs)
         data = materials.statistics
         key = digest([source.hashes, data.fingerprint, paths, sorted(queries)])
         names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}
@@ -189,7 +201,6 @@ class Job:
             read = {p: load_file(work.path(n)) for p, n in names.items()}
             return {p: statistics.SiteStatistics.from_tensors(t) for p, t in read.items()}
         forms = normal_forms(source.model, wanted)
-        total = data.tokens
         regions = {c.site.path: c.site.region for c in wanted if c.site.owner == "graph"}
 
         def inside(batch: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +208,7 @@ class Job:
             return hidden_values(found.capture.gm, regions, found.capture.placeholders(known))
 
         def progress(tokens: int) -> None:
-            self._tell("statistics", done=min(tokens, total), total=total)
+            self._tell("statistics", done=min(tokens, data.tokens), total=data.tokens)
 
         moments = statistics.collect(
             source.model,
@@ -225,7 +236,7 @@ class Job:
 
         return rewrite(
             source.model, choices, moments, capture=found.capture, inplace=self.inplace,
-            progress=progress,
+            owned=source.owned, progress=progress,
         )  # fmt: skip
 
     def _calibrate(
@@ -240,12 +251,16 @@ class Job:
         from reattend.calibrate import calibrate
 
         assert materials.training is not None
-        key = digest([source.hashes, self.plan.fingerprint(), materials.fingerprint, self.seed])
-        return calibrate(
+        # gates may change without training anew
+        rules = [r.to_dict() for r in self.plan.rules]
+        key = digest([source.hashes, rules, self.plan.on_refusal, materials.fingerprint, self.seed])
+        stages = calibrate(
             source.model, done.model, materials.training, settings,
             seed=self.seed if settings.seed is None else settings.seed,
-            workdir=work, inputs_hash=key, on_event=self.on_event,
+            workdir=work, inputs_hash=key, on_event=self.on_event, around=self.log.stage,
         )  # fmt: skip
+        self.log.reused(*(s.name for s in stages if s.reused))
+        return stages
 
     def _verify(
         self, source: Source, choices: list[Choice], done: Rewritten, materials: Materials
@@ -255,11 +270,10 @@ class Job:
         paths = list(done.built)
         sample = self._sample(source, materials)
         errors = {} if done.graph else block_errors(source.model, done.model, paths, sample)
+        trains = self.plan.calibrate.trains
+        bounds = {} if trains else block_bounds(source.model, done, choices, sample)
         parity: list[ParityCheck] = []
-        if (
-            all(b.exactness == "exact" for b in done.built.values())
-            and not self.plan.calibrate.trains
-        ):
+        if all(b.exactness == "exact" for b in done.built.values()) and not trains:
             parity.append(exact_check(source.model, done.model, sample))
         if is_hf(source.model):
             parity += decode_checks(source.model, done.model, self.seed)
@@ -267,12 +281,15 @@ class Job:
             source, done.model, choices, materials, self.seed, self.plan.verify.yardsticks
         )
         gates = check_gates(self.plan.verify, rows)
-        return Evidence(errors=errors, parity=parity, rows=rows, gates=gates, notes=notes)
+        return Evidence(
+            errors=errors, bounds=bounds, parity=parity, rows=rows, gates=gates, notes=notes
+        )
 
     def _sample(self, source: Source, materials: Materials) -> dict[str, Any]:
         data: Dataset | None = materials.held_out or materials.statistics
         if data is not None:
             return next(iter(data.batches(4)))
+        assert not isinstance(self.inputs, Path)
         return self.inputs if self.inputs is not None else made_up(source.model)
 
     def _stage(self, name: str, work: Any) -> Any:

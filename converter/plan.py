@@ -102,8 +102,11 @@ class Plan(Section):
         """The names of the plans that are shipped."""
         return preset_names()
 
-    def assign(self, paths: Sequence[str]) -> dict[str, Rule | None]:
-        """Give every site path the first rule that matches it, or None.
+    def assign(self, paths: Sequence[str]) -> dict[str, tuple[Rule, ...]]:
+        """Give every site path the rules that take it, in order.
+
+        The first rule that matches wins; one with `heads` wins only those KV groups, and the rest
+        goes on to the rules after it. So all but the last rule of a site have `heads`.
 
         Layers are counted as `reattend.plan_rule` says: within each stack of layers.
 
@@ -112,16 +115,17 @@ class Plan(Section):
                 Rules after a rule that takes every path are not checked.
         """
         layers = layer_of(paths)
-        chosen: dict[str, Rule | None] = dict.fromkeys(paths)
+        chosen: dict[str, list[Rule]] = {path: [] for path in paths}
         for index, rule in enumerate(self.rules):
             hits = [p for p in paths if rule.match(p, *layers[p])]
             if paths:
                 _check_hits(rule, f"rules.{index}", hits, layers)
             for path in hits:
-                chosen[path] = chosen[path] or rule
-            if len(hits) == len(paths):
+                if not chosen[path] or chosen[path][-1].heads is not None:
+                    chosen[path].append(rule)
+            if len(hits) == len(paths) and rule.heads is None:
                 break
-        return chosen
+        return {path: tuple(rules) for path, rules in chosen.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with what was given and no defaults."""

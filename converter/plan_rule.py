@@ -53,7 +53,8 @@ class Rule(Section):
             that matches the whole path. Any of them is enough. None: every path.
         layers: layer numbers, negatives, or slices as text ("2:10", "::2"). None: every layer.
             A site must satisfy both `sites` and `layers`.
-        heads: KV groups (0 to G-1) to convert; None converts the whole site.
+        heads: KV groups (0 to G-1) the rule takes; the others go on to later rules, and those no
+            rule takes stay as they are. None: all that are left.
         to: kebab-case conversion name, or `keep`.
         options: the validated options of that conversion (its own `Options` class); None for
             `keep`. Written as plain keys of the rule, never as a key of this name.
@@ -180,6 +181,8 @@ class Rule(Section):
             parts.append("sites: " + ", ".join(self.sites))
         if self.layers is not None:
             parts.append("layers: " + ", ".join(map(str, self.layers)))
+        if self.heads is not None:
+            parts.append("heads: " + ", ".join(map(str, self.heads)))
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _sizes(model: nn.Module, choices: list[Choice]) -> _Sizes:
 
 def _gram_width(choice: Choice) -> int:
     """Y = G (d + e) where the conversion asks for second moments."""
-    if choice.conversion is None or "gram" not in choice.conversion.needs:
+    if "gram" not in choice.needs:
         return 0
     core = choice.config.core
     return core.kv_heads * (core.qk_head_dim + core.v_head_dim)
@@ -176,8 +176,7 @@ def _grams(choice: Choice) -> int:
     """Bytes of one site's moments: float64, and the queries' where their rank is cut."""
     core = choice.config.core
     queries = core.heads * core.qk_head_dim
-    cut = getattr(choice.options, "q_lora_rank", None) is not None
-    return 8 * (_gram_width(choice) ** 2 + (queries**2 if cut else 0))
+    return 8 * (_gram_width(choice) ** 2 + (queries**2 if "queries" in choice.needs else 0))
 
 
 def _held(rows: int | None) -> int:

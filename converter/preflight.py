@@ -8,10 +8,11 @@ from typing import Any
 from reattend.errors import NothingFoundError, RefusedError
 from reattend.finder import AttentionSite, FoundAttention
 from reattend.mixers.dense import DenseConfig
-from reattend.passes.rewrite.base import Conversion, Cost, dense_cost
+from reattend.passes.rewrite.base import Conversion, Cost, Need, dense_cost
+from reattend.passes.rewrite.mixed import Mixed, MixedOptions, PartOptions
 from reattend.passes.rewrite.registry import conversion
 from reattend.plan import Plan, Rule
-from reattend.plan_rule import layer_of
+from reattend.plan_rule import KEEP, layer_of
 from reattend.weights import dense_config
 
 
@@ -26,6 +27,13 @@ class Choice:
     conversion: Conversion | None = None
     options: Any = None
     reason: str = ""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Statistics to collect for this site."""
+        if self.conversion is None:
+            return frozenset()
+        return self.conversion.wanted(self.options)
 
     @property
     def before(self) -> Cost:
@@ -97,20 +105,46 @@ def enforce(choices: list[Choice], plan: Plan) -> None:
         )
 
 
-def _choose(site: AttentionSite, rule: Rule | None, layer: int) -> Choice:
+def _choose(site: AttentionSite, rules: tuple[Rule, ...], layer: int) -> Choice:
+    """The rules that take a site, in order; the first that takes a KV group wins it."""
     config = dense_config(site.spec, site.hidden_size, site.memory_size)
-    if rule is None:
+    groups = config.core.kv_heads
+    taken: dict[int, Rule] = {}
+    for rule in rules:
+        missing = [h for h in rule.heads or () if h >= groups]
+        if missing:
+            reason = f"heads {missing}: the block has {groups} KV groups (0 to {groups - 1})"
+            return Choice(site, config, layer, "refused", reason=reason)
+        for head in range(groups) if rule.heads is None else rule.heads:
+            taken.setdefault(head, rule)
+    if not taken:
         return Choice(site, config, layer, "unmatched", reason="no rule of the plan matches")
-    if rule.to == "keep":
+    if all(rule.to == KEEP for rule in taken.values()):
         return Choice(site, config, layer, "kept", reason="the plan keeps it")
-    chosen = conversion(rule.to)()
-    if rule.heads is not None:
-        reason = f"`heads` is not supported by to: {rule.to}, which converts whole blocks"
-        return Choice(site, config, layer, "refused", reason=reason)
-    refusal = chosen.check(config, rule.options)
+    parts = _parts(taken, groups)
+    if len(parts) == 1:
+        chosen, options = conversion(parts[0].to)(), parts[0].options
+    else:
+        chosen, options = Mixed(), MixedOptions(groups=parts)
+    refusal = chosen.check(config, options)
     if refusal is not None:
         return Choice(site, config, layer, "refused", reason=refusal.reason)
-    return Choice(site, config, layer, "converted", chosen, rule.options)
+    return Choice(site, config, layer, "converted", chosen, options)
+
+
+def _parts(taken: dict[int, Rule], groups: int) -> tuple[PartOptions, ...]:
+    """One part per rule; KV groups that stay as they are become one dense part."""
+    dense = conversion("dense")
+    unchanged = PartOptions(heads=(), to=dense.name, options=dense.Options())
+    parts: dict[int, PartOptions] = {}
+    for head in range(groups):
+        rule = taken.get(head)
+        key, part = 0, unchanged
+        if rule is not None and rule.options is not None and rule.to != dense.name:
+            key, part = id(rule), PartOptions(heads=(), to=rule.to, options=rule.options)
+        part = parts.get(key, part)
+        parts[key] = part.model_copy(update={"heads": (*part.heads, head)})
+    return tuple(parts.values())
 
 
 def _units(choices: list[Choice]) -> list[Choice]:

@@ -14,6 +14,7 @@ from reattend.errors import ArgumentError, ModelError
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.stored import FORMAT, check_format, describe, install_empty
+from reattend.sharing import address
 from reattend.source import Source
 from reattend.weight_files import check_files, read_config
 from reattend.workdir import Workdir
@@ -61,7 +62,7 @@ def _untied(state: dict[str, Any]) -> dict[str, Any]:
     seen: set[int] = set()
     out = {}
     for name, tensor in state.items():
-        pointer = tensor.data_ptr()
+        pointer = address(tensor)
         out[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return out

@@ -23,7 +23,16 @@ from reattend.report.evidence import (
     QualityRow,
     Stage,
 )  # fmt: skip
-from reattend.report.site import Cost, ModelInfo, Owner, SiteCost, SiteEntry, SiteError, SpecSummary
+from reattend.report.site import (
+    Cost,
+    HeadGroup,
+    ModelInfo,
+    Owner,
+    SiteCost,
+    SiteEntry,
+    SiteError,
+    SpecSummary,
+)
 from reattend.rewriting import Rewritten
 from reattend.source import Source
 from reattend.spec import Norm, Rotary
@@ -37,6 +46,7 @@ class Evidence:
     """What verification and calibration found."""
 
     errors: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
     parity: list[ParityCheck] = field(default_factory=list)
     rows: list[QualityRow] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -100,22 +110,14 @@ def _parameters(model: Any) -> int:
 def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> SiteEntry:
     site, path = choice.site, choice.site.path
     built = done.built.get(path)
-    facts = dict(built.evidence) if built is not None else {}
-    energy = facts.pop("energy", ())
-    after = choice.after if built is not None else choice.before
-    kept, total = [], 0.0
-    for share in energy:
-        total += share
-        kept.append(min(1.0, total))
+    facts: dict[str, Any] = {}
     error = None
     if built is not None:
-        error = SiteError(
-            output_relative=evidence.errors.get(path),
-            discarded_energy=facts.pop("discarded_energy", None),
-            rank=facts.get("kv_lora_rank"),
-            energy_kept=tuple(kept),
-            rotary_energy_kept=facts.pop("rotary_energy", None),
+        facts, error = _evidence(
+            built.evidence, evidence.errors.get(path), evidence.bounds.get(path)
         )
+    after = choice.after if built is not None else choice.before
+    groups = facts.pop("groups", ())
     trained = bool(evidence.stages)
     return SiteEntry(
         path=path,
@@ -126,6 +128,7 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
         verified=site.verified,
         conversion=choice.conversion.name if choice.conversion is not None else "",
         options=facts,
+        groups=tuple(_group(g) for g in groups),
         reason=choice.reason,
         exactness=None if built is None else ("learned" if trained else built.exactness),
         cost=SiteCost(before=_cost(choice.before, size), after=_cost(after, size)),
@@ -136,6 +139,34 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
             lacks=LACKS if built is not None and done.graph else (),
         ),
     )
+
+
+def _evidence(
+    given: dict[str, Any], output_relative: float | None = None, output_bound: float | None = None
+) -> tuple[dict[str, Any], SiteError]:
+    """What a conversion said about its result: the settings it resolved, and what was lost."""
+    facts = dict(given)
+    kept, total = [], 0.0
+    for share in facts.pop("energy", ()):
+        total += share
+        kept.append(min(1.0, total))
+    error = SiteError(
+        output_relative=output_relative,
+        output_bound=output_bound,
+        discarded_energy=facts.pop("discarded_energy", None),
+        rank=facts.get("kv_lora_rank"),
+        energy_kept=tuple(kept),
+        rotary_energy_kept=facts.pop("rotary_energy", None),
+    )
+    return facts, error
+
+
+def _group(part: dict[str, Any]) -> HeadGroup:
+    facts, error = _evidence(part["evidence"])
+    return HeadGroup(
+        heads=part["heads"], conversion=part["to"], options=facts, exactness=part["exactness"],
+        cache_numbers_per_token=part["cache"], error=error,
+    )  # fmt: skip
 
 
 def _cost(cost: Any, size: int) -> Cost:

@@ -17,6 +17,7 @@ from reattend.install.graph import drop_unused, replace_region
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.rewrite.base import Built
 from reattend.preflight import Choice
+from reattend.sharing import replacements, share_in_place
 from reattend.weights import build_dense
 
 
@@ -46,18 +47,16 @@ def normal_forms(model: nn.Module, choices: list[Choice]) -> dict[str, DenseAtte
     }
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree; parameters and buffers are the same storage.
+def shared_copy(model: nn.Module, *, owned: bool = False) -> nn.Module:
+    """A copy of the module tree on the same memory, copy-on-write.
 
     Parameters become new objects, so that training or freezing the copy's flags leaves the
-    original's alone; a stage that trains a shared tensor clones it first.
+    original's alone, and writing to a tensor of either model leaves the other's as it was.
+
+    Args:
+        owned: nobody else will ever see `model`; nothing need be copied on write.
     """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, dict(replacements(model, plain=owned)))
 
 
 def rewrite(
@@ -67,6 +66,7 @@ def rewrite(
     *,
     capture: Capture | None = None,
     inplace: bool = False,
+    owned: bool = False,
     progress: Callable[[Choice, int, int], None] | None = None,
 ) -> Rewritten:
     """Build every mixer and swap its owner.
@@ -78,9 +78,9 @@ def rewrite(
         capture: where the sites were found; needed if one has no owning module, because then
             the captured graph becomes the model.
         inplace: change `model` itself.
+        owned: nobody else will ever see `model`, so nothing need be copied on write.
         progress: (choice, done, total) after each site.
     """
-    forms = normal_forms(model, choices)
     converted = [c for c in choices if c.action == "converted"]
     graph = any(c.site.owner == "graph" for c in converted)
     if graph and (capture is None or inplace):
@@ -88,7 +88,12 @@ def rewrite(
             "a block of this model has no module of its own, so the model becomes a graph",
             next_step="set inplace=False",
         )
-    target = model if inplace else (capture.gm if graph and capture else shared_copy(model))
+    if graph and capture is not None:
+        target: nn.Module = capture.gm
+        forms = normal_forms(model, choices)
+    else:
+        target = model if inplace else shared_copy(model, owned=owned)
+        forms = normal_forms(target, choices)
     result = Rewritten(target, graph=graph)
     for number, choice in enumerate(converted, 1):
         path = choice.site.path
@@ -96,9 +101,10 @@ def rewrite(
         built = choice.conversion.build(forms.pop(path), statistics.get(path), choice.options)
         if graph:
             assert capture is not None and isinstance(target, fx.GraphModule)
+            opaque = choice.site.spec.core.pattern.kind == "opaque"
             replace_region(
                 target, path, choice.site.region, built.mixer, capture.placeholders(),
-                choice.site.follows_padding,
+                choice.site.follows_padding or opaque,
             )  # fmt: skip
         else:
             assert choice.site.binding is not None
@@ -110,6 +116,8 @@ def rewrite(
     if graph:
         assert isinstance(target, fx.GraphModule)
         drop_unused(target)
+        if not owned:
+            share_in_place(target)
         target.meta["reattend_class"] = type(model).__name__
     elif is_hf(target):
         from reattend.targets.huggingface import adopt

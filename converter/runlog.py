@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
-import resource
 import socket
 import sys
 import time
@@ -15,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from reattend.memory import forget_peak, give_back, peak_memory
+from reattend.processes import count
 from reattend.report import Run
 from reattend.report.run import StageRun
 from reattend.source import Source
@@ -24,8 +24,8 @@ class RunLog:
     """Collects stages as they finish.
 
     Attributes:
-        baseline: peak memory before the first stage, bytes: the interpreter and its packages.
-        predicted: by stage, predicted growth of peak memory over `baseline`, bytes.
+        baseline: memory before the first stage, bytes: the interpreter and its packages.
+        predicted: by stage, predicted peak memory over `baseline`, bytes.
     """
 
     def __init__(self) -> None:
@@ -34,57 +34,58 @@ class RunLog:
         self.baseline = peak_memory()
         self.predicted: dict[str, int] = {}
         self._reused: set[str] = set()
+        self._alone = True  # every stage's peak is its own
 
-    def reused(self, name: str) -> None:
-        """Note that a stage's result was taken from an interrupted run."""
-        self._reused.add(name)
+    def begin(self) -> None:
+        """Take what the process holds now as the baseline."""
+        give_back()
+        forget_peak()
+        self.baseline = peak_memory()
+
+    def reused(self, *names: str) -> None:
+        """Note that these stages' results were taken from an interrupted run."""
+        self._reused.update(names)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time one stage; peak memory is the process's high-water mark at its end, in bytes."""
+        """Time one stage and measure its peak memory, in bytes.
+
+        What earlier stages freed is returned to the system first. Where the high-water mark of
+        the process cannot be reset, a stage shows the highest point up to its end.
+        """
+        give_back()
+        self._alone = forget_peak() and self._alone
         begin = time.monotonic()
         yield
         seconds = time.monotonic() - begin
-        reused = name in self._reused
-        self.stages.append(
-            StageRun(name=name, seconds=seconds, peak_bytes=peak_memory(), reused=reused)
-        )
+        self.stages.append(StageRun(name=name, seconds=seconds, peak_bytes=peak_memory()))
 
     def finish(self, source: Source, out: Path | None) -> Run:
         """The record so far."""
         paths = {} if source.folder is None else {"model": str(source.folder)}
         if out is not None:
             paths["out"] = str(out)
-        device = next(source.model.parameters()).device
         return Run(
             started=self.started.isoformat(timespec="seconds"),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             host=socket.gethostname(),
             platform=platform.platform(),
-            device=str(device),
+            device=str(source.device),
             threads=torch.get_num_threads(),
+            processes=count(),
             command=tuple(sys.argv),
             paths=paths,
-            stages=tuple(self._with_prediction(s) for s in self.stages),
+            stages=self._completed(),
         )
 
-    def _with_prediction(self, stage: StageRun) -> StageRun:
-        growth = self.predicted.get(stage.name)
-        if growth is None:
-            return stage
-        return stage.model_copy(update={"peak_bytes_predicted": self.baseline + growth})
-
-
-def peak_memory() -> int:
-    """High-water mark of this process's resident memory, bytes.
-
-    On Linux read from /proc: `ru_maxrss` of a child begins at what its parent held when it was
-    started.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    def _completed(self) -> tuple[StageRun, ...]:
+        """The stages with what was predicted for them and whether they were reused."""
+        highest, done = 0, []
+        for stage in self.stages:
+            known: dict[str, object] = {"reused": stage.name in self._reused}
+            growth = self.predicted.get(stage.name)
+            if growth is not None:
+                highest = max(highest, growth)
+                known["peak_bytes_predicted"] = self.baseline + (growth if self._alone else highest)
+            done.append(stage.model_copy(update=known))
+        return tuple(done)

@@ -85,6 +85,8 @@ def self_check(
     longer = _second_length(found, inputs_at)
     if longer is not None:
         trials.append((longer, found.follows_padding))
+    if longer is not None and found.follows_padding and _opaque(found):
+        trials.append((longer, False))
     worst = 0.0
     for length, padded in trials:
         gap, scale = _compare(gm, found, inputs_at(length, padded), weights, generator)
@@ -218,16 +220,24 @@ def _both(
     expected = Evaluator(gm, promote=promote, weights=weights).run(
         [region.exit.node], {**given, **values}
     )[0]
-    valid, rotation = _context(gm, found, given, x, memory)
-    y = _rebuilt(found, weights, x, memory, valid, rotation)
+    mask, rotation = _context(gm, found, given, x, memory)
+    y = _rebuilt(found, weights, x, memory, mask, rotation)
     whole = torch.ones(x.shape[:2], dtype=torch.bool)
-    return expected, y, valid.bool() if valid is not None and memory is None else whole
+    if mask is None:
+        return expected, y, whole
+    if mask.dim() == 4:  # rows that see nothing have no attention to compare
+        return expected, y, shown(mask).any(-1)[:, 0].expand(x.shape[:2])
+    return expected, y, mask.bool() if memory is None else whole
 
 
 def _context(
     gm: fx.GraphModule, found: Found, given: dict[fx.Node, Any], x: Tensor, memory: Tensor | None
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-    """Validity of tokens and rotary tables as the model has them under these inputs."""
+    """What a mixer's call is told: the mask, and rotary tables as the model has them.
+
+    The mask is the validity of tokens [B, M], so that the mixer's own pattern is on trial; only
+    an opaque pattern is the model's whole mask.
+    """
     region = found.region
     mask = None if region.mask is None else Evaluator(gm).run([region.mask], given)[0]
     rotation = None
@@ -235,6 +245,10 @@ def _context(
         here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
         assert here is not None
         rotation = (here.cos_NP[None].to(x.dtype), here.sin_NP[None].to(x.dtype))
+    if mask is not None and _opaque(found):
+        while mask.dim() < 4:
+            mask = mask[None]
+        return (shown(mask) if found.spec.core.bias is not None else mask), rotation
     return _validity(mask, x, memory), rotation
 
 
@@ -243,15 +257,19 @@ def _rebuilt(
     weights: dict[str, Tensor],
     x: Tensor,
     memory: Tensor | None,
-    valid: Tensor | None,
+    mask: Tensor | None,
     rotation: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """The normal form's output under its own pattern."""
     width = 0 if memory is None else memory.shape[-1]
     mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
     with torch.no_grad():
-        y: Tensor = mixer(x, Context(mask=valid, rotation=rotation), None, memory)
+        y: Tensor = mixer(x, Context(mask=mask, rotation=rotation), None, memory)
     return y
+
+
+def _opaque(found: Found) -> bool:
+    return found.spec.core.pattern.kind == "opaque"
 
 
 def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from reattend.errors import ArgumentError, ModelError
 from reattend.inputs import is_hf
+from reattend.sharing import is_shared
 from reattend.weight_files import check_files, hash_files, read_config
 
 
@@ -33,6 +34,11 @@ class Source:
     folder: Path | None
     owned: bool
     hashes: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
 
 
 def open_source(
@@ -258,6 +264,7 @@ def _hash_state(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode())
         data = tensor.detach().cpu().contiguous()
+        data = data.clone() if is_shared(data) else data  # numpy's pointer would end the sharing
         total.update(str((data.dtype, tuple(data.shape))).encode())
         total.update(data.flatten().view(torch.uint8).numpy().tobytes())
     return "sha256:" + total.hexdigest()

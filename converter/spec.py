@@ -121,12 +121,14 @@ class Stream:
 class Pattern:
     """What a query may see, before padding: `window` and `chunk` in tokens.
 
-    `sliding`: key j is visible to query i iff i - window < j <= i.
+    `sliding`: key j is visible to query i iff i - window < j <= i. `opaque`: whatever mask the
+    model passes; `unmasked` is what the block was seen to do when it is passed none, if anything.
     """
 
     kind: PatternKind
     window: int = 0
     chunk: int = 0
+    unmasked: Literal["", "full", "causal"] = ""
 
     @property
     def causal(self) -> bool:

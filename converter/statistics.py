@@ -6,7 +6,7 @@ of all groups] before rotation (after a key norm), bias left out, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from reattend.capture import evaluation
 from reattend.errors import ModelError
 from reattend.install.binding import Binding, bound, read
+from reattend.mixers.config import CoreConfig
 from reattend.mixers.dense import DenseAttention
+from reattend.parts import query_heads
 
 #: batch -> hidden and encoder states of sites that no module owns
 Inside = Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor | None]]]
@@ -62,6 +64,15 @@ class SiteStatistics:
             q = _real(torch.nn.functional.linear(x_BND, dense.q_proj.weight), valid)
             self.query_gram += q.t() @ q
 
+    def part(self, core: CoreConfig, kv_heads: Sequence[int]) -> SiteStatistics:
+        """The moments of some KV groups of the block that `core` describes."""
+        d, e = core.qk_head_dim, core.v_head_dim
+        y = _dimensions(kv_heads, d)
+        y = torch.cat([y, core.kv_heads * d + _dimensions(kv_heads, e)])
+        q = _dimensions(query_heads(core, kv_heads), d)
+        query = None if self.query_gram is None else self.query_gram[q][:, q]
+        return SiteStatistics(self.gram[y][:, y], self.total[y], query, self.count)
+
     def tensors(self) -> dict[str, Tensor]:
         """For storage beside the run."""
         stored = {"gram": self.gram, "total": self.total, "count": torch.tensor(self.count)}
@@ -73,6 +84,10 @@ class SiteStatistics:
     def from_tensors(cls, stored: dict[str, Tensor]) -> SiteStatistics:
         """The inverse of `tensors`."""
         return cls(stored["gram"], stored["total"], stored.get("query_gram"), int(stored["count"]))
+
+
+def _dimensions(heads: Sequence[int], width: int) -> Tensor:
+    return torch.tensor([h * width + i for h in heads for i in range(width)], dtype=torch.long)
 
 
 def keys(dense: DenseAttention, source: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ that returns random tensors instead, so degenerate weights cannot hide a mistake
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ from reattend.spec import (
     Joined,
     Norm,
     Opaque,
-    Pattern,
     Proj,
     RelativeBias,
     Rotary,
@@ -57,8 +55,8 @@ def dense_config(spec: AttentionSpec, hidden: int, memory: int) -> DenseConfig:
         core=CoreConfig(
             heads=core.heads, kv_heads=core.kv_heads, qk_head_dim=core.qk_head_dim,
             v_head_dim=core.v_head_dim, scale=core.scale, softcap=core.softcap,
-            pattern=_known(core.pattern), window=core.pattern.window, chunk=core.pattern.chunk,
-            sinks=core.sinks is not None,
+            pattern=core.pattern.kind, window=core.pattern.window, chunk=core.pattern.chunk,
+            unmasked=core.pattern.unmasked, sinks=core.sinks is not None,
         ),
         out_features=spec.out.features if spec.out else None,
         out_bias=bool(spec.out and spec.out.bias),
@@ -152,13 +150,6 @@ def build_dense(
     for parameter in mixer.parameters():
         parameter.requires_grad_(True)
     return mixer.eval()
-
-
-def _known(pattern: Pattern) -> Literal["full", "causal", "sliding", "chunked"]:
-    """The kind of a pattern that a mixer can apply by itself."""
-    if pattern.kind == "opaque":
-        raise ValueError("an opaque pattern has no normal form")
-    return pattern.kind
 
 
 def _join_config(join: Joined, q_heads: list[int]) -> JoinConfig:

@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from reattend.passes import vmapped
+
+#: `node.meta` key: name of the node of the graph as captured that has this value
+CAPTURED = "captured"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -64,6 +69,11 @@ class GraphPass(ABC):
             gm.graph.lint()
             gm.recompile()
         return result
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Erase what nothing uses; levels of vmap stay, since values between them depend on them."""
+    graph.eliminate_dead_code(lambda n: n.is_impure() or vmapped.opens(n) or vmapped.closes(n))
 
 
 def replace_node(node: fx.Node, new: fx.Node) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from reattend.passes import vmapped
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -106,6 +108,19 @@ class Evaluator:
         """
         env: dict[fx.Node, Any] = {n: self._cast(v) for n, v in given.items()}
         needed = ancestors(wanted, stop=lambda n: n in env)
+        needed |= ancestors(vmapped.levels(needed), stop=lambda n: n in env)
+        with vmapped.balanced():
+            self._compute_all(needed, wanted, given, env)
+        return [env[n] for n in wanted]
+
+    def _compute_all(
+        self,
+        needed: set[fx.Node],
+        wanted: list[fx.Node],
+        given: Mapping[fx.Node, Any],
+        env: dict[fx.Node, Any],
+    ) -> None:
+        """Fill `env` in graph order; a value is dropped after its last use."""
         uses = {n: sum(u in needed for u in n.users) for n in needed}
         keep = set(wanted)
         for node in self.gm.graph.nodes:
@@ -116,7 +131,6 @@ class Evaluator:
                 uses[source] -= 1
                 if uses[source] == 0 and source not in keep and source not in given:
                     env.pop(source, None)
-        return [env[n] for n in wanted]
 
     def _compute(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         if node.op == "get_attr":

@@ -10,7 +10,7 @@ import torch
 import zoo_models
 
 from reattend import Plan, Report, convert, export, load
-from reattend.errors import ArgumentError, DataError, NothingFoundError, OutputError
+from reattend.errors import ArgumentError, DataError, GateError, NothingFoundError, OutputError
 from reattend.events import Event
 
 MLA = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 14, "qk_rope_head_dim": 8}]}
@@ -104,6 +104,31 @@ def test_gates_judge_the_result() -> None:
     with pytest.raises(Exception, match="failed verification") as caught:
         convert(zoo_models.build("llama"), plan=failing, data=rows)
     assert getattr(caught.value, "exit_code", None) == 4
+
+
+def test_stages_of_a_run_whose_gate_failed_are_reused_and_marked(tmp_path: Path) -> None:
+    rows = torch.randint(3, 97, (32, 64), generator=torch.Generator().manual_seed(4))
+    plan = {**MLA, "calibrate": {"seq_len": 64, "tokens": 400}, "verify": {"max_kl": 0.0}}
+    with pytest.raises(GateError):
+        convert(zoo_models.build("llama"), plan=plan, data=rows, out=tmp_path / "out")
+    plan = {**plan, "verify": {"max_kl": 100.0}}
+    events: list[Event] = []
+    made = {
+        out: convert(
+            zoo_models.build("llama"), plan=plan, data=rows, out=tmp_path / out,
+            on_event=events.append if out == "out" else None,
+        )
+        for out in ("out", "fresh")
+    }  # fmt: skip
+    taken = ("statistics", "layerwise", "end-to-end")
+    for out, result in made.items():
+        assert result.run is not None
+        marked = [s.name for s in result.run.stages if s.reused]
+        assert marked == (list(taken) if out == "out" else [])
+    told = {e.stage for e in events if e.message == "reused from the interrupted run"}
+    assert told == set(taken)
+    stored = [(tmp_path / out / "model.safetensors").read_bytes() for out in made]
+    assert stored[0] == stored[1]
 
 
 def test_yardsticks_stand_beside_the_result_on_request() -> None:

@@ -98,7 +98,10 @@ def with_rule(**changes: Any) -> dict[str, Any]:
         ),
         (with_rule(layers=[7]), EXIT_BAD_INPUT, ("layer 7 does not exist", "2 layers")),
         (with_rule(to="keep", kv_keep=None), EXIT_REFUSED, ("no site would be converted",)),
-        (with_rule(heads=[0]), EXIT_REFUSED, ("heads", "on_refusal: keep")),
+        (
+            with_rule(heads=[0, 2]), EXIT_REFUSED,
+            ("heads [2]: the block has 2 KV groups (0 to 1)", "on_refusal: keep"),
+        ),
     ],
 )  # fmt: skip
 def test_plans(

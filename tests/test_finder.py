@@ -113,8 +113,3 @@ def test_images_still_see_each_other_both_ways() -> None:
     }  # fmt: skip
     expected = _logits(model, inputs)
     assert (_logits(converted, inputs) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    found = find_attention(model, {**inputs, "use_cache": False})
-    assert [s.path for s in found.sites] == [
-        f"model.vision_tower.encoder.layers.{i}.self_attn" for i in range(2)
-    ]
-    assert len(found.refused) == 2  # with images in the example, no fixed pattern is claimed

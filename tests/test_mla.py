@@ -193,8 +193,9 @@ def test_fold_two_is_not_exact_and_says_bounded() -> None:
     assert gap > 1e-3
 
 
-def test_low_rank_queries_are_exact_at_full_rank() -> None:
-    original = dense(config())
+@pytest.mark.parametrize("case", ["gqa", "bias", "q/k norm", "bias and q/k norm"])
+def test_low_rank_queries_are_exact_at_full_rank(case: str) -> None:
+    original = dense(config(bias="bias" in case, norm="norm" in case))
     exact = ToMla().exact_setting(original.config)
     options = exact.model_copy(update={"q_lora_rank": HIDDEN})
     built = ToMla().build(original, moments(original, queries=True), options)
@@ -203,6 +204,26 @@ def test_low_rank_queries_are_exact_at_full_rank() -> None:
     with torch.no_grad():
         expected, got = original(x, Context()), built.mixer(x, Context())
     assert (got - expected).abs().max() <= 1e-11 * expected.abs().max()
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_lower_query_rank_costs_what_the_queries_lose(norm: bool) -> None:
+    """Rank 12 of 24, a bias beside: the bias is kept whole, and fewer ranks lose more."""
+    original = dense(config(bias=True, norm=norm))
+    found, exact = moments(original, queries=True), ToMla().exact_setting(original.config)
+    x = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
+    errors = []
+    for rank in (6, 12, 18, 24):
+        options = exact.model_copy(update={"q_lora_rank": rank})
+        assert ToMla().check(original.config, options) is None
+        mixer: Any = ToMla().build(original, found, options).mixer
+        with torch.no_grad():
+            errors.append(float((mixer(x, Context()) - original(x, Context())).norm()))
+            zero = torch.zeros(1, 1, HIDDEN, dtype=torch.float64)
+            rows = mixer.q_proj(zero).unflatten(-1, (4, -1))[..., :8].flatten()
+        assert torch.allclose(rows, original.q_proj.bias, atol=1e-12)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-10 < errors[-2]
 
 
 def test_latent_norm_keeps_the_mean_size() -> None:

@@ -27,8 +27,18 @@ VOCABULARY = 97
 PLANS: dict[str, Any] = {
     "mla": {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 4}]},
     "identity": "identity",
+    "mixed": {
+        "rules": [
+            {"sites": "*", "heads": [1], "to": "mla", "kv_lora_rank": 6, "qk_rope_head_dim": 4},
+            {"sites": "*", "to": "dense"},
+        ]
+    },
 }
-OPS = {"mla": "LatentAttention", "identity": "Attention"}
+OPS = {
+    "mla": ["LatentAttention"],
+    "identity": ["Attention"],
+    "mixed": ["Attention", "LatentAttention"],
+}
 
 
 def tiny(**more: Any) -> Any:
@@ -115,12 +125,15 @@ def test_reference_evaluator_gives_the_same(made: Any, plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_one_node_per_layer_with_its_function(made: Any, plan: str) -> None:
+def test_one_node_per_head_group_with_its_function(made: Any, plan: str) -> None:
     _, artifact = made[plan]
     proto = onnx.load(artifact.model, load_external_data=False)
     ours = [n for n in proto.graph.node if n.domain == DOMAIN]
-    assert [n.op_type for n in ours] == [OPS[plan]] * 2
-    assert [(f.domain, f.name) for f in proto.functions] == [(DOMAIN, OPS[plan])]
+    assert [n.op_type for n in ours] == OPS[plan] * 2
+    assert [(f.domain, f.name) for f in proto.functions] == [(DOMAIN, op) for op in OPS[plan]]
+    assert [(e.layer, e.op) for e in artifact.manifest.layers] == [
+        (layer, op) for layer in (0, 1) for op in OPS[plan]
+    ]
     assert {o.domain: o.version for o in proto.opset_import} == {"": 24, DOMAIN: 1}
     inside = {n.domain for f in proto.functions for n in f.node}
     assert inside == {""}
@@ -142,7 +155,9 @@ def test_states_are_read_where_they_were_written(made: Any, plan: str) -> None:
     for state in artifact.manifest.states:
         kinds = {n.op_type for n in readers[state.input]}
         assert kinds <= {"TensorScatter", "Shape"}
-        assert {n.op_type for n in readers[state.output]} == {OPS[plan]}
+        (reader,) = {n.op_type for n in readers[state.output]}
+        latent = state.name.rpartition(".")[2] in ("latent", "rope")
+        assert reader == ("LatentAttention" if latent else "Attention")
 
 
 def test_sizes_are_dynamic(made: Any) -> None:
@@ -159,6 +174,16 @@ def test_sizes_are_dynamic(made: Any) -> None:
     assert shapes["state.1.rope"] == ["B", "C", 4]
     listed = {e.name: e.shape for e in [*artifact.manifest.inputs, *artifact.manifest.outputs]}
     assert listed == shapes
+
+
+def test_states_of_head_groups_are_kept_apart(made: Any) -> None:
+    manifest = made["mixed"][1].manifest
+    shapes = {s.input: s.shape for s in manifest.states if s.layer == 1}
+    assert shapes == {
+        "state.1.0.key": ["B", 1, "C", 8], "state.1.0.value": ["B", 1, "C", 8],
+        "state.1.1.latent": ["B", "C", 6], "state.1.1.rope": ["B", "C", 4],
+    }  # fmt: skip
+    assert manifest.cache_bytes_per_token == 2 * (8 + 8 + 6 + 4) * 4
 
 
 def test_manifest_and_folder(made: Any) -> None:

@@ -50,8 +50,10 @@ def simple(**more):
 
 
 def taken(plan, paths):
-    """For each path the index of its rule, or None."""
-    return [None if r is None else plan.rules.index(r) for r in plan.assign(paths).values()]
+    """For each path the index of its only rule, or None."""
+    assigned = plan.assign(paths).values()
+    assert all(len(rules) < 2 for rules in assigned)
+    return [plan.rules.index(rules[0]) if rules else None for rules in assigned]
 
 
 def test_a_dict_needs_neither_version_nor_calibrate():
@@ -221,18 +223,30 @@ def test_first_match_wins_and_other_sites_stay():
 def test_sites_and_layers_choose(rule, layers):
     plan = Plan.load({"rules": [{**rule, "to": "keep"}]})
     got = plan.assign(LLAMA)
-    assert [i for i, p in enumerate(LLAMA) if got[p] is not None] == layers
+    assert [i for i, p in enumerate(LLAMA) if got[p]] == layers
 
 
 def test_layers_count_in_each_stack():
     plan = Plan.load({"rules": [{"layers": [-1], "to": "keep"}]})
-    last = [p for p, rule in plan.assign(T5).items() if rule]
+    last = [p for p, rules in plan.assign(T5).items() if rules]
     assert last == [T5[1], T5[6], T5[7]]
 
 
 def test_paths_without_a_number_count_in_order():
     plan = Plan.load({"rules": [{"layers": [1], "to": "keep"}]})
     assert taken(plan, ["first.attn", "second.attn", "third.attn"]) == [None, 0, None]
+
+
+def test_a_rule_with_heads_leaves_the_rest_to_later_rules():
+    rules = [
+        {"layers": [0], "heads": [1], "to": "keep"},
+        {"layers": [0, 1], "heads": [0], "to": "mla"},
+        {"layers": ["::2"], "to": "keep"},
+        {"sites": "*", "heads": [1], "to": "mla"},
+    ]
+    plan = Plan.load({"rules": rules})
+    assigned = [[plan.rules.index(r) for r in taken] for taken in plan.assign(LLAMA).values()]
+    assert assigned == [[0, 1, 2], [1, 3], [2], [3], [2], [3]]
 
 
 def test_a_rule_that_matches_nothing_names_its_glob_and_near_sites():

@@ -62,7 +62,7 @@ def test_the_plan_in_the_readme_is_a_plan(tmp_path):
     file.write_text(text, "utf-8")
     plan = Plan.load(file)
     paths = [f"model.layers.{i}.self_attn" for i in range(4)]
-    assert [r.to for r in plan.assign(paths).values()] == ["keep", "mla", "mla", "keep"]
+    assert [rules[0].to for rules in plan.assign(paths).values()] == ["keep", "mla", "mla", "keep"]
 
 
 def script(name):

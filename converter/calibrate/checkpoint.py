@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.calibrate.shards import is_sharded, whole
 from reattend.errors import OutputError
 from reattend.workdir import Workdir
 
@@ -68,29 +69,32 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         progress: Progress,
     ) -> None:
-        """Publish a checkpoint; the final one also marks the stage as finished."""
+        """Publish a checkpoint; the final one also marks the stage as finished.
+
+        Where tensors are sharded, every process must call: they are gathered one by one, and the
+        process that has a workdir writes them as if they had never been apart.
+        """
+        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        for name, tensor in slots(parameters, optimizer, progress.complete).items():
+            if self.workdir is not None or is_sharded(tensor):
+                full = whole(tensor)
+                if self.workdir is not None:
+                    tensors[name] = full.cpu() if is_sharded(tensor) else full
         if self.workdir is None:
             return
         self._slot = 1 - self._slot
-        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-        for name, parameter in parameters.items():
-            tensors[f"weight/{name}"] = parameter
-            if not progress.complete:
-                state = optimizer.state[parameter]
-                tensors[f"mean/{name}"] = state["exp_avg"]
-                tensors[f"square/{name}"] = state["exp_avg_sq"]
-                tensors[f"steps/{name}"] = state["step"]
         self.workdir.publish_tensors(f"{FOLDER}/{self.stage}.{self._slot}.safetensors", tensors)
         record = {"inputs": self.inputs_hash, "slot": self._slot, **asdict(progress)}
         self.workdir.publish_json(f"{FOLDER}/{self.stage}.json", record)
         if progress.complete:
             self.workdir.mark(self.record_name, self.inputs_hash)
 
-    @torch.no_grad()
     def load(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> Progress | None:
-        """Restore the last checkpoint of the same inputs, if there is one.
+    ) -> tuple[Progress, dict[str, Tensor]] | None:
+        """The last checkpoint of the same inputs, if there is one: progress, and whole tensors.
+
+        The tensors go by the names of `slots`, which decides where each belongs.
 
         Raises:
             OutputError: a checkpoint is there but cannot be read.
@@ -111,14 +115,10 @@ class Saver:
             self._slot = int(record["slot"])
             tensors = load_file(path.with_name(f"{self.stage}.{self._slot}.safetensors"))
             progress = Progress.from_json(record)
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"weight/{name}"])
-                if not progress.complete:
-                    state = optimizer.state[parameter]
-                    state["exp_avg"].copy_(tensors[f"mean/{name}"])
-                    state["exp_avg_sq"].copy_(tensors[f"square/{name}"])
-                    state["step"].copy_(tensors[f"steps/{name}"])
-            torch.set_rng_state(tensors["rng"])
+            for name, target in slots(parameters, optimizer, progress.complete).items():
+                if tensors[name].shape != target.shape:
+                    raise ValueError(f"{name} is {tuple(tensors[name].shape)}")
+            torch.set_rng_state(tensors.pop("rng"))
         except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as problem:
             raise OutputError(
                 "a calibration checkpoint cannot be read",
@@ -128,4 +128,19 @@ class Saver:
             ) from problem
         if progress.complete and not finished:
             self.workdir.mark(self.record_name, self.inputs_hash)
-        return progress
+        return progress, tensors
+
+
+def slots(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, complete: bool
+) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name: weights, and AdamW's state unless the stage is complete."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        found[f"weight/{name}"] = parameter
+        if not complete:
+            state = optimizer.state[parameter]
+            found[f"mean/{name}"] = state["exp_avg"]
+            found[f"square/{name}"] = state["exp_avg_sq"]
+            found[f"steps/{name}"] = state["step"]
+    return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reattend.calibrate.losses import divergence, squared_error
 from reattend.calibrate.ranks import Ranks
+from reattend.calibrate.shards import shard, unshard
 from reattend.calibrate.sites import (
     block_paths,
     call_arguments,
@@ -45,6 +46,30 @@ class EndToEnd(Stage):
         self.blocks = block_paths(working.student)
         self.decoder = decoder_prefix(working.teacher)
         self._broken = ""
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        if ranks.sharded:
+            self._shard()
+
+    def _shard(self) -> None:
+        """Spread both working copies over the processes; the masters become their shares."""
+        working = self.working
+        self.ranks.same(working.masters.values())
+        shard(working.teacher, self.blocks)
+        places = shard(working.student, self.blocks)
+        self._places = {n: places[id(p)] for n, p in working.masters.items()}
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for name, (module, attribute) in self._places.items():
+            found = module._parameters[attribute]
+            assert found is not None
+            self.working.masters[name] = found
+
+    def close(self) -> None:
+        """See `Stage.close`."""
+        if self._places:
+            unshard(self.working.student)
+            self._refresh()
 
     def accumulate(self, inputs: dict[str, Tensor], silent: bool) -> dict[str, Tensor]:
         """See `Stage.accumulate`."""

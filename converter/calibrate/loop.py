@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from reattend.calibrate.checkpoint import Progress, Saver
+from reattend.calibrate.checkpoint import Progress, Saver, slots
 from reattend.calibrate.schedule import factor
+from reattend.calibrate.shards import is_sharded, whole
 from reattend.calibrate.stage import Stage, StageResult
 from reattend.calibrate.stream import Batch, Stream, cut
 from reattend.errors import TrainingError
@@ -59,7 +60,9 @@ class Loop:
         """
         self.progress.position = position
         self._restore()
-        saved = self._tenth()
+        saved, reused = self._tenth(), self.progress.complete
+        if reused:
+            self._tell("reused from the interrupted run")
         if not self.progress.complete:
             for batch in self.stream.batches(self.progress.position):
                 self._step(cut(batch, self.budget - self.progress.tokens))
@@ -68,14 +71,14 @@ class Loop:
                     self._close_window()
                 if self.progress.complete or self._tenth() > saved:
                     saved = self._tenth()
-                    if self.stage.ranks.main:
-                        self.saver.save(self.parameters, self.optimizer, self.progress)
+                    self.saver.save(self.parameters, self.optimizer, self.progress)
                 self._tell()
                 if self.progress.complete:
                     break
+        self.stage.close()
         p = self.progress
         sites = {g: (p.first[g], p.last[g]) for g in p.first}
-        return StageResult(self.stage.name, p.tokens, p.points, self.stage.loss_name, sites)
+        return StageResult(self.stage.name, p.tokens, p.points, self.stage.loss_name, sites, reused)
 
     def _step(self, batch: Batch) -> None:
         p, ranks = self.progress, self.stage.ranks
@@ -102,7 +105,7 @@ class Loop:
         gradients = [q.grad for q in parameters if q.grad is not None]
         if not gradients:
             return
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = _norm(gradients)
         if not math.isfinite(norm):
             raise self._broken(self._culprit(group, parameters), f"the gradient norm is {norm}")
         if loss < self.stage.floor:
@@ -115,15 +118,15 @@ class Loop:
     def _culprit(self, group: str, parameters: list[nn.Parameter]) -> str:
         names = {id(q): n for n, q in self.parameters.items()}
         bad = (
-            q for q in parameters if q.grad is not None and not bool(torch.isfinite(q.grad).all())
+            q for q in parameters if q.grad is not None and not bool(whole(q.grad).isfinite().all())
         )
         return next((names[id(q)] for q in bad), group)
 
     def _check_weights(self) -> None:
         weights: list[Tensor] = [q.detach() for q in self.parameters.values()]
-        if math.isfinite(float(torch.nn.utils.get_total_norm(weights))):
+        if math.isfinite(_norm(weights)):
             return
-        bad = (n for n, q in self.parameters.items() if not bool(torch.isfinite(q).all()))
+        bad = (n for n, q in self.parameters.items() if not bool(whole(q).isfinite().all()))
         raise self._broken(next(bad, "sum of all weights"), "a weight is NaN or infinite")
 
     def _broken(self, site: str, why: str) -> TrainingError:
@@ -153,7 +156,7 @@ class Loop:
     def _tenth(self) -> int:
         return self.progress.tokens * CHECKPOINTS // self.budget
 
-    def _tell(self) -> None:
+    def _tell(self, message: str = "") -> None:
         if self.on_event is None or not self.stage.ranks.main:
             return
         p = self.progress
@@ -161,18 +164,34 @@ class Loop:
         self.on_event(
             Event(
                 self.stage.name, done=min(p.tokens, self.budget), total=self.budget,
-                values={"loss": loss, "step": p.step},
+                message=message, values={"loss": loss, "step": p.step},
             )
         )  # fmt: skip
 
     def _restore(self) -> None:
+        """Continue at rank 0's checkpoint; without one, start where rank 0 starts."""
         ranks = self.stage.ranks
         found = self.saver.load(self.parameters, self.optimizer) if ranks.main else None
+        stored: dict[str, Tensor] = {}
         if found is not None:
-            self.progress = found
+            self.progress, stored = found
         p = self.progress
-        numbers = torch.tensor([p.step, p.tokens, p.position, int(p.complete)])
-        states = [self.optimizer.state[q] for q in self.parameters.values()]
-        ranks.same([numbers, *self.parameters.values(), *(t for s in states for t in s.values())])
+        numbers = torch.tensor(
+            [p.step, p.tokens, p.position, int(p.complete), int(found is not None)]
+        )
+        ranks.same([numbers])
         p.step, p.tokens, p.position = (int(v) for v in numbers[:3])
         p.complete = bool(numbers[3])
+        if bool(numbers[4]):
+            for name, target in slots(self.parameters, self.optimizer, p.complete).items():
+                ranks.give(target, stored.pop(name, None))
+        else:
+            ranks.same(q for q in self.parameters.values() if not is_sharded(q))
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    """Euclidean norm of all of them together; sharded or not, the same in every process."""
+    plain = [t for t in tensors if not is_sharded(t)]
+    shared = [t for t in tensors if is_sharded(t)]
+    parts = [whole(torch.nn.utils.get_total_norm(some)) for some in (plain, shared) if some]
+    return math.hypot(*(float(part) for part in parts))

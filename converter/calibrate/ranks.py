@@ -1,4 +1,4 @@
-"""Data parallelism: every process takes its share of each batch and gradients are summed.
+"""Several processes: every one takes its share of each batch and gradients are summed.
 
 accelerate starts the process group (torchrun or `accelerate launch`; gloo on CPU). Losses are
 normalised by counts summed over all processes, so the result is that of one process up to the
@@ -7,22 +7,33 @@ order of summation. One process needs no group, and every method is then the ide
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reattend.calibrate import shards
 from reattend.calibrate.stream import Batch
+from reattend.processes import several
 
 
 class Ranks:
-    """The processes that calibrate together; `rank` 0 publishes and reports."""
+    """The processes that calibrate together; `rank` 0 publishes and reports.
+
+    Attributes:
+        world: number of processes.
+        rank: number of this one.
+        sharded: stages that can spread parameters over the processes do (`calibrate/shards.py`).
+
+    Raises:
+        ArgumentError: accelerate's environment asks for something that is not supported.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.world, self.rank = 1, 0
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        self.world, self.rank, self.sharded = 1, 0, False
+        if several():
+            self.sharded = shards.wanted()
             from accelerate import PartialState
 
             state = PartialState(cpu=device.type == "cpu")
@@ -50,21 +61,38 @@ class Ranks:
         return tuple(total.unbind())
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum `.grad` over all processes in place."""
+        """Sum `.grad` over all processes in place; sharded ones hold the mean already."""
         if self.world == 1:
             return
         from accelerate.utils import reduce
 
         for p in parameters:
+            if shards.is_sharded(p):
+                if p.grad is not None:
+                    p.grad.mul_(self.world)
+                continue
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad = reduce(gradient, "sum")
 
-    def same(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite every process' tensors with those of rank 0."""
-        if self.world == 1:
-            return
-        from accelerate.utils import broadcast
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite every process' tensors, none of them sharded, with those of rank 0."""
+        for tensor in tensors:
+            self.give(tensor, tensor)
 
-        with torch.no_grad():
-            for tensor in tensors:
-                tensor.copy_(broadcast(tensor.clone(), from_process=0))
+    def give(self, target: Tensor, full: Tensor | None) -> None:
+        """Set `target`, sharded or not, to rank 0's whole tensor `full`; others may pass None."""
+        if self.world > 1:
+            from accelerate.utils import broadcast
+
+            mine = torch.empty(target.shape, dtype=target.dtype) if full is None else full
+            mine = mine.detach().to(target.device).clone()
+            full = broadcast(mine, from_process=0)
+        assert full is not None
+        shards.fill(target, full)
+
+
+def agreed(mine: bool, device: torch.device) -> bool:
+    """What the first process found, in all of them."""
+    found = torch.tensor(int(mine), device=device)
+    Ranks(device).same([found])
+    return bool(found)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -15,9 +15,9 @@ from reattend.calibrate.loop import Loop
 from reattend.calibrate.ranks import Ranks
 from reattend.calibrate.stage import Stage, StageResult
 from reattend.calibrate.stream import Stream
-from reattend.calibrate.working import working_copies, write_back
+from reattend.calibrate.working import Working, working_copies, write_back
 from reattend.data import Dataset
-from reattend.errors import DataError
+from reattend.errors import ArgumentError, DataError
 from reattend.events import OnEvent
 from reattend.plan_sections import Calibrate
 from reattend.workdir import Workdir, digest
@@ -40,6 +40,7 @@ def calibrate(
     workdir: Workdir | None = None,
     inputs_hash: str = "",
     on_event: OnEvent | None = None,
+    around: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> list[StageResult]:
     """Distil `teacher` into `student`; the student's mixers change, nothing else does.
 
@@ -62,6 +63,7 @@ def calibrate(
             above 1) only rank 0 may have one.
         inputs_hash: hash of everything that decides teacher and student.
         on_event: told after every step; may raise to stop.
+        around: what to enter around each stage, by its name.
 
     Returns:
         One result per stage.
@@ -70,7 +72,8 @@ def calibrate(
         TrainingError: NaN or infinity in a loss, gradient or weight; names stage, step, site.
         ModelError: the teacher itself produces NaN or infinity.
         DataError: the data has no token.
-        ArgumentError: no mixer in the student, or the models do not belong together.
+        ArgumentError: no mixer in the student, the models do not belong together, or the
+            environment asks for a form of FSDP that is not supported.
         MissingExtraError: `lora_rank` without peft.
         OutputError: a checkpoint cannot be written or read.
     """
@@ -80,30 +83,47 @@ def calibrate(
         raise DataError("there is no token to calibrate on", where=dataset.description)
     seed = seed if settings.seed is None else settings.seed
     ranks = Ranks(next(student.parameters()).device)
-    working = working_copies(teacher, student)
+    if ranks.sharded and "end-to-end" in settings.stages[:-1]:
+        raise ArgumentError(
+            "under FSDP end-to-end must be the last stage",
+            where="calibrate.stages",
+            why="its blocks are spread over the processes, and layerwise needs them whole",
+            next_step="calibrate with stages: [layerwise, end-to-end]",
+        )
     stream = Stream(dataset, settings.batch_size, seed)
     results: list[StageResult] = []
     position = 0
+    processes = [ranks.world, "sharded"] if ranks.sharded else ranks.world
     key = digest(
-        [inputs_hash, settings.model_dump(mode="json"), seed, dataset.fingerprint, ranks.world]
+        [inputs_hash, settings.model_dump(mode="json"), seed, dataset.fingerprint, processes]
     )
+    working: Working | None = None
     with _own_random_state(seed):
-        if settings.lora_rank is not None:
-            from reattend.calibrate.lora import inject
-
-            inject(working, settings.lora_rank)
         for name, budget in budgets(settings).items():
-            stage = STAGES[name](working, ranks)
-            saver = Saver(workdir, name, digest([key, name, budget]))
-            loop = Loop(stage, stream, budget, settings.lr or stage.lr, saver, on_event)
-            results.append(loop.run(position))
-            position = loop.progress.position
+            with around(name):
+                working = working or _prepared(teacher, student, settings)
+                stage = STAGES[name](working, ranks)
+                saver = Saver(workdir, name, digest([key, name, budget]))
+                loop = Loop(stage, stream, budget, settings.lr or stage.lr, saver, on_event)
+                results.append(loop.run(position))
+                position = loop.progress.position
+        assert working is not None
         if settings.lora_rank is not None:
             from reattend.calibrate.lora import merge
 
             merge(working)
     write_back(student, working)
     return results
+
+
+def _prepared(teacher: nn.Module, student: nn.Module, settings: Calibrate) -> Working:
+    """Working copies, with LoRA factors where the plan wants them."""
+    working = working_copies(teacher, student)
+    if settings.lora_rank is not None:
+        from reattend.calibrate.lora import inject
+
+        inject(working, settings.lora_rank)
+    return working
 
 
 def budgets(settings: Calibrate) -> dict[str, int]:

@@ -25,6 +25,7 @@ class StageResult:
         loss_name: what the loss is, with its unit.
         sites: per site (layerwise) or "" (end-to-end): loss of the first batch, before any
             update, and the running mean over about the last ten steps.
+        reused: nothing was trained now: an interrupted run had finished the stage.
     """
 
     name: str
@@ -32,6 +33,7 @@ class StageResult:
     loss: list[tuple[int, float]]
     loss_name: str
     sites: dict[str, tuple[float, float]] = field(default_factory=dict)
+    reused: bool = field(default=False, compare=False)
 
 
 class Stage(ABC):
@@ -68,6 +70,9 @@ class Stage(ABC):
             inputs: this process' rows.
             silent: run, but count no token.
         """
+
+    def close(self) -> None:  # noqa: B027  (most stages have nothing to undo)
+        """Make `working.masters` whole again; called once, after the last step."""
 
     def blame(self, group: str) -> str:
         """The site to name when the loss of `group` is not a number."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from reattend.errors import ArgumentError
 from reattend.mixers.base import Mixer
+from reattend.sharing import address
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -86,8 +87,8 @@ def working_copies(teacher: nn.Module, student: nn.Module) -> Working:
             if trained and id(tensor) in names:
                 memo[id(tensor)] = masters[names[id(tensor)]]
                 continue
-            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-            if tensor.data_ptr() == 0 or key not in shared:
+            key = (address(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if address(tensor) == 0 or key not in shared:
                 shared[key] = _wide(tensor.detach())
             plain = shared[key]
             frozen = isinstance(tensor, nn.Parameter)
@@ -113,7 +114,7 @@ def write_back(student: nn.Module, working: Working) -> list[str]:
         name = working.names[id(parameter)]
         new = working.masters[name].detach().to(parameter.dtype)
         if not torch.equal(new, parameter.detach()):
-            fresh = new.clone() if new.data_ptr() == working.masters[name].data_ptr() else new
+            fresh = new.clone() if address(new) == address(working.masters[name]) else new
             changed[id(parameter)] = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
     for module in student.modules():
         for name, held in list(module._parameters.items()):

@@ -101,33 +101,52 @@ def same(a: Any, b: Tensor) -> float:
         return float("inf")
     if not a.is_floating_point():
         return 0.0 if bool((a == b).all()) else float("inf")
-    x, y = a.double(), b.double()
-    finite = y.abs() < 1e30
-    if not bool((finite == (x.abs() < 1e30)).all()):
+    finite = b.abs() < _huge(b)
+    if not bool((finite == (a.abs() < _huge(a))).all()):
         return float("inf")
+    x, y = a.double(), b.double()
     scale = float(y[finite].abs().max()) if bool(finite.any()) else 0.0
     gap = float((x[finite] - y[finite]).abs().max()) if bool(finite.any()) else 0.0
     return gap / max(scale, 1e-30) if gap else 0.0
 
 
-def match(arguments: dict[str, Any], value: Tensor, tolerance: float = 0.03) -> Path | None:
+def _huge(value: Tensor) -> float:
+    """From here on a number hides a score instead of adding to it (float16 ends at 65504)."""
+    return 6e4 if value.dtype == torch.float16 else 1e30
+
+
+def rounding(value: Tensor) -> float:
+    """How far apart two runs of one computation may be, relative to the largest number.
+
+    `Capture.values` is bit for bit what the model computes wherever kernels are deterministic;
+    this leaves two units in the last place, or 1e-3, for where they are not.
+    """
+    if not value.is_floating_point():
+        return 0.0
+    return max(1e-3, 2 * torch.finfo(value.dtype).eps)
+
+
+def match(arguments: dict[str, Any], value: Tensor) -> Path | None:
     """The leaf that equals `value` best, within rounding."""
     scored = [(same(leaf, value), path) for path, leaf in leaves(arguments)]
     best = min(scored, key=lambda s: s[0], default=(float("inf"), ()))
-    return best[1] if best[0] <= tolerance else None
+    return best[1] if best[0] <= rounding(value) else None
 
 
 def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | None, bool]:
     """The leaf that hides what the core's mask hides, and whether it also adds a bias.
 
     The core may see more than the owner is given: a bool mask made additive, a bias added, one
-    row for all queries expanded. So where no leaf equals the mask, visibility decides.
+    row for all queries expanded. So where no leaf equals the mask, visibility decides. A mask
+    without a batch axis is a pattern, and no argument is needed for it.
     """
+    if mask_BhNM.dim() != 4:
+        return None, False
     exact = match(arguments, mask_BhNM)
     seen = shown(mask_BhNM)
     if exact is not None:
         return exact, _adds(mask_BhNM)
-    if mask_BhNM.dim() != 4 or bool(seen.all()):
+    if bool(seen.all()):
         return None, False
     for path, leaf in leaves(arguments):
         if not isinstance(leaf, Tensor) or leaf.dim() != 4 or leaf.is_complex():
@@ -205,11 +224,11 @@ def match_output(
     def walk(part: Any) -> Any:
         nonlocal found
         if isinstance(part, Tensor):
-            if same(part, value) <= 0.03:
+            if same(part, value) <= rounding(value):
                 found += 1
                 return "y"
             path = next((p for p, leaf in leaves(arguments) if leaf is part), None)
-            if path is None and bias_1HNM is not None and same(part, bias_1HNM) <= 0.03:
+            if path is None and bias_1HNM is not None and same(part, bias_1HNM) <= rounding(part):
                 return "bias"
             return {"path": list(path)} if path is not None else None
         if type(part) in (tuple, list):

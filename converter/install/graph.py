@@ -16,6 +16,7 @@ from reattend.errors import ModelError
 from reattend.install.binding import TableRef, component, match_table
 from reattend.mixers.base import Context, Mixer
 from reattend.mixers.scores import shown
+from reattend.passes.base import drop_dead
 from reattend.passes.evaluate import Evaluator
 from reattend.passes.find.sites import Region
 
@@ -55,7 +56,7 @@ def site_module(path: str) -> str:
 
 def replace_region(
     gm: fx.GraphModule, path: str, region: Region, mixer: Mixer, given: dict[fx.Node, Any],
-    follows_padding: bool,
+    takes_mask: bool,
 ) -> None:  # fmt: skip
     """Put one call of `mixer` in place of the region; the dead nodes go.
 
@@ -65,7 +66,7 @@ def replace_region(
         region: its region in `gm`.
         mixer: the replacement.
         given: placeholder values, to find the rotary tables by value.
-        follows_padding: the model's own mask must be passed on.
+        takes_mask: the model's own mask must be passed on.
     """
     cos = sin = None
     cos_node: fx.Node | None = None
@@ -84,7 +85,7 @@ def replace_region(
             (
                 region.hidden,
                 region.memory,
-                region.mask if follows_padding else None,
+                region.mask if takes_mask else None,
                 cos_node,
                 sin_node,
             ),
@@ -92,7 +93,7 @@ def replace_region(
     new.meta["val"] = last.meta.get("val")
     last.replace_all_uses_with(new)
     gm.graph.erase_node(last)
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
     gm.graph.lint()
 
 

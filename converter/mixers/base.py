@@ -130,7 +130,11 @@ class Mixer(nn.Module, ABC):
         """
 
     def store(self, new: Any, state: State) -> Any:
-        """Append the new rows and return all rows to attend to."""
+        """Append the new rows and return all rows to attend to.
+
+        A mixer that keeps more than rows overrides this; as a head group it then needs a
+        `GroupedState`.
+        """
         return state.update(*new)
 
     def unpack(self, stored: Rows) -> Any:
@@ -162,6 +166,12 @@ class Mixer(nn.Module, ABC):
         """H, over all groups."""
         config: Any = self.config
         return int(config.core.heads)
+
+    @property
+    def joined_width(self) -> int:
+        """H e: what `join` gives."""
+        config: Any = self.config
+        return int(config.core.heads * config.core.v_head_dim)
 
     @property
     def cross(self) -> bool:
@@ -197,8 +207,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     """An empty mixer from what a checkpoint stores.
 
     Args:
-        kind: `dense`, `latent`, or the name of an entry point of group `reattend.mixers` that a
-            third party's package registers for its `Mixer` subclass.
+        kind: `dense`, `latent`, `mixed`, or the name of an entry point of group `reattend.mixers`
+            that a third party's package registers for its `Mixer` subclass.
         config: fields of that class's config; third parties implement `from_config(mapping)`.
 
     Raises:
@@ -206,11 +216,14 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     """
     from reattend.mixers.dense import DenseAttention, DenseConfig
     from reattend.mixers.latent import LatentAttention, LatentConfig
+    from reattend.mixers.mixed import MixedAttention, MixedConfig
 
     if kind == DenseAttention.kind:
         return DenseAttention(DenseConfig.model_validate(config))
     if kind == LatentAttention.kind:
         return LatentAttention(LatentConfig.model_validate(config))
+    if kind == MixedAttention.kind:
+        return MixedAttention(MixedConfig.model_validate(config))
     for entry in entry_points(group="reattend.mixers", name=kind):
         made: Mixer = entry.load().from_config(config)
         return made

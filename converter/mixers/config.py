@@ -124,7 +124,9 @@ class JoinConfig(Frozen):
 class CoreConfig(Frozen):
     """Scores and pattern; query head h reads key/value head h // (heads // kv_heads).
 
-    `sinks`: every head has one logit more, of no key, that takes part in its softmax.
+    `sinks`: every head has one logit more, of no key, that takes part in its softmax. `opaque`: the
+    model's own 4-D mask is the pattern; a call without one follows `unmasked`, and is an error
+    where that is empty.
     """
 
     heads: int
@@ -133,10 +135,11 @@ class CoreConfig(Frozen):
     v_head_dim: int
     scale: float
     softcap: float = 0.0
-    pattern: Literal["full", "causal", "sliding", "chunked"] = "causal"
+    pattern: Literal["full", "causal", "sliding", "chunked", "opaque"] = "causal"
     window: int = 0
     chunk: int = 0
     sinks: bool = False
+    unmasked: Literal["", "full", "causal"] = ""
 
     @property
     def causal(self) -> bool:

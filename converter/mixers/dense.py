@@ -16,7 +16,7 @@ from reattend.mixers.block import BlockMixer, projection
 from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend, per_head
+from reattend.mixers.scores import attend, per_head, refuse_opaque
 
 
 class DenseConfig(BlockConfig):
@@ -75,6 +75,7 @@ class DenseAttention(BlockMixer):
             bias = self.score_bias(q.shape[2], k.shape[2], offset)
             return attend(q, k, v, c.core, ctx.mask, bias, per_head(self.sinks))
         self._plain_scores()
+        refuse_opaque(c.core)
         y_BHNe, _ = torch.ops.reattend.attention(
             q, k, v, *span, scale=c.core.scale, causal=c.core.causal,
             sliding_window=c.core.window, softcap=c.core.softcap,

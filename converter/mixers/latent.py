@@ -22,7 +22,7 @@ from reattend.mixers.config import BlockConfig, CoreConfig
 from reattend.mixers.dense import stream_norm
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend, per_head, visibility
+from reattend.mixers.scores import attend, per_head, refuse_opaque, visibility
 
 
 class LatentConfig(BlockConfig):
@@ -127,6 +127,7 @@ class LatentAttention(BlockMixer):
         latent, rope = rows
         if span is not None:
             self._plain_scores()
+            refuse_opaque(self.config.core)
             u, _ = torch.ops.reattend.latent_attention(
                 self._absorb(q_nope_BHNd), q_rope_BHNR, latent.squeeze(1), rope.squeeze(1), *span,
                 scale=self.config.core.scale, causal=self.config.core.causal,
@@ -300,6 +301,8 @@ def attend_rows(
 ) -> Tensor:  # fmt: skip
     """One query token: its H heads as rows over one shared key head; the mask is per key."""
     per_key = visibility(mask, core, 1, k_B1Mw.shape[2], q_B1Hw)
+    if per_key is not None and per_key.shape[-3] > 1:  # a mask for every head
+        per_key = per_key.transpose(-3, -2)
     full = core.model_copy(update={"pattern": "full", "window": 0, "chunk": 0})
     return attend(q_B1Hw, k_B1Mw, v_B1Mr, full, per_key, bias_11HM, sinks)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from reattend.errors import ArgumentError, UnsupportedCacheError
 from reattend.mixers.config import CoreConfig
 
 
@@ -89,15 +90,45 @@ def visibility(
     A 4-D mask from the model is the whole truth about its own cache and is used as it is
     (additive ones in the scores' dtype). Otherwise the pattern holds, with the N queries at the
     end of the M keys, and 2-D validity hides padded keys.
+
+    Raises:
+        ArgumentError: the pattern is the model's own mask, and there is none.
     """
     if mask is not None and mask.dim() == 4:
         mask = mask[..., :m]
         return mask if mask.dtype == torch.bool else mask.to(like.dtype)
+    if core.pattern == "opaque":
+        core = _unmasked(core, mask)
     pattern = _pattern(core, n, m, like.device)
     if mask is None or mask.dim() != 2:
         return pattern
     valid_B11M = (mask != 0)[:, None, None, -m:]
     return valid_B11M if pattern is None else pattern & valid_B11M
+
+
+def refuse_opaque(core: CoreConfig) -> None:
+    """A state of fixed capacity says which rows are filled, not which of them may be seen.
+
+    Raises:
+        UnsupportedCacheError: the pattern is the model's own mask.
+    """
+    if core.pattern == "opaque":
+        raise UnsupportedCacheError(
+            "a block that attends by the model's own mask was given a fixed-capacity state",
+            next_step="run the model with a transformers cache, or without one",
+        )
+
+
+def _unmasked(core: CoreConfig, mask: Tensor | None) -> CoreConfig:
+    """What an opaque block does without a 4-D mask, where the original was seen to do it too."""
+    if mask is None and core.unmasked:
+        return core.model_copy(update={"pattern": core.unmasked})
+    given = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)}"
+    raise ArgumentError(
+        f"a block that attends by the model's own mask was given {given}",
+        why="what its queries may see is not a fixed pattern, so it cannot be made up here",
+        next_step="call it with the mask [batch, 1, query, key] that the original was called with",
+    )
 
 
 def _pattern(core: CoreConfig, n: int, m: int, device: torch.device) -> Tensor | None:

@@ -1,15 +1,17 @@
 """Sites that received the same treatment, as one row: `layers 0–5`.
 
 Two sites are in one group when their path differs in numbers only and kind, spec, action,
-conversion, reason, exactness, owner class and the names of their options agree. Values of
-options, cost and error may differ inside a group; the row shows their range.
+conversion, head groups, reason, exactness, owner class and the names of their options agree.
+Values of options, cost and error may differ inside a group; the row shows their range.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from pydantic import JsonValue
 
 from reattend.report.numbers import plain
 from reattend.report.site import SiteEntry
@@ -45,22 +47,33 @@ class SiteGroup:
     @property
     def options(self) -> dict[str, str]:
         """Options as text; numbers that differ between the members become a range."""
-        shown = {}
-        for key in sorted(self.first.options):
-            values = [site.options[key] for site in self.sites]
-            numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-            if all(value == values[0] for value in values):
-                shown[key] = option_text(values[0])
-            elif len(numbers) == len(values):
-                shown[key] = f"{option_text(min(numbers))}–{option_text(max(numbers))}"
-            else:
-                shown[key] = "varies"
+        shown = _shown([site.options for site in self.sites])
+        for i, group in enumerate(self.first.groups):
+            inner = _shown([site.groups[i].options for site in self.sites])
+            text = ", ".join(f"{key} {value}" for key, value in inner.items())
+            done = f"{group.conversion} ({text})" if text else group.conversion
+            shown[f"heads {ranges(group.heads)}:"] = done
         return shown
 
     def collect(self, read: Callable[[SiteEntry], float | None]) -> list[float]:
         """What `read` finds on the members that have it."""
         values = [read(site) for site in self.sites]
         return [value for value in values if value is not None]
+
+
+def _shown(given: Sequence[Mapping[str, JsonValue]]) -> dict[str, str]:
+    """One text per option: its value, or the range of its numbers over the sites."""
+    shown = {}
+    for key in sorted(given[0]):
+        values = [options[key] for options in given]
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if all(value == values[0] for value in values):
+            shown[key] = option_text(values[0])
+        elif len(numbers) == len(values):
+            shown[key] = f"{option_text(min(numbers))}–{option_text(max(numbers))}"
+        else:
+            shown[key] = "varies"
+    return shown
 
 
 def option_text(value: object) -> str:
@@ -89,6 +102,7 @@ def fold(sites: Sequence[SiteEntry]) -> list[SiteGroup]:
             site.verified,
             site.conversion,
             tuple(sorted(site.options)),
+            tuple((g.heads, g.conversion, tuple(sorted(g.options))) for g in site.groups),
             site.reason,
             site.exactness,
             None if site.owner is None else (site.owner.kind, site.owner.class_name),

@@ -74,8 +74,16 @@ def recall_change(report: Report) -> tuple[str, str] | None:
 
 
 def conversions(report: Report) -> str:
-    """Names of the conversions applied: `mla`, `mla and sparse`."""
-    names = sorted({s.conversion for s in report.sites if s.action == "converted" and s.conversion})
+    """Names of the conversions applied: `mla`, `mla and sparse`, `mla (some heads)`."""
+    found: set[str] = set()
+    for site in report.sites:
+        if site.action == "converted" and site.groups:
+            found |= {
+                f"{g.conversion} (some heads)" for g in site.groups if g.conversion != "dense"
+            }
+        elif site.action == "converted" and site.conversion:
+            found.add(site.conversion)
+    names = sorted(found)
     if len(names) < 2:
         return names[0] if names else "another form"
     return ", ".join(names[:-1]) + " and " + names[-1]

@@ -25,7 +25,9 @@ class StageRun(Part):
     name: str = Field(min_length=1)
     seconds: Number = Field(ge=0)
     peak_bytes_predicted: int | None = Field(default=None, ge=0)
-    peak_bytes: int | None = Field(default=None, ge=0, description="measured peak memory")
+    peak_bytes: int | None = Field(
+        default=None, ge=0, description="measured peak memory of the stage"
+    )
     reused: bool = Field(default=False, description="taken from an earlier, interrupted run")
 
 

@@ -82,9 +82,14 @@ class SiteError(Part):
     output_relative: Number | None = Field(
         default=None, description="norm of the attention output difference / norm of the original"
     )
-    output_bound: Number | None = Field(default=None, description="the proven bound, where bounded")
+    output_bound: Number | None = Field(
+        default=None,
+        description="proven bound on output_relative, from what the conversion discarded on the "
+        "tokens measured; where bounded",
+    )
     discarded_energy: Number | None = Field(
-        default=None, description="energy share outside the rank"
+        default=None,
+        description="energy share outside the rank on the calibration tokens; no bound on outputs",
     )
     rank: int | None = Field(default=None, ge=0, description="rank that was kept")
     energy_kept: tuple[Number, ...] = Field(
@@ -93,6 +98,17 @@ class SiteError(Part):
     rotary_energy_kept: Number | None = Field(
         default=None, description="share of the key energy that keeps its rotary"
     )
+
+
+class HeadGroup(Part):
+    """Some heads of a site that were converted apart from the others."""
+
+    heads: tuple[int, ...] = Field(description="key/value groups, counted from 0")
+    conversion: str = Field(description="kebab-case name; dense: as they were")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="as resolved")
+    exactness: Exactness | None = None
+    cache_numbers_per_token: int = Field(ge=0)
+    error: SiteError | None = Field(default=None, description="of this group alone")
 
 
 class Owner(Part):
@@ -115,6 +131,9 @@ class SiteEntry(Part):
     verified: bool | None = Field(default=None, description="rebuilt from its spec and found equal")
     conversion: str = Field(default="", description="kebab-case name of the conversion")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="as resolved")
+    groups: tuple[HeadGroup, ...] = Field(
+        default=(), description="parts of a site whose heads were converted apart; else empty"
+    )
     reason: str = Field(default="", description="why it was kept, refused or not understood")
     exactness: Exactness | None = None
     cost: SiteCost | None = None

@@ -76,6 +76,9 @@ def read_mask(
 
     Raises:
         NotUnderstood: it is a bias, or depends on hidden states, or differs between heads.
+
+    A mask of no known kind (images that see each other, prefixes, packed documents) is `opaque`:
+    the block takes it from the model call by call, and cannot be used without.
     """
     if mask is None:
         return FoundMask(Pattern("causal" if is_causal else "full"), False)
@@ -88,12 +91,10 @@ def read_mask(
         return shown(run.run([mask], inputs_at(length, padded))[0])
 
     bias = _bias(gm, mask, inputs_at)
-    base = _one(at(None, False))
-    pattern = classify(base)
-    if pattern.kind != "full":
-        pattern = _at_length(at, _constants(slice_nodes), base.shape[0]) or pattern
-    if pattern.kind == "opaque":
-        raise NotUnderstood("the mask is not full, causal, sliding or chunked")
+    base = at(None, False)
+    pattern = _pattern(base)
+    if pattern.kind not in ("full", "opaque"):
+        pattern = _at_length(at, _constants(slice_nodes), base.shape[-2]) or pattern
     padded = at(None, True)
     return FoundMask(pattern, not bool((padded == base).all()), bias)
 
@@ -109,7 +110,7 @@ def _at_length(
     lengths = {2 * c + 3 for c in constants} | {c + 2 for c in constants} | {base + 6}
     for length in sorted((n for n in lengths if base < n <= LONGEST), reverse=True):
         try:
-            return classify(_one(at(length, False)))
+            return _pattern(at(length, False))
         except (RuntimeError, IndexError):
             continue
     return None
@@ -144,13 +145,15 @@ def _bias(
     return read_relative(name, attribute(gm, name).detach(), masked)
 
 
-def _one(allowed: Tensor) -> Tensor:
-    """[N, M] of a mask that is the same for every row and head."""
+def _pattern(allowed: Tensor) -> Pattern:
+    """The pattern of a mask; `opaque` where it depends on the row's data or fits none."""
     while allowed.dim() < 4:
         allowed = allowed[None]
-    if not bool((allowed == allowed[:1, :1]).all()):
-        raise NotUnderstood("the mask differs between rows or heads")
-    return allowed[0, 0]
+    if not bool((allowed == allowed[:, :1]).all()):
+        raise NotUnderstood("the mask differs between heads")
+    if not bool((allowed == allowed[:1]).all()):
+        return Pattern("opaque")
+    return classify(allowed[0, 0])
 
 
 def _constants(nodes: set[fx.Node]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.base import GraphPass, Refusal, replace_node
+from reattend.passes.base import GraphPass, Refusal, drop_dead, replace_node
 from reattend.passes.evaluate import parameter_only
 from reattend.passes.normalize.forms import aten, attention, is_op
 from reattend.passes.normalize.scores import CASTS, RESHAPES, Scores, Term, read_scores, refolds
@@ -115,7 +115,7 @@ class FuseEager(GraphPass):
             before.meta.setdefault("nn_module_stack", product.meta.get("nn_module_stack", {}))
         replace_node(product, new)
         _erase_unused(node)
-        gm.graph.eliminate_dead_code()
+        drop_dead(gm.graph)
 
 
 def _heads(parts: Scores, product: fx.Node) -> int:

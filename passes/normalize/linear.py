@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from reattend.passes.base import GraphPass, Refusal, replace_node
+from reattend.passes.base import CAPTURED, GraphPass, Refusal, replace_node
 from reattend.passes.evaluate import parameter_only
 from reattend.passes.normalize.forms import aten, is_op
 
@@ -60,9 +60,11 @@ class ToLinear(GraphPass):
             return
         out_features = views[0].meta["val"].shape[-1]
         new.meta["val"] = value.new_empty((*value.shape[:-1], out_features))
+        new.meta[CAPTURED] = None
         for view in views:
             if tuple(map(str, view.meta["val"].shape)) == tuple(map(str, new.meta["val"].shape)):
                 view.replace_all_uses_with(new)
+                new.meta[CAPTURED] = view.meta.get(CAPTURED)
             else:
                 view.replace_input_with(node, new)
         for dead in [*[v for v in views if not v.users], node, x]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from reattend.passes.base import GraphPass, Refusal, replace_node
+from reattend.passes.base import GraphPass, Refusal, drop_dead, replace_node
 from reattend.passes.evaluate import parameter_only
 from reattend.passes.normalize.forms import aten, is_op, rms_norm
 
@@ -84,4 +84,4 @@ class FuseRmsNorm(GraphPass):
             new = gm.graph.call_function(rms_norm, (source, gain, eps))
         new.meta["val"] = last.meta.get("val")
         replace_node(last, new)
-        gm.graph.eliminate_dead_code()
+        drop_dead(gm.graph)

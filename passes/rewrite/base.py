@@ -15,7 +15,7 @@ from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.passes.base import Refusal
 
-Need = Literal["gram"]
+Need = Literal["gram", "queries"]
 Exactness = Literal["exact", "bounded", "learned"]
 
 
@@ -37,6 +37,10 @@ class Conversion(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[Frozen]]
     needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def wanted(self, options: Any) -> frozenset[Need]:
+        """The statistics to collect for these options."""
+        return self.needs
 
     @abstractmethod
     def check(self, config: DenseConfig, options: Any) -> Refusal | None:

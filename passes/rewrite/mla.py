@@ -14,7 +14,7 @@ from reattend.mixers.config import StreamConfig
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.latent import LatentAttention, LatentConfig, has_own_query
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import Built, Conversion, Cost, Exactness
+from reattend.passes.rewrite.base import Built, Conversion, Cost, Exactness, Need
 from reattend.passes.rewrite.mla_latent import joint_pca
 from reattend.passes.rewrite.mla_rotary import select_real, slot_columns
 from reattend.passes.rewrite.mla_sizes import MlaOptions, Sizes, is_exact, resolve
@@ -30,6 +30,10 @@ class ToMla(Conversion):
     name = "mla"
     Options = MlaOptions
     needs = frozenset({"gram"})
+
+    def wanted(self, options: MlaOptions) -> frozenset[Need]:
+        """Moments of queries too where their rank is cut."""
+        return self.needs if options.q_lora_rank is None else self.needs | {"queries"}
 
     def check(self, config: DenseConfig, options: MlaOptions) -> Refusal | None:
         """Reads no weight; the arithmetic is in the message."""
@@ -49,8 +53,8 @@ class ToMla(Conversion):
             return Refusal(
                 "a key bias under a softcap cannot be dropped (softmax does not cancel it)"
             )
-        if options.q_lora_rank and (config.q.norm or config.q.bias or config.q.opaque):
-            return Refusal("q_lora_rank needs queries that are one projection without bias")
+        if options.q_lora_rank and config.q.opaque is not None:
+            return Refusal("q_lora_rank needs queries that a projection makes")
         if options.q_lora_rank and options.q_lora_rank > min(
             config.hidden_size, config.core.heads * config.core.qk_head_dim
         ):
@@ -107,7 +111,7 @@ class ToMla(Conversion):
         with torch.device("meta"):
             mixer = LatentAttention(_config(config, sizes, options))
         state = latent_weights(dense, choice, latent, mixer.config, statistics)
-        dtype, device = dense.q_proj.weight.dtype, dense.q_proj.weight.device
+        dtype, device = dense.k_proj.weight.dtype, dense.k_proj.weight.device
         mixer.load_state_dict(
             {k: v.to(device, dtype).contiguous() for k, v in state.items()},
             strict=True,

@@ -5,6 +5,8 @@ Derivation with these names: docs/math/mla.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,13 +49,15 @@ def latent_weights(
         state["kv_a_proj_with_mqa.weight"] = rows
         state["k_proj.weight"], state["v_proj.weight"] = old["k_proj.weight"], old["v_proj.weight"]
         state["q_rope"] = choice.query_rope.reshape(-1, groups, d).transpose(0, 1) * scale_k
-        state |= {k: v for k, v in old.items() if k.split(".")[0] in ("q_norm", "k_norm", "q_proj")}
+        state |= {k: v for k, v in old.items() if k.split(".")[0] in ("q_norm", "k_norm")}
+        state |= _query_weights(old, lambda rows: rows, config, statistics)
         if "k_proj.bias" in old:
             state["k_proj.bias"] = old["k_proj.bias"]
     else:
         both = torch.cat([old["k_proj.weight"], old["v_proj.weight"]])
         state["kv_a_proj_with_mqa.weight"] = rows @ both
-        state |= _query_weights(old, choice, config, statistics, scale_k)
+        widen = _widening(choice, config, scale_k)
+        state |= _query_weights(old, widen, config, statistics)
         if config.rope_key_bias:
             state["k_rope_bias"] = choice.key_rope @ old["k_proj.bias"]
     up = torch.cat(
@@ -83,13 +87,9 @@ def latent_weights(
     return state
 
 
-def _query_weights(
-    old: dict[str, Tensor],
-    choice: RotaryChoice,
-    config: LatentConfig,
-    statistics: SiteStatistics,
-    scale_k: float,
-) -> dict[str, Tensor]:
+def _widening(
+    choice: RotaryChoice, config: LatentConfig, scale_k: float
+) -> Callable[[Tensor], Tensor]:
     """q rows per head [nope d | rope R]: the head itself, and its share of the rotated slots."""
     core = config.core
     heads, groups, d = core.heads, core.kv_heads, core.qk_head_dim
@@ -100,17 +100,31 @@ def _query_weights(
         per_head = rows.reshape(heads, d, -1)
         return torch.cat([per_head, turn_hRd @ per_head], 1).flatten(0, 1)
 
+    return widen
+
+
+def _query_weights(
+    old: dict[str, Tensor],
+    widen: Callable[[Tensor], Tensor],
+    config: LatentConfig,
+    statistics: SiteStatistics,
+) -> dict[str, Tensor]:
+    """The query projection, whole or in two factors; a bias (and a norm) comes after both."""
+    if config.q.opaque is not None:
+        return {k: v for k, v in old.items() if k.startswith("q_proj.")}
+    last = "q_proj" if config.q_lora_rank is None else "q_proj.q_b_proj"
+    bias = {}
+    if config.q.bias:
+        bias[f"{last}.bias"] = widen(old["q_proj.bias"][:, None])[:, 0]
     if config.q_lora_rank is None:
-        state = {"q_proj.weight": widen(old["q_proj.weight"])}
-        if config.q.bias:
-            state["q_proj.bias"] = widen(old["q_proj.bias"][:, None])[:, 0]
-        return state
+        return {"q_proj.weight": widen(old["q_proj.weight"]), **bias}
     assert statistics.query_gram is not None
     values, vectors = torch.linalg.eigh(statistics.query_gram)
     basis = vectors[:, torch.argsort(values, descending=True)][:, : config.q_lora_rank]
     return {
         "q_proj.q_a_proj.weight": basis.t() @ old["q_proj.weight"],
         "q_proj.q_b_proj.weight": widen(basis),
+        **bias,
     }
 
 

@@ -116,18 +116,19 @@ def _forget_the_trace(model: Any) -> None:
 
 
 def _attach(model: Any, layers: list[LayerLayout]) -> None:
-    """Add the function bodies and check that every layer became exactly one node."""
+    """Add the function bodies and check that every head group became exactly one node."""
     import onnx_ir as ir
 
-    wanted = Counter(layer.op for layer in layers)
+    groups = [group for layer in layers for group in layer.groups]
+    wanted = Counter(group.op for group in groups)
     found = Counter(n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN)
     if wanted != found:
         raise CaptureError(
-            "the exported graph does not have one node per converted layer",
+            "the exported graph does not have one node per head group of a converted layer",
             why=f"expected {dict(wanted)}, found {dict(found)}",
         )
     model.opset_imports[DOMAIN] = VERSION
-    empty = any(not layer.second.width for layer in layers)
+    empty = any(not group.second.width for group in groups)
     for name in sorted(wanted):
         function = ir.serde.deserialize_function(function_proto(name, rope_may_be_empty=empty))
         model.functions[function.identifier()] = function

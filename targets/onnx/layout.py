@@ -21,7 +21,10 @@ KEEP_DENSE = "convert the rest too, with the rule `to: dense` (or use plan ident
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One fixed-capacity tensor: [B, C, width], or [B, heads, C, width] where `heads` > 0."""
+    """One fixed-capacity tensor: [B, C, width], or [B, heads, C, width] where `heads` > 0.
+
+    `name` begins with the number of the head group, and a dot, where the layer has several.
+    """
 
     layer: int
     name: str
@@ -50,11 +53,9 @@ class StateTensor:
 
 
 @dataclass(frozen=True)
-class LayerLayout:
-    """One converted layer: the node it becomes and its two state tensors."""
+class GroupLayout:
+    """A head group: the node it becomes and its two state tensors."""
 
-    path: str
-    layer: int
     op: str
     first: StateTensor
     second: StateTensor
@@ -63,6 +64,20 @@ class LayerLayout:
     def tensors(self) -> list[StateTensor]:
         """What crosses the graph's border; a rotary part of width 0 holds nothing and does not."""
         return [t for t in (self.first, self.second) if t.width]
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One converted layer: its head groups, one where the layer is of one kind."""
+
+    path: str
+    layer: int
+    groups: tuple[GroupLayout, ...]
+
+    @property
+    def tensors(self) -> list[StateTensor]:
+        """Those of all groups."""
+        return [t for group in self.groups for t in group.tensors]
 
 
 def layout(model: nn.Module) -> list[LayerLayout]:
@@ -76,13 +91,16 @@ def layout(model: nn.Module) -> list[LayerLayout]:
     for path, module in model.named_modules():
         if not isinstance(module, Adapter):
             continue
-        config, layer = module.mixer.config, module.binding.layer_idx
-        _check(path, config, cached=module.binding.cache is not None)
+        layer, mixers = module.binding.layer_idx, module.mixer.head_groups
+        for mixer in mixers:
+            _check(path, mixer.config, cached=module.binding.cache is not None)
         if layer in found:
             raise RefusedError(
                 "two converted layers use one cache slot", where=f"{found[layer].path} and {path}"
             )
-        found[layer] = _describe(path, layer, config)
+        names = [f"{i}." if len(mixers) > 1 else "" for i in range(len(mixers))]
+        groups = [_describe(path, layer, m.config, n) for m, n in zip(mixers, names, strict=True)]
+        found[layer] = LayerLayout(path, layer, tuple(groups))
     if not found:
         raise NothingFoundError(
             "the model has no converted attention layer, so there is nothing to lower",
@@ -101,20 +119,22 @@ def _check(path: str, config: object, *, cached: bool) -> None:
         why = "it keeps no cache; only decoders that generate token by token are exported"
     elif config.core.pattern == "chunked":
         why = "chunked attention has no ONNX form yet"
+    elif config.core.pattern == "opaque":
+        why = "what it attends to is a mask of the model's own, which the ONNX graph does not make"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 
 
-def _describe(path: str, layer: int, config: object) -> LayerLayout:
+def _describe(path: str, layer: int, config: object, group: str) -> GroupLayout:
     if isinstance(config, LatentConfig):
-        first = StateTensor(layer, "latent", 0, config.kv_lora_rank)
-        second = StateTensor(layer, "rope", 0, config.qk_rope_head_dim)
-        return LayerLayout(path, layer, "LatentAttention", first, second)
+        first = StateTensor(layer, f"{group}latent", 0, config.kv_lora_rank)
+        second = StateTensor(layer, f"{group}rope", 0, config.qk_rope_head_dim)
+        return GroupLayout("LatentAttention", first, second)
     if isinstance(config, DenseConfig):
         core = config.core
-        first = StateTensor(layer, "key", core.kv_heads, core.qk_head_dim)
-        second = StateTensor(layer, "value", core.kv_heads, core.v_head_dim)
-        return LayerLayout(path, layer, "Attention", first, second)
+        first = StateTensor(layer, f"{group}key", core.kv_heads, core.qk_head_dim)
+        second = StateTensor(layer, f"{group}value", core.kv_heads, core.v_head_dim)
+        return GroupLayout("Attention", first, second)
     raise RefusedError(
         f"a layer of kind {type(config).__name__} has no ONNX form yet",
         where=path,

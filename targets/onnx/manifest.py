@@ -42,7 +42,7 @@ class StateEntry(_Part):
 
 
 class LayerEntry(_Part):
-    """One converted layer and the node it became."""
+    """A node, and the converted layer it belongs to: one per head group, in their order."""
 
     path: str
     layer: int
@@ -104,7 +104,9 @@ def describe(
         "domains": dict(sorted(graph.opset_imports.items())),
         "functions": sorted(f"{key[0]}::{key[1]}" for key in graph.functions),
         "model_class": type(model).__name__,
-        "layers": [LayerEntry(path=x.path, layer=x.layer, op=x.op) for x in layers],
+        "layers": [
+            LayerEntry(path=x.path, layer=x.layer, op=g.op) for x in layers for g in x.groups
+        ],
         "inputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.inputs],
         "outputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.outputs],
         "states": [_state(t) for t in tensors],

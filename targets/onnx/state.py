@@ -15,24 +15,29 @@ from reattend.errors import RefusedError
 from reattend.kernels.attention import attention as _attention  # noqa: F401  (registered here)
 from reattend.kernels.cache_put import cache_put
 from reattend.kernels.latent_attention import latent_attention as _latent  # noqa: F401
-from reattend.targets.onnx.layout import KEEP_DENSE, LayerLayout
+from reattend.targets.onnx.layout import KEEP_DENSE, GroupLayout, LayerLayout
 
 
 class FixedState:
-    """One layer's state: all rows of its tensors, and which of them count."""
+    """The state of one head group: all rows of its tensors, and which of them count.
 
-    def __init__(self, layer: LayerLayout, given: dict[str, Tensor], cache: FixedCache) -> None:
-        self.layer, self.given, self.cache = layer, given, cache
+    `given` and `written`: tensors before and after the call, by input name.
+    """
+
+    def __init__(self, layout: GroupLayout, given: dict[str, Tensor], cache: FixedCache) -> None:
+        self.layout, self.given, self.cache = layout, given, cache
         self.written: dict[str, Tensor] = {}
 
     def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, heads, N, width] rows after those seen; returns [B, heads, C, width]."""
-        return self._put(self.layer.first.name, first), self._put(self.layer.second.name, second)
+        return self._put(self.layout.first.input, first), self._put(
+            self.layout.second.input, second
+        )
 
     def _put(self, name: str, new: Tensor) -> Tensor:
         past = self.given.get(name)
         if past is None:  # a rotary part of width 0
-            capacity = self.given[self.layer.first.name].shape[-2]
+            capacity = self.given[self.layout.first.input].shape[-2]
             return new.new_zeros(new.shape[0], new.shape[1], capacity, 0)
         if past.dim() == 3:
             kept = cache_put(past, new.squeeze(1), self.cache.past_B, 1)
@@ -49,6 +54,33 @@ class FixedState:
     def span(self) -> tuple[Tensor, Tensor] | None:
         """First real row and one past the last, per batch row."""
         return self.cache.start_B, self.cache.length_B
+
+
+class FixedGroups:
+    """The state of a layer with several head groups, kept apart: nothing is packed or copied."""
+
+    def __init__(self, parts: list[FixedState]) -> None:
+        self.parts = parts
+
+    def group(self, index: int) -> FixedState:
+        """The state of one group."""
+        return self.parts[index]
+
+    def update(self, first: Tensor, second: Tensor) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            RefusedError: always: every group has its own state.
+        """
+        raise RefusedError("the state of a layer with head groups was written as a whole")
+
+    def seen(self) -> int:
+        """Tokens before this call."""
+        return self.parts[0].seen()
+
+    def span(self) -> tuple[Tensor, Tensor] | None:
+        """The same rows count in every group."""
+        return self.parts[0].span()
 
 
 class FixedCache(Cache):
@@ -73,13 +105,14 @@ class FixedCache(Cache):
         self.past_B = self.length_B - new
         self.start_B = self.length_B - mask_BT.to(torch.int64).sum(-1)
         self.states = {
-            layer.layer: FixedState(layer, {t.name: states[t.input] for t in layer.tensors}, self)
+            layer.layer: [FixedState(group, states, self) for group in layer.groups]
             for layer in layers
         }
 
-    def reattend_state(self, layer_idx: int) -> FixedState:
+    def reattend_state(self, layer_idx: int) -> FixedState | FixedGroups:
         """The state of a converted layer; `Adapter` asks for it."""
-        return self.states[layer_idx]
+        parts = self.states[layer_idx]
+        return parts[0] if len(parts) == 1 else FixedGroups(parts)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this call."""
@@ -113,11 +146,12 @@ class FixedCache(Cache):
             RefusedError: a converted layer did not run or did not write its state.
         """
         found: list[Tensor] = []
-        for index, state in self.states.items():
-            for tensor in state.layer.tensors:
-                if tensor.name not in state.written:
-                    raise RefusedError(
-                        "a converted layer did not write its state", where=f"layer {index}"
-                    )
-                found.append(state.written[tensor.name])
+        for index, parts in self.states.items():
+            for state in parts:
+                for tensor in state.layout.tensors:
+                    if tensor.input not in state.written:
+                        raise RefusedError(
+                            "a converted layer did not write its state", where=f"layer {index}"
+                        )
+                    found.append(state.written[tensor.input])
         return found

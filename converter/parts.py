@@ -1,0 +1,83 @@
+"""Some KV groups of a block as a block of their own, without the output projection.
+
+A plan's `heads` converts KV groups apart: each part is a normal form with fewer heads, so every
+conversion builds it as it builds a whole block. Rows are gathered, never multiplied; the tensors
+of a part are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from reattend.errors import ModelError
+from reattend.mixers.config import CoreConfig
+from reattend.mixers.dense import DenseAttention, DenseConfig
+
+
+def why_whole(config: DenseConfig) -> str | None:
+    """What ties the heads of a block together, or None where they can be converted apart."""
+    for name, stream in (("queries", config.q), ("keys", config.k), ("values", config.v)):
+        if stream.norm is not None and stream.norm.scope == "full":
+            return f"{name} are normalised over all heads at once"
+        if stream.opaque is not None:
+            return f"{name} are made by the model's own steps"
+    if config.join is not None:
+        return "the model's own steps join the heads"
+    return None
+
+
+def query_heads(core: CoreConfig, kv_heads: Sequence[int]) -> list[int]:
+    """The query heads that read these KV groups, in the normal form's order."""
+    each = core.heads // core.kv_heads
+    return [g * each + i for g in kv_heads for i in range(each)]
+
+
+def part_config(config: DenseConfig, kv_heads: Sequence[int]) -> DenseConfig:
+    """The description of the part."""
+    heads = query_heads(config.core, kv_heads)
+    core = config.core.model_copy(update={"heads": len(heads), "kv_heads": len(kv_heads)})
+    alibi = None if config.alibi is None else tuple(config.alibi[h] for h in heads)
+    changed = {"core": core, "out_features": None, "out_bias": False, "alibi": alibi}
+    return config.model_copy(update=changed)
+
+
+def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
+    """The normal form of these KV groups, with copies of their weights.
+
+    Raises:
+        ModelError: the block has a tensor that no rule here divides among heads.
+    """
+    core = dense.config.core
+    picked = {"q": query_heads(core, kv_heads), "k": list(kv_heads), "v": list(kv_heads)}
+    totals = {"q": core.heads, "k": core.kv_heads, "v": core.kv_heads}
+    state: dict[str, Tensor] = {}
+    for name, tensor in dense.state_dict().items():
+        module, stream = name.split(".")[0], name[0]
+        if module == "o_proj":
+            continue
+        if module in ("q_proj", "k_proj", "v_proj"):
+            state[name] = rows_of(tensor, picked[stream], totals[stream])
+        elif module in ("q_norm", "k_norm", "v_norm"):
+            state[name] = tensor.clone()
+        elif name == "sinks":
+            state[name] = tensor[picked["q"]].clone()
+        elif module == "g_proj":
+            state[name] = rows_of(tensor, picked["q"], core.heads)
+        elif name == "relative.weight":
+            state[name] = tensor[:, picked["q"]].clone()
+        else:
+            raise ModelError(f"the heads of a block with {name} cannot be converted apart")
+    with torch.device("meta"):
+        mixer = DenseAttention(part_config(dense.config, kv_heads))
+    mixer.load_state_dict(state, strict=True, assign=True)
+    for parameter in mixer.parameters():
+        parameter.requires_grad_(True)
+    return mixer.eval()
+
+
+def rows_of(tensor: Tensor, heads: Sequence[int], total: int) -> Tensor:
+    """The rows [heads x width, ...] of some of `total` heads, a copy."""
+    return tensor.unflatten(0, (total, -1))[list(heads)].flatten(0, 1)

@@ -1,0 +1,311 @@
+"""Coverage: find attention in, and convert with `identity`, every architecture of transformers.
+
+    OMP_NUM_THREADS=1 python examples/coverage.py --out examples/results/coverage.json
+
+Every architecture that can be built tiny from its config (`tiny_models.py`), random weights, one
+forked process each with a time limit. A row is written as soon as it is measured, so the same
+command continues after an interruption; `--shard 1/4` does a quarter; `--only NAME` (a part of a
+class name) measures again; `--table` prints the Markdown table of an existing file. Cores are
+counted a second way, by watching the model run (`core_count.py`), so what the finder overlooks is
+seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import campaign
+import tiny_models
+
+LIMIT_S = 240
+#: models without softmax attention (or with approximations of it): nothing must be found
+NO_ATTENTION = (
+    "falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm", "fnet", "mra", "yoso", "mobilevitv2",
+    "swiftformer",
+)  # fmt: skip
+TOLERANCE = 1e-4
+
+
+def measure(task: str, kind: str, name: str) -> dict[str, Any]:
+    """One architecture: what was found, and how far `identity` is from the original."""
+    row: dict[str, Any] = {"task": task, "kind": kind, "class": name}
+    try:
+        model = tiny_models.build(kind, name)
+    except tiny_models.CannotBuild as problem:
+        return row | {"not_built": str(problem)}
+    tiny_models.liven(model)
+    from core_count import count_cores
+
+    from reattend import find_attention
+    from reattend.errors import ReattendError
+    from reattend.inputs import made_up
+
+    row["cores"] = count_cores(model, made_up(model))
+    try:
+        found = find_attention(model)
+    except ReattendError as error:
+        return row | {"sites": 0, "not_found": f"{error}".splitlines()[0] + why(error)}
+    row["sites"] = len(found.sites)
+    row["kinds"] = sorted({site.spec.summary() for site in found.sites})
+    row["refused"] = dict(Counter(site.reason[:160] for site in found.refused))
+    if found.sites:
+        row["identity"] = identity(model, task)
+    return row
+
+
+def why(error: Any) -> str:
+    """The cause an error names."""
+    return f": {error.why}"[:200] if getattr(error, "why", "") else ""
+
+
+def identity(model: Any, task: str) -> dict[str, Any]:
+    """Largest difference on real positions at two shapes and with padding, and generation."""
+    import torch
+
+    from reattend import convert
+    from reattend.errors import ReattendError
+    from reattend.inputs import made_up
+
+    plan = {"rules": [{"sites": "*", "to": "dense"}], "on_refusal": "keep"}
+    try:
+        converted = convert(model, plan).model
+    except ReattendError as error:
+        return {"error": f"{error}".splitlines()[0] + why(error)}
+    gaps: dict[str, float] = {}
+    for label, batch, length, padded in (("a", 2, 23, 0), ("b", 3, 31, 0), ("padded", 2, 23, 5)):
+        inputs = made_up(model, batch, length)
+        mask = inputs.get("attention_mask")
+        if padded and mask is None:
+            continue
+        if padded:
+            mask[0, -padded:] = 0
+        with torch.no_grad():
+            want, got = first(model(**inputs)), first(converted(**inputs))
+        if padded and want.shape[:2] == mask.shape:
+            want, got = want[mask.bool()], got[mask.bool()]
+        scale = float(want[torch.isfinite(want)].abs().max())
+        gap = float((want - got).nan_to_num(0.0).abs().max()) / max(scale, 1e-9)
+        agree = bool((torch.isfinite(want) == torch.isfinite(got)).all())
+        gaps[label] = gap if agree else float("inf")
+    out: dict[str, Any] = {"gaps": {k: float(f"{v:.2e}") for k, v in gaps.items()}}
+    if task in ("causal-lm", "seq2seq") and hasattr(model, "generate"):
+        out["generate"] = generation(model, converted)
+    return out
+
+
+def generation(model: Any, converted: Any) -> str:
+    """`equal`, or what differs when both write 12 tokens greedily with a cache."""
+    import torch
+
+    from reattend.errors import ReattendError
+    from reattend.inputs import made_up
+
+    ids = made_up(model)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    wanted = {
+        "input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    try:
+        want = model.generate(**wanted)
+    except Exception as problem:
+        return f"original cannot: {type(problem).__name__}"
+    try:
+        got = converted.generate(**wanted)
+    except ReattendError as error:
+        return f"refused: {f'{error}'.splitlines()[0]}"
+    return "equal" if torch.equal(want, got) else "differs"
+
+
+def first(output: Any) -> Any:
+    """Logits where there are any, else the first tensor."""
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else output[0]
+
+
+def isolated(task: str, kind: str, name: str) -> dict[str, Any]:
+    """`measure` in a forked process that may die or hang."""
+    read, write = os.pipe()
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        try:
+            row = measure(task, kind, name)
+        except BaseException as problem:
+            last = traceback.extract_tb(problem.__traceback__)[-1]
+            row = {
+                "task": task, "kind": kind, "class": name,
+                "crash": f"{type(problem).__name__} in {last.name}: {str(problem)[:160]}",
+            }  # fmt: skip
+        with os.fdopen(write, "wb") as pipe:
+            pipe.write(json.dumps(row).encode())
+        os._exit(0)
+    os.close(write)
+    data = b""
+    while (left := LIMIT_S - (time.monotonic() - began)) > 0:
+        if not select.select([read], [], [], left)[0]:
+            break
+        part = os.read(read, 1 << 16)
+        if not part:
+            break
+        data += part
+    os.close(read)
+    if not data:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seconds = round(time.monotonic() - began, 1)
+    if data:
+        return {**json.loads(data), "seconds": seconds}
+    reason = f"no answer within {LIMIT_S} s" if seconds >= LIMIT_S else "the process died"
+    return {"task": task, "kind": kind, "class": name, "crash": reason, "seconds": seconds}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Counts per task and over all."""
+    out: dict[str, dict[str, float]] = {}
+    for task in (*tiny_models.TASKS, "all"):
+        mine = [r for r in rows if task in ("all", r["task"]) and "not_built" not in r]
+        cores = sum(total(r) for r in mine)
+        verified = sum(r.get("sites", 0) for r in mine)
+        converted = [r for r in mine if r.get("sites")]
+        out[task] = {
+            "models": len(mine),
+            "cores": cores,
+            "verified": verified,
+            "share": round(verified / cores, 4) if cores else 1.0,
+            "with_sites": len(converted),
+            "identity_equal": sum(equal(r) for r in converted),
+            "silently_different": sum(different(r) for r in converted),
+            "generate_equal": sum(r["identity"].get("generate") == "equal" for r in converted),
+            "generate_differs": sum(r["identity"].get("generate") == "differs" for r in converted),
+        }
+    return out
+
+
+def total(row: dict[str, Any]) -> int:
+    """Cores of a model: what ran, or what was seen in the graph, whichever is more."""
+    return max(row.get("cores", 0), row.get("sites", 0) + sum(row.get("refused", {}).values()))
+
+
+def equal(row: dict[str, Any]) -> bool:
+    """Whether the converted model computed the same everywhere it was compared."""
+    gaps = row["identity"].get("gaps")
+    return bool(gaps) and max(gaps.values()) <= TOLERANCE
+
+
+def different(row: dict[str, Any]) -> bool:
+    """Converted without a word, and not the same."""
+    told = "error" in row["identity"]
+    return not told and (not equal(row) or row["identity"].get("generate") == "differs")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: coverage per task, then every reason with the number of cores it stands for."""
+    lines = [
+        "| models of | built | cores | found and verified | identity equal | generate equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task, c in summary(results["rows"]).items():
+        wrote = c["generate_equal"] + c["generate_differs"]
+        lines.append(
+            f"| {task} | {c['models']} | {c['cores']} | {c['verified']} ({c['share']:.1%}) | "
+            f"{c['identity_equal']} of {c['with_sites']} | {c['generate_equal']} of {wrote} |"
+        )
+    return "\n".join(lines)
+
+
+def reasons(rows: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
+    """Every reason, the cores it stands for, and the models."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for row in rows:
+        items = dict(row.get("refused", {}))
+        for key in ("not_found", "crash"):
+            if key in row:
+                items[f"{key}: {row[key]}"] = max(total(row), 1)
+        missing = total(row) - row.get("sites", 0) - sum(row.get("refused", {}).values())
+        if missing > 0 and "not_found" not in row and "crash" not in row:
+            items["not seen in the graph"] = missing
+        for reason, count in items.items():
+            before = found.get(reason, (0, []))
+            found[reason] = (before[0] + count, [*before[1], row["class"]])
+    return sorted(((r, n, m) for r, (n, m) in found.items()), key=lambda item: -item[1])
+
+
+def main() -> int:
+    """Measure what is missing; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("examples/results/coverage.json"))
+    parser.add_argument("--tasks", nargs="*", default=list(tiny_models.TASKS))
+    parser.add_argument("--shard", default="1/1", help="k/n: every n-th model, starting at k")
+    parser.add_argument("--only", help="measure again the classes whose name contains this")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of the file")
+    parser.add_argument("--table", action="store_true", help="print the table of the file")
+    parser.add_argument("--reasons", action="store_true", help="print every reason of the file")
+    args = parser.parse_args()
+    if args.table or args.reasons:
+        results = json.loads(args.out.read_text())
+        if args.table:
+            print(table(results))
+        for reason, count, models in reasons(results["rows"]) if args.reasons else ():
+            print(f"{count:4d}  {reason}  [{', '.join(sorted(set(models))[:6])}]")
+        return 0
+    warnings.filterwarnings("ignore")
+    import torch
+    from transformers.utils import logging
+
+    import reattend.targets.huggingface  # noqa: F401
+    from reattend import convert, find_attention  # noqa: F401
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    inputs = {"versions": campaign.versions(), "limit_s": LIMIT_S}
+    results = campaign.earlier(args, inputs)
+    if results is None:
+        return 2
+    results = {"inputs": inputs, "command": "python examples/coverage.py", "rows": [], **results}
+    results["date"] = datetime.date.today().isoformat()
+    results["device"] = campaign.device_name("cpu")
+    part, parts = (int(n) for n in args.shard.split("/"))
+    todo = [(t, *pair) for t in args.tasks for pair in tiny_models.architectures(t)]
+    for task, kind, name in todo[part - 1 :: parts]:
+        known = [r for r in results["rows"] if (r["task"], r["class"]) == (task, name)]
+        if args.only and args.only not in name:
+            continue
+        if known and not args.only:
+            continue
+        row = isolated(task, kind, name)
+        results["rows"] = [r for r in results["rows"] if r not in known] + [row]
+        results["rows"].sort(key=lambda r: (r["task"], r["kind"], r["class"]))
+        campaign.write(args.out, results)
+        print(f"{row.get('sites', 0):3d}/{total(row):3d}  {name}  {short(row)}", flush=True)
+    print(table(results))
+    return 0
+
+
+def short(row: dict[str, Any]) -> str:
+    """A row's outcome in a few words."""
+    for key in ("not_built", "not_found", "crash"):
+        if key in row:
+            return f"{key}: {row[key]}"
+    return f"{row.get('refused') or ''} {row.get('identity', '')} {row['seconds']} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
