@@ -12,9 +12,10 @@ from reattend.capture import Capture, capture
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
-from reattend.locate import adapter_of, locate, owner_of
+from reattend.locate import adapter_of, locate
 from reattend.passes.base import PassResult
 from reattend.passes.find.latent import LatentForm, read_latent
+from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.selfcheck import self_check

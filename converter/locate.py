@@ -22,25 +22,14 @@ from reattend.install.binding import (
 from reattend.install.unmasked import unmasked
 from reattend.mixers.relative import relative_bias
 from reattend.passes.evaluate import ancestors, attribute
+from reattend.passes.find.owners import owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.spec import RelativeBias, Rotary, Stream
+from reattend.spec import Added, Alibi, RelativeBias, Rotary, Stream
 from reattend.weights import head_order
 
 #: (owner path, binding or None, why there is none)
 Place = tuple[str, Binding | None, str]
-
-
-def owner_of(nodes: list[fx.Node]) -> str:
-    """Dotted path of the smallest module whose code holds all nodes."""
-    stacks = [[path for path, _ in node.meta.get("nn_module_stack", {}).values()] for node in nodes]
-    paths = [(stack[-1] if stack else "").split(".") for stack in stacks]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
 
 
 def adapter_of(path: str, ours: dict[str, Adapter]) -> str | None:
@@ -88,6 +77,7 @@ def locate(captured: Capture, found: list[Found]) -> dict[int, tuple[str, Bindin
 def _boundary(item: Found) -> list[fx.Node]:
     region = item.region
     nodes = [region.hidden, region.memory, region.mask, region.exit.node, region.exit.joined]
+    nodes += region.extras
     return [n for n in nodes if n is not None]
 
 
@@ -130,16 +120,34 @@ def _bind(
         kind = unmasked(owner, call, mask, values[exit_node])
         pattern = replace(item.spec.core.pattern, unmasked=kind)
         item.spec = replace(item.spec, core=replace(item.spec.core, pattern=pattern))
+    extras = _bind_extras(item, path, arguments, values, path in cached)
     cos = sin = position = None
     if region.rotation is not None:
         cos, sin, position = _bind_rotation(captured, item, arguments)
     cache, part, layer_idx = cached.get(path, (None, None, 0))
     return Binding(
         hidden=hidden, memory=memory, mask=mask,
-        mask_adds_bias=adds and item.spec.core.bias is not None,
+        mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
         cache=cache, cache_part=part, layer_idx=layer_idx, output=output,
+        extras=extras,
     )  # fmt: skip
+
+
+def _bind_extras(
+    item: Found, path: str, arguments: dict[str, Any], values: dict[fx.Node, Any], caches: bool
+) -> tuple[Any, ...]:
+    """Where the owner receives what its own steps read beside the hidden state."""
+    if caches and isinstance(item.spec.core.bias, Added):
+        raise NotUnderstood(
+            f"{path} adds to its scores what it computes from the tokens of one call, which cached "
+            f"decoding does not have"
+        )
+    found = [match(arguments, values[node]) for node in item.region.extras]
+    for node, place in zip(item.region.extras, found, strict=True):
+        if place is None:
+            raise NotUnderstood(f"{path} does not receive {node.name}, which the block reads")
+    return tuple(found)
 
 
 def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor:

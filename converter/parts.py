@@ -24,6 +24,8 @@ def why_whole(config: DenseConfig) -> str | None:
             return f"{name} are normalised over all heads at once"
         if stream.opaque is not None:
             return f"{name} are made by the model's own steps"
+    if config.added is not None:
+        return "the model's own steps add to the scores of all heads"
     if config.join is not None:
         return "the model's own steps join the heads"
     return None

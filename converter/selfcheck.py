@@ -20,7 +20,7 @@ from reattend.passes.evaluate import Evaluator, attribute, concrete_shape
 from reattend.passes.find.sites import Found
 from reattend.passes.find.streams import read_stream
 from reattend.selfcheck_weights import alone, random_weights, weight_names
-from reattend.spec import Alibi, Opaque, Proj, RelativeBias
+from reattend.spec import Added, Alibi, Opaque, Proj, RelativeBias
 from reattend.weights import build_dense
 
 TOLERANCE = 1e-12
@@ -108,8 +108,9 @@ def _alone(
     memory = None if region.memory is None else _random_like(region.memory, given, generator)
     width = 0 if memory is None else memory.shape[-1]
     mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
-    fixed = isinstance(region.hidden.meta["val"].shape[1], int)
-    return alone(mixer, x, x if memory is None else memory, fixed)
+    fixed = str(region.hidden.meta["val"].shape[1]).isdigit()  # symbols are not
+    run = Evaluator(gm, promote=torch.float64).run(region.extras, given)
+    return alone(mixer, x, x if memory is None else memory, tuple(run), fixed)
 
 
 def _second_length(
@@ -140,8 +141,8 @@ def _native(
     memory = None if region.memory is None else _random_like(region.memory, given, generator)
     memory = None if memory is None else memory.to(dtype)
     expected, y, rows = _both(gm, found, given, None, read, x, memory)
-    context = _context(gm, found, given, x, memory)
-    floor = float((_reordered(found, read, x, memory, context, generator) - y)[rows].abs().max())
+    ctx = _context(gm, found, given, x, memory)
+    floor = float((_reordered(found, read, x, memory, ctx, generator) - y)[rows].abs().max())
     gap = float((y.double() - expected.double())[rows].abs().max())
     return gap, floor, float(expected[rows].abs().max()), dtype
 
@@ -157,7 +158,7 @@ def _reordered(
     read: dict[str, Tensor],
     x: Tensor,
     memory: Tensor | None,
-    context: tuple[Tensor | None, tuple[Tensor, Tensor] | None],
+    ctx: Context,
     generator: torch.Generator,
 ) -> Tensor:
     """The rebuilt block once more with its sums in another order.
@@ -169,7 +170,7 @@ def _reordered(
     streams = (spec.q, spec.k, spec.v)
     if spec.join is not None or any(isinstance(s.proj, Opaque) for s in streams):
         noise = torch.randn(x.shape, generator=generator) * torch.finfo(x.dtype).eps
-        return _rebuilt(found, read, x * (1 + noise.to(x.dtype)), memory, *context)
+        return _rebuilt(found, read, x * (1 + noise.to(x.dtype)), memory, ctx)
     order = torch.randperm(x.shape[-1], generator=generator)
     shuffled = dict(read)
     for proj in (s.proj for s in streams):
@@ -177,7 +178,7 @@ def _reordered(
         if memory is None or proj is spec.q.proj:
             weight = read[proj.weight]
             shuffled[proj.weight] = weight[order] if proj.transposed else weight[:, order]
-    return _rebuilt(found, shuffled, x[..., order], memory, *context)
+    return _rebuilt(found, shuffled, x[..., order], memory, ctx)
 
 
 def _compare(
@@ -208,7 +209,9 @@ def _both(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output of the region, of the rebuilt block, and the rows that are real."""
     region = found.region
-    outside = [*region.externals, *([region.mask] if region.mask is not None else [])]
+    outside = [*region.externals, *region.extras]
+    if region.mask is not None and not isinstance(found.spec.core.bias, Added):
+        outside.append(region.mask)
     run = Evaluator(gm, weights=weights).run(outside, given)
     values = dict(zip(outside, run, strict=True))
     if isinstance(found.spec.core.bias, Alibi) and promote is not None:  # slopes are not rounded
@@ -220,8 +223,8 @@ def _both(
     expected = Evaluator(gm, promote=promote, weights=weights).run(
         [region.exit.node], {**given, **values}
     )[0]
-    mask, rotation = _context(gm, found, given, x, memory)
-    y = _rebuilt(found, weights, x, memory, mask, rotation)
+    ctx = _context(gm, found, given, x, memory)
+    y, mask = _rebuilt(found, weights, x, memory, ctx), ctx.mask
     whole = torch.ones(x.shape[:2], dtype=torch.bool)
     if mask is None:
         return expected, y, whole
@@ -232,14 +235,18 @@ def _both(
 
 def _context(
     gm: fx.GraphModule, found: Found, given: dict[fx.Node, Any], x: Tensor, memory: Tensor | None
-) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+) -> Context:
     """What a mixer's call is told: the mask, and rotary tables as the model has them.
 
     The mask is the validity of tokens [B, M], so that the mixer's own pattern is on trial; only
     an opaque pattern is the model's whole mask.
     """
     region = found.region
-    mask = None if region.mask is None else Evaluator(gm).run([region.mask], given)[0]
+    extras = tuple(Evaluator(gm).run(region.extras, given))
+    if x.dtype == torch.float64:
+        extras = tuple(t.double() if t.is_floating_point() else t for t in extras)
+    own = region.mask is None or isinstance(found.spec.core.bias, Added)
+    mask = None if own else Evaluator(gm).run([region.mask], given)[0]  # type: ignore[list-item]
     rotation = None
     if region.rotation is not None:
         here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
@@ -248,23 +255,19 @@ def _context(
     if mask is not None and _opaque(found):
         while mask.dim() < 4:
             mask = mask[None]
-        return (shown(mask) if found.spec.core.bias is not None else mask), rotation
-    return _validity(mask, x, memory), rotation
+        mask = shown(mask) if found.spec.core.bias is not None else mask
+        return Context(mask=mask, rotation=rotation, extras=extras)
+    return Context(mask=_validity(mask, x, memory), rotation=rotation, extras=extras)
 
 
 def _rebuilt(
-    found: Found,
-    weights: dict[str, Tensor],
-    x: Tensor,
-    memory: Tensor | None,
-    mask: Tensor | None,
-    rotation: tuple[Tensor, Tensor] | None,
+    found: Found, weights: dict[str, Tensor], x: Tensor, memory: Tensor | None, ctx: Context
 ) -> Tensor:
     """The normal form's output under its own pattern."""
     width = 0 if memory is None else memory.shape[-1]
     mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
     with torch.no_grad():
-        y: Tensor = mixer(x, Context(mask=mask, rotation=rotation), None, memory)
+        y: Tensor = mixer(x, ctx, None, memory)
     return y
 
 

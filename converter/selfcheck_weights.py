@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from reattend.mixers.block import OpaqueProjection
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.evaluate import attribute
-from reattend.spec import AttentionSpec, Gate, Norm, Opaque, RelativeBias
+from reattend.spec import Added, AttentionSpec, Gate, Norm, Opaque, RelativeBias
 
 #: float64 results of one computation on the same numbers in other shapes
 _SAME = 1e-11
@@ -64,9 +64,10 @@ def random_weights(
         matrix(spec.out.weight, spec.out.transposed)
         vector(spec.out.bias, 0.0)
     vector(spec.core.sinks, 0.0)
-    if isinstance(
-        spec.core.bias, RelativeBias
-    ):  # sixteenths: exact in every dtype a mask may pass through
+    if isinstance(spec.core.bias, Added):
+        near(spec.core.bias.sources)
+    # sixteenths are exact in every dtype a mask may pass through
+    if isinstance(spec.core.bias, RelativeBias):
         shape = attribute(gm, spec.core.bias.weight).shape
         sixteenths = torch.randint(-32, 33, shape, generator=generator)
         weights[spec.core.bias.weight] = sixteenths.double() / 16
@@ -88,12 +89,20 @@ def weight_names(spec: AttentionSpec) -> list[str]:
     elif spec.join is not None:
         names += [source for _, source in spec.join.sources]
     names += [spec.out.weight, spec.out.bias] if spec.out is not None else []
+    if isinstance(spec.core.bias, Added):
+        names += [source for _, source in spec.core.bias.sources]
     names += [spec.core.bias.weight] if isinstance(spec.core.bias, RelativeBias) else []
     names.append(spec.core.sinks)
     return [n for n in names if n is not None]
 
 
-def alone(mixer: DenseAttention, x_BND: Tensor, source_BMD: Tensor, fixed: bool) -> str:
+def alone(
+    mixer: DenseAttention,
+    x_BND: Tensor,
+    source_BMD: Tensor,
+    extras: tuple[Tensor, ...],
+    fixed: bool,
+) -> str:
     """Why the model's own steps mix tokens or rows of the batch; empty if they do not.
 
     Cached decoding runs them on new tokens only, so halves and single tokens must give the same
@@ -102,11 +111,15 @@ def alone(mixer: DenseAttention, x_BND: Tensor, source_BMD: Tensor, fixed: bool)
     Args:
         mixer: the rebuilt block in float64.
         x_BND, source_BMD: what queries, and keys and values, are made from.
+        extras: further inputs of the block's own steps.
         fixed: the model has one length only, so tokens never come in parts.
     """
     for name, source in (("q", x_BND), ("k", source_BMD), ("v", source_BMD)):
         module = getattr(mixer, f"{name}_proj")
-        if isinstance(module, OpaqueProjection) and not _splits(module, (source,), fixed):
+        if not isinstance(module, OpaqueProjection):
+            continue
+        inputs = (source, *(extras[i] for i in module.extras))
+        if not _splits(module.program, inputs, fixed):
             return f"the model's own steps of {name} mix tokens, or know their position"
     if mixer.joint is None:
         return ""
@@ -136,7 +149,7 @@ def _splits(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], fixed: 
                     continue
                 try:
                     parts = [
-                        function(*(t.narrow(axis, start, stop - start) for t in inputs))
+                        function(*(_piece(t, sizes, axis, start, stop) for t in inputs))
                         for start, stop in ((0, at), (at, sizes[axis]))
                     ]
                 except RuntimeError:  # a size of the captured example is written into it
@@ -147,3 +160,10 @@ def _splits(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], fixed: 
                 ):
                     return False
     return True
+
+
+def _piece(t: Tensor, sizes: torch.Size, axis: int, start: int, stop: int) -> Tensor:
+    """Part of a tensor along an axis, whole where it has that axis not (or only one of it)."""
+    if t.dim() <= axis or t.shape[axis] != sizes[axis]:
+        return t
+    return t.narrow(axis, start, stop - start)

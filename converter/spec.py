@@ -75,7 +75,8 @@ class Opaque:
     """The model's own steps in place of a projection: a program from the source to [B, N, p].
 
     `rows[h * d + i]` is the number of p that becomes dimension i of head h; `sources`: the
-    attribute that each weight of the program is.
+    attribute that each weight of the program is; `extras`: which of the block's further inputs
+    the program takes after the source.
     """
 
     program: Program = field(repr=False)
@@ -83,6 +84,7 @@ class Opaque:
     heads: int
     width: int
     rows: tuple[int, ...] = field(repr=False)
+    extras: tuple[int, ...] = ()
     bias: None = None
 
     @property
@@ -156,6 +158,19 @@ class Alibi:
 
 
 @dataclass(frozen=True)
+class Added:
+    """All that is added to the scores, hiding included, as the model computes it.
+
+    A program from the hidden state and `extras` (as in `Opaque`) to [.., H or 1, N, M]. It knows
+    the tokens of one call only, so such a block has no cache.
+    """
+
+    program: Program = field(repr=False)
+    sources: tuple[tuple[str, str], ...]
+    extras: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Core:
     """softmax(softcap(q k^T * scale) + bias + pattern | sinks) v.
 
@@ -170,7 +185,7 @@ class Core:
     scale: float = 1.0
     softcap: float = 0.0
     pattern: Pattern = Pattern("full")
-    bias: RelativeBias | Alibi | None = None
+    bias: RelativeBias | Alibi | Added | None = None
     sinks: str | None = None
 
 
@@ -265,6 +280,8 @@ class AttentionSpec:
             parts.append(f"relative position bias ({c.bias.rows} buckets)")
         if isinstance(c.bias, Alibi):
             parts.append("ALiBi")
+        if isinstance(c.bias, Added):
+            parts.append("scores added to by the model's own steps")
         if c.sinks is not None:
             parts.append("logit sinks")
         parts.append(c.pattern.kind + (f" {c.pattern.window}" if c.pattern.window else ""))

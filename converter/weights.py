@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.config import (
+    AddedConfig,
     CoreConfig,
     GateConfig,
     JoinConfig,
@@ -23,6 +24,7 @@ from reattend.mixers.config import (
 )
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.spec import (
+    Added,
     Alibi,
     AttentionSpec,
     Gate,
@@ -66,6 +68,11 @@ def dense_config(spec: AttentionSpec, hidden: int, memory: int) -> DenseConfig:
         alibi=tuple(core.bias.slopes[h] for h in head_order(spec)[0])
         if isinstance(core.bias, Alibi)
         else None,
+        added=AddedConfig(
+            program=core.bias.program, heads=tuple(head_order(spec)[0]), extras=core.bias.extras
+        )
+        if isinstance(core.bias, Added)
+        else None,
         gate=GateConfig(act=spec.join.act, per_head=spec.join.per_head, bias=bool(spec.join.bias))
         if isinstance(spec.join, Gate)
         else None,
@@ -107,6 +114,8 @@ def dense_state(spec: AttentionSpec, lookup: Lookup) -> dict[str, Tensor]:
         state["sinks"] = lookup(spec.core.sinks)[q_heads]
     if isinstance(spec.core.bias, RelativeBias):  # blocks share one table; each gets its own copy
         state["relative.weight"] = lookup(spec.core.bias.weight)[:, q_heads].clone()
+    if isinstance(spec.core.bias, Added):
+        state |= _own("added", spec.core.bias.sources, lookup)
     state |= _join_state(spec, q_heads, lookup)
     if spec.out is not None:
         weight = lookup(spec.out.weight)
@@ -166,7 +175,7 @@ def _stream_config(stream: Stream, heads: list[int]) -> StreamConfig:
     opaque = None
     if isinstance(own, Opaque):
         rows = tuple(_rows(own, heads, _dimension_order(stream)).tolist())
-        opaque = OpaqueConfig(program=own.program, rows=rows)
+        opaque = OpaqueConfig(program=own.program, rows=rows, extras=own.extras)
     return StreamConfig(
         bias=own.bias is not None,
         opaque=opaque,

@@ -92,6 +92,7 @@ class Adapter(nn.Module):
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self._rotation(arguments),
             position_BN=read(arguments, b.position),
+            extras=tuple(read(arguments, path) for path in b.extras),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
         added = self._added(x, mask, state, memory) if returns_bias(b.output) else None

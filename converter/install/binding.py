@@ -31,6 +31,7 @@ class Binding(Frozen):
     """Paths of a call's leaves: (parameter name, index or key, ...).
 
     `mask_adds_bias`: the mask argument also adds the position bias, which the mixer adds itself.
+    `extras`: what the block's own steps read beside (`Context.extras`).
     """
 
     hidden: Path
@@ -44,6 +45,7 @@ class Binding(Frozen):
     cache_part: str | None = None
     layer_idx: int = 0
     output: Any = "y"
+    extras: tuple[Path, ...] = ()
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

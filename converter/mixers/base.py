@@ -38,11 +38,13 @@ class Context:
             bias that the mixer adds itself.
         rotation: the model's own cos and sin per pair, [B or 1, N, P] each.
         position_BN: positions in tokens, where the model passes them.
+        extras: further tensors of the call that the block's own steps read.
     """
 
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     position_BN: Tensor | None = None
+    extras: tuple[Tensor, ...] = ()
 
 
 class State(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.errors import UnsupportedCacheError
-from reattend.mixers.base import Mixer
+from reattend.mixers.base import Context, Mixer, State
 from reattend.mixers.config import BlockConfig, GateConfig, OpaqueConfig, StreamConfig
 from reattend.mixers.relative import RelativeBias
 
@@ -31,12 +31,12 @@ class OpaqueProjection(nn.Module):
         super().__init__()
         from reattend.program import ProgramModule
 
-        self.rows = config.rows
+        self.rows, self.extras = config.rows, config.extras
         self.program = ProgramModule(config.program)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """The rows of the stream."""
-        y: Tensor = self.program(x_BND)
+    def forward(self, x_BND: Tensor, extras: tuple[Tensor, ...] = ()) -> Tensor:
+        """The rows of the stream; `extras` as in `Context`."""
+        y: Tensor = self.program(x_BND, *(extras[i] for i in self.extras))
         if self.rows == tuple(range(y.shape[-1])):
             return y
         return y.index_select(-1, torch.tensor(self.rows, device=y.device))
@@ -47,6 +47,13 @@ def projection(config: StreamConfig, inside: int, outside: int) -> nn.Module:
     if config.opaque is not None:
         return OpaqueProjection(config.opaque)
     return nn.Linear(inside, outside, config.bias)
+
+
+def project(module: nn.Module, x_BND: Tensor, ctx: Context) -> Tensor:
+    """Run a stream's projection."""
+    if isinstance(module, OpaqueProjection):
+        return module(x_BND, ctx.extras)  # type: ignore[no-any-return]
+    return module(x_BND)  # type: ignore[no-any-return]
 
 
 class BlockMixer(Mixer):
@@ -65,6 +72,7 @@ class BlockMixer(Mixer):
         width = core.heads * core.v_head_dim
         self.relative = RelativeBias(config.relative, core.heads) if config.relative else None
         self.sinks = nn.Parameter(torch.zeros(core.heads)) if core.sinks else None
+        self.added = ProgramModule(config.added.program) if config.added is not None else None
         self.g_proj: nn.Linear | None = None
         if config.gate is not None:
             out = core.heads if config.gate.per_head else width
@@ -95,6 +103,27 @@ class BlockMixer(Mixer):
     def adds_bias(self) -> bool:
         """Whether `score_bias` adds something."""
         return self.relative is not None or self.config.alibi is not None
+
+    def added_scores(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
+        """What the block's own program adds to its scores [.., H or 1, N, M], None without one.
+
+        Raises:
+            UnsupportedCacheError: there is a cache, whose tokens the program does not know.
+        """
+        if self.added is None or self.config.added is None:
+            return None
+        if state is not None:
+            raise UnsupportedCacheError(
+                "a block that computes what it adds to its scores was given a cache",
+                next_step="call the model with use_cache=False",
+            )
+        added: Tensor = self.added(x_BND, *(ctx.extras[i] for i in self.config.added.extras))
+        while added.dim() < 4:
+            added = added[None]
+        order = self.config.added.heads
+        if added.shape[1] == len(order) > 1 and order != tuple(range(len(order))):
+            added = added.index_select(1, torch.tensor(order, device=added.device))
+        return added
 
     def join(self, heads: Tensor, x_BND: Tensor) -> Tensor:
         """[B, H, N, e] -> [B, N, H e]: gated, or by the block's own program."""

@@ -52,11 +52,13 @@ class NormConfig(Frozen):
 
 class OpaqueConfig(Frozen):
     """Stands where a projection does: a program from the source to [B, N, p], then row `rows[i]`
-    of its p numbers as number i. One token's numbers depend on that token alone.
+    of its p numbers as number i. One token's numbers depend on that token alone. `extras`: which of
+    `Context.extras` the program takes after the source.
     """
 
     program: Program
     rows: tuple[int, ...]
+    extras: tuple[int, ...] = ()
 
 
 class StreamConfig(Frozen):
@@ -109,6 +111,17 @@ class GateConfig(Frozen):
     act: Literal["sigmoid", "silu", "tanh", "relu", "identity"]
     per_head: bool
     bias: bool = False
+
+
+class AddedConfig(Frozen):
+    """A program from the hidden state and extras to what is added to the scores, [.., H, N, M].
+
+    It hides too, and knows the tokens of one call only. `heads`: its head of each of ours.
+    """
+
+    program: Program
+    heads: tuple[int, ...]
+    extras: tuple[int, ...] = ()
 
 
 class JoinConfig(Frozen):
@@ -164,6 +177,7 @@ class BlockConfig(Frozen):
     out_bias: bool = False
     relative: RelativeConfig | None = None
     alibi: tuple[float, ...] | None = None
+    added: AddedConfig | None = None
     gate: GateConfig | None = None
     join: JoinConfig | None = None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.base import Context, Rows, RowShapes, State
-from reattend.mixers.block import BlockMixer, projection
+from reattend.mixers.block import BlockMixer, project, projection
 from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.rotary import rotate, rotation
@@ -58,22 +58,28 @@ class DenseAttention(BlockMixer):
         turn = rotation(c.rotary, ctx, state, x_BND)
         pairs = c.rotary.pairs if c.rotary else 0
         offset = state.seen() if state is not None and self.adds_bias else 0
-        q = stream(self.q_proj(x_BND), c.core.heads, c.q, self.q_norm, turn, pairs)
+        q = stream(project(self.q_proj, x_BND, ctx), c.core.heads, c.q, self.q_norm, turn, pairs)
+        added = self.added_scores(x_BND, ctx, state)
         if source_BMD is None:
-            return (q, offset), None
-        k = stream(self.k_proj(source_BMD), c.core.kv_heads, c.k, self.k_norm, turn, pairs)
-        v = stream(self.v_proj(source_BMD), c.core.kv_heads, c.v, self.v_norm, None, 0)
-        return (q, offset), (k, v)
+            return (q, offset, added), None
+        k = stream(
+            project(self.k_proj, source_BMD, ctx), c.core.kv_heads, c.k, self.k_norm, turn, pairs
+        )
+        v = stream(
+            project(self.v_proj, source_BMD, ctx), c.core.kv_heads, c.v, self.v_norm, None, 0
+        )
+        return (q, offset, added), (k, v)
 
     def attend(
         self, query: Any, rows: Rows, ctx: Context, span: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """See `Mixer.attend`."""
         c = self.config
-        (q, offset), (k, v) = query, rows
+        (q, offset, added), (k, v) = query, rows
         if span is None:
             bias = self.score_bias(q.shape[2], k.shape[2], offset)
-            return attend(q, k, v, c.core, ctx.mask, bias, per_head(self.sinks))
+            mask = ctx.mask if added is None else added
+            return attend(q, k, v, c.core, mask, bias, per_head(self.sinks))
         self._plain_scores()
         refuse_opaque(c.core)
         y_BHNe, _ = torch.ops.reattend.attention(

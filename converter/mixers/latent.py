@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from reattend.mixers.base import Context, Rows, RowShapes, State
-from reattend.mixers.block import BlockMixer, OpaqueProjection
+from reattend.mixers.block import BlockMixer, OpaqueProjection, project
 from reattend.mixers.config import BlockConfig, CoreConfig
 from reattend.mixers.dense import stream_norm
 from reattend.mixers.norm import StreamNorm
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend, per_head, refuse_opaque, visibility
+from reattend.mixers.scores import attend, attend_rows, per_head, refuse_opaque
 
 
 class LatentConfig(BlockConfig):
@@ -113,7 +113,7 @@ class LatentAttention(BlockMixer):
         """Queries (unrotated, rotated) and the tokens before them; latent and rotated key."""
         turn = self._turn(ctx, state, x_BND)
         offset = state.seen() if state is not None and self.adds_bias else 0
-        query = (*self._queries(x_BND, turn), offset)
+        query = (*self._queries(x_BND, turn, ctx), offset)
         if source_BMD is None:
             return query, None
         latent, rope = self._rows(source_BMD, turn)
@@ -151,11 +151,13 @@ class LatentAttention(BlockMixer):
         columns = torch.tensor(self.config.rope_columns, device=x_BND.device)
         return full[0].index_select(-1, columns), full[1].index_select(-1, columns)
 
-    def _queries(self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _queries(
+        self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None, ctx: Context
+    ) -> tuple[Tensor, Tensor]:
         """Unrotated [B, H, N, d] and rotated [B, H, N, R] queries."""
         c = self.config
         heads, d, rope = c.core.heads, c.core.qk_head_dim, c.qk_rope_head_dim
-        y = self.q_proj(x_BND)
+        y = project(self.q_proj, x_BND, ctx)
         if not self.normed:
             q = y.unflatten(-1, (heads, d + rope)).transpose(1, 2)
             q = q if c.q.scale == 1.0 else q * c.q.scale
@@ -293,18 +295,6 @@ class LatentAttention(BlockMixer):
 
     def _core(self, width: int) -> CoreConfig:
         return self.config.core.model_copy(update={"kv_heads": 1, "qk_head_dim": width})
-
-
-def attend_rows(
-    q_B1Hw: Tensor, k_B1Mw: Tensor, v_B1Mr: Tensor, core: CoreConfig, mask: Any,
-    bias_11HM: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """One query token: its H heads as rows over one shared key head; the mask is per key."""
-    per_key = visibility(mask, core, 1, k_B1Mw.shape[2], q_B1Hw)
-    if per_key is not None and per_key.shape[-3] > 1:  # a mask for every head
-        per_key = per_key.transpose(-3, -2)
-    full = core.model_copy(update={"pattern": "full", "window": 0, "chunk": 0})
-    return attend(q_B1Hw, k_B1Mw, v_B1Mr, full, per_key, bias_11HM, sinks)
 
 
 def has_own_query(config: BlockConfig) -> bool:

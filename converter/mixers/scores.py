@@ -5,6 +5,8 @@ Layout letters: B batch, N query length, M key length, H query heads, G kv heads
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -143,3 +145,15 @@ def _pattern(core: CoreConfig, n: int, m: int, device: torch.device) -> Tensor |
     elif core.pattern == "chunked":
         seen = seen & (j // core.chunk == i // core.chunk)
     return seen[None, None]
+
+
+def attend_rows(
+    q_B1Hw: Tensor, k_B1Mw: Tensor, v_B1Mr: Tensor, core: CoreConfig, mask: Any,
+    bias_11HM: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One query token: its H heads as rows over one shared key head; the mask is per key."""
+    per_key = visibility(mask, core, 1, k_B1Mw.shape[2], q_B1Hw)
+    if per_key is not None and per_key.shape[-3] > 1:  # a mask for every head
+        per_key = per_key.transpose(-3, -2)
+    full = core.model_copy(update={"pattern": "full", "window": 0, "chunk": 0})
+    return attend(q_B1Hw, k_B1Mw, v_B1Mr, full, per_key, bias_11HM, sinks)

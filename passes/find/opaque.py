@@ -67,24 +67,24 @@ def ends(core_input: fx.Node, hidden: fx.Node) -> Iterator[tuple[fx.Node, bool]]
 
 def opaque_step(
     gm: fx.GraphModule,
-    hidden: fx.Node,
+    inputs: dict[fx.Node, str],
     end: fx.Node,
     heads_first: bool,
     rows: tuple[int, tuple[int, ...]],
 ) -> Opaque:
-    """The program from `hidden` to `end` as [B, N, p], in place of a projection.
+    """The program from `inputs` to `end` as [B, N, p], in place of a projection.
 
     Args:
         gm: normalised graph.
-        hidden: where it begins.
+        inputs: where it begins, the source first.
         end: where it ends, [B, N, p], [B, N, h, d] or, `heads_first`, [B, h, N, d].
         heads_first: see `end`.
         rows: heads, and for each head and dimension the number of [B, N, p] it reads.
 
     Raises:
-        NotUnderstood: it depends on anything but the hidden state.
+        NotUnderstood: it depends on anything else.
     """
-    part = cut_out(gm, end, {hidden: "x"}, "the way from the hidden state to the core")
+    part = cut_out(gm, end, inputs, "the way from the hidden state to the core")
     program = part.program
     if heads_first:
         program = then(program, "aten.transpose.int", 1, 2)

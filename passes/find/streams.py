@@ -38,6 +38,7 @@ class FoundStream:
     externals: list[fx.Node]
     steps: tuple[Step, ...]
     rotation: Rotation | None
+    heads_first: bool = False
 
 
 def find_projection(core_input: fx.Node) -> fx.Node:
@@ -90,7 +91,7 @@ def _read_opaque(
         return None
     for end, heads_first in ends(core_input, hidden):
         make = lambda heads, rows, e=end, f=heads_first: opaque_step(  # noqa: E731
-            gm, hidden, e, f, (heads, rows)
+            gm, {hidden: "x"}, e, f, (heads, rows)
         )
         try:
             found = _read_from(gm, core_input, given, end, make, heads_first)
@@ -171,7 +172,7 @@ def _read_from(
         steps.append(Scale(constant))
     hidden = projection.args[0]
     assert isinstance(hidden, fx.Node)
-    return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation)
+    return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation, heads_first)
 
 
 def _flat_like(

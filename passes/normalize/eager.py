@@ -82,6 +82,8 @@ class FuseEager(GraphPass):
             return Refusal("the probabilities are cut before they meet the values")
         if not _heads(parts, product):
             return Refusal(f"scores have {value.dim()} axes, not batch, head, query, key")
+        if any(t.chain for t in parts.terms) and parts.q.meta["val"].dim() != 4:
+            return Refusal("scores change their axes while heads are folded into the batch")
         if any(_term_axes(t) > 4 for t in parts.terms):
             return Refusal("a mask or bias has more than four axes")
         return None
@@ -153,7 +155,7 @@ def _mask(gm: fx.GraphModule, parts: Scores, heads: int) -> fx.Node | None:
     """One mask node: what was added, summed, and hidden where scores were filled."""
     total: fx.Node | None = None
     for term in (t for t in parts.terms if not t.hidden):
-        node = _aligned(gm, term, heads)
+        node = _aligned(gm, term, heads) if not term.chain else _on_zeros(gm, term, parts)
         if term.factor != 1.0:
             node = _call(gm, aten.mul.Tensor, node, term.factor)
         total = node if total is None else _call(gm, aten.add.Tensor, total, node)
@@ -169,6 +171,26 @@ def _mask(gm: fx.GraphModule, parts: Scores, heads: int) -> fx.Node | None:
         return _call(gm, aten.logical_not.default, hidden)
     lowest = torch.finfo(total.meta["val"].dtype).min
     return _call(gm, aten.where.ScalarSelf, hidden, lowest, total)
+
+
+def _on_zeros(gm: fx.GraphModule, term: Term, parts: Scores) -> fx.Node:
+    """What a chain of sums in other axes adds: the chain on zeros of the scores' shape."""
+    assert term.base is not None
+    size = aten.sym_size.int
+    axes = [(parts.q, 0), (parts.q, 1), (parts.q, 2), (parts.k, -1)]
+    shape: list[Any] = []
+    for node, axis in axes:
+        known = node.meta["val"].shape[axis]
+        fixed = not isinstance(known, torch.SymInt)
+        shape.append(known if fixed else _call(gm, size, node, axis % 4))
+    zeros = gm.graph.call_function(
+        aten.zeros.default, (shape,), {"dtype": term.base.meta["val"].dtype}
+    )
+    zeros.meta["val"] = term.base.meta["val"]
+    made = {term.base: zeros}
+    for node in term.chain:
+        made[node] = gm.graph.node_copy(node, lambda n: made.get(n, n))
+    return made[term.chain[-1]]
 
 
 def _aligned(gm: fx.GraphModule, term: Term, heads: int) -> fx.Node:

@@ -26,12 +26,18 @@ _LOWEST = -1e4
 
 @dataclass(frozen=True)
 class Term:
-    """Added to the scores with a factor; or, `hidden`, a bool tensor that is True where hidden."""
+    """Added to the scores with a factor; or, `hidden`, a bool tensor that is True where hidden.
+
+    `chain`: `node` is what these operations make of the scores `base`, in other axes (Swin's
+    windows); what they add is seen on zeros.
+    """
 
     node: fx.Node
     factor: float = 1.0
     hidden: bool = False
     inverted: bool = False
+    chain: tuple[fx.Node, ...] = ()
+    base: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,12 @@ def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
         elif is_op(node, *RESHAPES):
             way = replace(way, heads=way.heads or _heads_of(node.args[0]))
             if not refolds(node):
-                return None
+                detour = None if way.capped or way.factors else _detour(node)
+                if detour is None:
+                    return None
+                term = Term(node, way.outer, chain=detour[0], base=detour[1])
+                way, node = replace(way, terms=(term, *way.terms)), detour[1]
+                continue
             node = node.args[0]
         elif is_op(node, aten.cat) and way == _Way(heads=way.heads):
             taken = _sinks(node)
@@ -116,6 +127,22 @@ def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
             node, way = scaled
         else:
             return None
+    return None
+
+
+def _detour(node: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node] | None:
+    """From a reshape back to scores of the same shape, with nothing but sums on the way."""
+    wanted = [str(s) for s in node.meta["val"].shape]
+    chain = [node]
+    below: Any = node.args[0]
+    while isinstance(below, fx.Node) and len(chain) < 8:
+        shape = [str(s) for s in below.meta["val"].shape]
+        if len(shape) == len(wanted) and shape[1:] == wanted[1:]:
+            return tuple(reversed(chain)), below
+        if not is_op(below, *RESHAPES, aten.add):
+            return None
+        chain.append(below)
+        below = below.args[0]
     return None
 
 

@@ -39,6 +39,8 @@ class ToMla(Conversion):
         """Reads no weight; the arithmetic is in the message."""
         if config.cross:
             return Refusal("cross-attention: its keys are cached once per prompt, MLA saves little")
+        if config.added is not None:
+            return Refusal("what is added to the scores is computed by the model's own steps")
         for name, stream in (("keys", config.k), ("values", config.v)):
             if stream.opaque is not None:
                 return Refusal(f"{name} are made by the model's own steps, not by a projection")
