@@ -14,6 +14,7 @@ from reattend.install.binding import (
     Binding,
     bound,
     match,
+    match_hiding,
     match_mask,
     match_output,
     match_table,
@@ -108,14 +109,17 @@ def _bind(
         raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
     if returns_bias(output) and head_order(item.spec)[0] != list(range(item.spec.core.heads)):
         raise NotUnderstood(f"{path} returns its position bias in another order of heads")
-    mask, adds = None, False
+    mask, adds, hides = None, False, False
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
+        if mask is None:
+            mask = match_hiding(arguments, values[region.mask])
+            hides = mask is not None
     opaque = item.spec.core.pattern.kind == "opaque"
     if region.mask is not None and mask is None and (item.follows_padding or opaque):
         does = "decides what is seen" if opaque else "hides padding"
         raise NotUnderstood(f"{path} does not receive the mask that {does}")
-    if opaque and mask is not None:
+    if opaque and mask is not None and not hides:
         owner = captured.model.get_submodule(path)
         kind = unmasked(owner, call, mask, values[exit_node])
         pattern = replace(item.spec.core.pattern, unmasked=kind)
@@ -130,7 +134,7 @@ def _bind(
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
         cache=cache, cache_part=part, layer_idx=layer_idx, output=output,
-        extras=extras,
+        extras=extras, mask_hides=hides,
     )  # fmt: skip
 
 

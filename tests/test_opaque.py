@@ -91,6 +91,17 @@ def _same(model: Any) -> None:
         assert float(gap.abs().max()) <= 1e-5
 
 
+def test_key_heads_shared_unequally_are_kept_per_query_head() -> None:
+    def core(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k[:, [0, 0, 0, 2]], v[:, [0, 0, 0, 2]]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    model = spelled.built(core=core)
+    (site,) = find_attention(model, spelled.inputs()).sites
+    assert site.spec.core.kv_heads == H
+    _same(model)
+
+
 @pytest.mark.parametrize("queries", [conv_before, by_position])
 def test_what_is_not_done_per_token_is_refused(queries: Callable[..., Any]) -> None:
     seen = find_attention(spelled.built(queries=queries), spelled.inputs())

@@ -101,6 +101,8 @@ class Adapter(nn.Module):
 
     def _mask(self, arguments: dict[str, Any]) -> Tensor | None:
         mask = read(arguments, self.binding.mask)
+        if self.binding.mask_hides and isinstance(mask, Tensor):
+            return ~mask
         if mask is None or isinstance(mask, Tensor):
             return mask
         raise ArgumentError(

@@ -185,7 +185,7 @@ def _core(
             seen.append(row)
         group_of.append(seen.index(row))
     if heads % len(seen) or any(group_of.count(g) != heads // len(seen) for g in range(len(seen))):
-        raise NotUnderstood("key/value heads are shared by unequal numbers of query heads")
+        seen, group_of = both.tolist(), list(range(heads))  # shared unequally: each its own
     return Core(
         heads=heads,
         kv_heads=len(seen),
