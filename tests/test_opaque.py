@@ -125,8 +125,9 @@ def test_a_wrong_row_is_caught() -> None:
 
 
 def test_mla_takes_queries_of_any_kind_and_names_what_it_does_not_take() -> None:
+    from reattend.passes.rewrite.base import dense_cost
     from reattend.passes.rewrite.mla import ToMla
-    from reattend.weights import dense_config
+    from reattend.weights import build_dense, dense_config
 
     for methods, words in (({"queries": clipped}, ""), ({"values": squared_values}, "values are")):
         model = spelled.built(**methods)
@@ -134,4 +135,7 @@ def test_mla_takes_queries_of_any_kind_and_names_what_it_does_not_take() -> None
         config = dense_config(site.spec, spelled.WIDTH, 0)
         refusal = ToMla().check(config, ToMla().exact_setting(config))
         assert (refusal is None) == (not words)
+        built = build_dense(site.spec, dict(model.named_parameters()).__getitem__, spelled.WIDTH, 0)
+        held = sum(p.numel() for p in built.parameters())
+        assert dense_cost(config).parameters == held
         assert refusal is None or words in refusal.reason
