@@ -39,6 +39,14 @@ def norm_then_gate(self: Any, y: Tensor, x: Tensor) -> Tensor:
     return self.norm(y.flatten(2)) * torch.sigmoid(self.g_proj(x))
 
 
+def twice_the_gate(self: Any, y: Tensor, x: Tensor) -> Tensor:
+    return y.flatten(2) * (2 * torch.sigmoid(1.7 * self.g_proj(x)))
+
+
+def clipped(self: Any, y: Tensor, x: Tensor) -> Tensor:
+    return y.flatten(2).clamp(-0.5, 0.5) * torch.sigmoid(self.g_proj(x))
+
+
 def of_itself(self: Any, y: Tensor, x: Tensor) -> Tensor:
     return y.flatten(2) * torch.sigmoid(y.flatten(2))
 
@@ -66,7 +74,7 @@ GATES[before_the_transpose] = ("tanh", False)
         per_dimension,
         norm_then_gate,
         *(pytest.param(j, marks=pytest.mark.slow) for j in (per_head, before_the_transpose)),
-        pytest.param(of_itself, marks=pytest.mark.slow),
+        *(pytest.param(j, marks=pytest.mark.slow) for j in (of_itself, twice_the_gate, clipped)),
     ],
 )
 def test_the_block_is_carried_with_its_join(join: Callable[..., Any]) -> None:

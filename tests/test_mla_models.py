@@ -21,7 +21,7 @@ NAMES += [
     "gpt_oss",
     "falcon_alibi",
     "bitnet",
-    "olmo_clip",
+    "qwen3_next",
 ]  # sinks, ALiBi, a norm and a gate after the core
 CASES = [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in NAMES]
 

@@ -20,7 +20,7 @@ from reattend.mixers.base import Context, Rows, RowShapes, State
 from reattend.mixers.block import BlockMixer, OpaqueProjection, project
 from reattend.mixers.config import BlockConfig, CoreConfig
 from reattend.mixers.dense import stream_norm
-from reattend.mixers.norm import StreamNorm
+from reattend.mixers.norm import normed_heads
 from reattend.mixers.rotary import rotate, rotation
 from reattend.mixers.scores import attend, attend_rows, per_head, refuse_opaque
 
@@ -163,7 +163,7 @@ class LatentAttention(BlockMixer):
             q = q if c.q.scale == 1.0 else q * c.q.scale
             nope, turned = q.split([d, rope], -1)
         else:
-            nope = _normed(y, heads, self.q_norm).transpose(1, 2)
+            nope = normed_heads(y, heads, self.q_norm).transpose(1, 2)
             nope = nope if c.q.scale == 1.0 else nope * c.q.scale
             grouped = nope.unflatten(1, (c.core.kv_heads, -1))
             turned = torch.einsum("bgjnd,grd->bgjnr", grouped, self.q_rope).flatten(1, 2)
@@ -175,7 +175,7 @@ class LatentAttention(BlockMixer):
         """What is cached for each token: latent [B, M, r] and rotated key [B, M, R]."""
         c = self.config
         if self.normed:
-            keys = _normed(self.k_proj(source_BMD), c.core.kv_heads, self.k_norm).flatten(2)
+            keys = normed_heads(self.k_proj(source_BMD), c.core.kv_heads, self.k_norm).flatten(2)
             source_BMD = torch.cat([keys, self.v_proj(source_BMD)], -1)
         latent, rope = self.kv_a_proj_with_mqa(source_BMD).split(
             [c.kv_lora_rank, c.qk_rope_head_dim], -1
@@ -301,11 +301,3 @@ def has_own_query(config: BlockConfig) -> bool:
     """Whether queries are not one linear map, so that nothing can be absorbed into it."""
     normed = config.q.norm is not None or config.k.norm is not None
     return normed or config.q.opaque is not None
-
-
-def _normed(y_BNp: Tensor, heads: int, norm: StreamNorm | None) -> Tensor:
-    """[B, N, heads, d], normalised per head or over the full width."""
-    if norm is not None and norm.config.scope == "full":
-        y_BNp = norm(y_BNp)
-    y = y_BNp.unflatten(-1, (heads, -1))
-    return norm(y) if norm is not None and norm.config.scope == "head" else y

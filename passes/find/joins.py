@@ -99,10 +99,14 @@ def _gate(
     y_shape = concrete_shape(core, given)
     try:
         columns = _columns(gm, core, joined, gates[0], y_shape, {product: other}, given)
-        rows = _rows(
-            gm, projections[0], joined, own, core, y_shape, given, product, pick, acts, same
+        run = Evaluator(
+            gm,
+            promote=torch.float64,
+            replace={**dict.fromkeys(acts, same), product: _broadcast(pick)},
         )
-    except (NotUnderstood, RuntimeError, KeyError):
+        ones = {**given, core: torch.ones(y_shape, dtype=torch.float64)}
+        rows = _rows(run, projections[0], joined, ones)
+    except (NotUnderstood, RuntimeError, KeyError, IndexError):
         return None
     per_column = [rows[c] for c in columns]
     heads, width = y_shape[1], y_shape[3]
@@ -146,37 +150,30 @@ def inverse_columns(out: Tensor, width: int) -> tuple[int, ...]:
     order = out[0, 0].round().long()
     if not bool((out == order.to(out.dtype)).all()):
         raise NotUnderstood("tokens are regrouped between the core and its projection")
+    if sorted(order.tolist()) != list(range(width)):
+        raise NotUnderstood("the core's output is changed before its projection")
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel())
     return tuple(inverse.tolist())
 
 
 def _rows(
-    gm: fx.GraphModule,
-    projection: fx.Node,
-    joined: fx.Node,
-    own: set[fx.Node],
-    core: fx.Node,
-    y_shape: list[int],
-    given: dict[fx.Node, Any],
-    product: fx.Node,
-    pick: Callable[..., Any],
-    acts: list[fx.Node],
-    same: Callable[..., Any],
+    run: Evaluator, projection: fx.Node, joined: fx.Node, given: dict[fx.Node, Any]
 ) -> list[int]:
     """The gate row behind every column of the joined tensor."""
     shape = concrete_shape(projection, given)
-    rows = torch.arange(shape[-1], dtype=torch.float64)
-    code = (rows + 1).expand(shape).clone()
-    run = Evaluator(
-        gm, promote=torch.float64, replace={**dict.fromkeys(acts, same), product: _broadcast(pick)}
-    )
-    y = torch.ones(y_shape, dtype=torch.float64)
-    out = run.run([joined], {**given, core: y, projection: code})[0]
+    code = torch.arange(1.0, shape[-1] + 1, dtype=torch.float64).expand(shape).clone()
+    out = run.run([joined], {**given, projection: code})[0]
     found = out[0, 0].round()
-    if not bool((out == found).all()) or bool((found < 1).any()):
-        raise NotUnderstood("the gate is not a map of its projection's rows")
-    return [int(r) - 1 for r in found.tolist()]
+    rows = [int(r) - 1 for r in found.tolist()]
+    other = NotUnderstood("the gate is not a map of its projection's rows")
+    if not bool((out == found).all()) or min(rows) < 0 or max(rows) >= shape[-1]:
+        raise other
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    again = run.run([joined], {**given, projection: noise})[0]
+    if not bool((again == noise[..., rows]).all()):
+        raise other
+    return rows
 
 
 def _broadcast(pick: Callable[..., Any]) -> Callable[..., Any]:
