@@ -126,6 +126,9 @@ def spread(dense: DenseAttention, q_HNd: Tensor, k_GNd: Tensor) -> Tensor:
     if c.core.softcap:
         scores = c.core.softcap * torch.tanh(scores / c.core.softcap)
     seen = visibility(None, c.core, n, n, scores[None])
+    added = dense.score_bias(n, n, 0)
+    if added is not None:
+        scores = scores + added[0].to(scores)
     if seen is None:
         seen = torch.ones(1, 1, n, n, dtype=torch.bool)
     scores = scores.masked_fill(~seen[0], float("-inf"))

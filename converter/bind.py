@@ -21,6 +21,7 @@ from reattend.install.binding import (
     bound,
     leaves,
     match,
+    match_hiding,
     match_mask,
     match_output,
     match_table,
@@ -33,6 +34,7 @@ from reattend.mixers.scores import shown
 from reattend.passes.evaluate import attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
+from reattend.spec import Added, Alibi, RelativeBias
 from reattend.surround import Surround, Surrounding
 from reattend.weights import head_order
 
@@ -41,6 +43,7 @@ def boundary(item: Found) -> list[fx.Node]:
     """The nodes whose values decide a binding."""
     region = item.region
     nodes = [region.hidden, region.memory, region.mask, region.exit.node, region.exit.joined]
+    nodes += region.extras
     return [n for n in nodes if n is not None]
 
 
@@ -83,26 +86,31 @@ def bind(
     if output is None:
         raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
     _check_heads(item, path, output)
-    mask, adds = None, False
+    mask, adds, hides = None, False, False
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
+        if mask is None:
+            mask = match_hiding(arguments, values[region.mask])
+            hides = mask is not None
     opaque = item.spec.core.pattern.kind == "opaque"
     if region.mask is not None and mask is None and (item.follows_padding or opaque):
         does = "decides what is seen" if opaque else "hides padding"
         raise NotUnderstood(f"{path} does not receive the mask that {does}")
-    if opaque and mask is not None:
+    if opaque and mask is not None and not hides:
         owner = captured.model.get_submodule(path)
         kind = unmasked(owner, call, mask, values[exit_node])
         pattern = replace(item.spec.core.pattern, unmasked=kind)
         item.spec = replace(item.spec, core=replace(item.spec.core, pattern=pattern))
+    extras = _extras(item, path, arguments, values, cache)
     cos = sin = position = None
     if region.rotation is not None:
         cos, sin, position = bind_rotation(captured, item, arguments)
     return Binding(
         hidden=hidden, memory=memory, mask=mask,
-        mask_adds_bias=adds and item.spec.core.bias is not None,
+        mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
         cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
+        extras=extras, mask_hides=hides,
     )  # fmt: skip
 
 
@@ -151,12 +159,34 @@ def bind_around(
     done = cutter.done(outputs, dropout)
     binding = Binding(
         hidden=hidden, memory=memory, mask=mask,
-        mask_adds_bias=adds and item.spec.core.bias is not None,
+        mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
         cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
-        around=done.config,
+        around=done.config, extras=_extras(item, place.path, arguments, values, cache),
     )  # fmt: skip
     return binding, done
+
+
+def _extras(
+    item: Found,
+    path: str,
+    arguments: dict[str, Any],
+    values: dict[fx.Node, Any],
+    cache: CacheAt,
+) -> tuple[Path, ...]:
+    """Where the owner receives what its own steps read beside the hidden state."""
+    if cache[0] is not None and isinstance(item.spec.core.bias, Added):
+        raise NotUnderstood(
+            f"{path} adds to its scores what it computes from the tokens of one call, which cached "
+            f"decoding does not have"
+        )
+    found = []
+    for node in item.region.extras:
+        place = match(arguments, values[node])
+        if place is None:
+            raise NotUnderstood(f"{path} does not receive {node.name}, which the block reads")
+        found.append(place)
+    return tuple(found)
 
 
 def _check_heads(item: Found, path: str, output: Any) -> None:
@@ -206,7 +236,7 @@ def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor
     core, region = item.spec.core, item.region
     n = values[region.hidden].shape[1]
     m = n if region.memory is None else values[region.memory].shape[1]
-    if core.bias is None:
+    if not isinstance(core.bias, RelativeBias):
         return values[region.hidden].new_zeros(1, core.heads, n, m)
     table = attribute(captured.gm, core.bias.weight).detach()
     return relative_bias(table, core.bias.buckets, n, m)

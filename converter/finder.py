@@ -13,14 +13,15 @@ from reattend.frame import dropouts
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
-from reattend.locate import Place, adapter_of, locate, owner_of
+from reattend.locate import Place, adapter_of, locate
 from reattend.ownercheck import Watched, owner_check
 from reattend.passes.base import PassResult
 from reattend.passes.find.latent import LatentForm, read_latent
+from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.selfcheck import self_check
-from reattend.spec import AttentionSpec
+from reattend.spec import AttentionSpec, Opaque
 from reattend.surround import Surrounding
 
 
@@ -104,6 +105,10 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             result.refused.append(_missed(item, ours))
             continue
         place = places[id(item)]
+        latent = read_latent(item.region.core) if _own_steps(item.spec) else None
+        if latent is not None:
+            result.refused.append(RefusedSite(place.path, latent.reason, latent))
+            continue
         if place.path in ours and ours[place.path].mixer.kind != "dense":
             already = _already(place.path, ours[place.path])  # a dense group of a mixed block
             result.refused.append(already)
@@ -132,6 +137,11 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
+
+
+def _own_steps(spec: AttentionSpec) -> bool:
+    """Whether keys or values are made by the model's own steps, as those of a latent block are."""
+    return any(isinstance(s.proj, Opaque) for s in (spec.k, spec.v))
 
 
 def _differs(item: Found, place: Place, sites: list[AttentionSite]) -> str:

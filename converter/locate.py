@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,9 +14,9 @@ from reattend.frequencies import exact_frequencies
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding, equal, unmatched
 from reattend.install.pieces import CacheAt
+from reattend.passes.find.owners import owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.spec import AttentionSpec
 from reattend.stepcheck import stepwise
 from reattend.surround import Surrounding, filled
 
@@ -51,18 +51,6 @@ class _Candidate:
     direct: Binding | None = None
     place: Frame | None = None
     reasons: list[str] = field(default_factory=list)
-
-
-def owner_of(nodes: list[fx.Node]) -> str:
-    """Dotted path of the smallest module whose code holds all nodes."""
-    stacks = [[path for path, _ in node.meta.get("nn_module_stack", {}).values()] for node in nodes]
-    paths = [(stack[-1] if stack else "").split(".") for stack in stacks]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
 
 
 def adapter_of(path: str, ours: dict[str, Adapter]) -> str | None:
@@ -132,7 +120,7 @@ def _settle(located: dict[int, Place], c: _Candidate, place: Place) -> None:
     if c.stop:
         spec, exit_ = c.item.spec, c.item.region.exit
         exit_.node, exit_.out = exit_.joined, None
-        c.item.spec = AttentionSpec(spec.q, spec.k, spec.v, spec.core, None)
+        c.item.spec = replace(spec, out=None)
     located[id(c.item)] = place
 
 

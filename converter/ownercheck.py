@@ -22,7 +22,8 @@ from reattend.mixers.base import Mixer
 from reattend.passes.evaluate import Evaluator, attribute
 from reattend.passes.find.sites import Found
 from reattend.passes.find.streams import read_stream
-from reattend.selfcheck import TOLERANCE, random_weights, second_length
+from reattend.selfcheck import TOLERANCE, second_length
+from reattend.selfcheck_weights import random_weights
 from reattend.surround import filled
 from reattend.weights import build_dense
 
@@ -91,7 +92,7 @@ def _trial(
     path, binding, surrounding = place.path, place.binding, place.surrounding
     assert binding is not None and surrounding is not None
     gm, generator = captured.gm, torch.Generator().manual_seed(2)
-    weights = random_weights(gm, found, generator)
+    weights = random_weights(gm, found.spec, generator)
     for name in sorted(surrounding.names() - weights.keys() - surrounding.constants.keys()):
         weights[name] = _stirred(attribute(gm, name), generator)
     module = captured.model.get_submodule(path)

@@ -22,6 +22,12 @@ def why_whole(config: DenseConfig) -> str | None:
     for name, stream in (("queries", config.q), ("keys", config.k), ("values", config.v)):
         if stream.norm is not None and stream.norm.scope == "full":
             return f"{name} are normalised over all heads at once"
+        if stream.opaque is not None:
+            return f"{name} are made by the model's own steps"
+    if config.added is not None:
+        return "the model's own steps add to the scores of all heads"
+    if config.join is not None:
+        return "the model's own steps join the heads"
     return None
 
 
@@ -33,9 +39,11 @@ def query_heads(core: CoreConfig, kv_heads: Sequence[int]) -> list[int]:
 
 def part_config(config: DenseConfig, kv_heads: Sequence[int]) -> DenseConfig:
     """The description of the part."""
-    heads = len(query_heads(config.core, kv_heads))
-    core = config.core.model_copy(update={"heads": heads, "kv_heads": len(kv_heads)})
-    return config.model_copy(update={"core": core, "out_features": None, "out_bias": False})
+    heads = query_heads(config.core, kv_heads)
+    core = config.core.model_copy(update={"heads": len(heads), "kv_heads": len(kv_heads)})
+    alibi = None if config.alibi is None else tuple(config.alibi[h] for h in heads)
+    changed = {"core": core, "out_features": None, "out_bias": False, "alibi": alibi}
+    return config.model_copy(update=changed)
 
 
 def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
@@ -56,6 +64,10 @@ def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
             state[name] = rows_of(tensor, picked[stream], totals[stream])
         elif module in ("q_norm", "k_norm", "v_norm"):
             state[name] = tensor.clone()
+        elif name == "sinks":
+            state[name] = tensor[picked["q"]].clone()
+        elif module == "g_proj":
+            state[name] = rows_of(tensor, picked["q"], core.heads)
         elif name == "relative.weight":
             state[name] = tensor[:, picked["q"]].clone()
         else:

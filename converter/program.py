@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from reattend.errors import ModelError
-from reattend.mixers.config import Frozen
+from reattend.mixers.config import Program, Step, Weight
 from reattend.passes.evaluate import ancestors, attribute
 from reattend.passes.normalize import forms
+
+__all__ = ["Program", "ProgramModule", "Step", "Uncuttable", "Weight", "cut"]
 
 _PYTHON: dict[str, Callable[..., Any]] = {
     **{
@@ -44,32 +46,6 @@ class Uncuttable(Exception):
     def __init__(self, reason: str, node: fx.Node) -> None:
         super().__init__(reason)
         self.node = node
-
-
-class Step(Frozen):
-    """One operation: `name` is its value, `call` an aten operator or a word of the closed list."""
-
-    name: str
-    call: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-
-
-class Weight(Frozen):
-    """A tensor the program owns; floats take the model's dtype. `trained`: else it is a buffer."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    trained: bool = True
-
-
-class Program(Frozen):
-    """`output` computed from `inputs` and `weights` by `steps`, in order."""
-
-    inputs: tuple[str, ...]
-    weights: dict[str, Weight] = {}
-    steps: tuple[Step, ...]
-    output: str
 
 
 def cut(

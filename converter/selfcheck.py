@@ -19,7 +19,8 @@ from reattend.mixers.scores import shown
 from reattend.passes.evaluate import Evaluator, attribute, concrete_shape
 from reattend.passes.find.sites import Found
 from reattend.passes.find.streams import read_stream
-from reattend.spec import Norm
+from reattend.selfcheck_weights import alone, random_weights, weight_names
+from reattend.spec import Added, Alibi, Opaque, Proj, RelativeBias
 from reattend.weights import build_dense
 
 TOLERANCE = 1e-12
@@ -38,6 +39,7 @@ class SelfCheck:
         native: largest absolute difference in the model's own dtype and weights.
         floor: the same between two orders of summation of the rebuilt block.
         scale: largest output.
+        alone: why the block's own steps do not treat every token by itself; empty if they do.
     """
 
     error: float
@@ -45,6 +47,7 @@ class SelfCheck:
     floor: float
     scale: float
     dtype: torch.dtype
+    alone: str = ""
 
     @property
     def reason(self) -> str:
@@ -53,6 +56,8 @@ class SelfCheck:
             return (
                 f"not understood: rebuilt block differs by {self.error:.1e} (limit {TOLERANCE:g})"
             )
+        if self.alone:
+            return f"not understood: {self.alone}"
         limit = NOISE * max(self.floor, torch.finfo(self.dtype).eps * self.scale)
         if not self.native <= limit:
             return (
@@ -73,7 +78,7 @@ def self_check(
         inputs_at: placeholder values, (length or None, padded).
     """
     generator = torch.Generator().manual_seed(1)
-    weights = random_weights(gm, found, generator)
+    weights = random_weights(gm, found.spec, generator)
     trials: list[tuple[int | None, bool]] = [(None, False)]
     if found.follows_padding:
         trials.append((None, True))
@@ -87,7 +92,25 @@ def self_check(
         gap, scale = _compare(gm, found, inputs_at(length, padded), weights, generator)
         worst = max(worst, gap / max(scale, 1e-30))
     native, floor, scale, dtype = _native(gm, found, inputs_at(None, False), generator)
-    return SelfCheck(worst, native, floor, scale, dtype)
+    return SelfCheck(worst, native, floor, scale, dtype, _alone(gm, found, inputs_at, weights))
+
+
+def _alone(
+    gm: fx.GraphModule,
+    found: Found,
+    inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
+    weights: dict[str, Tensor],
+) -> str:
+    """Why the model's own steps in this block cannot run token by token."""
+    region, given = found.region, inputs_at(None, False)
+    generator = torch.Generator().manual_seed(5)
+    x = _random_like(region.hidden, given, generator)
+    memory = None if region.memory is None else _random_like(region.memory, given, generator)
+    width = 0 if memory is None else memory.shape[-1]
+    mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
+    fixed = str(region.hidden.meta["val"].shape[1]).isdigit()  # symbols are not
+    run = Evaluator(gm, promote=torch.float64).run(region.extras, given)
+    return alone(mixer, x, x if memory is None else memory, tuple(run), fixed)
 
 
 def second_length(
@@ -100,7 +123,7 @@ def second_length(
     if 2 * max(pattern.window, pattern.chunk) <= LONGEST_CHECK:
         length = max(length, 2 * max(pattern.window, pattern.chunk) + 3)
     bias = found.spec.core.bias
-    if bias is not None:
+    if isinstance(bias, RelativeBias):
         length = max(length, len(bias.buckets) + 3)
     if concrete_shape(found.region.hidden, inputs_at(length, False)) == before:
         return None
@@ -111,60 +134,51 @@ def _native(
     gm: fx.GraphModule, found: Found, given: dict[fx.Node, Any], generator: torch.Generator
 ) -> tuple[float, float, float, torch.dtype]:
     """(difference, noise floor, scale, dtype) with the model's own weights, nothing promoted."""
-    read = {n: attribute(gm, n) for n in _weight_names(found)}
-    dtype = read[found.spec.q.proj.weight].dtype
+    read = {n: attribute(gm, n) for n in weight_names(found.spec)}
+    dtype = _dtype(read, found)
     region = found.region
     x = _random_like(region.hidden, given, generator).to(dtype)
     memory = None if region.memory is None else _random_like(region.memory, given, generator)
     memory = None if memory is None else memory.to(dtype)
     expected, y, rows = _both(gm, found, given, None, read, x, memory)
-    order = torch.randperm(x.shape[-1], generator=generator)
-    shuffled = dict(read)
-    for proj in (s.proj for s in (found.spec.q, found.spec.k, found.spec.v)):
-        if memory is None or proj is found.spec.q.proj:
-            weight = read[proj.weight]
-            shuffled[proj.weight] = weight[order] if proj.transposed else weight[:, order]
-    other = _rebuilt(found, shuffled, x[..., order], memory, *_context(gm, found, given, x, memory))
-    floor = float((other - y)[rows].abs().max())
+    ctx = _context(gm, found, given, x, memory)
+    floor = float((_reordered(found, read, x, memory, ctx, generator) - y)[rows].abs().max())
     gap = float((y.double() - expected.double())[rows].abs().max())
     return gap, floor, float(expected[rows].abs().max()), dtype
 
 
-def random_weights(
-    gm: fx.GraphModule, found: Found, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Fresh tensors for every weight of the site: O(1) logits, gains near one, real biases."""
+def _dtype(read: dict[str, Tensor], found: Found) -> torch.dtype:
+    """The model's dtype: that of the query's first weight."""
+    first = read.get(found.spec.q.proj.weight)
+    return next(t.dtype for t in (first, *read.values()) if t is not None and t.is_floating_point())
+
+
+def _reordered(
+    found: Found,
+    read: dict[str, Tensor],
+    x: Tensor,
+    memory: Tensor | None,
+    ctx: Context,
+    generator: torch.Generator,
+) -> Tensor:
+    """The rebuilt block once more with its sums in another order.
+
+    Where the model's own steps take the hidden state its columns cannot change places, so the
+    input is moved by one rounding instead.
+    """
     spec = found.spec
-    weights: dict[str, Tensor] = {}
-
-    def matrix(name: str, transposed: bool, fan_in_gain: float = 1.0) -> None:
-        shape = attribute(gm, name).shape
-        fan_in = shape[0] if transposed else shape[-1]
-        weights[name] = (
-            torch.randn(shape, generator=generator, dtype=torch.float64) * fan_in_gain / fan_in**0.5
-        )
-
-    def vector(name: str | None, centre: float) -> None:
-        if name:
-            shape = attribute(gm, name).shape
-            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-            weights[name] = centre + 0.2 * noise
-
-    for stream in (spec.q, spec.k, spec.v):
-        matrix(stream.proj.weight, stream.proj.transposed)
-        vector(stream.proj.bias, 0.0)
-        norm = stream.first(Norm)
-        if isinstance(norm, Norm):
-            vector(norm.gain, 1.0 - norm.gain_offset)
-            vector(norm.bias, 0.0)
-    if spec.out is not None:
-        matrix(spec.out.weight, spec.out.transposed)
-        vector(spec.out.bias, 0.0)
-    if spec.core.bias is not None:  # sixteenths: exact in every dtype a mask may pass through
-        shape = attribute(gm, spec.core.bias.weight).shape
-        sixteenths = torch.randint(-32, 33, shape, generator=generator)
-        weights[spec.core.bias.weight] = sixteenths.double() / 16
-    return weights
+    streams = (spec.q, spec.k, spec.v)
+    if spec.join is not None or any(isinstance(s.proj, Opaque) for s in streams):
+        noise = torch.randn(x.shape, generator=generator) * torch.finfo(x.dtype).eps
+        return _rebuilt(found, read, x * (1 + noise.to(x.dtype)), memory, ctx)
+    order = torch.randperm(x.shape[-1], generator=generator)
+    shuffled = dict(read)
+    for proj in (s.proj for s in streams):
+        assert isinstance(proj, Proj)
+        if memory is None or proj is spec.q.proj:
+            weight = read[proj.weight]
+            shuffled[proj.weight] = weight[order] if proj.transposed else weight[:, order]
+    return _rebuilt(found, shuffled, x[..., order], memory, ctx)
 
 
 def _compare(
@@ -195,17 +209,22 @@ def _both(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output of the region, of the rebuilt block, and the rows that are real."""
     region = found.region
-    outside = [*region.externals, *([region.mask] if region.mask is not None else [])]
+    outside = [*region.externals, *region.extras]
+    if region.mask is not None and not isinstance(found.spec.core.bias, Added):
+        outside.append(region.mask)
     run = Evaluator(gm, weights=weights).run(outside, given)
     values = dict(zip(outside, run, strict=True))
+    if isinstance(found.spec.core.bias, Alibi) and promote is not None:  # slopes are not rounded
+        wide = Evaluator(gm, weights=weights, promote=promote).run([region.mask], given)  # type: ignore[list-item]
+        values[region.mask] = wide[0]  # type: ignore[index]
     values[region.hidden] = x
     if region.memory is not None:
         values[region.memory] = memory
     expected = Evaluator(gm, promote=promote, weights=weights).run(
         [region.exit.node], {**given, **values}
     )[0]
-    mask, rotation = _context(gm, found, given, x, memory)
-    y = _rebuilt(found, weights, x, memory, mask, rotation)
+    ctx = _context(gm, found, given, x, memory)
+    y, mask = _rebuilt(found, weights, x, memory, ctx), ctx.mask
     whole = torch.ones(x.shape[:2], dtype=torch.bool)
     if mask is None:
         return expected, y, whole
@@ -216,14 +235,18 @@ def _both(
 
 def _context(
     gm: fx.GraphModule, found: Found, given: dict[fx.Node, Any], x: Tensor, memory: Tensor | None
-) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+) -> Context:
     """What a mixer's call is told: the mask, and rotary tables as the model has them.
 
     The mask is the validity of tokens [B, M], so that the mixer's own pattern is on trial; only
     an opaque pattern is the model's whole mask.
     """
     region = found.region
-    mask = None if region.mask is None else Evaluator(gm).run([region.mask], given)[0]
+    extras = tuple(Evaluator(gm).run(region.extras, given))
+    if x.dtype == torch.float64:
+        extras = tuple(t.double() if t.is_floating_point() else t for t in extras)
+    own = region.mask is None or isinstance(found.spec.core.bias, Added)
+    mask = None if own else Evaluator(gm).run([region.mask], given)[0]  # type: ignore[list-item]
     rotation = None
     if region.rotation is not None:
         here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
@@ -232,41 +255,24 @@ def _context(
     if mask is not None and _opaque(found):
         while mask.dim() < 4:
             mask = mask[None]
-        return (shown(mask) if found.spec.core.bias is not None else mask), rotation
-    return _validity(mask, x, memory), rotation
+        mask = shown(mask) if found.spec.core.bias is not None else mask
+        return Context(mask=mask, rotation=rotation, extras=extras)
+    return Context(mask=_validity(mask, x, memory), rotation=rotation, extras=extras)
 
 
 def _rebuilt(
-    found: Found,
-    weights: dict[str, Tensor],
-    x: Tensor,
-    memory: Tensor | None,
-    mask: Tensor | None,
-    rotation: tuple[Tensor, Tensor] | None,
+    found: Found, weights: dict[str, Tensor], x: Tensor, memory: Tensor | None, ctx: Context
 ) -> Tensor:
     """The normal form's output under its own pattern."""
     width = 0 if memory is None else memory.shape[-1]
     mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
     with torch.no_grad():
-        y: Tensor = mixer(x, Context(mask=mask, rotation=rotation), None, memory)
+        y: Tensor = mixer(x, ctx, None, memory)
     return y
 
 
 def _opaque(found: Found) -> bool:
     return found.spec.core.pattern.kind == "opaque"
-
-
-def _weight_names(found: Found) -> list[str]:
-    """Every stored tensor the site reads."""
-    spec = found.spec
-    names: list[str | None] = []
-    for stream in (spec.q, spec.k, spec.v):
-        norm = stream.first(Norm)
-        names += [stream.proj.weight, stream.proj.bias]
-        names += [norm.gain, norm.bias] if isinstance(norm, Norm) else []
-    names += [spec.out.weight, spec.out.bias] if spec.out is not None else []
-    names += [spec.core.bias.weight] if spec.core.bias is not None else []
-    return [n for n in names if n is not None]
 
 
 def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from reattend.mixers.config import Program
+
 PatternKind = Literal["full", "causal", "sliding", "chunked", "opaque"]
 
 
@@ -68,7 +70,30 @@ class Scale:
     value: float
 
 
-Step = Proj | Norm | Rotary | Scale
+@dataclass(frozen=True)
+class Opaque:
+    """The model's own steps in place of a projection: a program from the source to [B, N, p].
+
+    `rows[h * d + i]` is the number of p that becomes dimension i of head h; `sources`: the
+    attribute that each weight of the program is; `extras`: which of the block's further inputs
+    the program takes after the source.
+    """
+
+    program: Program = field(repr=False)
+    sources: tuple[tuple[str, str], ...]
+    heads: int
+    width: int
+    rows: tuple[int, ...] = field(repr=False)
+    extras: tuple[int, ...] = ()
+    bias: None = None
+
+    @property
+    def weight(self) -> str:
+        """A stored tensor that identifies it."""
+        return self.sources[0][1] if self.sources else ""
+
+
+Step = Proj | Opaque | Norm | Rotary | Scale
 
 
 @dataclass(frozen=True)
@@ -79,10 +104,10 @@ class Stream:
     steps: tuple[Step, ...]
 
     @property
-    def proj(self) -> Proj:
-        """The projection (every stream has exactly one, and it comes first)."""
+    def proj(self) -> Proj | Opaque:
+        """The projection, or what stands for it (one, and it comes first)."""
         step = self.steps[0]
-        assert isinstance(step, Proj)
+        assert isinstance(step, Proj | Opaque)
         return step
 
     def first(self, kind: type) -> Step | None:
@@ -126,8 +151,31 @@ class RelativeBias:
 
 
 @dataclass(frozen=True)
+class Alibi:
+    """Every head adds `slopes[h]` x key position to its scores (in tokens, from any origin)."""
+
+    slopes: tuple[float, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Added:
+    """All that is added to the scores, hiding included, as the model computes it.
+
+    A program from the hidden state and `extras` (as in `Opaque`) to [.., H or 1, N, M]. It knows
+    the tokens of one call only, so such a block has no cache.
+    """
+
+    program: Program = field(repr=False)
+    sources: tuple[tuple[str, str], ...]
+    extras: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Core:
-    """softmax(softcap(q k^T * scale) + bias + pattern) v."""
+    """softmax(softcap(q k^T * scale) + bias + pattern | sinks) v.
+
+    `sinks`: a weight with one logit per head that takes part in the softmax and has no value.
+    """
 
     heads: int
     kv_heads: int
@@ -137,7 +185,8 @@ class Core:
     scale: float = 1.0
     softcap: float = 0.0
     pattern: Pattern = Pattern("full")
-    bias: RelativeBias | None = None
+    bias: RelativeBias | Alibi | Added | None = None
+    sinks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,14 +201,45 @@ class Out:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Every head's output times act(projection of the hidden state).
+
+    `rows[h * e + i]` of `weight` belongs to head h, dimension i; `rows[h]` where `per_head`.
+    """
+
+    weight: str
+    bias: str | None
+    act: Literal["sigmoid", "silu", "tanh", "relu", "identity"]
+    per_head: bool
+    rows: tuple[int, ...] = field(repr=False)
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The model's own steps between core and output projection, as a program.
+
+    From `y` [B, H, N, e] and the hidden state `x` to [B, N, width]; `sources` as in `Opaque`.
+    """
+
+    program: Program = field(repr=False)
+    sources: tuple[tuple[str, str], ...]
+    width: int
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
-    """One attention block. `out` is None where its projection lives outside the block."""
+    """One attention block. `out` is None where its projection lives outside the block.
+
+    `join`: what stands between the core and `out`; None: nothing.
+    """
 
     q: Stream
     k: Stream
     v: Stream
     core: Core
     out: Out | None
+    join: Gate | Joined | None = None
 
     @property
     def kind(self) -> str:
@@ -185,10 +265,25 @@ class AttentionSpec:
             parts.append(f"rotary {rotary.width} ({rotary.pairing})")
         if self.q.first(Norm) or self.k.first(Norm):
             parts.append("q/k norm")
+        own = [n for n in "qkv" if isinstance(getattr(self, n).proj, Opaque)]
+        if own:
+            parts.append(f"{'/'.join(own)} by the model's own steps")
+        if isinstance(self.join, Gate):
+            parts.append(
+                f"{self.join.act} gate per {'head' if self.join.per_head else 'dimension'}"
+            )
+        if isinstance(self.join, Joined):
+            parts.append("joined by the model's own steps")
         if c.softcap:
             parts.append(f"softcap {c.softcap:g}")
-        if c.bias is not None:
+        if isinstance(c.bias, RelativeBias):
             parts.append(f"relative position bias ({c.bias.rows} buckets)")
+        if isinstance(c.bias, Alibi):
+            parts.append("ALiBi")
+        if isinstance(c.bias, Added):
+            parts.append("scores added to by the model's own steps")
+        if c.sinks is not None:
+            parts.append("logit sinks")
         parts.append(c.pattern.kind + (f" {c.pattern.window}" if c.pattern.window else ""))
         if any(s.proj.bias for s in (self.q, self.k, self.v)):
             parts.append("bias")

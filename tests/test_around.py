@@ -178,8 +178,10 @@ def test_full_rank_is_exact_and_training_sees_the_owner() -> None:
     assert {s.exactness for s in exact.report.sites} == {"exact"}
     assert exact.report.parity[0].verdict == "pass"
     training = {"tokens": 6000, "stages": ["layerwise"], "seq_len": 40, "lr": 3e-3}
-    trained = convert(model, plan={**MLA, "calibrate": training}, data=data).report
-    untrained = convert(model, plan=MLA, data=data).report
+    rule = MLA["rules"][0] | {"mixing": "real", "rope_select": "per-frequency", "phase": "one",
+                              "latent": "pca", "center": False}  # fmt: skip
+    trained = convert(model, plan={"rules": [rule], "calibrate": training}, data=data).report
+    untrained = convert(model, plan={"rules": [rule]}, data=data).report
     before, after = (
         [s.error.output_relative for s in r.sites if s.error] for r in (untrained, trained)
     )

@@ -12,6 +12,7 @@ from reattend.install.binding import (
     bound,
     leaves,
     match,
+    match_hiding,
     match_output,
     match_table,
     pack,
@@ -91,3 +92,12 @@ def test_results_keep_their_shape_and_aliases() -> None:
 def test_a_binding_survives_json() -> None:
     binding = Binding(hidden=("hidden_states",), mask=("m", 0), output={"tuple": ["y", None]})
     assert Binding.model_validate(binding.model_dump(mode="json")) == binding
+
+
+def test_a_mask_that_says_what_is_hidden() -> None:
+    seen = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    arguments = {"seen": seen[:, :, :4], "hidden": ~seen[:1], "numbers": seen.float()}
+    assert match_hiding(arguments, seen) == ("hidden",)
+    assert match_hiding(arguments, torch.where(seen, 0.5, -1e38)) == ("hidden",)
+    assert match_hiding({"seen": seen}, seen) is None
+    assert match_hiding({"hidden": ~torch.ones_like(seen)}, torch.ones_like(seen)) is None

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from reattend.inputs import resized
 from reattend.passes.find.masks import FoundMask, classify, read_mask
 from reattend.passes.find.reasons import NotUnderstood
+from reattend.spec import Alibi
 
 HEADS = 4
 Bucket = Callable[[Tensor, Tensor], Tensor]
@@ -43,6 +44,10 @@ class Masked(nn.Module):
         bias = table[self.bucket(i, j)].permute(2, 0, 1)[None]
         if self.change == "slopes only":
             bias = (self.slopes * (j - i))[None]
+        elif self.change == "slopes of keys":
+            bias = (self.slopes * (j + 7))[None] + i.sin()[None, None]
+        elif self.change == "curved":
+            bias = (self.slopes * (j - i) ** 2)[None]
         elif self.change == "slopes too":
             bias = bias + self.slopes * (j - i)
         elif self.change == "from hidden states":
@@ -126,7 +131,7 @@ REFUSED = {
     "scaled": (clipped(3), "scaled", "computed from its table"),
     "squashed": (clipped(3), "squashed", "computed from its table"),
     "heads turned round": (clipped(3), "heads turned round", "column h"),
-    "slopes only": (clipped(3), "slopes only", "ALiBi-like constant bias"),
+    "curved": (clipped(3), "curved", "not linear in key position"),
     "slopes too": (clipped(3), "slopes too", "a constant beside"),
     "from hidden states": (clipped(3), "from hidden states", "hidden states"),
 }
@@ -137,6 +142,16 @@ def test_other_biases_are_refused_for_their_own_reason(case: str) -> None:
     bucket, change, reason = REFUSED[case]
     with pytest.raises(NotUnderstood, match=reason):
         probe(Masked(bucket, 1201, "full", change))
+
+
+@pytest.mark.parametrize("change", ["slopes only", "slopes of keys"])
+@pytest.mark.parametrize("seen", ["full", "causal", "sliding"])
+def test_alibi_is_its_slopes(change: str, seen: str) -> None:
+    found = probe(Masked(clipped(3), 5, seen, change))
+    assert isinstance(found.bias, Alibi)
+    expected = torch.linspace(0.1, 1, HEADS).double()
+    torch.testing.assert_close(torch.tensor(found.bias.slopes).double(), expected)
+    assert found.pattern.kind == seen
 
 
 def test_a_mask_without_bias_has_none() -> None:

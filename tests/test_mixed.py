@@ -50,7 +50,8 @@ def wide(case: str) -> Any:
     """A case of test_mla with eight heads in four KV groups."""
     found = CASES[case]
     core = found.core.model_copy(update={"heads": 8, "kv_heads": 4})
-    return found.model_copy(update={"core": core})
+    alibi = None if found.alibi is None else tuple(s * f for s in found.alibi for f in (1.0, 0.7))
+    return found.model_copy(update={"core": core, "alibi": alibi})
 
 
 @pytest.mark.smoke

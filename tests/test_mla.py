@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.base import Context
-from reattend.mixers.config import CoreConfig, NormConfig, RotaryConfig, StreamConfig
+from reattend.mixers.config import (
+    CoreConfig,
+    GateConfig,
+    NormConfig,
+    RelativeConfig,
+    RotaryConfig,
+    StreamConfig,
+)
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mla import MlaOptions, ToMla, resolve
@@ -92,6 +99,21 @@ CASES: dict[str, DenseConfig] = {
     "softcap": config(softcap=5.0),
     "window": config(window=5),
     "v-width": config(v_width=6),
+}
+
+SINKS = {"core": config().core.model_copy(update={"sinks": True})}
+RELATIVE = RelativeConfig(buckets=(0, 1, 1, 2, 3, 4, 5), rows=6)
+CASES |= {
+    "sinks": config().model_copy(update=SINKS),
+    "sinks-bias": config(bias=True).model_copy(update=SINKS),
+    "sinks-bias-no-out": config(bias=True, out=False).model_copy(update=SINKS),
+    "sinks-qk-norm-bias": config(norm=True, bias=True).model_copy(update=SINKS),
+    "alibi": config(pairs=0).model_copy(update={"alibi": (0.5, 0.25, 0.125, 0.3)}),
+    "relative": config(pairs=0).model_copy(update={"relative": RELATIVE}),
+    "gate-bias": config(bias=True).model_copy(
+        update={"gate": GateConfig(act="sigmoid", per_head=False, bias=True)}
+    ),
+    "gate-per-head": config().model_copy(update={"gate": GateConfig(act="silu", per_head=True)}),
 }
 
 

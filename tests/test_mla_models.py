@@ -17,11 +17,18 @@ from reattend.weights import dense_config
 
 FAST = ("llama", "qwen3")
 NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox"]
+NAMES += [
+    "gpt_oss",
+    "falcon_alibi",
+    "bitnet",
+    "qwen3_next",
+]  # sinks, ALiBi, a norm and a gate after the core
 CASES = [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in NAMES]
 
 
 def build(name: str) -> Any:
-    return zoo_models.build(name, "eager" if name == "gemma2" else "sdpa")
+    spelling = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
+    return zoo_models.build(name, spelling)
 
 
 def data() -> torch.Tensor:

@@ -17,10 +17,10 @@ WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Holder(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor], gain: int = 8) -> None:
         super().__init__()
         self.weight = nn.Parameter(WEIGHT.clone())
-        self.gain = nn.Parameter(torch.rand(8) + 0.5)
+        self.gain = nn.Parameter(torch.rand(gain) + 0.5)
         self.bias = nn.Parameter(torch.rand(12))
         self.function = function
 
@@ -28,9 +28,11 @@ class Holder(nn.Module):
         return self.function(self, *args)
 
 
-def graph(function: Callable[..., Tensor], *args: Tensor) -> tuple[fx.GraphModule, Tensor]:
+def graph(
+    function: Callable[..., Tensor], *args: Tensor, gain: int = 8
+) -> tuple[fx.GraphModule, Tensor]:
     """A normalised graph, after checking that it still computes the same."""
-    module = Holder(function).eval()
+    module = Holder(function, gain).eval()
     gm = torch.export.export(module, args, strict=False).module()
     assert isinstance(gm, fx.GraphModule)
     expected = module(*args)
@@ -38,6 +40,14 @@ def graph(function: Callable[..., Tensor], *args: Tensor) -> tuple[fx.GraphModul
     got = gm(*args)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
     return gm, got
+
+
+def refusals(function: Callable[..., Tensor], *args: Tensor) -> str:
+    """Why the spelled-out attention of a function was left alone."""
+    gm = torch.export.export(Holder(function).eval(), args, strict=False).module()
+    assert isinstance(gm, fx.GraphModule)
+    ((_, reason),) = {r.name: r.refused for r in normalize(gm)}["fuse-eager"]
+    return reason
 
 
 def calls(gm: fx.GraphModule, target: object) -> list[fx.Node]:
@@ -71,6 +81,32 @@ class TestLinear:
         assert not calls(gm, aten.linear)
 
 
+class TestInPlace:
+    def test_later_readers_see_the_change(self) -> None:
+        def clipped(m: Holder, x: Tensor) -> Tensor:
+            y = x @ m.weight.t()
+            y.clamp_(-0.5, 0.5)  # the result is not named
+            return y + 1.0
+
+        gm, _ = graph(clipped, X)
+        (clamp,) = calls(gm, aten.clamp)
+        linear = calls(gm, aten.linear)[0]
+        add = calls(gm, aten.add)[0]
+        given = {linear: torch.full((2, 5, 12), 3.0)}
+        assert clamp.args[0] is linear
+        assert bool((Evaluator(gm).run([add], given)[0] == 1.5).all())
+        assert bool((given[linear] == 3.0).all())
+
+    def test_a_part_written_in_place_stays(self) -> None:
+        def part(_m: Holder, x: Tensor) -> Tensor:
+            y = x * 2.0
+            y[..., :4].mul_(3.0)
+            return y + 1.0
+
+        gm, _ = graph(part, X)
+        assert len(calls(gm, aten.mul_)) == 1
+
+
 class TestRmsNorm:
     @pytest.mark.parametrize(
         "spelling",
@@ -97,10 +133,37 @@ class TestRmsNorm:
 
 Q, K, V = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)) for i in (2, 3, 4))
 CAUSAL = torch.ones(5, 5).tril().bool()
+ALIBI = torch.arange(5.0) * torch.tensor([1.0, 0.5, 0.25])[:, None, None]
 
 
 def eager(scores: Tensor, v: Tensor) -> Tensor:
     return F.softmax(scores, -1) @ v
+
+
+def _baddbmm(m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bloom: the bias, the product and the scale in one call, heads in the batch."""
+    slopes = m.gain[:3].repeat(2)[:, None, None] * torch.arange(5)
+    q, k, v = q.reshape(6, 5, 4), k.reshape(6, 5, 4), v.reshape(6, 5, 4)
+    scores = torch.baddbmm(slopes, q, k.transpose(1, 2), beta=0.5, alpha=0.25).view(2, 3, 5, 5)
+    probs = F.softmax(scores + torch.where(CAUSAL, 0.0, -1e9), -1)
+    return torch.bmm(probs.view(6, 5, 5), v).view(2, 3, 5, 4)
+
+
+def _three_axes(_m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """OPT and XGLM as they were: softmax over [B H, N, M], the mask added in between."""
+    q, k, v = q.reshape(6, 5, 4), k.reshape(6, 5, 4), v.reshape(6, 5, 4)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(2, 3, 5, 5) + torch.where(CAUSAL, 0.0, -1e9)
+    scores = torch.maximum(scores, torch.tensor(torch.finfo(torch.float32).min)).view(6, 5, 5)
+    return torch.bmm(F.softmax(scores, -1), v).view(2, 3, 5, 4)
+
+
+FOLDED = [
+    _baddbmm,
+    _three_axes,
+    lambda _m, q, k, v: torch.bmm(
+        F.softmax(q @ k.mT, -1).reshape(6, 5, 5), v.reshape(6, 5, 4)
+    ).reshape(2, 3, 5, 4),
+]
 
 
 class TestCores:
@@ -124,6 +187,9 @@ class TestCores:
             (lambda q, k, v: eager(q @ k.transpose(2, 3) / 4.0, v), 0.25, 0.0),
             (lambda q, k, v: eager(torch.tanh(q @ k.mT * 0.5 / 7.0) * 7.0, v), 0.5, 7.0),
             (lambda q, k, v: eager((q @ k.mT).masked_fill(~CAUSAL, -1e9), v), 1.0, 0.0),
+            (lambda q, k, v: eager(torch.where(CAUSAL, q @ k.mT, -1e9), v), 1.0, 0.0),
+            (lambda q, k, v: eager(-1e9 * ~CAUSAL + 2.0 * (q @ k.mT), v), 2.0, 0.0),
+            (lambda q, k, v: eager((q @ k.mT + ALIBI - 1e9 * ~CAUSAL) / 4.0, v), 0.25, 0.0),
             (lambda q, k, v: eager(q @ k.mT * 2.0 + torch.where(CAUSAL, 0.0, -1e9), v), 2.0, 0.0),
         ],
     )
@@ -143,19 +209,48 @@ class TestCores:
         gm, _ = graph(lambda m, x: F.softmax(x @ m.weight.t(), -1) @ m.weight, X)
         assert not calls(gm, attention)
 
-    def test_reshaped_probabilities_are_refused_not_overlooked(self) -> None:
-        """Bloom's spelling: heads folded into the batch for the second product."""
+    @pytest.mark.parametrize("spelling", FOLDED)
+    def test_heads_folded_into_the_batch(self, spelling: Callable[..., Tensor]) -> None:
+        gm, _ = graph(lambda m, q, k, v: spelling(m, q, k, v), Q, K, V)
+        (node,) = calls(gm, attention)
+        assert node.args[0].meta["val"].shape == Q.shape  # type: ignore[union-attr]
 
-        def folded(_m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            probs = F.softmax(q @ k.mT, -1).reshape(6, 5, 5)
-            return torch.bmm(probs, v.reshape(6, 5, 4))
+    def test_sinks(self) -> None:
+        def sinks(m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            gain = m.gain if m.gain.numel() == 3 else m.gain[:3]
+            column = gain.reshape(1, -1, 1, 1).expand(2, -1, 5, -1)
+            scores = torch.cat([q @ k.mT * 0.5 + torch.where(CAUSAL, 0.0, -1e9), column], -1)
+            scores = scores - scores.max(-1, keepdim=True).values
+            return F.softmax(scores, -1)[..., :-1] @ v
 
-        module = Holder(folded).eval()
-        gm = torch.export.export(module, (Q, K, V), strict=False).module()
-        assert isinstance(gm, fx.GraphModule)
-        refused = {r.name: r.refused for r in normalize(gm)}["fuse-eager"]
-        assert len(refused) == 1
-        assert "reshaped" in refused[0][1]
+        refused = refusals(sinks, Q, K, V)
+        assert "cat" in refused  # a part of a weight is no stored vector
+        gm, _ = graph(lambda m, q, k, v: sinks(m, q, k, v), Q, K, V, gain=3)
+        (node,) = calls(gm, attention)
+        assert node.args[7].op == "get_attr"  # type: ignore[union-attr]
+
+    def test_a_factor_per_head_moves_to_the_queries(self) -> None:
+        def cosine(m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            return eager(q @ k.mT * m.gain.clamp(max=2.0).exp()[:, None, None], v)
+
+        gm, _ = graph(cosine, Q, K, V, gain=3)
+        (node,) = calls(gm, attention)
+        assert is_op(node.args[0], aten.mul)
+
+    @pytest.mark.parametrize(
+        "spelling",
+        [
+            lambda q, k, v: F.softmax(q @ k.mT, -1).transpose(2, 3) @ v,
+            lambda q, k, v: F.softmax(q @ k.mT, -1)[..., :-1] @ v[:, :, 1:],
+            lambda q, k, v: F.softmax(q @ k.mT, -1).reshape(2, 5, 3, 5).view(2, 3, 5, 5) @ v,
+            lambda q, k, v: eager((q @ k.mT).reshape(2, 5, 3, 5).reshape(2, 3, 5, 5), v),
+        ],
+    )
+    def test_rearranged_scores_are_refused_not_overlooked(
+        self, spelling: Callable[..., Tensor]
+    ) -> None:
+        assert refusals(lambda _m, q, k, v: spelling(q, k, v), Q, K, V)
 
     def test_something_between_product_and_softmax_is_refused(self) -> None:
         gm, _ = graph(lambda _m, q, k, v: eager(torch.relu(q @ k.mT), v), Q, K, V)

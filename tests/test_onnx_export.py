@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo_models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from reattend import convert
@@ -286,6 +287,25 @@ def test_a_partly_converted_model_is_refused_with_the_way_out(tmp_path: Path) ->
     with pytest.raises(RefusedError, match="to: dense"):
         export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpt_oss", "sinks"), ("falcon_alibi", "adds to")])
+def test_scores_the_node_has_no_input_for_are_refused(
+    name: str, words: str, tmp_path: Path
+) -> None:
+    model = convert(zoo_models.build(name, None), plan="identity").model
+    with pytest.raises(RefusedError, match=words):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bitnet", "cohere_norm"])
+def test_a_models_own_steps_are_exported(name: str, tmp_path: Path) -> None:
+    """The export itself compares logits with torch's."""
+    model = convert(zoo_models.build(name, None), plan="identity").model
+    artifact = export_onnx(model, tmp_path / "out")
+    assert artifact.max_error <= 1e-4
 
 
 def _mla_options() -> dict[str, Any]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import reattend.selfcheck as proof
 from reattend import convert, find_attention, load
 from reattend.capture import capture
-from reattend.errors import RefusedError
 from reattend.inputs import made_up
 from reattend.mixers.config import CoreConfig, RelativeConfig
 from reattend.mixers.relative import RelativeBias, relative_bias
@@ -142,13 +141,6 @@ def test_each_block_has_its_own_table() -> None:
     converted = convert(zoo_models.build("t5"), plan="identity").model
     tables = [p for n, p in converted.named_parameters() if n.endswith("relative.weight")]
     assert len({t.data_ptr() for t in tables}) == len(tables) == 4
-
-
-def test_latent_form_is_refused_with_its_reason() -> None:
-    model = zoo_models.build("t5")
-    rule = {"sites": "*SelfAttention", "to": "mla", "kv_lora_rank": 14}
-    with pytest.raises(RefusedError, match="relative position bias is not supported by to: mla"):
-        convert(model, plan={"rules": [rule]}, data=[made_up(model)])
 
 
 # ---- the proof ----------------------------------------------------------------------------

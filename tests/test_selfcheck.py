@@ -21,7 +21,7 @@ _SEEN: dict[str, tuple[Any, Found, Any]] = {}
 
 def first_site(name: str) -> tuple[Any, Found, Any]:
     if name not in _SEEN:
-        spelling = "eager" if name == "gemma2" else "sdpa"  # all that its class has
+        spelling = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"  # all its class has
         captured = capture(zoo_models.build(name, spelling))
         normalize(captured.gm)
 
@@ -110,11 +110,31 @@ MUTATIONS: dict[str, tuple[str, Callable[[AttentionSpec], AttentionSpec]]] = {
     "query bias": ("qwen2", on_streams(without_bias, "q")),
     "head order": ("gpt_neox", on_streams(swapped_heads, "q")),
     "softcap": ("gemma2", core(softcap=49.0)),
+    "no sinks": ("gpt_oss", core(sinks=None)),
+    "slopes": (
+        "falcon_alibi",
+        lambda s: replace(
+            s,
+            core=replace(
+                s.core,
+                bias=replace(s.core.bias, slopes=tuple(x * 1.000001 for x in s.core.bias.slopes)),  # type: ignore[type-var, union-attr]
+            ),
+        ),
+    ),
+    "heads of slopes": (
+        "falcon_alibi",
+        lambda s: replace(
+            s,
+            core=replace(s.core, bias=replace(s.core.bias, slopes=s.core.bias.slopes[::-1])),  # type: ignore[type-var, union-attr]
+        ),
+    ),
     "output bias": ("gpt2", lambda s: replace(s, out=replace(s.out, bias=None))),
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_oss", "falcon_alibi"]
+)
 def test_a_site_read_right_passes(name: str) -> None:
     proof = check(name, lambda spec: spec)
     assert proof.reason == ""

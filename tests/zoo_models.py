@@ -78,7 +78,9 @@ ZOO: dict[str, Callable[[], Any]] = {
 
 #: further spellings, each in the one its class prefers: scaled queries, fused groups, interleaved
 #: and partial rotary, norms over the full width, a router beside attention, scaled tables, chunks,
-#: a norm before the output projection, one layer called again and again
+#: a norm before the output projection, one layer called again and again, logit sinks, ALiBi in two
+#: spellings, heads folded into the batch, a norm and a gate after the core, clipped streams, a gain
+#: per head
 MORE: dict[str, Callable[[], Any]] = {
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(
@@ -115,18 +117,43 @@ MORE: dict[str, Callable[[], Any]] = {
             },
         )
     ),
+    "gpt_oss": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(
+            **DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    ),
+    "falcon_alibi": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            alibi=True, multi_query=False, eos_token_id=None, pad_token_id=0,
+        )
+    ),
+    "mpt": lambda: tf.MptForCausalLM(
+        tf.MptConfig(
+            vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, max_seq_len=128,
+            eos_token_id=None, pad_token_id=0,
+        )
+    ),
+    "xglm": lambda: tf.XGLMForCausalLM(
+        tf.XGLMConfig(
+            vocab_size=VOCABULARY, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4,
+            eos_token_id=None, pad_token_id=0,
+        )
+    ),
+    "olmo_clip": lambda: tf.OlmoForCausalLM(tf.OlmoConfig(**_without("head_dim"), clip_qkv=1.0)),
+    "cohere_norm": lambda: tf.CohereForCausalLM(
+        tf.CohereConfig(**_without("head_dim"), use_qk_norm=True)
+    ),
+    "qwen3_next": lambda: tf.Qwen3NextForCausalLM(
+        tf.Qwen3NextConfig(**DECODER, layer_types=["full_attention"] * 2, num_experts=0)
+    ),
 }  # fmt: skip
 
 
 NOT_YET: dict[str, Callable[[], Any]] = {
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
-    ),
-    "gpt_oss": lambda: tf.GptOssForCausalLM(
-        tf.GptOssConfig(
-            **DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        )
     ),
 }  # fmt: skip
 

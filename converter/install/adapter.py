@@ -105,6 +105,7 @@ class Adapter(nn.Module):
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self.rotation(arguments),
             position_BN=read(arguments, b.position),
+            extras=tuple(read(arguments, path) for path in b.extras),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
         added = self._added(x, mask, state, memory) if returns_bias(b.output) else None
@@ -115,6 +116,8 @@ class Adapter(nn.Module):
 
     def _mask(self, arguments: dict[str, Any]) -> Tensor | None:
         mask = read(arguments, self.binding.mask)
+        if self.binding.mask_hides and isinstance(mask, Tensor):
+            return ~mask
         if mask is None or isinstance(mask, Tensor):
             return mask
         raise ArgumentError(

@@ -31,12 +31,15 @@ class Binding(Frozen):
 
     `mask_adds_bias`: the mask argument also adds the position bias, which the mixer adds itself.
     `around`: what the owner does besides its block; None where it is exactly the block.
+    `mask_hides`: it is bool and True where a key is hidden (MPT), not where it is seen.
+    `extras`: what the block's own steps read beside (`Context.extras`).
     """
 
     hidden: Path
     memory: Path | None = None
     mask: Path | None = None
     mask_adds_bias: bool = False
+    mask_hides: bool = False
     cos: TableRef | None = None
     sin: TableRef | None = None
     position: Path | None = None
@@ -45,6 +48,7 @@ class Binding(Frozen):
     layer_idx: int = 0
     output: Any = "y"
     around: AroundConfig | None = None
+    extras: tuple[Path, ...] = ()
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +166,19 @@ def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | Non
         if all(a in (1, b) for a, b in pairs) and bool((shown(leaf) == seen).all()):
             return path, False
     return None, False
+
+
+def match_hiding(arguments: dict[str, Any], mask_BhNM: Tensor) -> Path | None:
+    """The bool leaf that is True where the core's mask hides."""
+    seen = shown(mask_BhNM)
+    if mask_BhNM.dim() != 4 or bool(seen.all()):
+        return None
+    for path, leaf in leaves(arguments):
+        if isinstance(leaf, Tensor) and leaf.dtype == torch.bool and leaf.dim() == 4:
+            pairs = zip(leaf.shape, seen.shape, strict=True)
+            if all(a in (1, b) for a, b in pairs) and bool((~leaf == seen).all()):
+                return path
+    return None
 
 
 def adds_bias(mask: Tensor) -> bool:

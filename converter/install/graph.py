@@ -32,15 +32,18 @@ class GraphSite(nn.Module):
         self.path, self.mixer, self.cos, self.sin = path, mixer, cos, sin
 
     def forward(
-        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, cos: Any, sin: Any
-    ) -> Tensor:
+        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, cos: Any, sin: Any,
+        *extras: Tensor,
+    ) -> Tensor:  # fmt: skip
         """[B, N, D] -> [B, N, out]."""
         rotation = None
         if self.cos is not None and self.sin is not None:
             rotation = (_columns(cos, self.cos), _columns(sin, self.sin))
         if mask is not None and self.mixer.adds_bias:
             mask = shown(mask)  # the mixer adds the bias itself
-        y: Tensor = self.mixer(x, Context(mask=mask, rotation=rotation), None, memory)
+        y: Tensor = self.mixer(
+            x, Context(mask=mask, rotation=rotation, extras=extras), None, memory
+        )
         return y
 
 
@@ -88,6 +91,7 @@ def replace_region(
                 region.mask if takes_mask else None,
                 cos_node,
                 sin_node,
+                *region.extras,
             ),
         )
     new.meta["val"] = last.meta.get("val")

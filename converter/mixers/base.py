@@ -39,12 +39,14 @@ class Context:
         rotation: the model's own cos and sin per pair, [B or 1, N, P] each.
         position_BN: positions in tokens, where the model passes them.
         fresh: the state was empty before this call: the new tokens are all there is.
+        extras: further tensors of the call that the block's own steps read.
     """
 
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     position_BN: Tensor | None = None
     fresh: bool = False
+    extras: tuple[Tensor, ...] = ()
 
 
 class State(Protocol):

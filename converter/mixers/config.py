@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -11,6 +11,32 @@ class Frozen(BaseModel):
     """Base: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Step(Frozen):
+    """One operation: `name` is its value, `call` an aten operator or a word of the closed list."""
+
+    name: str
+    call: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+
+
+class Weight(Frozen):
+    """A tensor the program owns; integers are buffers, floats parameters of the model's dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    trained: bool = True
+
+
+class Program(Frozen):
+    """`output` computed from `inputs` and `weights` by `steps`, in order (`reattend.program`)."""
+
+    inputs: tuple[str, ...]
+    weights: dict[str, Weight] = {}
+    steps: tuple[Step, ...]
+    output: str
 
 
 class NormConfig(Frozen):
@@ -25,10 +51,22 @@ class NormConfig(Frozen):
     after_rotary: bool = False
 
 
+class OpaqueConfig(Frozen):
+    """Stands where a projection does: a program from the source to [B, N, p], then row `rows[i]`
+    of its p numbers as number i. One token's numbers depend on that token alone. `extras`: which of
+    `Context.extras` the program takes after the source.
+    """
+
+    program: Program
+    rows: tuple[int, ...]
+    extras: tuple[int, ...] = ()
+
+
 class StreamConfig(Frozen):
-    """One of q, k, v after its projection."""
+    """One of q, k, v after its projection; `opaque` in place of a linear one."""
 
     bias: bool = False
+    opaque: OpaqueConfig | None = None
     norm: NormConfig | None = None
     scale: float = 1.0
 
@@ -65,11 +103,44 @@ class RelativeConfig(Frozen):
         return self
 
 
+class GateConfig(Frozen):
+    """The joined heads times act(gate projection of the hidden state).
+
+    `per_head`: one number per head, else one per head and dimension.
+    """
+
+    act: Literal["sigmoid", "silu", "tanh", "relu", "identity"]
+    per_head: bool
+    bias: bool = False
+
+
+class AddedConfig(Frozen):
+    """A program from the hidden state and extras to what is added to the scores, [.., H, N, M].
+
+    It hides too, and knows the tokens of one call only. `heads`: its head of each of ours.
+    """
+
+    program: Program
+    heads: tuple[int, ...]
+    extras: tuple[int, ...] = ()
+
+
+class JoinConfig(Frozen):
+    """A program from `y` [B, H, N, e] (heads in the order `heads` of the normal form's) and the
+    hidden state `x` to what the output projection reads [B, N, width].
+    """
+
+    program: Program
+    heads: tuple[int, ...]
+    width: int
+
+
 class CoreConfig(Frozen):
     """Scores and pattern; query head h reads key/value head h // (heads // kv_heads).
 
-    `opaque`: the model's own 4-D mask is the pattern; a call without one follows `unmasked`, and
-    is an error where that is empty.
+    `sinks`: every head has one logit more, of no key, that takes part in its softmax. `opaque`: the
+    model's own 4-D mask is the pattern; a call without one follows `unmasked`, and is an error
+    where that is empty.
     """
 
     heads: int
@@ -81,6 +152,7 @@ class CoreConfig(Frozen):
     pattern: Literal["full", "causal", "sliding", "chunked", "opaque"] = "causal"
     window: int = 0
     chunk: int = 0
+    sinks: bool = False
     unmasked: Literal["", "full", "causal"] = ""
 
     @property
@@ -90,7 +162,10 @@ class CoreConfig(Frozen):
 
 
 class BlockConfig(Frozen):
-    """What every mixer of a site shares: the block's outside and its scores."""
+    """What every mixer of a site shares: the block's outside and its scores.
+
+    `alibi`: for each head the number added to its scores per token of key position.
+    """
 
     hidden_size: int
     memory_size: int
@@ -102,6 +177,10 @@ class BlockConfig(Frozen):
     out_features: int | None
     out_bias: bool = False
     relative: RelativeConfig | None = None
+    alibi: tuple[float, ...] | None = None
+    added: AddedConfig | None = None
+    gate: GateConfig | None = None
+    join: JoinConfig | None = None
 
     @property
     def cross(self) -> bool:

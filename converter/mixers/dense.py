@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reattend.errors import UnsupportedCacheError
-from reattend.mixers.base import Context, Mixer, Rows, RowShapes, State
+from reattend.mixers.base import Context, Rows, RowShapes, State
+from reattend.mixers.block import BlockMixer, project, projection
 from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
-from reattend.mixers.relative import RelativeBias
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend, refuse_opaque
+from reattend.mixers.scores import attend, per_head, refuse_opaque
 
 
 class DenseConfig(BlockConfig):
@@ -26,7 +25,7 @@ class DenseConfig(BlockConfig):
     kind: Literal["dense"] = "dense"
 
 
-class DenseAttention(Mixer):
+class DenseAttention(BlockMixer):
     """softmax attention as the model had it; caches keys and values of all kv heads."""
 
     kind = "dense"
@@ -37,17 +36,13 @@ class DenseAttention(Mixer):
         self.config = config
         core = config.core
         memory = config.memory_size or config.hidden_size
-        self.q_proj = nn.Linear(config.hidden_size, core.heads * core.qk_head_dim, config.q.bias)
-        self.k_proj = nn.Linear(memory, core.kv_heads * core.qk_head_dim, config.k.bias)
-        self.v_proj = nn.Linear(memory, core.kv_heads * core.v_head_dim, config.v.bias)
+        self.q_proj: Any = projection(config.q, config.hidden_size, core.heads * core.qk_head_dim)
+        self.k_proj: Any = projection(config.k, memory, core.kv_heads * core.qk_head_dim)
+        self.v_proj: Any = projection(config.v, memory, core.kv_heads * core.v_head_dim)
         self.q_norm = stream_norm(config.q, core.heads, core.qk_head_dim)
         self.k_norm = stream_norm(config.k, core.kv_heads, core.qk_head_dim)
         self.v_norm = stream_norm(config.v, core.kv_heads, core.v_head_dim)
-        self.relative = RelativeBias(config.relative, core.heads) if config.relative else None
-        self.o_proj: nn.Module = nn.Identity()
-        if config.out_features is not None:
-            width = core.heads * core.v_head_dim
-            self.o_proj = nn.Linear(width, config.out_features, config.out_bias)
+        self._outside(config)
 
     @property
     def row_shapes(self) -> RowShapes:
@@ -62,48 +57,36 @@ class DenseAttention(Mixer):
         c = self.config
         turn = rotation(c.rotary, ctx, state, x_BND)
         pairs = c.rotary.pairs if c.rotary else 0
-        offset = state.seen() if state is not None and self.relative is not None else 0
-        q = stream(self.q_proj(x_BND), c.core.heads, c.q, self.q_norm, turn, pairs)
+        offset = state.seen() if state is not None and self.adds_bias else 0
+        q = stream(project(self.q_proj, x_BND, ctx), c.core.heads, c.q, self.q_norm, turn, pairs)
+        added = self.added_scores(x_BND, ctx, state)
         if source_BMD is None:
-            return (q, offset), None
-        k = stream(self.k_proj(source_BMD), c.core.kv_heads, c.k, self.k_norm, turn, pairs)
-        v = stream(self.v_proj(source_BMD), c.core.kv_heads, c.v, self.v_norm, None, 0)
-        return (q, offset), (k, v)
+            return (q, offset, added), None
+        k = stream(
+            project(self.k_proj, source_BMD, ctx), c.core.kv_heads, c.k, self.k_norm, turn, pairs
+        )
+        v = stream(
+            project(self.v_proj, source_BMD, ctx), c.core.kv_heads, c.v, self.v_norm, None, 0
+        )
+        return (q, offset, added), (k, v)
 
     def attend(
         self, query: Any, rows: Rows, ctx: Context, span: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """See `Mixer.attend`.
-
-        Raises:
-            UnsupportedCacheError: a relative bias with a fixed-capacity state.
-        """
+        """See `Mixer.attend`."""
         c = self.config
-        (q, offset), (k, v) = query, rows
+        (q, offset, added), (k, v) = query, rows
         if span is None:
-            return attend(
-                q, k, v, c.core, ctx.mask, self.score_bias(q.shape[2], k.shape[2], offset)
-            )
-        if self.relative is not None:
-            raise UnsupportedCacheError(
-                "a block with a relative position bias was given a fixed-capacity state",
-                next_step="run the model with a transformers cache, or without one",
-            )
+            bias = self.score_bias(q.shape[2], k.shape[2], offset)
+            mask = ctx.mask if added is None else added
+            return attend(q, k, v, c.core, mask, bias, per_head(self.sinks))
+        self._plain_scores()
         refuse_opaque(c.core)
         y_BHNe, _ = torch.ops.reattend.attention(
             q, k, v, *span, scale=c.core.scale, causal=c.core.causal,
             sliding_window=c.core.window, softcap=c.core.softcap,
         )  # fmt: skip
         return y_BHNe
-
-    def score_bias(self, n: int, m: int, offset: int) -> Tensor | None:
-        """The learned bias by distance, where the block has one."""
-        return None if self.relative is None else self.relative(n, m, offset)
-
-    @property
-    def adds_bias(self) -> bool:
-        """Whether there is one."""
-        return self.relative is not None
 
 
 def stream_norm(config: StreamConfig, heads: int, width: int) -> StreamNorm | None:

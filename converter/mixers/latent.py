@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reattend.mixers.base import Context, Mixer, Rows, RowShapes, State
+from reattend.mixers.base import Context, Rows, RowShapes, State
+from reattend.mixers.block import BlockMixer, OpaqueProjection, project
 from reattend.mixers.config import BlockConfig, CoreConfig
 from reattend.mixers.dense import stream_norm
-from reattend.mixers.norm import StreamNorm
+from reattend.mixers.norm import normed_heads
 from reattend.mixers.rotary import rotate, rotation
-from reattend.mixers.scores import attend, refuse_opaque
+from reattend.mixers.scores import attend, attend_rows, per_head, refuse_opaque
 
 
 class LatentConfig(BlockConfig):
@@ -35,6 +36,8 @@ class LatentConfig(BlockConfig):
         q_lora_rank: rank of the query projection, None for a full one.
         latent_norm: normalisation of the latent before it is cached.
         value_bias: values carry a bias that could not be folded into the output projection.
+        rope_key_bias: rotated keys carry a bias.
+        key_bias: unrotated keys carry one; only beside sinks, where softmax does not cancel it.
     """
 
     kind: Literal["latent"] = "latent"
@@ -45,9 +48,10 @@ class LatentConfig(BlockConfig):
     latent_norm: Literal["none", "rms"] = "none"
     value_bias: bool = False
     rope_key_bias: bool = False
+    key_bias: bool = False
 
 
-class LatentAttention(Mixer):
+class LatentAttention(BlockMixer):
     """MLA with DeepSeek's parameter names.
 
     `kv_b_proj` rows are grouped per key/value group as [key d | value e]. Blocks whose keys are
@@ -65,11 +69,13 @@ class LatentAttention(Mixer):
         core, r, rope = config.core, config.kv_lora_rank, config.qk_rope_head_dim
         d, e, groups = core.qk_head_dim, core.v_head_dim, core.kv_heads
         memory = config.memory_size or config.hidden_size
-        self.normed = config.q.norm is not None or config.k.norm is not None
+        self.normed = has_own_query(config)
         q_width = core.heads * (d if self.normed else d + rope)
         q_bias = config.q.bias
-        if config.q_lora_rank is None:
-            self.q_proj: nn.Module = nn.Linear(config.hidden_size, q_width, q_bias)
+        if config.q.opaque is not None:
+            self.q_proj: nn.Module = OpaqueProjection(config.q.opaque)
+        elif config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, q_width, q_bias)
         else:
             self.q_proj = nn.Sequential()
             self.q_proj.add_module(
@@ -92,9 +98,8 @@ class LatentAttention(Mixer):
         )
         self.kv_b_proj = nn.Linear(r, groups * (d + e), False)
         self.v_bias = nn.Parameter(torch.zeros(groups, e)) if config.value_bias else None
-        self.o_proj: nn.Module = nn.Identity()
-        if config.out_features is not None:
-            self.o_proj = nn.Linear(core.heads * e, config.out_features, config.out_bias)
+        self.k_bias = nn.Parameter(torch.zeros(groups, d)) if config.key_bias else None
+        self._outside(config)
         self._up: tuple[Any, Tensor] | None = None
 
     @property
@@ -105,9 +110,10 @@ class LatentAttention(Mixer):
     def project(
         self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
     ) -> tuple[Any, Rows | None]:
-        """Queries (unrotated, rotated); latent and rotated key."""
+        """Queries (unrotated, rotated) and the tokens before them; latent and rotated key."""
         turn = self._turn(ctx, state, x_BND)
-        query = self._queries(x_BND, turn)
+        offset = state.seen() if state is not None and self.adds_bias else 0
+        query = (*self._queries(x_BND, turn, ctx), offset)
         if source_BMD is None:
             return query, None
         latent, rope = self._rows(source_BMD, turn)
@@ -117,9 +123,10 @@ class LatentAttention(Mixer):
         self, query: Any, rows: Rows, ctx: Context, span: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """See `Mixer.attend`."""
-        q_nope_BHNd, q_rope_BHNR = query
+        q_nope_BHNd, q_rope_BHNR, offset = query
         latent, rope = rows
         if span is not None:
+            self._plain_scores()
             refuse_opaque(self.config.core)
             if ctx.fresh and q_nope_BHNd.shape[2] > 1:
                 return self._prefill(q_nope_BHNd, q_rope_BHNR, latent, rope, span)
@@ -129,9 +136,11 @@ class LatentAttention(Mixer):
                 sliding_window=self.config.core.window, softcap=self.config.core.softcap,
             )  # fmt: skip
             return self._values(u)
-        if self._absorbs(q_nope_BHNd.shape[2], latent.shape[2]):
-            return self._absorbed(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
-        return self._expanded(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask)
+        n, m = q_nope_BHNd.shape[2], latent.shape[2]
+        bias = self.score_bias(n, m, offset)
+        if self._absorbs(n, m):
+            return self._absorbed(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask, bias)
+        return self._expanded(q_nope_BHNd, q_rope_BHNR, latent, rope, ctx.mask, bias)
 
     def _turn(
         self, ctx: Context, state: State | None, x_BND: Tensor
@@ -147,17 +156,19 @@ class LatentAttention(Mixer):
         index = torch.tensor(columns, device=x_BND.device)
         return full[0].index_select(-1, index), full[1].index_select(-1, index)
 
-    def _queries(self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _queries(
+        self, x_BND: Tensor, turn: tuple[Tensor, Tensor] | None, ctx: Context
+    ) -> tuple[Tensor, Tensor]:
         """Unrotated [B, H, N, d] and rotated [B, H, N, R] queries."""
         c = self.config
         heads, d, rope = c.core.heads, c.core.qk_head_dim, c.qk_rope_head_dim
-        y = self.q_proj(x_BND)
+        y = project(self.q_proj, x_BND, ctx)
         if not self.normed:
             q = y.unflatten(-1, (heads, d + rope)).transpose(1, 2)
             q = q if c.q.scale == 1.0 else q * c.q.scale
             nope, turned = q.split([d, rope], -1)
         else:
-            nope = _normed(y, heads, self.q_norm).transpose(1, 2)
+            nope = normed_heads(y, heads, self.q_norm).transpose(1, 2)
             nope = nope if c.q.scale == 1.0 else nope * c.q.scale
             grouped = nope.unflatten(1, (c.core.kv_heads, -1))
             turned = torch.einsum("bgjnd,grd->bgjnr", grouped, self.q_rope).flatten(1, 2)
@@ -169,7 +180,7 @@ class LatentAttention(Mixer):
         """What is cached for each token: latent [B, M, r] and rotated key [B, M, R]."""
         c = self.config
         if self.normed:
-            keys = _normed(self.k_proj(source_BMD), c.core.kv_heads, self.k_norm).flatten(2)
+            keys = normed_heads(self.k_proj(source_BMD), c.core.kv_heads, self.k_norm).flatten(2)
             source_BMD = torch.cat([keys, self.v_proj(source_BMD)], -1)
         latent, rope = self.kv_a_proj_with_mqa(source_BMD).split(
             [c.kv_lora_rank, c.qk_rope_head_dim], -1
@@ -217,14 +228,26 @@ class LatentAttention(Mixer):
         grouped = q_nope_BHNd.unflatten(1, (self.config.core.kv_heads, -1))
         return torch.einsum("bgjnd,gdr->bgjnr", grouped, up_key).flatten(1, 2)
 
-    def _values(self, u_BHNr: Tensor) -> Tensor:
-        """W_UV u [B, H, N, e]."""
+    def _values(self, u_BHNr: Tensor, mass_BHN1: Tensor | None = None) -> Tensor:
+        """W_UV u [B, H, N, e]; `mass`: what sinks leave of the probabilities, one without."""
         _, up_value = self.up()
         grouped = u_BHNr.unflatten(1, (self.config.core.kv_heads, -1))
         y = torch.einsum("bgjnr,ger->bgjne", grouped, up_value)
         if self.v_bias is not None:
-            y = y + self.v_bias[None, :, None, None]
+            bias = self.v_bias[None, :, None, None]
+            if mass_BHN1 is not None:
+                bias = bias * mass_BHN1.unflatten(1, (self.config.core.kv_heads, -1))
+            y = y + bias
         return y.flatten(1, 2)
+
+    def _sinks(self, q_nope_BHNd: Tensor) -> Tensor | None:
+        """Sinks beside absorbed scores, which lack q . key bias: they are lower by that."""
+        sinks = per_head(self.sinks)
+        if sinks is None or self.k_bias is None:
+            return sinks
+        grouped = q_nope_BHNd.unflatten(1, (self.config.core.kv_heads, -1))
+        lacking = torch.einsum("bgjnd,gd->bgjn", grouped, self.k_bias).flatten(1, 2)
+        return sinks - self.config.core.scale * lacking[..., None]
 
     def _absorbs(self, n: int, m: int) -> bool:
         """Whether the absorbed form needs fewer multiply-adds for N queries over M rows."""
@@ -239,22 +262,32 @@ class LatentAttention(Mixer):
         return n * h * r * (d + e) + n * m * h * (2 * r + rope) < expanded
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any
-    ) -> Tensor:
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         q_BHNw = torch.cat([self._absorb(q_nope), q_rope], -1)
         rows_B1Mw = torch.cat([latent, rope], -1)
+        sinks, values = self._sinks(q_nope), latent
+        weighs = sinks is not None and self.v_bias is not None
+        if weighs:  # a last column of ones becomes the probability that sinks leave
+            values = torch.cat([latent, torch.ones_like(latent[..., :1])], -1)
         if q_BHNw.shape[2] == 1:  # heads become query rows: one product instead of H
             single = self.config.core.model_copy(update={"heads": 1, "kv_heads": 1})
-            u = attend_rows(q_BHNw.transpose(1, 2), rows_B1Mw, latent, single, mask).transpose(1, 2)
+            turned = [None if t is None else t.transpose(-3, -2) for t in (bias, sinks)]
+            u = attend_rows(q_BHNw.transpose(1, 2), rows_B1Mw, values, single, mask, *turned)
+            u = u.transpose(1, 2)
         else:
-            u = attend(q_BHNw, rows_B1Mw, latent, self._core(q_BHNw.shape[-1]), mask)
-        return self._values(u)
+            core = self._core(q_BHNw.shape[-1])
+            u = attend(q_BHNw, rows_B1Mw, values, core, mask, bias, sinks)
+        return self._values(u[..., :-1], u[..., -1:]) if weighs else self._values(u)
 
     def _expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any
-    ) -> Tensor:
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, mask: Any,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         keys, values = self._rebuilt(latent, rope)
-        return attend(torch.cat([q_nope, q_rope], -1), keys, values, self.config.core, mask)
+        q = torch.cat([q_nope, q_rope], -1)
+        return attend(q, keys, values, self.config.core, mask, bias, per_head(self.sinks))
 
     def _prefill(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, span: Any
@@ -277,26 +310,15 @@ class LatentAttention(Mixer):
         keys, values = both.transpose(1, 2).split([c.qk_head_dim, c.v_head_dim], -1)
         if self.v_bias is not None:
             values = values + self.v_bias[None, :, None]
+        if self.k_bias is not None:
+            keys = keys + self.k_bias[None, :, None]
         return torch.cat([keys, rope.expand(-1, c.kv_heads, -1, -1)], -1), values
 
     def _core(self, width: int) -> CoreConfig:
         return self.config.core.model_copy(update={"kv_heads": 1, "qk_head_dim": width})
 
 
-def attend_rows(
-    q_B1Hw: Tensor, k_B1Mw: Tensor, v_B1Mr: Tensor, core: CoreConfig, mask: Any
-) -> Tensor:
-    """One query token: its H heads as rows over one shared key head; the mask is per key."""
-    from reattend.mixers.scores import visibility
-
-    per_key = visibility(mask, core, 1, k_B1Mw.shape[2], q_B1Hw)
-    full = core.model_copy(update={"pattern": "full", "window": 0, "chunk": 0})
-    return attend(q_B1Hw, k_B1Mw, v_B1Mr, full, per_key)
-
-
-def _normed(y_BNp: Tensor, heads: int, norm: StreamNorm | None) -> Tensor:
-    """[B, N, heads, d], normalised per head or over the full width."""
-    if norm is not None and norm.config.scope == "full":
-        y_BNp = norm(y_BNp)
-    y = y_BNp.unflatten(-1, (heads, -1))
-    return norm(y) if norm is not None and norm.config.scope == "head" else y
+def has_own_query(config: BlockConfig) -> bool:
+    """Whether queries are not one linear map, so that nothing can be absorbed into it."""
+    normed = config.q.norm is not None or config.k.norm is not None
+    return normed or config.q.opaque is not None

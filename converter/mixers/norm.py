@@ -35,3 +35,11 @@ class StreamNorm(nn.Module):
         if self.config.gain_offset:
             return (y * gain.to(y.dtype)).to(x.dtype)
         return y.to(x.dtype) * gain
+
+
+def normed_heads(y_BNp: Tensor, heads: int, norm: StreamNorm | None) -> Tensor:
+    """[B, N, heads, d], normalised per head or over the full width."""
+    if norm is not None and norm.config.scope == "full":
+        y_BNp = norm(y_BNp)
+    y = y_BNp.unflatten(-1, (heads, -1))
+    return norm(y) if norm is not None and norm.config.scope == "head" else y

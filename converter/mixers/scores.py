@@ -5,6 +5,8 @@ Layout letters: B batch, N query length, M key length, H query heads, G kv heads
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -20,6 +22,7 @@ def attend(
     core: CoreConfig,
     mask: Tensor | None,
     bias_1HNM: Tensor | None = None,
+    sinks_H11: Tensor | None = None,
 ) -> Tensor:
     """Attention output [B, H, N, e]; differentiable.
 
@@ -28,26 +31,37 @@ def attend(
         core: scale, softcap and pattern.
         mask: as in `Context.mask`.
         bias_1HNM: added to the scores after softcap.
+        sinks_H11: logits that take part in the softmax beside the keys', [.., H, N or 1, 1].
     """
     n, m = q_BHNd.shape[2], k_BGMd.shape[2]
     bias = visibility(mask, core, n, m, q_BHNd)
     if bias_1HNM is not None:
         bias = biased(bias, bias_1HNM.to(q_BHNd.dtype))
     grouped = k_BGMd.shape[1] != q_BHNd.shape[1]
-    if not core.softcap:
+    if not core.softcap and sinks_H11 is None:
         return F.scaled_dot_product_attention(
             q_BHNd, k_BGMd, v_BGMe, attn_mask=bias, scale=core.scale, enable_gqa=grouped
         )
     repeat = q_BHNd.shape[1] // k_BGMd.shape[1]
     k, v = k_BGMd.repeat_interleave(repeat, 1), v_BGMe.repeat_interleave(repeat, 1)
     scores = torch.matmul(q_BHNd, k.transpose(-1, -2)) * core.scale
-    scores = core.softcap * torch.tanh(scores / core.softcap)
+    if core.softcap:
+        scores = core.softcap * torch.tanh(scores / core.softcap)
     if bias is not None:
         hidden = ~bias if bias.dtype == torch.bool else None
         scores = scores.masked_fill(hidden, float("-inf")) if hidden is not None else scores + bias
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    probs = torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
+    if sinks_H11 is not None:
+        column = sinks_H11.to(wide.dtype).expand(*wide.shape[:-1], 1)
+        probs = torch.softmax(torch.cat([wide, column], -1), -1)[..., :-1]
+    else:
+        probs = torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
     return torch.matmul(probs.to(v.dtype), v)
+
+
+def per_head(sinks_H: Tensor | None) -> Tensor | None:
+    """Sinks as `attend` takes them."""
+    return None if sinks_H is None else sinks_H[:, None, None]
 
 
 def biased(mask: Tensor | None, bias_1HNM: Tensor) -> Tensor:
@@ -131,3 +145,15 @@ def _pattern(core: CoreConfig, n: int, m: int, device: torch.device) -> Tensor |
     elif core.pattern == "chunked":
         seen = seen & (j // core.chunk == i // core.chunk)
     return seen[None, None]
+
+
+def attend_rows(
+    q_B1Hw: Tensor, k_B1Mw: Tensor, v_B1Mr: Tensor, core: CoreConfig, mask: Any,
+    bias_11HM: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One query token: its H heads as rows over one shared key head; the mask is per key."""
+    per_key = visibility(mask, core, 1, k_B1Mw.shape[2], q_B1Hw)
+    if per_key is not None and per_key.shape[-3] > 1:  # a mask for every head
+        per_key = per_key.transpose(-3, -2)
+    full = core.model_copy(update={"pattern": "full", "window": 0, "chunk": 0})
+    return attend(q_B1Hw, k_B1Mw, v_B1Mr, full, per_key, bias_11HM, sinks)

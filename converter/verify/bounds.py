@@ -113,11 +113,14 @@ def output_bound(
 
     Returns:
         None where the mixer does not attend with queries, keys and values of these heads, and
-        where the owner does more than the block: the bound is about the block's output, while the
-        measured error is about the owner's.
+        where the owner does more than the block (the bound is about the block's output, while the
+        measured error is about the owner's), and for blocks with sinks or with a gate or the
+        model's own steps after the core.
     """
     if not isinstance(converted, Adapter) or form.config.cross or converted.around is not None:
         return None
+    if form.config.core.sinks or form.config.gate is not None or form.config.join is not None:
+        return None  # probabilities do not sum to one, or the output is not linear in the heads
     before = _asked(install(original, form, converted.binding), call)
     after = _asked(converted, call)
     if before is None or after is None or before.q.shape[:3] != after.q.shape[:3]:
@@ -203,10 +206,11 @@ def recorded(into: list[Asked]) -> Iterator[None]:
 
     def watching(attend: Any) -> Any:
         def attend_and_note(
-            q: Tensor, k: Tensor, v: Tensor, core: CoreConfig, mask: Any, bias: Any = None
-        ) -> Any:
+            q: Tensor, k: Tensor, v: Tensor, core: CoreConfig, mask: Any, bias: Any = None,
+            sinks: Any = None,
+        ) -> Any:  # fmt: skip
             into.append(Asked(q, k, v, core, mask, bias))
-            return attend(q, k, v, core, mask, bias)
+            return attend(q, k, v, core, mask, bias, sinks)
 
         return attend_and_note
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from reattend.passes.evaluate import Evaluator, concrete_shape
+from reattend.passes.find.joins import inverse_columns, projection_after, read_join
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.streams import weight_of
 from reattend.passes.normalize.forms import aten, is_op, is_projection
-from reattend.spec import Out
+from reattend.spec import Gate, Joined, Out
 
 _LAYOUT = (
     aten.transpose, aten.permute, aten.view, aten.reshape, aten.clone, aten.contiguous,
@@ -27,34 +28,46 @@ class FoundExit:
     node: fx.Node
     joined: fx.Node
     out: Out | None
+    join: Gate | Joined | None = None
 
 
-def read_exit(gm: fx.GraphModule, core: fx.Node, given: dict[fx.Node, Any]) -> FoundExit:
-    """Follow the single user chain of a core.
+def read_exit(
+    gm: fx.GraphModule, core: fx.Node, hidden: fx.Node, given: dict[fx.Node, Any]
+) -> FoundExit:
+    """Follow a core to its output projection, through layout, a gate or the model's own steps.
 
     Raises:
-        NotUnderstood: what follows is neither layout nor a projection (a gate, a second core).
+        NotUnderstood: what follows is none of these (two cores that meet).
     """
-    node = core
+    node: fx.Node = core
     while True:
         users = [u for u in node.users if not is_op(u, aten.sym_size)]
-        if len(users) != 1:
-            raise NotUnderstood(f"the output of the core is used {len(users)} times")
-        if is_projection(users[0]) or not is_op(users[0], *_LAYOUT):
+        if len(users) != 1 or is_projection(users[0]) or not is_op(users[0], *_LAYOUT):
             break
         node = users[0]
-    after = users[0]
+    if len(users) == 1 and is_projection(users[0]):
+        return FoundExit(users[0], node, _out(users[0], _columns(gm, core, node, given)))
+    after = projection_after(core)
+    if after is not None:
+        join, columns = read_join(gm, core, hidden, after, given)
+        joined = after.args[0]
+        assert isinstance(joined, fx.Node)
+        return FoundExit(after, joined, _out(after, columns), join)
+    if len(users) != 1:
+        raise NotUnderstood(f"the output of the core is used {len(users)} times")
     columns = _columns(gm, core, node, given)
-    if not is_projection(after):
-        if columns != tuple(range(len(columns))):
-            raise NotUnderstood(f"{after.name} stands between the core and its projection")
-        return FoundExit(node, node, None)
-    weight, transposed = weight_of(after.args[1])
+    if columns != tuple(range(len(columns))):
+        raise NotUnderstood(f"{users[0].name} stands between the core and its projection")
+    return FoundExit(node, node, None)
+
+
+def _out(projection: fx.Node, columns: tuple[int, ...]) -> Out:
+    weight, transposed = weight_of(projection.args[1])
     bias = None
-    if len(after.args) > 2 and after.args[2] is not None:
-        bias = weight_of(after.args[2])[0]
-    features = int(after.meta["val"].shape[-1])
-    return FoundExit(after, node, Out(weight, bias, features, columns, transposed))
+    if len(projection.args) > 2 and projection.args[2] is not None:
+        bias = weight_of(projection.args[2])[0]
+    features = int(projection.meta["val"].shape[-1])
+    return Out(weight, bias, features, columns, transposed)
 
 
 def _columns(
@@ -64,13 +77,6 @@ def _columns(
     shape = concrete_shape(core, given)
     _, heads, _, width = shape
     code = torch.arange(heads * width, dtype=torch.float64).reshape(1, heads, 1, width)
-    coded: Tensor = code.expand(*shape).contiguous()
+    coded = code.expand(*shape).contiguous()
     out = Evaluator(gm, promote=torch.float64).run([joined], {**given, core: coded})[0]
-    if out.dim() != 3 or out.shape[-1] != heads * width:
-        raise NotUnderstood(f"the core's heads are joined as {tuple(out.shape)}")
-    order = out[0, 0].round().long()
-    if not bool((out == order.to(out.dtype)).all()):
-        raise NotUnderstood("tokens are regrouped between the core and its projection")
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel())
-    return tuple(inverse.tolist())
+    return inverse_columns(out, heads * width)

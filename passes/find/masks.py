@@ -1,7 +1,7 @@
 """Classify a mask by running it: on small inputs, padded and not, at two lengths.
 
 An additive mask may also carry a learned bias per head and distance (`relative.py` reads it).
-Other biases (ALiBi, computed from hidden states) are reported as not understood.
+ALiBi is read by `alibi.py`; other biases are reported as not understood.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from torch import Tensor, fx
 
 from reattend.mixers.scores import shown
 from reattend.passes.evaluate import Evaluator, ancestors, attribute
+from reattend.passes.find.alibi import read_alibi
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.passes.find.relative import LENGTH, read_relative, tables, the_table
-from reattend.spec import Pattern, RelativeBias
+from reattend.passes.find.relative import (
+    LENGTH,
+    from_hidden,
+    read_relative,
+    tables,
+    the_table,
+)  # fmt: skip
+from reattend.spec import Alibi, Pattern, RelativeBias
 
 #: Longest length a mask is probed at (a window of w needs 2 w + 3).
 LONGEST = 16400
@@ -29,7 +36,7 @@ class FoundMask:
 
     pattern: Pattern
     follows_padding: bool
-    bias: RelativeBias | None = None
+    bias: RelativeBias | Alibi | None = None
 
 
 def classify(allowed_NM: Tensor) -> Pattern:
@@ -86,18 +93,34 @@ def read_mask(
     bias = _bias(gm, mask, inputs_at)
     base = at(None, False)
     pattern = _pattern(base)
-    longest = max(_constants(slice_nodes), default=0)
-    if pattern.kind not in ("full", "opaque") and 2 * longest + 3 <= LONGEST:
-        pattern = _pattern(at(max(2 * longest + 3, base.shape[-2] + 6), False))
+    if pattern.kind not in ("full", "opaque"):
+        pattern = _at_length(at, _constants(slice_nodes), base.shape[-2]) or pattern
     padded = at(None, True)
     return FoundMask(pattern, not bool((padded == base).all()), bias)
+
+
+def _at_length(
+    at: Callable[[int | None, bool], Tensor], constants: list[int], base: int
+) -> Pattern | None:
+    """The pattern at the longest length that tells windows apart and that the mask allows.
+
+    A constant may be a window w (2 w + 3 tokens show it, w + 2 hint at it), or the longest length
+    itself.
+    """
+    lengths = {2 * c + 3 for c in constants} | {c + 2 for c in constants} | {base + 6}
+    for length in sorted((n for n in lengths if base < n <= LONGEST), reverse=True):
+        try:
+            return _pattern(at(length, False))
+        except (RuntimeError, IndexError):
+            continue
+    return None
 
 
 def _bias(
     gm: fx.GraphModule,
     mask: fx.Node,
     inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
-) -> RelativeBias | None:
+) -> RelativeBias | Alibi | None:
     """What an additive mask adds to visible scores; None if nothing."""
     value = Evaluator(gm).run([mask], inputs_at(None, False))[0]
     if value.dtype == torch.bool:
@@ -106,6 +129,9 @@ def _bias(
     table = len(names) == 1 and attribute(gm, names[0]).dim() == 2
     if not table and not bool((value[shown(value)] != 0).any()):
         return None  # a lone table counts even where this model's numbers happen to be zero
+    if not names and value.dim() == 4 and not from_hidden(mask):
+        wide = Evaluator(gm, promote=torch.float64).run([mask], inputs_at(None, False))[0]
+        return read_alibi(wide, wide.shape[1])
     name = the_table(gm, mask)
     given = inputs_at(LENGTH, False)
 

@@ -39,6 +39,11 @@ def tables(gm: fx.GraphModule, mask: fx.Node) -> list[str]:
     )
 
 
+def from_hidden(mask: fx.Node) -> bool:
+    """Whether a mask is computed from hidden states."""
+    return any(is_projection(n) for n in ancestors([mask], stop=lambda n: is_op(n, aten.sym_size)))
+
+
 def the_table(gm: fx.GraphModule, mask: fx.Node) -> str:
     """The one parameter behind a mask that adds a bias.
 
@@ -46,10 +51,10 @@ def the_table(gm: fx.GraphModule, mask: fx.Node) -> str:
         NotUnderstood: there is none, there are several, or it is not [buckets, heads].
     """
     names = tables(gm, mask)
-    if any(is_projection(n) for n in ancestors([mask], stop=lambda n: is_op(n, aten.sym_size))):
+    if from_hidden(mask):
         raise NotUnderstood("the mask adds a bias computed from hidden states")
     if not names:
-        raise NotUnderstood("an ALiBi-like constant bias is not supported yet")
+        raise NotUnderstood("the mask adds a constant bias that is not per head and key")
     if len(names) > 1:
         raise NotUnderstood(f"the mask adds a bias of {len(names)} parameters ({', '.join(names)})")
     axes = attribute(gm, names[0]).dim()

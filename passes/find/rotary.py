@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.spec import Proj, Rotary
+from reattend.spec import Opaque, Proj, Rotary
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Rotation:
 def fit_rotation(
     push: Callable[[Tensor], Tensor],
     like: Tensor,
-    proj: Proj,
+    proj: Proj | Opaque,
     scale_Hd: Tensor,
     precision: float = 1e-5,
 ) -> Rotation | None:
@@ -72,7 +72,7 @@ def fit_rotation(
     return Rotation(spec, cos, sin, constant)
 
 
-def _matrices(push: Callable[[Tensor], Tensor], like: Tensor, proj: Proj) -> Tensor:
+def _matrices(push: Callable[[Tensor], Tensor], like: Tensor, proj: Proj | Opaque) -> Tensor:
     """R[n, i, j]: output dimension i for a unit in input dimension j, at position n."""
     rows = torch.tensor(proj.rows).reshape(proj.heads, proj.width)
     batch, columns = like.shape[0], []

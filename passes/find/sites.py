@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from reattend.passes.find.exits import FoundExit, read_exit
 from reattend.passes.find.masks import FoundMask, read_mask
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation
+from reattend.passes.find.sources import read_added, read_sources
 from reattend.passes.find.streams import FoundStream, read_stream
 from reattend.passes.normalize.forms import attention, is_op
-from reattend.spec import AttentionSpec, Core, Rotary, Stream
+from reattend.spec import Added, AttentionSpec, Core, Pattern, Rotary, Stream
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Region:
     streams: dict[str, FoundStream]
     rotation: Rotation | None
     externals: list[fx.Node] = field(default_factory=list)
+    extras: list[fx.Node] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -106,36 +108,46 @@ def _read(
     mask_of: Callable[[fx.Node | None, bool], FoundMask],
 ) -> Found:
     q_node, k_node, v_node, mask, scale, softcap, is_causal, sinks = core.args
-    if sinks is not None:
-        raise NotUnderstood("logit sinks")
     streams = {
         name: read_stream(gm, node, given)  # type: ignore[arg-type]
         for name, node in (("q", q_node), ("k", k_node), ("v", v_node))
     }
+    sources, streams = read_sources(gm, core, streams)
     q, k, v = streams["q"], streams["k"], streams["v"]
-    hidden = q.hidden
-    memory = None if k.hidden is hidden and v.hidden is hidden else k.hidden
-    if k.hidden is not v.hidden:
-        raise NotUnderstood("keys and values come from different tensors")
+    hidden, memory = sources.hidden, sources.memory
     if v.rotation is not None:
         raise NotUnderstood("values are rotated")
     rotation = _shared_rotation(q, k)
-    found_mask = mask_of(mask, bool(is_causal))  # type: ignore[arg-type]
-    if memory is not None and found_mask.bias is not None:
-        raise NotUnderstood("a relative bias in cross-attention")
+    added: Added | None = None
+    try:
+        found_mask = mask_of(mask, bool(is_causal))  # type: ignore[arg-type]
+        if memory is not None and found_mask.bias is not None:
+            raise NotUnderstood("a relative bias in cross-attention")
+    except NotUnderstood as why:
+        if is_causal or mask is None:
+            raise
+        try:
+            added = read_added(gm, core, streams, sources)
+        except NotUnderstood as also:
+            raise NotUnderstood(f"{why}; {also}") from why
+        found_mask = FoundMask(Pattern("full"), False)
     spec = AttentionSpec(
         q=Stream("hidden", q.steps),
         k=Stream("hidden" if memory is None else "encoder", k.steps),
         v=Stream("hidden" if memory is None else "encoder", v.steps),
-        core=_core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
+        core=replace(
+            _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
+            sinks=None if sinks is None else str(sinks.target),  # type: ignore[union-attr]
+            bias=found_mask.bias if added is None else added,
+        ),
         out=None,
     )
-    exit_ = read_exit(gm, core, given)
-    spec = AttentionSpec(spec.q, spec.k, spec.v, spec.core, exit_.out)
+    exit_ = read_exit(gm, core, hidden, given)
+    spec = replace(spec, out=exit_.out, join=exit_.join)
     externals = {e for s in streams.values() for e in s.externals}
     region = Region(
         core, hidden, memory, mask, exit_, streams, rotation,  # type: ignore[arg-type]
-        sorted(externals, key=list(gm.graph.nodes).index),
+        sorted(externals, key=list(gm.graph.nodes).index), sources.extras,
     )  # fmt: skip
     return Found(spec, region, found_mask.follows_padding)
 
@@ -178,7 +190,7 @@ def _core(
             seen.append(row)
         group_of.append(seen.index(row))
     if heads % len(seen) or any(group_of.count(g) != heads // len(seen) for g in range(len(seen))):
-        raise NotUnderstood("key/value heads are shared by unequal numbers of query heads")
+        seen, group_of = both.tolist(), list(range(heads))  # shared unequally: each its own
     return Core(
         heads=heads,
         kv_heads=len(seen),
@@ -188,5 +200,4 @@ def _core(
         scale=scale,
         softcap=softcap,
         pattern=mask.pattern,
-        bias=mask.bias,
     )

@@ -21,10 +21,11 @@ from reattend.passes.evaluate import (
     concrete_shape,
     parameter_only,
 )
+from reattend.passes.find.opaque import common_input, ends, opaque_step
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation, fit_rotation
 from reattend.passes.normalize.forms import aten, is_op, is_projection, rms_norm
-from reattend.spec import Norm, Proj, Scale, Step
+from reattend.spec import Norm, Opaque, Proj, Scale, Step
 
 
 @dataclass
@@ -37,6 +38,7 @@ class FoundStream:
     externals: list[fx.Node]
     steps: tuple[Step, ...]
     rotation: Rotation | None
+    heads_first: bool = False
 
 
 def find_projection(core_input: fx.Node) -> fx.Node:
@@ -70,7 +72,62 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     Raises:
         NotUnderstood: with the first thing that is not of a known form.
     """
-    projection = find_projection(core_input)
+    try:
+        projection = find_projection(core_input)
+        return _read_from(gm, core_input, given, projection, _projection_rows(projection))
+    except NotUnderstood as first:
+        found = _read_opaque(gm, core_input, given)
+        if found is None:
+            raise first
+        return found
+
+
+def _read_opaque(
+    gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, Any]
+) -> FoundStream | None:
+    """The stream with its beginning as a program; the earliest end from which the rest is read."""
+    hidden = common_input(core_input)
+    if hidden is None:
+        return None
+    for end, heads_first in ends(core_input, hidden):
+        make = lambda heads, rows, e=end, f=heads_first: opaque_step(  # noqa: E731
+            gm, {hidden: "x"}, e, f, (heads, rows)
+        )
+        try:
+            found = _read_from(gm, core_input, given, end, make, heads_first)
+        except (NotUnderstood, RuntimeError, IndexError):
+            continue
+        found.hidden = hidden
+        return found
+    return None
+
+
+def _projection_rows(projection: fx.Node) -> Callable[[int, tuple[int, ...]], Proj]:
+    def make(heads: int, rows: tuple[int, ...]) -> Proj:
+        weight, transposed = weight_of(projection.args[1])
+        with_bias = len(projection.args) > 2 and projection.args[2]
+        bias = weight_of(projection.args[2])[0] if with_bias else None
+        return Proj(weight, bias, heads, len(rows) // heads, rows, transposed)
+
+    return make
+
+
+def _read_from(
+    gm: fx.GraphModule,
+    core_input: fx.Node,
+    given: dict[fx.Node, Any],
+    projection: fx.Node,
+    make: Callable[[int, tuple[int, ...]], Proj | Opaque],
+    heads_first: bool = False,
+) -> FoundStream:
+    """Read what follows `projection`: a linear layer, or the end of the model's own steps.
+
+    Args:
+        gm, core_input, given: as in `read_stream`.
+        projection: its value is [B, N, p]; or [B, N, h, d], or, `heads_first`, [B, h, N, d].
+        make: the first step, from heads and rows of p.
+        heads_first: see `projection`.
+    """
     nodes = stream_nodes(core_input, projection)
     externals = sorted(
         {
@@ -83,17 +140,21 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     )
     plain = Evaluator(gm)
     values = dict(zip(externals, plain.run(externals, given), strict=True))
-    norms = [n for n in gm.graph.nodes if n in nodes and is_op(n, rms_norm, aten.layer_norm)]
+    after = nodes - {projection}
+    norms = [n for n in gm.graph.nodes if n in after and is_op(n, rms_norm, aten.layer_norm)]
     skip: Callable[..., Any] = lambda x, *_a, **_k: x  # noqa: E731
     linear = Evaluator(gm, promote=torch.float64, replace=dict.fromkeys(norms, skip))
+    like, shaped = _flat_like(projection, given, heads_first)
 
-    like = _projection_like(projection, given)
-
-    def push(y_BNp: Tensor) -> Tensor:
-        out: Tensor = linear.run([core_input], {**values, projection: y_BNp})[0]
+    def run(node: fx.Node, y_BNp: Tensor) -> Tensor:
+        out: Tensor = linear.run([node], {**values, projection: shaped(y_BNp)})[0]
         return out
 
-    proj, scale_Hd = _row_map(projection, push, like)
+    def push(y_BNp: Tensor) -> Tensor:
+        return run(core_input, y_BNp)
+
+    heads, rows, scale_Hd = _row_map(push, like)
+    proj = make(heads, rows)
     coarse = any(
         getattr(v, "dtype", None) in (torch.bfloat16, torch.float16) for v in values.values()
     )
@@ -102,7 +163,7 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     if norms:
         steps += _norm_steps(gm, norms, proj)
     if rotation is not None and rotation.spec is not None:
-        before = bool(norms) and _rotates_before(norms[0], linear, values, projection, like)
+        before = bool(norms) and _rotates_before(norms[0], run, like)
         steps.insert(1 if before else len(steps), rotation.spec)
     constant = rotation.constant if rotation is not None else _uniform(scale_Hd)
     if constant != 1.0:
@@ -111,23 +172,32 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
         steps.append(Scale(constant))
     hidden = projection.args[0]
     assert isinstance(hidden, fx.Node)
-    return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation)
+    return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation, heads_first)
 
 
-def _projection_like(projection: fx.Node, given: dict[fx.Node, Any]) -> Tensor:
-    """Zeros of the projection's output shape ([B, N, p]) under these inputs, fp64."""
+def _flat_like(
+    projection: fx.Node, given: dict[fx.Node, Any], heads_first: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Zeros [B, N, p] in fp64, and what gives such a tensor the projection's own shape."""
     sizes = concrete_shape(projection, given)
-    if len(sizes) != 3:
+    if len(sizes) == 3:
+        return torch.zeros(sizes, dtype=torch.float64), lambda y: y
+    if len(sizes) != 4 or is_projection(projection):
         raise NotUnderstood(
             f"projection {projection.name} has {len(sizes)} axes, not batch, token, row"
         )
-    return torch.zeros(sizes, dtype=torch.float64)
+    batch, one, two, width = sizes
+    heads, tokens = (one, two) if heads_first else (two, one)
+
+    def shaped(y_BNp: Tensor) -> Tensor:
+        y = y_BNp.unflatten(-1, (heads, width))
+        return y.transpose(1, 2) if heads_first else y
+
+    return torch.zeros(batch, tokens, heads * width, dtype=torch.float64), shaped
 
 
-def _row_map(
-    projection: fx.Node, push: Callable[[Tensor], Tensor], like: Tensor
-) -> tuple[Proj, Tensor]:
-    """Which projection row lands in (head, dimension), at position 0 where nothing rotates."""
+def _row_map(push: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, tuple[int, ...], Tensor]:
+    """Which row lands in (head, dimension), at position 0 where nothing rotates: H, rows, scale."""
     rows = torch.arange(like.shape[-1], dtype=torch.float64)
     scale_BHNd = push(torch.ones_like(like))
     index_BHNd = push((rows + 1).expand_as(like).clone())
@@ -142,17 +212,14 @@ def _row_map(
         raise NotUnderstood("a head dimension that reads no single projection row")
     row_Hd = (index / scale - 1).round()
     exact = (index - (row_Hd + 1) * scale).abs() <= 1e-6 * index.abs().clamp_min(1)
+    generator = torch.Generator().manual_seed(2)
+    y_BNp = 30 * torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    picked = torch.stack([y[row_Hd[0].long().clamp(0, like.shape[-1] - 1)] for y in y_BNp[:, 0]])
+    exact &= (push(y_BNp)[:, :, 0] - picked * scale).abs() <= 1e-9 * y_BNp.abs().max()
     if not bool(exact.all()) or not bool((row_Hd == row_Hd[:1]).all()):
         raise NotUnderstood("between projection and core stands something that is not a row map")
-    heads, width = row_Hd.shape[1:]
-    weight, transposed = weight_of(projection.args[1])
-    bias = (
-        weight_of(projection.args[2])[0]
-        if len(projection.args) > 2 and projection.args[2]
-        else None
-    )
     flat = tuple(int(r) for r in row_Hd[0].reshape(-1).tolist())
-    return Proj(weight, bias, heads, width, flat, transposed), scale[0]
+    return row_Hd.shape[1], flat, scale[0]
 
 
 def weight_of(node: Any) -> tuple[str, bool]:
@@ -171,7 +238,7 @@ def _uniform(scale_Hd: Tensor) -> float:
     return float(scale_Hd.flatten()[0])
 
 
-def _norm_steps(gm: fx.GraphModule, norms: list[fx.Node], proj: Proj) -> list[Step]:
+def _norm_steps(gm: fx.GraphModule, norms: list[fx.Node], proj: Proj | Opaque) -> list[Step]:
     """Norm nodes as steps: over one head, or over the whole stream."""
     if len(norms) > 1:
         raise NotUnderstood("more than one norm in a stream")
@@ -210,19 +277,15 @@ def _gain(gm: fx.GraphModule, node: Any) -> tuple[str | None, float]:
             raise NotUnderstood("a norm's gain is computed")
     if node is None:
         return None, offset
-    assert parameter_only(node) and attribute(gm, str(node.target)).dim() == 1
+    if attribute(gm, str(node.target)).dim() != 1:
+        raise NotUnderstood("a norm's gain has more than one axis")
     return str(node.target), offset
 
 
-def _rotates_before(
-    norm: fx.Node,
-    linear: Evaluator,
-    values: dict[fx.Node, Any],
-    projection: fx.Node,
-    like: Tensor,
-) -> bool:
+def _rotates_before(norm: fx.Node, run: Callable[[fx.Node, Tensor], Tensor], like: Tensor) -> bool:
     """Whether the norm's input already depends on position."""
     source = norm.args[0]
-    out = linear.run([source], {**values, projection: torch.ones_like(like)})[0]
+    assert isinstance(source, fx.Node)
+    out = run(source, torch.ones_like(like))
     tokens = out.movedim([i for i, s in enumerate(out.shape) if s == like.shape[1]][0], 0)
     return bool((tokens - tokens[:1]).abs().max() > 1e-9)

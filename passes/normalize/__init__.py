@@ -5,12 +5,17 @@ from __future__ import annotations
 from torch import fx
 
 from reattend.passes.base import PassResult
-from reattend.passes.normalize.cores import FuseEager, FuseSdpa
+from reattend.passes.normalize.cores import FuseSdpa
+from reattend.passes.normalize.eager import FuseEager
+from reattend.passes.normalize.inplace import ToFunctional
 from reattend.passes.normalize.linear import ToLinear
 from reattend.passes.normalize.noops import DropNoops, ViewToReshape
 from reattend.passes.normalize.norms import FuseRmsNorm
 
-PIPELINE = (DropNoops(), ViewToReshape(), ToLinear(), FuseRmsNorm(), FuseSdpa(), FuseEager())
+PIPELINE = (
+    ToFunctional(), DropNoops(), ViewToReshape(), ToLinear(), FuseRmsNorm(), FuseSdpa(),
+    FuseEager(),
+)  # fmt: skip
 
 
 def normalize(gm: fx.GraphModule) -> list[PassResult]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from reattend.mixers.base import Mixer
 from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
@@ -100,6 +102,12 @@ class Built:
     evidence: dict[str, Any]
 
 
+def has_own_steps(config: DenseConfig) -> bool:
+    """Whether a gate, or the model's own steps, hold weights beside the four projections."""
+    opaque = any(s.opaque is not None for s in (config.q, config.k, config.v))
+    return opaque or any(x is not None for x in (config.gate, config.join, config.added))
+
+
 def dense_cost(config: DenseConfig, context: int = 4096) -> Cost:
     """The original block's cost."""
     c = config.core
@@ -111,5 +119,8 @@ def dense_cost(config: DenseConfig, context: int = 4096) -> Cost:
     parameters += (rows if config.q.bias else 0) + (config.out_features or 0) * config.out_bias
     parameters += c.kv_heads * (c.qk_head_dim * config.k.bias + c.v_head_dim * config.v.bias)
     parameters += config.relative.rows * c.heads if config.relative else 0
+    if has_own_steps(config):
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in DenseAttention(config).parameters())
     attention = c.heads * (c.qk_head_dim + c.v_head_dim) * context
     return Cost(kv, parameters, 2 * (parameters + attention), context)

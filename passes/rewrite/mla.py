@@ -44,8 +44,11 @@ class ToMla(Conversion):
         """Reads no weight; the arithmetic is in the message."""
         if config.cross:
             return Refusal("cross-attention: its keys are cached once per prompt, MLA saves little")
-        if config.relative is not None:
-            return Refusal("a relative position bias is not supported by to: mla yet")
+        if config.added is not None:
+            return Refusal("what is added to the scores is computed by the model's own steps")
+        for name, stream in (("keys", config.k), ("values", config.v)):
+            if stream.opaque is not None:
+                return Refusal(f"{name} are made by the model's own steps, not by a projection")
         if config.v.norm is not None:
             return Refusal("values are normalised per head, which no shared latent can carry")
         for name, stream in (("queries", config.q), ("keys", config.k)):
@@ -57,6 +60,14 @@ class ToMla(Conversion):
             return Refusal(
                 "a key bias under a softcap cannot be dropped (softmax does not cancel it)"
             )
+        outside = config.q.opaque is not None and bool(config.q.opaque.extras)
+        if outside and self.wants(config, options) & {"attention", "sample"}:
+            return Refusal(
+                "queries read more than the block's input, and these options measure queries; use "
+                "the options of the plan transmla-paper"
+            )
+        if options.q_lora_rank and config.q.opaque is not None:
+            return Refusal("q_lora_rank needs queries that a projection makes")
         if options.q_lora_rank and options.q_lora_rank > min(
             config.hidden_size, config.core.heads * config.core.qk_head_dim
         ):

@@ -105,7 +105,7 @@ def output_metric(
     grouped = read.reshape(groups, -1, *read.shape[1:]).sum(1)
     stacked = torch.block_diag(*grouped)
     keys = choice.nope_up.t() @ stacked @ choice.nope_up
-    if dense.config.out_features is None:
+    if dense.config.out_features is None or dense.config.join is not None:
         return Metric(keys, torch.eye(groups * e, dtype=torch.float64))
     out = dense.get_parameter("o_proj.weight").detach().double().cpu()
     out = out.reshape(-1, groups, core.heads // groups, e)

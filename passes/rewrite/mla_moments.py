@@ -31,7 +31,7 @@ def latent_moment(
     if options.latent == "output":
         assert statistics.attention is not None
         gram, total = statistics.attention.gram, statistics.attention.total
-    if not options.center:
+    if not options.center or dense.config.core.sinks:
         return gram / count, zero
     mean = total / count
     if dense.config.core.softcap:  # a constant key is no constant score any more

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.dense import DenseConfig
+from reattend.mixers.latent import has_own_query
 from reattend.statistics import SiteStatistics
 
 
@@ -68,4 +69,4 @@ def stand_in(
 
 def per_group(config: DenseConfig) -> bool:
     """Whether query rows are out of reach of the fold, because a norm follows them."""
-    return config.q.norm is not None or config.k.norm is not None
+    return has_own_query(config)

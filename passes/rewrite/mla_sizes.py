@@ -139,7 +139,15 @@ def is_exact(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> bool:
     return all_rotated and full and sizes.fold == 1
 
 
+def folds_values(config: DenseConfig) -> bool:
+    """Whether a constant in every value reaches the output projection whole, as its bias."""
+    plain = config.gate is None and config.join is None and not config.core.sinks
+    return config.out_features is not None and plain
+
+
 def centred(config: DenseConfig, sizes: Sizes, options: MlaOptions) -> bool:
     """Whether a mean is taken out and put back as a bias; at full rank there is nothing to do."""
     full = sizes.kv_lora_rank == full_rank(config, options, sizes.qk_rope_head_dim)
+    if config.core.sinks:  # probabilities do not sum to one, so no constant cancels
+        return False
     return options.center and options.latent in ("pca", "output") and not full

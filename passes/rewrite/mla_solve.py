@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reattend.mixers.config import StreamConfig
 from reattend.mixers.dense import DenseAttention, DenseConfig
-from reattend.mixers.latent import LatentAttention, LatentConfig
+from reattend.mixers.latent import LatentAttention, LatentConfig, has_own_query
 from reattend.passes.rewrite.mla_latent import (
     Latent,
     LatentChoice,
@@ -23,7 +23,7 @@ from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_phase import stand_in
 from reattend.passes.rewrite.mla_rotary import RotaryChoice, select_real
 from reattend.passes.rewrite.mla_select import select
-from reattend.passes.rewrite.mla_sizes import Sizes, centred
+from reattend.passes.rewrite.mla_sizes import Sizes, centred, folds_values
 from reattend.passes.rewrite.mla_weights import latent_weights
 from reattend.statistics import SiteStatistics
 
@@ -88,13 +88,13 @@ def mixer_config(
     config: DenseConfig, sizes: Sizes, options: MlaOptions, columns: tuple[int, ...]
 ) -> LatentConfig:
     """The mixer's description; key and value scales are folded into weights."""
-    has_out = config.out_features is not None
-    normed = config.q.norm is not None or config.k.norm is not None
+    folds = folds_values(config)
+    normed = has_own_query(config)
     data = config.model_dump(exclude={"kind"})
     data["k"] = StreamConfig(bias=config.k.bias and normed, norm=config.k.norm).model_dump()
     data["v"] = StreamConfig().model_dump()
     shifted = config.v.bias or centred(config, sizes, options)
-    data["out_bias"] = config.out_bias or (has_out and shifted)
+    data["out_bias"] = config.out_bias or (folds and shifted)
     return LatentConfig(
         **data,
         kv_lora_rank=sizes.kv_lora_rank,
@@ -102,6 +102,7 @@ def mixer_config(
         rope_columns=columns,
         q_lora_rank=options.q_lora_rank,
         latent_norm=options.latent_norm,
-        value_bias=shifted and not has_out,
+        value_bias=shifted and not folds,
         rope_key_bias=config.k.bias and not normed and sizes.qk_rope_head_dim > 0,
+        key_bias=config.k.bias and not normed and config.core.sinks,
     )

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.dense import DenseAttention
-from reattend.mixers.latent import LatentConfig
+from reattend.mixers.latent import LatentConfig, has_own_query
 from reattend.passes.rewrite.mla_latent import LatentChoice
 from reattend.passes.rewrite.mla_rotary import RotaryChoice
+from reattend.passes.rewrite.mla_sizes import folds_values
 from reattend.statistics import SiteStatistics
 
 
@@ -34,7 +35,7 @@ def latent_weights(
     rope_rows = torch.zeros(choice.key_rope.shape[0], latent.down.shape[1], dtype=torch.float64)
     rope_rows[:, :key_width] = choice.key_rope
     rows = torch.cat([latent.down, rope_rows])
-    normed = dense.config.q.norm is not None or dense.config.k.norm is not None
+    normed = has_own_query(dense.config)
     state: dict[str, Tensor] = {}
     if normed:
         state["kv_a_proj_with_mqa.weight"] = rows
@@ -63,8 +64,12 @@ def latent_weights(
         gain = _mean_rms(latent.down, statistics)
         state["kv_a_layernorm.weight"] = torch.full((config.kv_lora_rank,), gain)
     state["kv_b_proj.weight"] = up
-    state |= {k: v for k, v in old.items() if k.startswith("o_proj.")}
-    if config.value_bias or config.out_bias:
+    outside = ("o_proj", "sinks", "relative", "g_proj", "joint")
+    state |= {k: v for k, v in old.items() if k.split(".")[0] in outside}
+    if config.key_bias:
+        b = choice.nope_up @ choice.key_nope @ old["k_proj.bias"]
+        state["k_bias"] = (b * scale_k).reshape(groups, d)
+    if config.value_bias or (config.out_bias and folds_values(dense.config)):
         bias = (latent.value_mean + old.get("v_proj.bias", 0.0)) * scale_v
         bias = bias.reshape(groups, e)
         if config.value_bias:
@@ -98,6 +103,8 @@ def _query_weights(
     statistics: SiteStatistics,
 ) -> dict[str, Tensor]:
     """The query projection, whole or in two factors; a bias (and a norm) comes after both."""
+    if config.q.opaque is not None:
+        return {k: v for k, v in old.items() if k.startswith("q_proj.")}
     last = "q_proj" if config.q_lora_rank is None else "q_proj.q_b_proj"
     bias = {}
     if config.q.bias:

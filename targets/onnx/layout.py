@@ -124,6 +124,10 @@ def _check(path: str, config: object, binding: Binding) -> None:
         why = "chunked attention has no ONNX form yet"
     elif config.core.pattern == "opaque":
         why = "what it attends to is a mask of the model's own, which the ONNX graph does not make"
+    elif config.core.sinks:
+        why = "its logit sinks have no input in the ONNX node yet"
+    elif config.alibi is not None or config.relative is not None or config.added is not None:
+        why = "what it adds to its scores has no input in the ONNX node yet"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 

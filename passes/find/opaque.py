@@ -1,0 +1,96 @@
+"""Streams whose beginning has no word of its own: carried along as a program.
+
+From the hidden state to the first value from which the rest is understood (a map of rows, norms,
+a rotation), the model's own operations stand where a projection usually does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, fx
+
+from reattend.passes.evaluate import ancestors
+from reattend.passes.find.programs import cut_out, then
+from reattend.passes.find.reasons import NotUnderstood
+from reattend.passes.normalize.forms import is_projection
+from reattend.spec import Opaque
+
+#: values tried as the end of the program
+_TRIES = 40
+
+
+def common_input(core_input: fx.Node) -> fx.Node | None:
+    """The one value that every nearest projection behind a core input is computed from."""
+    seen = ancestors([core_input], stop=is_projection)
+    found = {n.args[0] for n in seen if is_projection(n)}
+    for node in found:
+        if isinstance(node, fx.Node):
+            rest = [o for o in found if o is not node]
+            if all(node in ancestors([o]) for o in rest if isinstance(o, fx.Node)):
+                return node
+    return None
+
+
+def ends(core_input: fx.Node, hidden: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """Values that all of the stream passes through, from the hidden state on.
+
+    Yields:
+        (value, whether heads come before tokens): [B, N, p], [B, N, h, d] or [B, h, N, d].
+    """
+    behind = ancestors([core_input], stop=lambda n: n is hidden)
+    wanted = {n for n in ancestors([core_input], stop=is_projection) if is_projection(n)}
+    shape = hidden.meta["val"].shape
+    if len(shape) != 3:
+        return
+    tried = 0
+    for node in core_input.graph.nodes:
+        value = node.meta.get("val")
+        if node not in behind or node is hidden or not isinstance(value, Tensor):
+            continue
+        if not value.is_floating_point() or str(value.shape[0]) != str(shape[0]):
+            continue
+        tokens = [i for i in (1, 2) if value.dim() > i and str(value.shape[i]) == str(shape[1])]
+        if value.dim() not in (3, 4) or not tokens or (value.dim() == 3 and tokens[0] != 1):
+            continue
+        if not isinstance(value.shape[-1], int):
+            continue
+        if not wanted <= ancestors([node], stop=lambda n: n is hidden):
+            continue
+        if hidden in ancestors([core_input], stop=lambda n, c=node: n is c):  # type: ignore[misc]
+            continue
+        yield node, tokens[0] == 2
+        tried += 1
+        if tried == _TRIES:
+            return
+
+
+def opaque_step(
+    gm: fx.GraphModule,
+    inputs: dict[fx.Node, str],
+    end: fx.Node,
+    heads_first: bool,
+    rows: tuple[int, tuple[int, ...]],
+) -> Opaque:
+    """The program from `inputs` to `end` as [B, N, p], in place of a projection.
+
+    Args:
+        gm: normalised graph.
+        inputs: where it begins, the source first.
+        end: where it ends, [B, N, p], [B, N, h, d] or, `heads_first`, [B, h, N, d].
+        heads_first: see `end`.
+        rows: heads, and for each head and dimension the number of [B, N, p] it reads.
+
+    Raises:
+        NotUnderstood: it depends on anything else.
+    """
+    part = cut_out(gm, end, inputs, "the way from the hidden state to the core")
+    program = part.program
+    if heads_first:
+        program = then(program, "aten.transpose.int", 1, 2)
+    if end.meta["val"].dim() == 4:
+        program = then(program, "aten.flatten.using_ints", 2)
+    heads, flat = rows
+    if len(flat) % heads:
+        raise NotUnderstood("heads of unequal width")
+    return Opaque(program, part.sources, heads, len(flat) // heads, flat)

@@ -1,0 +1,99 @@
+"""Blocks whose streams come from different tensors, or whose scores add more than a mask.
+
+What the owner's call receives beside the hidden state (position embeddings, values of their own, a
+window's mask) is an *extra*: the model's own steps take it as a further input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from reattend.passes.find.opaque import opaque_step
+from reattend.passes.find.owners import from_outside, owner_of
+from reattend.passes.find.programs import cut_out
+from reattend.passes.find.reasons import NotUnderstood
+from reattend.passes.find.streams import FoundStream
+from reattend.spec import Added, Opaque
+
+
+@dataclass
+class Sources:
+    """What a block reads: `hidden` for queries, `memory` for keys and values, `extras` beside."""
+
+    hidden: fx.Node
+    memory: fx.Node | None
+    extras: list[fx.Node] = field(default_factory=list)
+
+    def place(self, node: fx.Node) -> int:
+        """The number of an extra."""
+        if node not in self.extras:
+            self.extras.append(node)
+        return self.extras.index(node)
+
+
+def read_sources(
+    gm: fx.GraphModule, core: fx.Node, streams: dict[str, FoundStream]
+) -> tuple[Sources, dict[str, FoundStream]]:
+    """The sources of q, k and v; streams that need more than one begin with the model's own steps.
+
+    Raises:
+        NotUnderstood: a stream's beginning depends on something that is not a tensor of the call.
+    """
+    q, k, v = (streams[n] for n in "qkv")
+    if k.hidden is v.hidden:
+        return Sources(q.hidden, None if k.hidden is q.hidden else k.hidden), streams
+    owner = owner_of([*(s.projection for s in streams.values()), core])
+    behind = {n: from_outside(s.hidden, owner) for n, s in streams.items()}
+    if not all(behind.values()):
+        raise NotUnderstood("keys and values come from different tensors")
+    shared = [n for n in behind["q"] if n in behind["v"]]
+    hidden = (shared or behind["q"])[-1]
+    both = [n for n in behind["k"] if n in behind["v"]]
+    memory = hidden if shared else (both or behind["k"])[-1]
+    sources = Sources(hidden, None if memory is hidden else memory)
+    made = {
+        name: _based(gm, stream, hidden if name == "q" else memory, behind[name], sources)
+        for name, stream in streams.items()
+    }
+    return sources, made
+
+
+def _based(
+    gm: fx.GraphModule,
+    stream: FoundStream,
+    source: fx.Node,
+    behind: list[fx.Node],
+    sources: Sources,
+) -> FoundStream:
+    """The stream as it begins at `source`."""
+    if stream.hidden is source:
+        return stream
+    extras = [n for n in behind if n is not source]
+    places = tuple(sources.place(n) for n in extras)
+    names = {source: "x", **{n: f"e{i}" for i, n in enumerate(extras)}}
+    first = stream.steps[0]
+    rows = (first.heads, first.rows)  # type: ignore[union-attr]
+    step = opaque_step(gm, names, stream.projection, stream.heads_first, rows)
+    made = replace(step, extras=places)
+    assert isinstance(made, Opaque)
+    return replace(stream, hidden=source, steps=(made, *stream.steps[1:]))
+
+
+def read_added(
+    gm: fx.GraphModule, core: fx.Node, streams: dict[str, FoundStream], sources: Sources
+) -> Added:
+    """What a core adds to its scores, as the model computes it from its call and its weights.
+
+    Raises:
+        NotUnderstood: it depends on something that is not a tensor of the call.
+    """
+    mask = core.args[3]
+    assert isinstance(mask, fx.Node)
+    owner = owner_of([*(s.projection for s in streams.values()), core])
+    extras = [n for n in from_outside(mask, owner) if n is not sources.hidden]
+    places = tuple(sources.place(n) for n in extras)
+    names = {sources.hidden: "x", **{n: f"e{i}" for i, n in enumerate(extras)}}
+    part = cut_out(gm, mask, names, "what is added to the scores")
+    return Added(part.program, part.sources, places)

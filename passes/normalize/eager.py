@@ -1,0 +1,211 @@
+"""Softmax between two products becomes `forms.attention`, whatever stands between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reattend.passes.base import GraphPass, Refusal, drop_dead, replace_node
+from reattend.passes.evaluate import parameter_only
+from reattend.passes.normalize.forms import aten, attention, is_op
+from reattend.passes.normalize.scores import CASTS, RESHAPES, Scores, Term, read_scores, refolds
+
+_SHAPES = (*RESHAPES, aten.transpose, aten.permute, aten.unsqueeze, aten.slice)
+_PRODUCTS = (aten.matmul, aten.bmm)
+
+
+def _forward_to_product(softmax: fx.Node, through: tuple[object, ...]) -> fx.Node | None:
+    """The product with v that the probabilities reach as its left factor."""
+    node = softmax
+    while True:
+        users = [u for u in node.users if is_op(u, *through, *_PRODUCTS)]
+        if len(users) != 1:
+            return None
+        if is_op(users[0], *_PRODUCTS):
+            product = users[0]
+            return product if product.args[0] is node else None
+        node = users[0]
+
+
+def _drops_last(node: fx.Node) -> bool:
+    """probs[..., :-1]."""
+    source: Any = node.args[0]
+    axis, start, end = [*node.args, 0, None, None][1:4]
+    last = axis in (-1, source.meta["val"].dim() - 1)
+    return last and start in (0, None) and end == -1 and len(node.args) < 5
+
+
+def _between(softmax: fx.Node, product: fx.Node) -> list[fx.Node]:
+    """Nodes between the softmax and its product with v."""
+    found: list[fx.Node] = []
+    node: Any = product.args[0]
+    while node is not softmax:
+        found.append(node)
+        node = node.args[0]
+    return found
+
+
+class FuseEager(GraphPass):
+    """softmax(q k^T * scale [capped] [+ masks and biases] [| sinks]) v as written by hand."""
+
+    name = "fuse-eager"
+
+    def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
+        """softmax that reaches a product of two activations, reshaped on the way or not."""
+        for node in gm.graph.nodes:
+            if not is_op(node, aten.softmax, aten._softmax):
+                continue
+            product = _forward_to_product(node, (*CASTS, *_SHAPES))
+            if product is not None and not parameter_only(product.args[1]):  # type: ignore[arg-type]
+                yield node
+
+    def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
+        """Behind the softmax must stand one product of two activations."""
+        axis, value = node.args[1], node.meta["val"]
+        if axis not in (-1, value.dim() - 1):
+            return Refusal(f"softmax over axis {axis}, not over keys")
+        parts = read_scores(gm, node)
+        if isinstance(parts, fx.Node):
+            return Refusal(f"between product and softmax stands something else ({parts.name})")
+        if parameter_only(parts.k) or parameter_only(parts.q):
+            return Refusal("one factor of the scores is a weight")
+        product = _forward_to_product(node, (*CASTS, *RESHAPES, aten.slice))
+        if product is None:
+            return Refusal("the probabilities are rearranged before they meet the values")
+        if any(is_op(n, *RESHAPES) and not refolds(n) for n in _between(node, product)):
+            return Refusal("the probabilities are reshaped before they meet the values")
+        slices = [n for n in _between(node, product) if is_op(n, aten.slice)]
+        if [_drops_last(n) for n in slices] != [True] * (parts.sinks is not None):
+            return Refusal("the probabilities are cut before they meet the values")
+        if not _heads(parts, product):
+            return Refusal(f"scores have {value.dim()} axes, not batch, head, query, key")
+        if any(t.chain for t in parts.terms) and parts.q.meta["val"].dim() != 4:
+            return Refusal("scores change their axes while heads are folded into the batch")
+        if any(_term_axes(t) > 4 for t in parts.terms):
+            return Refusal("a mask or bias has more than four axes")
+        return None
+
+    def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """One normal node in place of the second product."""
+        parts = read_scores(gm, node)
+        product = _forward_to_product(node, (*CASTS, *RESHAPES, aten.slice))
+        assert isinstance(parts, Scores) and product is not None
+        heads = _heads(parts, product)
+        with gm.graph.inserting_before(product):
+            if is_op(parts.k, aten.transpose):
+                keys: Any = parts.k.args[0]
+            else:
+                keys = _call(gm, aten.transpose.int, parts.k, -1, -2)
+            q, k, v = (_unfolded(gm, n, heads) for n in (parts.q, keys, product.args[1]))
+            for factor, divides in parts.factors:
+                q = _call(gm, (aten.div if divides else aten.mul).Tensor, q, factor)
+            mask = _mask(gm, parts, heads)
+            new = gm.graph.call_function(
+                attention,
+                (q, k, v, mask, parts.scale, parts.softcap, False, parts.sinks),
+            )
+            new.meta["val"] = q.meta["val"].new_empty(
+                (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
+            )
+            if product.meta["val"].dim() == 3:
+                new = _call(gm, aten.flatten.using_ints, new, 0, 1)
+        new.meta.update({k: v for k, v in product.meta.items() if k not in new.meta})
+        for before in new.all_input_nodes:  # who owns the block is read off its core
+            before.meta.setdefault("nn_module_stack", product.meta.get("nn_module_stack", {}))
+        replace_node(product, new)
+        _erase_unused(node)
+        drop_dead(gm.graph)
+
+
+def _heads(parts: Scores, product: fx.Node) -> int:
+    """H: from the scores where they have four axes, else from what is made of the output."""
+    if parts.heads:
+        return parts.heads
+    for user in product.users:
+        value = user.meta.get("val")
+        if is_op(user, *RESHAPES) and isinstance(value, Tensor) and value.dim() == 4:
+            return int(value.shape[1]) if isinstance(value.shape[1], int) else 0
+    return 0
+
+
+def _term_axes(term: Term) -> int:
+    axes: int = term.node.meta["val"].dim()
+    return axes
+
+
+def _call(gm: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
+    """A new node with its value's shape."""
+    node = gm.graph.call_function(target, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    node.meta["val"] = target(*values)
+    return node
+
+
+def _unfolded(gm: fx.GraphModule, node: Any, heads: int) -> fx.Node:
+    """[B H, N, d] -> [B, H, N, d]."""
+    if node.meta["val"].dim() == 4:
+        return node  # type: ignore[no-any-return]
+    return _call(gm, aten.unflatten.int, node, 0, [-1, heads])
+
+
+def _mask(gm: fx.GraphModule, parts: Scores, heads: int) -> fx.Node | None:
+    """One mask node: what was added, summed, and hidden where scores were filled."""
+    total: fx.Node | None = None
+    for term in (t for t in parts.terms if not t.hidden):
+        node = _aligned(gm, term, heads) if not term.chain else _on_zeros(gm, term, parts)
+        if term.factor != 1.0:
+            node = _call(gm, aten.mul.Tensor, node, term.factor)
+        total = node if total is None else _call(gm, aten.add.Tensor, total, node)
+    hidden: fx.Node | None = None
+    for term in (t for t in parts.terms if t.hidden):
+        node = _aligned(gm, term, heads)
+        if term.inverted:
+            node = _call(gm, aten.logical_not.default, node)
+        hidden = node if hidden is None else _call(gm, aten.logical_or.default, hidden, node)
+    if hidden is None:
+        return total
+    if total is None:
+        return _call(gm, aten.logical_not.default, hidden)
+    lowest = torch.finfo(total.meta["val"].dtype).min
+    return _call(gm, aten.where.ScalarSelf, hidden, lowest, total)
+
+
+def _on_zeros(gm: fx.GraphModule, term: Term, parts: Scores) -> fx.Node:
+    """What a chain of sums in other axes adds: the chain on zeros of the scores' shape."""
+    assert term.base is not None
+    size = aten.sym_size.int
+    axes = [(parts.q, 0), (parts.q, 1), (parts.q, 2), (parts.k, -1)]
+    shape: list[Any] = []
+    for node, axis in axes:
+        known = node.meta["val"].shape[axis]
+        fixed = not isinstance(known, torch.SymInt)
+        shape.append(known if fixed else _call(gm, size, node, axis % 4))
+    zeros = gm.graph.call_function(
+        aten.zeros.default, (shape,), {"dtype": term.base.meta["val"].dtype}
+    )
+    zeros.meta["val"] = term.base.meta["val"]
+    made = {term.base: zeros}
+    for node in term.chain:
+        made[node] = gm.graph.node_copy(node, lambda n: made.get(n, n))
+    return made[term.chain[-1]]
+
+
+def _aligned(gm: fx.GraphModule, term: Term, heads: int) -> fx.Node:
+    """A term as it broadcasts against [B, H, N, M]."""
+    value = term.node.meta["val"]
+    if value.dim() != 3 or (isinstance(value.shape[0], int) and value.shape[0] in (1, heads)):
+        return term.node
+    return _call(gm, aten.unflatten.int, term.node, 0, [-1, heads])
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erase a chain that nothing reads any more, in-place operations included."""
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        if not node.users and node.op == "call_function" and node in node.graph.nodes:
+            todo += node.all_input_nodes
+            node.graph.erase_node(node)
