@@ -170,8 +170,8 @@ def _read_from(
         if norms:
             raise NotUnderstood("a constant factor beside a norm in the same stream")
         steps.append(Scale(constant))
-    hidden = projection.args[0]
-    assert isinstance(hidden, fx.Node)
+    hidden = projection.args[0]  # of a layer; where own steps begin, their caller knows
+    hidden = hidden if isinstance(hidden, fx.Node) else projection
     return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation, heads_first)
 
 
