@@ -97,8 +97,8 @@ def launch(
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
     done = subprocess.run(
         [sys.executable, *(several if world > 1 else []), script, folder, str(lora), str(die)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **fsdp}, timeout=240, capture_output=True,
-        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **fsdp},
+        timeout=240, capture_output=True, text=True,
     )  # fmt: skip
     return done.returncode, done.stderr
 
