@@ -57,7 +57,8 @@ def _saved(model: nn.Module, row: dict[str, Any], trained: list[str]) -> int:
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no address is used twice
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(given: Tensor) -> Tensor:
+        tensor = given.detach()  # a graph that holds its own outputs would never be freed
         storage = tensor.untyped_storage()
         if address(tensor) not in weights and tensor.is_floating_point():
             kept.setdefault(storage._cdata, storage.nbytes() // tensor.element_size())
@@ -72,6 +73,7 @@ def _saved(model: nn.Module, row: dict[str, Any], trained: list[str]) -> int:
     ):
         output = model(**row)
     del output
+    alive.clear()
     return sum(kept.values())
 
 

@@ -94,10 +94,12 @@ def test_variation_bounds_the_distance_of_two_softmaxes() -> None:
         assert bool((bound < 1).all())
         if size < 1:
             assert float(bound.mean()) <= 2 * float(true.mean())  # and it is not wasteful
-    even = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    lift = torch.tensor([[1.0, -1.0]], dtype=torch.float64)  # the case where tanh is attained
-    moved = (even.log() + lift).softmax(-1)
-    assert (even - moved).abs().sum() / 2 == pytest.approx(torch.tanh(torch.tensor(0.5)).item())
+    half = torch.tensor([[-0.5, 0.5]], dtype=torch.float64)  # the case where tanh is attained
+    lift = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    p, new = half.softmax(-1), (half + lift).softmax(-1)
+    bound = float(variation(p, lift, torch.ones(1, 2, dtype=torch.bool)))
+    assert float((p - new).abs().sum()) / 2 == pytest.approx(bound, rel=1e-12)
+    assert bound == pytest.approx(torch.tanh(torch.tensor(0.5, dtype=torch.float64)).item())
 
 
 def test_attend_is_put_back_whatever_happens() -> None:

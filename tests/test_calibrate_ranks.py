@@ -98,8 +98,7 @@ def launch(
     done = subprocess.run(
         [sys.executable, *(several if world > 1 else []), script, folder, str(lora), str(die)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **fsdp},
-        timeout=240, capture_output=True,
-        text=True,
+        timeout=240, capture_output=True, text=True,
     )  # fmt: skip
     return done.returncode, done.stderr
 

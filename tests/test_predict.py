@@ -151,6 +151,19 @@ def test_a_probe_leaves_the_model_as_it_was() -> None:
     assert model.training
 
 
+def storage_uses(number: int) -> int:
+    """Holders of a storage; the function is missing from torch's stubs."""
+    library: Any = torch._C
+    return int(library._storage_Use_Count(number))
+
+
+def test_a_probe_holds_on_to_nothing() -> None:
+    model = small()
+    probe(model, {"input_ids": torch.randint(0, 64, (2, 23))}, ["model.layers.0.self_attn"])
+    counts = {n: storage_uses(p.untyped_storage()._cdata) for n, p in model.named_parameters()}
+    assert set(counts.values()) == {2}, counts  # the parameter, and the handle that asks
+
+
 def predicted(model: Any, plan: dict[str, Any], rows: int | None = 40, owned: bool = True) -> Any:
     chosen = Plan.load(plan)
     found = find_attention(model)
