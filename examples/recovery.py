@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python examples/recovery.py --model examples/models/pycode-gqa \\
         --out examples/results/recovery.json
 
-Students: MLA at several cache sizes, and the dense model itself (plan `identity`) put through the
-very same call. Every finished row is written at once and training checkpoints lie beside the
-file (`recovery.work`), so the same command continues after an interruption. Other inputs than
-those of the file are refused; `--fresh` starts again. `--table` prints the Markdown table of an
-existing file and computes nothing.
+Students: the presets `transmla` and `transmla-paper` at several cache sizes, and the dense model
+itself (plan `identity`) put through the very same call. Every finished row is written at once and
+training checkpoints lie beside the file (`recovery.work`), so the same command continues after an
+interruption. Other inputs than those of the file are refused; `--fresh` starts again. `--table`
+prints the Markdown table of an existing file and computes nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from typing import Any
 
 import campaign
 
-STUDENTS: dict[str, dict[str, int] | None] = {
+#: name -> preset and the share of the original cache; None: the dense model itself
+STUDENTS: dict[str, tuple[str, float] | None] = {
     "dense": None,
-    "MLA 32 + 32": {"kv_lora_rank": 32, "qk_rope_head_dim": 32},
-    "MLA 16 + 16": {"kv_lora_rank": 16, "qk_rope_head_dim": 16},
-    "MLA 24 + 8": {"kv_lora_rank": 24, "qk_rope_head_dim": 8},
+    **{
+        f"{preset}, {share:.0%}": (preset, share)
+        for share in (0.5, 0.25, 0.125)
+        for preset in ("transmla", "transmla-paper")
+    },
 }
 TOKENS = (0, 50_000, 200_000, 1_000_000)
 SEQ_LEN, RECALL_LEN, STATISTICS = 256, 512, 32_768
+_PLAIN = str.maketrans("", "", " ,%")
 
 
 def row_names(tokens: tuple[int, ...] = TOKENS) -> list[tuple[str, int]]:
@@ -77,17 +81,17 @@ class Campaign:
         }
 
     def student(self, name: str) -> Any:
-        """The model converted as published, in the dtype of the checkpoint, statistics only."""
+        """The model converted by its preset, in the dtype of the checkpoint, statistics only."""
         from reattend import convert
         from reattend.plan import Plan
 
         if name not in self.converted:
-            options = STUDENTS[name]
-            published = Plan.load("transmla-paper").rules[0].to_dict()
-            del published["sites"], published["kv_keep"]  # the students give their own sizes
-            to = {"to": "dense"} if options is None else {**published, **options}
+            asked = STUDENTS[name]
+            rule: dict[str, Any] = {"to": "dense"}
+            if asked is not None:
+                rule = {**Plan.load(asked[0]).rules[0].to_dict(), "kv_keep": asked[1]}
             plan = {
-                "rules": [{"sites": "*", **to}],
+                "rules": [{**rule, "sites": "*"}],
                 "calibrate": {"statistics_tokens": STATISTICS, "seq_len": SEQ_LEN},
             }
             result = convert(self.stored, plan=plan, data=self.train, seed=self.args.seed)
@@ -105,7 +109,7 @@ class Campaign:
         start, stages, resumed = time.perf_counter(), [], False
         if tokens:
             settings = Calibrate(tokens=tokens, seq_len=SEQ_LEN)
-            folder = self.work / f"{name.replace(' ', '')}-{tokens}"
+            folder = self.work / f"{name.translate(_PLAIN)}-{tokens}"
             key = digest([self.inputs(), name, tokens])
             with Workdir.open(folder, {"row": key}) as workdir:
                 resumed = workdir.state == "resumed"
@@ -118,12 +122,12 @@ class Campaign:
         quality = measure(
             student.float(), self.held, self.original, recall_data=self.long, seed=self.args.seed
         )
-        options = STUDENTS[name]
-        numbers = sum(options.values()) if options else _dense_cache(self.original)
+        asked = STUDENTS[name]
+        numbers = _dense_cache(self.original) * (1.0 if asked is None else asked[1])
         return {
             "student": name,
             "tokens": tokens,
-            "cache": numbers,
+            "cache": round(numbers),
             "seconds": None if resumed else round(seconds, 1),  # resumed: only the rest was timed
             "stages": {
                 s.name: {
