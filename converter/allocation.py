@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reattend.capture import evaluation
 from reattend.data import Dataset
+from reattend.host import beside
 from reattend.install.adapter import install, replace_module
 from reattend.mixers.base import Mixer
 from reattend.passes.rewrite.base import Measure, Subject
@@ -74,7 +75,7 @@ def divergence(model: nn.Module, choices: dict[str, Choice], data: Dataset) -> M
     difference of the first output.
     """
     target = shared_copy(model)
-    batch = next(iter(data.batches(ROWS)))
+    batch = beside(model, next(iter(data.batches(ROWS))))
     reference = _outputs(model, batch)
     fits = max(1, OUTPUT_BYTES // max(1, reference[:1].numel() * 4))
     if fits < len(reference):

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from reattend.capture import Capture, capture
 from reattend.frame import dropouts
+from reattend.host import inputs_on_host, on_host
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
@@ -80,7 +81,8 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     """Find, understand and prove the attention blocks of a model.
 
     Args:
-        model: any module torch.export can capture; not changed.
+        model: any module torch.export can capture; not changed. One that is not on the CPU is
+            read through a copy there.
         inputs: example keyword arguments, batch and length >= 2 and distinct; None makes them
             up for transformers models.
 
@@ -88,7 +90,8 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         CaptureError: the model cannot be captured.
         ArgumentError: inputs are needed.
     """
-    captured = capture(model, inputs)
+    model = on_host(model)
+    captured = capture(model, inputs_on_host(inputs))
     drops = dropouts(captured.gm)
     passes = normalize(captured.gm)
 

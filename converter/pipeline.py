@@ -20,6 +20,7 @@ from reattend.events import Event, OnEvent
 from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
+from reattend.host import beside
 from reattend.inputs import is_hf, made_up
 from reattend.install.graph import hidden_values
 from reattend.materials import Materials, check_data, load_materials, text_block
@@ -298,9 +299,10 @@ class Job:
     def _sample(self, source: Source, materials: Materials) -> dict[str, Any]:
         data: Dataset | None = materials.held_out or materials.statistics
         if data is not None:
-            return next(iter(data.batches(4)))
+            return beside(source.model, next(iter(data.batches(4))))
         assert not isinstance(self.inputs, Path)
-        return self.inputs if self.inputs is not None else made_up(source.model)
+        given = self.inputs if self.inputs is not None else made_up(source.model)
+        return beside(source.model, given)
 
     def _stage(self, name: str, work: Any) -> Any:
         self._tell(name)

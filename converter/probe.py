@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.capture import evaluation
+from reattend.host import beside
 from reattend.sharing import address
 
 
@@ -40,6 +41,7 @@ def probe(model: nn.Module, inputs: dict[str, Any], trained: list[str]) -> Probe
         trained: paths of the blocks that a calibration would train.
     """
     row = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
+    row = beside(model, row)
     first = next(v for v in row.values() if isinstance(v, Tensor) and v.dim())
     tokens = max(1, first.shape[1] if first.dim() > 1 and not first.is_floating_point() else 1)
     best = float("inf")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reattend.attention_moments import AttentionMoments
 from reattend.capture import evaluation
 from reattend.errors import ModelError
+from reattend.host import beside
 from reattend.install.around import Around
 from reattend.install.binding import Binding, bound, read
 from reattend.mixers.config import CoreConfig
@@ -210,7 +211,8 @@ def collect(
     tokens = 0
     try:
         with evaluation(model), torch.no_grad():
-            for batch in batches:
+            for given in batches:
+                batch = beside(model, given)
                 mask = batch.get("attention_mask")
                 valid = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
                 if len(handles) > 0:

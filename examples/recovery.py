@@ -27,7 +27,7 @@ import campaign
 STUDENTS: dict[str, tuple[str, float] | None] = {
     "dense": None,
     **{
-        f"{preset}, {share:.0%}": (preset, share)
+        f"{preset}, {100 * share:g} %": (preset, share)
         for share in (0.5, 0.25, 0.125)
         for preset in ("transmla", "transmla-paper")
     },

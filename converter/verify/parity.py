@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.capture import Call, evaluation, watch
+from reattend.host import device_of
 from reattend.inputs import without_cache
 from reattend.install.adapter import Adapter
 from reattend.report.evidence import ParityCheck
@@ -175,6 +176,8 @@ def _cache_gap(
     model: nn.Module, ids: Tensor, mask: Tensor, steps: int = 8, keep: bool = False
 ) -> Any:
     """Logits of the last tokens through the cache and in one pass, and their largest gap."""
+    device = device_of(model)
+    ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     named = inspect.signature(model.forward).parameters
     place = "position_ids" in named

@@ -188,6 +188,6 @@ def _built(
 
 def _wide(dense: DenseAttention) -> DenseAttention:
     """In at least float32, so that rounding to a half type does not count as error."""
-    if dense.q_proj.weight.dtype in (torch.float32, torch.float64):
+    if dense.k_proj.weight.dtype in (torch.float32, torch.float64):
         return dense
     return copy.deepcopy(dense).float()

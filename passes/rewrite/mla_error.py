@@ -20,7 +20,7 @@ class Sample:
     """The block's outputs on the rows its statistics kept; inputs are the original's own."""
 
     def __init__(self, dense: DenseAttention, rows: list[Tensor]) -> None:
-        like = dense.q_proj.weight
+        like = dense.k_proj.weight
         self.rows = [row.to(like.device, like.dtype)[None] for row in rows]
         with torch.no_grad():
             self.expected = [dense(x, Context()).double() for x in self.rows]

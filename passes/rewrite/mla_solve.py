@@ -75,7 +75,7 @@ def assemble(
     with torch.device("meta"):
         mixer = LatentAttention(mixer_config(dense.config, sizes, options, solved.rotary.columns))
     state = latent_weights(dense, solved.rotary, latent, mixer.config, statistics, solved.turn_Hdd)
-    dtype, device = dense.q_proj.weight.dtype, dense.q_proj.weight.device
+    dtype, device = dense.k_proj.weight.dtype, dense.k_proj.weight.device
     mixer.load_state_dict(
         {k: v.to(device, dtype).contiguous() for k, v in state.items()}, strict=True, assign=True
     )
