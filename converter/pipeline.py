@@ -15,7 +15,7 @@ from reattend.allocation import allocate
 from reattend.api import Result
 from reattend.calibrate.ranks import agreed
 from reattend.data import Dataset
-from reattend.errors import DataError
+from reattend.errors import DataError, PlanError
 from reattend.events import Event, OnEvent
 from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
@@ -73,6 +73,12 @@ class Job:
         """
         if not is_main():
             self.on_event = None
+        if self.plan.targets:
+            raise PlanError(
+                "convert does not lower to a plan's targets yet",
+                where=f"targets: {', '.join(self.plan.targets)}",
+                next_step="leave `targets` out and run `reattend export DIR --target onnx`",
+            )
         source, found = self._look(model, opening)
         choices = preflight(found, self.plan)
         materials = self._stage("data", lambda: self._materials(source, choices))

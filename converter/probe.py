@@ -33,15 +33,20 @@ class Probe:
 
 
 def probe(model: nn.Module, inputs: dict[str, Any], trained: list[str]) -> Probe:
-    """Run the model three times on one row.
+    """Run the model a few times on one row.
 
     Args:
         model: the original; flags and mode are restored.
-        inputs: keyword arguments; the first row is used.
+        inputs: keyword arguments; the first row is used if it can be run alone.
         trained: paths of the blocks that a calibration would train.
     """
+    inputs = beside(model, inputs)
     row = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
-    row = beside(model, row)
+    try:
+        with evaluation(model), torch.no_grad():
+            model(**row)
+    except RuntimeError:  # rows that belong together: the windows of one image
+        row = inputs
     first = next(v for v in row.values() if isinstance(v, Tensor) and v.dim())
     tokens = max(1, first.shape[1] if first.dim() > 1 and not first.is_floating_point() else 1)
     best = float("inf")

@@ -26,6 +26,7 @@ OWNERS: dict[type[models.Attention], list[str]] = {
     models.ResidualInside: ["after.0"],
     models.NormAfter: ["after.0"],
     models.NormBefore: ["before.hidden"],
+    models.InPlace: ["before.hidden", "after.0"],
     models.Parallel: ["before.hidden", "after.0"],
     models.ValidityOnly: ["after.0"],
     models.MaskInside: ["before.mask", "after.0"],

@@ -39,7 +39,8 @@ def both(name: str, options: dict[str, Any]) -> tuple[dict[str, float], dict[str
     choices = choose(find_attention(model), Plan.load(rules))
     forms = normal_forms(model, choices)
     sites = {c.site.path: (forms[c.site.path], c.site.binding) for c in choices}
-    moments = collect(model, sites, [{"input_ids": seen}])
+    needs = {c.site.path: c.needs for c in choices}
+    moments = collect(model, sites, [{"input_ids": seen}], needs=needs)
     done = rewrite(model, choices, moments)
     errors = block_errors(model, done.model, list(done.built), padded())
     levels = frozenset({"exact", "bounded"})

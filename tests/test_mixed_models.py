@@ -207,7 +207,7 @@ def test_the_forecast_knows_the_groups(results: Any) -> None:
     model = build("llama")
     plan = Plan.load({"rules": RULES})
     choices = choose(find_attention(model), plan)
-    site = predict(model, choices, plan, rows=64).sites[0]
+    site = predict(model, choices, plan, made_up(model), rows=64).sites[0]
     assert site.conversion == "mixed"
     assert list(site.options["groups"]) == [
         {"heads": [0, 3], "to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 8},

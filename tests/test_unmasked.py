@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 import zoo_models
 from torch import Tensor, nn
 
-from reattend import convert, find_attention
+from reattend import Plan, convert, find_attention
 from reattend.capture import watch
 from reattend.errors import ArgumentError, UnsupportedCacheError
 from reattend.install.adapter import Adapter
@@ -19,7 +19,8 @@ from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import attend, refuse_opaque
 
 WIDTH, HEADS = 32, 4
-MLA = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 64, "qk_rope_head_dim": 0}]}
+PAPER = Plan.load("transmla-paper").rules[0].to_dict() | {"kv_keep": None}
+MLA = {"rules": [{**PAPER, "kv_lora_rank": 64, "qk_rope_head_dim": 0}]}
 
 
 class Attention(nn.Module):

@@ -60,8 +60,14 @@ class ToMla(Conversion):
             return Refusal(
                 "a key bias under a softcap cannot be dropped (softmax does not cancel it)"
             )
+        measured = self.wants(config, options) & {"attention", "sample"}
+        if config.core.pattern == "opaque" and measured:
+            return Refusal(
+                "the mask has no fixed pattern, and these options measure attention, which needs "
+                "it; use the options of the plan transmla-paper"
+            )
         outside = config.q.opaque is not None and bool(config.q.opaque.extras)
-        if outside and self.wants(config, options) & {"attention", "sample"}:
+        if outside and measured:
             return Refusal(
                 "queries read more than the block's input, and these options measure queries; use "
                 "the options of the plan transmla-paper"
