@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reattend import statistics
 from reattend.allocation import allocate
 from reattend.api import Result
 from reattend.calibrate.ranks import agreed
@@ -22,8 +21,8 @@ from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
 from reattend.host import beside
 from reattend.inputs import is_hf, made_up
-from reattend.install.graph import hidden_values
 from reattend.materials import Materials, check_data, load_materials, text_block
+from reattend.moments import site_moments
 from reattend.outdir import check_claimable
 from reattend.plan import Plan
 from reattend.predict import Prediction, predict
@@ -31,9 +30,10 @@ from reattend.preflight import Choice, choose, preflight
 from reattend.processes import is_main
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
-from reattend.rewriting import Rewritten, arounds, normal_forms, rewrite
+from reattend.rewriting import Rewritten, rewrite
 from reattend.runlog import RunLog
 from reattend.source import Source, open_source
+from reattend.statistics import SiteStatistics
 from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates, gate_error
 from reattend.verify.parity import block_errors, decode_checks, exact_check
@@ -193,46 +193,21 @@ class Job:
         choices: list[Choice],
         materials: Materials,
         work: Workdir | None,
-    ) -> dict[str, statistics.SiteStatistics]:
-        wanted = [c for c in choices if c.needs]
-        if not wanted:
+    ) -> dict[str, SiteStatistics]:
+        wanted, data = [c for c in choices if c.needs], materials.statistics
+        if not wanted or data is None:
             return {}
-        paths = [c.site.path for c in wanted]
-        assert materials.statistics is not None
-        needs = {c.site.path: c.needs for c in wanted}
-        data = materials.statistics
-        key = digest([source.hashes, data.fingerprint, [[p, *sorted(needs[p])] for p in paths]])
-        names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}
-        if work is not None and work.has("statistics", key):
-            from safetensors.torch import load_file
-
-            self._tell("statistics", message="reused from the interrupted run")
-            self.log.reused("statistics")
-            read = {p: load_file(work.path(n)) for p, n in names.items()}
-            return {p: statistics.SiteStatistics.from_tensors(t) for p, t in read.items()}
-        forms = normal_forms(source.model, wanted)
-        regions = {c.site.path: c.site.region for c in wanted if c.site.owner == "graph"}
-
-        def inside(batch: dict[str, Any]) -> dict[str, Any]:
-            known = {k: v for k, v in batch.items() if k in found.capture.inputs}
-            return hidden_values(found.capture.gm, regions, found.capture.placeholders(known))
 
         def progress(tokens: int) -> None:
             self._tell("statistics", done=min(tokens, data.tokens), total=data.tokens)
 
-        moments = statistics.collect(
-            source.model,
-            {c.site.path: (forms[c.site.path], c.site.binding) for c in wanted},
-            data.batches(self.plan.calibrate.batch_size),
-            needs=needs,
-            inside=inside if regions else None,
-            around=arounds(source.model, wanted),
-            progress=progress,
-        )
-        if work is not None:
-            for path, name in names.items():
-                work.publish_tensors(name, moments[path].tensors())
-            work.mark("statistics", key)
+        moments, reused = site_moments(
+            source.model, source.hashes, found, wanted, data, self.plan.calibrate.batch_size,
+            work, progress,
+        )  # fmt: skip
+        if reused:
+            self._tell("statistics", message="reused from the interrupted run")
+            self.log.reused("statistics")
         return moments
 
     def _rewrite(

@@ -39,7 +39,7 @@ def test_what_differs_in_silence_is_counted(coverage: Any) -> None:
     apart = row(identity={"gaps": {"a": 1e-6, "b": 2e-3}, "generate": "equal"})
     wrote = row(identity={"gaps": {"a": 1e-6}, "generate": "differs"})
     told = row(identity={"error": "the converted model differs"})
-    found = coverage.summary([equal, apart, wrote, told])["causal-lm"]
+    found = script("coverage_report").summary([equal, apart, wrote, told])["causal-lm"]
     assert (found["identity_equal"], found["silently_different"]) == (2, 2)
     assert (found["generate_equal"], found["generate_differs"]) == (2, 1)
 
@@ -48,9 +48,11 @@ def test_cores_that_nobody_saw_lower_the_share(coverage: Any) -> None:
     hidden = row(cores=4, sites=1, refused={"a gate": 1}, identity={"gaps": {"a": 0.0}})
     failed = row(cores=2, sites=0, not_found="torch.export could not capture this model")
     unbuilt = row(not_built="no such config")
-    found = coverage.summary([hidden, failed, unbuilt])["all"]
+    found = script("coverage_report").summary([hidden, failed, unbuilt])["all"]
     assert (found["models"], found["cores"], found["verified"]) == (2, 6, 1)
-    reasons = {reason: count for reason, count, _ in coverage.reasons([hidden, failed])}
+    reasons = {
+        reason: count for reason, count, _ in script("coverage_report").reasons([hidden, failed])
+    }
     assert reasons["a gate"] == 1 and reasons["not seen in the graph"] == 2
     assert sum(reasons.values()) == 5
 
@@ -62,7 +64,7 @@ def test_an_architecture_measured(coverage: Any, name: str) -> None:
     found = coverage.measure("causal-lm", kind, name)
     assert found["sites"] == found["cores"] == (0 if kind in coverage.NO_ATTENTION else 2)
     if found["sites"]:
-        assert coverage.equal(found) and found["identity"]["generate"] == "equal"
+        assert script("coverage_report").equal(found) and found["identity"]["generate"] == "equal"
 
 
 class Routed(nn.Module):

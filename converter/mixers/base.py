@@ -228,7 +228,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
         ModelError: nobody here knows the kind.
     """
     from reattend.mixers.dense import DenseAttention, DenseConfig
-    from reattend.mixers.latent import LatentAttention, LatentConfig
+    from reattend.mixers.latent import LatentAttention
+    from reattend.mixers.latent_config import LatentConfig
     from reattend.mixers.mixed import MixedAttention, MixedConfig
 
     if kind == DenseAttention.kind:

@@ -18,37 +18,12 @@ from torch import Tensor, nn
 
 from reattend.mixers.base import Context, Rows, RowShapes, State
 from reattend.mixers.block import BlockMixer, OpaqueProjection, project
-from reattend.mixers.config import BlockConfig, CoreConfig
+from reattend.mixers.config import CoreConfig
 from reattend.mixers.dense import stream_norm
+from reattend.mixers.latent_config import LatentConfig, has_own_query
 from reattend.mixers.norm import normed_heads
 from reattend.mixers.rotary import rotate, rotation
 from reattend.mixers.scores import attend, attend_rows, per_head, refuse_opaque
-
-
-class LatentConfig(BlockConfig):
-    """A block in latent form.
-
-    Attributes:
-        kv_lora_rank: r, rows of the latent.
-        qk_rope_head_dim: R, rotary dimensions shared by all heads.
-        rope_columns: for each of the R / 2 rotary slots, the frequency (column of the model's
-            rotary table) it turns with.
-        q_lora_rank: rank of the query projection, None for a full one.
-        latent_norm: normalisation of the latent before it is cached.
-        value_bias: values carry a bias that could not be folded into the output projection.
-        rope_key_bias: rotated keys carry a bias.
-        key_bias: unrotated keys carry one; only beside sinks, where softmax does not cancel it.
-    """
-
-    kind: Literal["latent"] = "latent"
-    kv_lora_rank: int
-    qk_rope_head_dim: int
-    rope_columns: tuple[int, ...]
-    q_lora_rank: int | None = None
-    latent_norm: Literal["none", "rms"] = "none"
-    value_bias: bool = False
-    rope_key_bias: bool = False
-    key_bias: bool = False
 
 
 class LatentAttention(BlockMixer):
@@ -316,9 +291,3 @@ class LatentAttention(BlockMixer):
 
     def _core(self, width: int) -> CoreConfig:
         return self.config.core.model_copy(update={"kv_heads": 1, "qk_head_dim": width})
-
-
-def has_own_query(config: BlockConfig) -> bool:
-    """Whether queries are not one linear map, so that nothing can be absorbed into it."""
-    normed = config.q.norm is not None or config.k.norm is not None
-    return normed or config.q.opaque is not None

@@ -30,7 +30,8 @@ from reattend.install.adapter import install
 from reattend.install.binding import Binding, TableRef
 from reattend.install.spans import SpanCache
 from reattend.mixers.config import CoreConfig, RotaryConfig, StreamConfig
-from reattend.mixers.latent import LatentAttention, LatentConfig
+from reattend.mixers.latent import LatentAttention
+from reattend.mixers.latent_config import LatentConfig
 
 RESULTS = Path(__file__).parent / "results"
 RANK, ROPE = 512, 64

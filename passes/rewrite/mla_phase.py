@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.dense import DenseConfig
-from reattend.mixers.latent import has_own_query
+from reattend.mixers.latent_config import has_own_query
 from reattend.statistics import SiteStatistics
 
 

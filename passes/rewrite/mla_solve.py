@@ -9,7 +9,8 @@ from torch import Tensor
 
 from reattend.mixers.config import StreamConfig
 from reattend.mixers.dense import DenseAttention, DenseConfig
-from reattend.mixers.latent import LatentAttention, LatentConfig, has_own_query
+from reattend.mixers.latent import LatentAttention
+from reattend.mixers.latent_config import LatentConfig, has_own_query
 from reattend.passes.rewrite.mla_latent import (
     Latent,
     LatentChoice,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.dense import DenseAttention
-from reattend.mixers.latent import LatentConfig, has_own_query
+from reattend.mixers.latent_config import LatentConfig, has_own_query
 from reattend.passes.rewrite.mla_latent import LatentChoice
 from reattend.passes.rewrite.mla_rotary import RotaryChoice
 from reattend.passes.rewrite.mla_sizes import folds_values

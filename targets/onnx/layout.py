@@ -15,7 +15,7 @@ from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
-from reattend.mixers.latent import LatentConfig
+from reattend.mixers.latent_config import LatentConfig
 
 KEEP_DENSE = "convert the rest too, with the rule `to: dense` (or use plan identity)"
 

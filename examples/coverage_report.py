@@ -1,0 +1,81 @@
+"""What the rows of the coverage campaign add up to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tiny_models
+
+#: Largest relative difference of a converted model's output that counts as equal (float32).
+TOLERANCE = 1e-4
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Counts per task and over all."""
+    out: dict[str, dict[str, float]] = {}
+    for task in (*tiny_models.TASKS, "all"):
+        mine = [r for r in rows if task in ("all", r["task"]) and "not_built" not in r]
+        cores = sum(total(r) for r in mine)
+        verified = sum(r.get("sites", 0) for r in mine)
+        converted = [r for r in mine if r.get("sites")]
+        out[task] = {
+            "models": len(mine),
+            "cores": cores,
+            "verified": verified,
+            "share": round(verified / cores, 4) if cores else 1.0,
+            "with_sites": len(converted),
+            "identity_equal": sum(equal(r) for r in converted),
+            "silently_different": sum(different(r) for r in converted),
+            "generate_equal": sum(r["identity"].get("generate") == "equal" for r in converted),
+            "generate_differs": sum(r["identity"].get("generate") == "differs" for r in converted),
+        }
+    return out
+
+
+def total(row: dict[str, Any]) -> int:
+    """Cores of a model: what ran, or what was seen in the graph, whichever is more."""
+    return max(row.get("cores", 0), row.get("sites", 0) + sum(row.get("refused", {}).values()))
+
+
+def equal(row: dict[str, Any]) -> bool:
+    """Whether the converted model computed the same everywhere it was compared."""
+    gaps = row["identity"].get("gaps")
+    return bool(gaps) and max(gaps.values()) <= TOLERANCE
+
+
+def different(row: dict[str, Any]) -> bool:
+    """Converted without a word, and not the same."""
+    told = "error" in row["identity"]
+    return not told and (not equal(row) or row["identity"].get("generate") == "differs")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: coverage per task, then every reason with the number of cores it stands for."""
+    lines = [
+        "| models of | built | cores | found and verified | identity equal | generate equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task, c in summary(results["rows"]).items():
+        wrote = c["generate_equal"] + c["generate_differs"]
+        lines.append(
+            f"| {task} | {c['models']} | {c['cores']} | {c['verified']} ({c['share']:.1%}) | "
+            f"{c['identity_equal']} of {c['with_sites']} | {c['generate_equal']} of {wrote} |"
+        )
+    return "\n".join(lines)
+
+
+def reasons(rows: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
+    """Every reason, the cores it stands for, and the models."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for row in rows:
+        items = dict(row.get("refused", {}))
+        for key in ("not_found", "crash"):
+            if key in row:
+                items[f"{key}: {row[key]}"] = max(total(row), 1)
+        missing = total(row) - row.get("sites", 0) - sum(row.get("refused", {}).values())
+        if missing > 0 and "not_found" not in row and "crash" not in row:
+            items["not seen in the graph"] = missing
+        for reason, count in items.items():
+            before = found.get(reason, (0, []))
+            found[reason] = (before[0] + count, [*before[1], row["class"]])
+    return sorted(((r, n, m) for r, (n, m) in found.items()), key=lambda item: -item[1])
