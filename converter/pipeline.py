@@ -14,13 +14,14 @@ from reattend.allocation import allocate
 from reattend.api import Result
 from reattend.calibrate.ranks import agreed
 from reattend.data import Dataset
-from reattend.errors import DataError, PlanError
+from reattend.errors import DataError
 from reattend.events import Event, OnEvent
 from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
 from reattend.host import beside
 from reattend.inputs import is_hf, made_up
+from reattend.lowering import check_targets, lower
 from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.moments import site_moments
 from reattend.outdir import check_claimable
@@ -73,12 +74,7 @@ class Job:
         """
         if not is_main():
             self.on_event = None
-        if self.plan.targets:
-            raise PlanError(
-                "convert does not lower to a plan's targets yet",
-                where=f"targets: {', '.join(self.plan.targets)}",
-                next_step="leave `targets` out and run `reattend export DIR --target onnx`",
-            )
+        check_targets(self.plan, self.out)
         source, found = self._look(model, opening)
         choices = preflight(found, self.plan)
         materials = self._stage("data", lambda: self._materials(source, choices))
@@ -156,6 +152,8 @@ class Job:
             from reattend.publishing import publish_result
 
             self._stage("publish", lambda: publish_result(result, work, source))
+            for target in self.plan.targets:
+                self._stage(f"lower to {target}", lambda name=target: lower(result, work, name))
             result.out = work.out
         result.run = self.log.finish(source, self.out)
         if work is not None:

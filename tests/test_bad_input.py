@@ -88,7 +88,7 @@ def with_rule(**changes: Any) -> dict[str, Any]:
         ("rules:\n  - sites: *\n    to: mla\n", EXIT_BAD_INPUT, ("not YAML", 'sites: "*"')),
         ({**GOOD, "version": 99}, EXIT_BAD_INPUT, ("version 99", "newest", "update reattend")),
         (with_rule(kv_keep=1.5), EXIT_BAD_INPUT, ("kv_keep", "1.5")),
-        ({**GOOD, "targets": ["onnx"]}, EXIT_BAD_INPUT, ("targets: onnx", "reattend export")),
+        ({**GOOD, "targets": ["onxx"]}, EXIT_BAD_INPUT, ("'onxx'", "did you mean 'onnx'?")),
         (
             with_rule(kv_keep=None, kv_lora_rank=4000), EXIT_REFUSED,
             ("2 of 2 sites", "kv_lora_rank 4000 is larger than possible", "to: keep}"),
