@@ -7,10 +7,12 @@ whose rows depend on other inputs is refused.
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +64,39 @@ def earlier(args: argparse.Namespace, inputs: dict[str, Any]) -> dict[str, Any] 
         file=sys.stderr,
     )
     return None
+
+
+def begun(
+    script: str, args: argparse.Namespace, inputs: dict[str, Any], *more: str
+) -> dict[str, Any] | None:
+    """The results to continue, with what describes this run; None as `earlier`.
+
+    Args:
+        script: the campaign's file.
+        args: its arguments.
+        inputs: what its rows depend on.
+        more: further words of the command that reproduces it.
+    """
+    results = earlier(args, inputs)
+    if results is None:
+        return None
+    return {
+        "schema": 1,
+        "model": args.model.name,
+        "command": shlex.join([*command(script, args), *more]),
+        "device": device_name(args.device),
+        "versions": versions(),
+        "inputs": inputs,
+        "rows": results.get("rows", []),
+        "date": results.get("date", ""),
+    }
+
+
+def add(results: dict[str, Any], row: dict[str, Any], out: Path) -> None:
+    """One more row, dated, written at once."""
+    results["date"] = row["date"] = datetime.date.today().isoformat()
+    results["rows"].append(row)
+    write(out, results)
 
 
 def command(script: str, args: argparse.Namespace) -> list[str]:

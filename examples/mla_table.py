@@ -12,8 +12,6 @@ interruption. `--table` prints the Markdown table of an existing file and comput
 from __future__ import annotations
 
 import argparse
-import datetime
-import shlex
 import sys
 import time
 from fractions import Fraction
@@ -191,19 +189,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Measure the missing cells, writing after each."""
     subject = Campaign(args)
-    inputs = subject.inputs()
-    results = campaign.earlier(args, inputs)
+    results = campaign.begun("mla_table.py", args, subject.inputs())
     if results is None:
         return 2
-    results = {
-        "schema": 1,
-        "model": args.model.name,
-        "command": shlex.join(campaign.command("mla_table.py", args)),
-        "device": campaign.device_name(args.device),
-        "versions": campaign.versions(),
-        "inputs": inputs,
-        "rows": results.get("rows", []),
-    }
     done = {(row["preset"], row["cell"]) for row in results["rows"]}
     wanted = [name for name in args.only.split(",") if name] or list(PRESETS)
     todo = [("original", "original")]
@@ -213,9 +201,7 @@ def _run(args: argparse.Namespace) -> int:
         if not subject.moments:
             subject.prepare()
         row = subject.original() if preset == "original" else subject.cell(preset, cell)
-        results["date"] = row["date"] = datetime.date.today().isoformat()
-        results["rows"].append(row)
-        campaign.write(args.out, results)
+        campaign.add(results, row, args.out)
     results["date"] = max(row["date"] for row in results["rows"])
     print(table(results))
     return 0

@@ -11,8 +11,6 @@ table of an existing file and computes nothing. No training happens here.
 from __future__ import annotations
 
 import argparse
-import datetime
-import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -162,21 +160,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Measure the missing rows, writing after each."""
     subject = Campaign(args)
-    inputs = subject.inputs()
-    results = campaign.earlier(args, inputs)
+    results = campaign.begun("quality.py", args, subject.inputs(), "--kv-backend", args.kv_backend)
     if results is None:
         return 2
-    results = {
-        "schema": 1,
-        "model": args.model.name,
-        "command": shlex.join(
-            [*campaign.command("quality.py", args), "--kv-backend", args.kv_backend]
-        ),
-        "device": campaign.device_name(args.device),
-        "versions": campaign.versions(),
-        "inputs": inputs,
-        "rows": results.get("rows", []),
-    }
     done = {row["name"] for row in results["rows"]}
     wanted = [part for part in args.only.split(",") if part]
     for name in row_names():
@@ -184,9 +170,7 @@ def _run(args: argparse.Namespace) -> int:
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         row = subject.row(name)
-        results["date"] = row["date"] = datetime.date.today().isoformat()
-        results["rows"].append(row)
-        campaign.write(args.out, results)
+        campaign.add(results, row, args.out)
     if results["rows"]:
         results["date"] = max(row["date"] for row in results["rows"])
         print(table(results))

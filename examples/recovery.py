@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import shlex
 import shutil
 import sys
 import time
@@ -202,36 +200,22 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Measure the missing rows, writing after each."""
     subject = Campaign(args)
-    inputs = subject.inputs()
-    results = campaign.earlier(args, inputs)
+    results = campaign.begun("recovery.py", args, subject.inputs())
     if results is None:
         return 2
-    done = {(row["student"], row["tokens"]) for row in results.get("rows", [])}
+    done = {(row["student"], row["tokens"]) for row in results["rows"]}
     todo = [
         (student, tokens)
         for student, tokens in row_names()
         if (student, tokens) not in done and args.only in student and tokens <= args.max_tokens
     ]
     reached = max([args.max_tokens, *(tokens for _, tokens in done)])
-    results = {
-        "schema": 1,
-        "model": args.model.name,
-        "command": shlex.join(
-            [*campaign.command("recovery.py", args), "--max-tokens", str(reached)]
-        ),
-        "device": campaign.device_name(args.device),
-        "versions": campaign.versions(),
-        "inputs": inputs,
-        "rows": results.get("rows", []),
-        "date": results.get("date", ""),
-    }
+    results["command"] += f" --max-tokens {reached}"
     for student, tokens in todo:
         print(f"{student}, {tokens} tokens ...", file=sys.stderr, flush=True)
         row = subject.row(student, tokens)
         print(file=sys.stderr)
-        results["date"] = row["date"] = datetime.date.today().isoformat()
-        results["rows"].append(row)
-        campaign.write(args.out, results)
+        campaign.add(results, row, args.out)
     if results["rows"]:
         print(table(results))
     return 0

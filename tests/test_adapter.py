@@ -10,15 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_models import MODELS, decoder, prompts
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     StaticCache,
 )
 
@@ -26,29 +21,12 @@ from reattend import convert
 from reattend.errors import ArgumentError
 from reattend.sharing import address
 
-COMMON = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-    "initializer_range": 0.3,
-}  # fmt: skip
-MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=8)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**COMMON, sliding_window=8, query_pre_attn_scalar=8)
-    ),
-}
 CHOSEN = {"first": [0], "middle": [1], "all": [0, 1, 2]}
 NEW = 24
 
 
 def build(name: str) -> Any:
-    torch.manual_seed(5)
-    model = MODELS[name]().eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return decoder(name, layers=3, groups=2)
 
 
 def converted(name: str, which: str, to: str = "mla") -> Any:
@@ -57,15 +35,6 @@ def converted(name: str, which: str, to: str = "mla") -> Any:
         rule |= {"kv_lora_rank": 14, "qk_rope_head_dim": 8}
     data = torch.randint(3, 97, (8, 40))
     return convert(build(name), plan={"rules": [rule]}, data=data).model
-
-
-def prompts() -> tuple[Tensor, Tensor]:
-    ids = torch.randint(3, 97, (3, 13), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate((0, 3, 7)):
-        mask[row, :pad] = 0
-        ids[row, :pad] = 0
-    return ids, mask
 
 
 def greedy_without_cache(model: Any, ids: Tensor, mask: Tensor, new: int = NEW) -> Tensor:

@@ -11,16 +11,10 @@ from typing import Any
 import pytest
 import torch
 import zoo_models
+from decoder_models import MODELS, decoder, prompts
 from safetensors.torch import load_file, save_file
 from test_graph import InlinedBlock, tower
-from torch import Tensor
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     StaticCache,
 )
 
@@ -35,19 +29,6 @@ from reattend.preflight import choose, preflight
 from reattend.rewriting import rewrite
 from reattend.verify.parity import block_errors
 
-COMMON = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-    "initializer_range": 0.3,
-}  # fmt: skip
-MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=8)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**COMMON, sliding_window=8, query_pre_attn_scalar=8)
-    ),
-}
 RULES = [
     {"sites": "*", "heads": [1], "to": "keep"},
     {"sites": "*", "heads": [0, 3], "to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 8},
@@ -58,11 +39,7 @@ CACHED = 10 + 8 + 2 * 16
 
 
 def build(name: str) -> Any:
-    torch.manual_seed(5)
-    model = MODELS[name]().eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return decoder(name, layers=2, groups=4)
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +48,6 @@ def results() -> dict[str, Any]:
     torch.set_num_threads(1)
     data = torch.randint(3, 97, (8, 40))
     return {n: convert(build(n), plan={"rules": RULES}, data=data) for n in MODELS}
-
-
-def prompts() -> tuple[Tensor, Tensor]:
-    ids = torch.randint(3, 97, (3, 13), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate((0, 3, 7)):
-        mask[row, :pad] = 0
-        ids[row, :pad] = 0
-    return ids, mask
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from torch import nn
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from tiny_models import liven  # noqa: E402
+
+__all__ = ["MORE", "ZOO", "build", "liven"]
 
 VOCABULARY = 97
 DECODER = {
@@ -145,15 +152,11 @@ MORE: dict[str, Callable[[], Any]] = {
     "cohere_norm": lambda: tf.CohereForCausalLM(
         tf.CohereConfig(**_without("head_dim"), use_qk_norm=True)
     ),
-    "qwen3_next": lambda: tf.Qwen3NextForCausalLM(
-        tf.Qwen3NextConfig(**DECODER, layer_types=["full_attention"] * 2, num_experts=0)
-    ),
-}  # fmt: skip
-
-
-NOT_YET: dict[str, Callable[[], Any]] = {
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    ),
+    "qwen3_next": lambda: tf.Qwen3NextForCausalLM(
+        tf.Qwen3NextConfig(**DECODER, layer_types=["full_attention"] * 2, num_experts=0)
     ),
 }  # fmt: skip
 
@@ -166,15 +169,3 @@ def build(name: str, attention: str | None = "sdpa") -> Any:
     if attention is not None:
         model.set_attn_implementation(attention)
     return model
-
-
-def liven(model: nn.Module) -> None:
-    """Re-draw weights: matrices at 1/sqrt(fan in), norms near one, biases nonzero."""
-    generator = torch.Generator().manual_seed(12)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() >= 2:
-            parameter.data = noise * (2.0 / parameter[0].numel() ** 0.5)
-        else:
-            near_one = bool((parameter.data == 1).all())
-            parameter.data = (1.0 if near_one else 0.0) + 0.3 * noise

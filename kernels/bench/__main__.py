@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 from cases import SPEED, Case, bytes_of, case_calls, compile_case
 from correctness import check
 from peers import inputs_of, peers
+from record import head, place, write
 from table import model_table, table
 from timing import copy_gb_per_s, eager_ms, input_sets, matmul_tflops, replay_ms
 
@@ -82,22 +81,13 @@ def time_case(case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
 
 def measure(checks: list[dict[str, Any]], only: str) -> dict[str, Any]:
     """The whole report."""
-    import triton
-
     cases = [case for case in SPEED if only in case.name]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_case, cases))
     ceilings = {"copy_gb_per_s": copy_gb_per_s(), "matmul_tflops": matmul_tflops()}
     say(f"ceilings: {ceilings}")
     return {
-        "command": "python kernels/bench",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
+        **head("python kernels/bench"),
         "dtype": "bfloat16",
         "ceilings": {k: round(v, 1) for k, v in ceilings.items()},
         "checks": checks,
@@ -112,7 +102,7 @@ def main() -> int:
     parser.add_argument("--device", default="nvidia-h200", help="whose results to report")
     parser.add_argument("--check-only", action="store_true", help="do not time")
     parser.add_argument("--no-check", action="store_true", help="time only; nothing is written")
-    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--only", default="", help="cases named so; nothing is written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     if options.what == "report":
@@ -135,10 +125,9 @@ def main() -> int:
         say(f"{len(checks)} checks passed")
         return 0
     report = measure(checks, options.only)
-    if checks:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"{report['device'].lower().replace(' ', '-')}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if checks and not options.only:  # a part would replace the whole
+        path = place(report, options.out)
+        write(report, path)
         say(f"wrote {path}")
     say(table(report))
     return 0

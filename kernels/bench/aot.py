@@ -26,12 +26,15 @@ def main() -> int:
     """Compile, print one line per target, write the report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write")
-    path = parser.parse_args().out
+    names = [target.name for target in TARGETS]
+    parser.add_argument("--target", choices=names, nargs="+", default=names, help="default: all")
+    asked = parser.parse_args()
+    path, targets = asked.out, [t for t in TARGETS if t.name in asked.target]
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.stderr.write("unset TRITON_INTERPRET: the interpreter replaces the compiler\n")
         return 2
     kernels = []
-    for target in TARGETS:
+    for target in targets:
         compiled = compile_target(target)
         bad = [c for c in compiled if c.problems]
         seconds = sum(c.seconds for c in compiled)
@@ -48,7 +51,7 @@ def main() -> int:
         "command": "python kernels/bench/aot.py",
         "date": date.today().isoformat(),
         "triton": triton.__version__,
-        "targets": [asdict(target) for target in TARGETS],
+        "targets": [asdict(target) for target in targets],
         "kernels": kernels,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,13 @@ nothing is said about its time or the model's quality. Writes ``results/model-<d
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import head, place, write
 from timing import replay_ms
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -168,8 +166,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("no GPU: nothing to measure\n")
         return 5
-    import transformers
-    import triton
 
     model = build(options.layers, options.hidden)
     heads, length = model.config.num_key_value_heads, options.context
@@ -206,25 +202,15 @@ def main() -> int:
         for at in ("equal batch", "equal memory")
     }
     report = {
-        "command": "python kernels/bench/model.py",
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
+        **head("python kernels/bench/model.py", "transformers"),
         "shape": {"layers": options.layers, "hidden": options.hidden, "heads": heads},
         "rank": RANK,
         "rope": ROPE,
         "rows": rows,
         "times_faster": ratios,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = report["device"].lower().replace(" ", "-")
-    path = options.out / f"model-{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path = place(report, options.out, "model-")
+    write(report, path)
     sys.stdout.write(f"latent is {ratios} times faster\nwrote {path}\n")
     return 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from cases import SWEEP, Case, bytes_of, tensors
+from record import head, place, write
 from timing import input_sets, replay_ms
 
 from reattend.kernels.configs import KernelConfig
@@ -133,7 +133,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("no GPU: a sweep measures one\n")
         return 5
-    import triton
 
     cases = [case for case in SWEEP if any(text in case.name for text in options.only.split(","))]
     jobs = list(product_of(cases))
@@ -167,25 +166,13 @@ def main() -> int:
         shown = "  ".join(text for _, text in sorted(best)[:4])
         sys.stdout.write(f"{case.name:30} {shown}\n")
         sys.stdout.flush()
-    name = torch.cuda.get_device_name()
-    report = {
-        "command": "python kernels/bench/sweep.py",
-        "date": date.today().isoformat(),
-        "device": name,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"sweep-{name.lower().replace(' ', '-')}.json"
+    report = {**head("python kernels/bench/sweep.py"), "rows": rows}
+    path = place(report, options.out, "sweep-")
     if path.exists():  # cases that were not swept again stay as they were
         again = {case.name for case in cases}
         old = json.loads(path.read_text("utf-8"))["rows"]
         report["rows"] = [row for row in old if row["case"] not in again] + rows
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, path)
     sys.stdout.write(f"wrote {path} after {time.perf_counter() - began:.0f} s\n")
     return 0
 

@@ -1,0 +1,35 @@
+"""What every result file of this folder begins with, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def head(command: str, *packages: str) -> dict[str, Any]:
+    """Command, date, device and versions; `packages` beside torch and triton."""
+    names = ("torch", "triton", *packages)
+    found = {name: torch.__version__ if name == "torch" else version(name) for name in names}
+    return {
+        "command": command,
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"python": platform.python_version(), **found},
+    }
+
+
+def place(report: dict[str, Any], folder: Path, prefix: str = "") -> Path:
+    """The file of a report: named after its device."""
+    return folder / f"{prefix}{report['device'].lower().replace(' ', '-')}.json"
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """As JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
