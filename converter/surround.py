@@ -198,14 +198,15 @@ class Surround:
 
     def done(self, outputs: list[tuple[Path, fx.Node]], dropout: bool) -> Surrounding:
         """What was cut. `dropout`: the owner drops activations while training."""
-        names = {at for own in self.weights.values() for at in own.values()}
         model = self.captured.model
         held = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         held |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
-        constants = {n: attribute(self.gm, n).detach() for n in names - held}
         config = AroundConfig(before=self.before, after=tuple(self.after), dropout=dropout)
         width = int(self.y.meta["val"].shape[-1])
-        return Surrounding(config, self.weights, constants, width, self.arguments, outputs)
+        found = Surrounding(config, self.weights, {}, width, self.arguments, outputs)
+        for name in found.names() - held:
+            found.constants[name] = attribute(self.gm, name).detach()
+        return found
 
 
 def _changes_shared(node: fx.Node) -> bool:

@@ -38,6 +38,7 @@ def places(model: Any, inputs: dict[str, Any]) -> tuple[Capture, list[Found], li
         (models.Leaking, "blocks.0 hands tanh on by another way than its result"),
         (models.Reaching, "blocks.0 reads mul_2, which is no argument of its call"),
         (models.KeysToo, "blocks.0 uses queries, keys or values outside of its attention"),
+        (models.UnderView, "blocks.0 changes a tensor in place that is read elsewhere"),
         (models.Wider, "blocks.0 changes the dtype of to"),
         (models.TwoCores, "blocks.0 holds a second attention core beside this one"),
     ],

@@ -7,6 +7,9 @@ order of summation. One process needs no group, and every method is then the ide
 
 from __future__ import annotations
 
+import atexit
+import gc
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch import Tensor
 from reattend.calibrate import shards
 from reattend.calibrate.stream import Batch
 from reattend.processes import several
+
+SETTLING = 0.2  # seconds
 
 
 class Ranks:
@@ -36,6 +41,8 @@ class Ranks:
             self.sharded = shards.wanted()
             from accelerate import PartialState
 
+            atexit.unregister(_settle)
+            atexit.register(_settle)
             state = PartialState(cpu=device.type == "cpu")
             self.world, self.rank = state.num_processes, state.process_index
 
@@ -96,3 +103,16 @@ def agreed(mine: bool, device: torch.device) -> bool:
     found = torch.tensor(int(mine), device=device)
     Ranks(device).same([found])
     return bool(found)
+
+
+def _settle() -> None:
+    """At exit: gloo's threads put their last tensors down while Python still lives.
+
+    One that does so while the interpreter is torn down aborts the process, after all work is done
+    and well (pytorch/pytorch#179291). torch offers no way to wait for them: idle, they need
+    microseconds.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()
+    time.sleep(SETTLING)
