@@ -17,6 +17,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # One thread per worker: two workers with two threads each would fight over two cores.
 RUN_TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# A worker that is done takes tests from the other: some tests take a minute.
+WORKERS := -n 2 --dist worksteal
 SETTINGS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -29,13 +31,13 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready-dev
-	$(RUN_TESTS) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(RUN_TESTS) $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 # The whole suite comes last, so that its closing line is the last thing on the screen.
 test-all: lint smoke-min suite
 
 suite: $(VENV)/.ready-dev
-	$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --timeout=900 $(PYTEST_ARGS)
+	$(RUN_TESTS) $(BIN)/python -m pytest $(WORKERS) --timeout=900 $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

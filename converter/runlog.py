@@ -35,10 +35,11 @@ class RunLog:
         self.predicted: dict[str, int] = {}
         self._reused: set[str] = set()
         self._alone = True  # every stage's peak is its own
+        self._held: int | None = None  # resident memory after the last tidying, bytes
 
     def begin(self) -> None:
         """Take what the process holds now as the baseline."""
-        give_back()
+        self._held = give_back()
         forget_peak()
         self.baseline = peak_memory()
 
@@ -53,7 +54,7 @@ class RunLog:
         What earlier stages freed is returned to the system first. Where the high-water mark of
         the process cannot be reset, a stage shows the highest point up to its end.
         """
-        give_back()
+        self._held = give_back(self._held)
         self._alone = forget_peak() and self._alone
         begin = time.monotonic()
         yield

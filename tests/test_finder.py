@@ -45,7 +45,7 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
-def test_identity_equals_the_original(name: str, how: str | None) -> None:
+def test_identity_equals_the_original_with_and_without_a_cache(name: str, how: str | None) -> None:
     model = zoo_models.build(name, how)
     result = convert(model, plan="identity")
     assert result.report.totals.converted == SITES.get(name, 2)
@@ -54,17 +54,14 @@ def test_identity_equals_the_original(name: str, how: str | None) -> None:
         inputs, real = _inputs(model, batch, length, pad)
         expected, got = _logits(model, inputs)[real], _logits(result.model, inputs)[real]
         assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+    if model.can_generate() and name not in ("bert", "albert"):
+        _assert_generates_alike(model, result.model)
 
 
-@pytest.mark.parametrize(("name", "how"), CASES)
-def test_cached_generation_equals_the_original(name: str, how: str | None) -> None:
-    model = zoo_models.build(name, how)
-    if not model.can_generate() or name in ("bert", "albert"):
-        pytest.skip("does not generate")
+def _assert_generates_alike(model: Any, converted: Any) -> None:
     inputs, _ = _inputs(model, 2, 11, 3)
     asked = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     run = {"max_new_tokens": 16, "do_sample": False}
-    converted = convert(model, plan="identity").model
     assert bool((model.generate(**asked, **run) == converted.generate(**asked, **run)).all())
 
 
