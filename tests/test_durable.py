@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -42,19 +43,23 @@ def test_a_failing_writer_leaves_the_old_file_and_no_temporary(tmp_path, error):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.fixture
-def _small_files_only():
-    """The system's own limit: writing past it fails inside write(2), as a full disk does."""
+@contextmanager
+def small_files_only():
+    """The system's own limit: writing past it fails inside write(2), as a full disk does.
+
+    Not a fixture: what pytest itself writes to a log would fail too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("_small_files_only")
 def test_a_write_the_system_refuses_is_a_full_disk(tmp_path):
     path = tmp_path / "a.bin"
-    with pytest.raises(OutputError, match=r"full[\s\S]*continues"):
+    with pytest.raises(OutputError, match=r"full[\s\S]*continues"), small_files_only():
         durable_write(path, lambda p: p.write_bytes(b"x" * 100_000) and None, nothing)
     assert list(tmp_path.iterdir()) == []
 
