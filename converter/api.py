@@ -159,6 +159,6 @@ def export(
 
 
 def _folder_tokenizer(folder: Path) -> Any:
-    from reattend.source import find_tokenizer
+    from reattend.source_load import find_tokenizer
 
     return find_tokenizer(str(folder), True, False)

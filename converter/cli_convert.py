@@ -107,6 +107,8 @@ def convert(
     screen.print(result.report.summary())
     screen.print()
     reused = [] if result.run is None else [s.name for s in result.run.stages if s.reused]
+    if result.run is None:
+        screen.print("already complete: this very result was there, nothing was done")
     if reused:
         screen.print(f"reused from an earlier run: {', '.join(reused)}", markup=False)
     screen.print(f"{result.out}", markup=False, soft_wrap=True)

@@ -11,13 +11,13 @@ from reattend.workdir import digest
 
 
 def run_fingerprint(source: Source, plan: Plan, materials: Materials, seed: int) -> dict[str, str]:
-    """Hashes by name: weights, plan, data, seed and the versions that compute."""
+    """Hashes by name: weights as loaded (dtype, device), plan, data, seed, computing versions."""
     import transformers
 
     from reattend import __version__
 
     return {
-        "weights": digest(source.hashes),
+        "weights": digest(source.state),
         "plan": plan.fingerprint(),
         "data": materials.fingerprint,
         "seed": str(seed),

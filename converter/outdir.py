@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reattend.errors import OutputError
+from reattend.weight_files import hash_file
 
 FINGERPRINT = "fingerprint.json"
 State = Literal["new", "resumed", "complete"]
@@ -79,12 +80,12 @@ def check_claimable(out: Path) -> None:
 
 
 def damaged(out: Path) -> list[str]:
-    """Files of a complete result that are missing or have another size than when it was made."""
-    sizes = (read_json(out / FINGERPRINT) or {}).get("files") or {}
+    """Files of a complete result that are missing or other than when it was made: every byte."""
+    sums = (read_json(out / FINGERPRINT) or {}).get("files") or {}
     return [
         name
-        for name, size in sizes.items()
-        if not (out / name).is_file() or (size is not None and (out / name).stat().st_size != size)
+        for name, known in sums.items()
+        if not (out / name).is_file() or (known is not None and hash_file(out / name) != known)
     ]
 
 

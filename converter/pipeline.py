@@ -14,7 +14,6 @@ from reattend.allocation import allocate
 from reattend.api import Result
 from reattend.calibrate.ranks import agreed
 from reattend.data import Dataset
-from reattend.errors import DataError
 from reattend.events import Event, OnEvent
 from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
@@ -27,7 +26,7 @@ from reattend.moments import site_moments
 from reattend.outdir import check_claimable
 from reattend.plan import Plan
 from reattend.predict import Prediction, predict
-from reattend.preflight import Choice, choose, preflight
+from reattend.preflight import Choice, check_inplace, choose, preflight
 from reattend.processes import is_main
 from reattend.report.evidence import ParityCheck
 from reattend.reporting import Evidence, build_report
@@ -100,6 +99,7 @@ class Job:
     def _look(self, model: Any, opening: dict[str, Any]) -> tuple[Source, FoundAttention]:
         """Check what can be checked at once, then open the model and find its attention."""
         check_data(self.plan, self.data)
+        check_inplace(self.plan, self.inplace)
         if self.out is not None:
             check_claimable(self.out.expanduser().absolute())
         torch.manual_seed(self.seed)
@@ -179,10 +179,10 @@ class Job:
 
     def _already_there(self, out: Path) -> Result:
         from reattend.publishing import load_folder
-        from reattend.report import Report, Run
+        from reattend.report import Report
 
         self._tell("done", message=f"{out.name} is already complete: nothing to do")
-        return Result(load_folder(out, None), Report.load(out), Run.load(out), out)
+        return Result(load_folder(out, None), Report.load(out), None, out)
 
     def _statistics(
         self,
@@ -200,7 +200,7 @@ class Job:
             self._tell("statistics", done=min(tokens, data.tokens), total=data.tokens)
 
         moments, reused = site_moments(
-            source.model, source.hashes, found, wanted, data, self.plan.calibrate.batch_size,
+            source.model, source.state, found, wanted, data, self.plan.calibrate.batch_size,
             work, progress,
         )  # fmt: skip
         if reused:
@@ -233,17 +233,12 @@ class Job:
         self, source: Source, done: Rewritten, materials: Materials, work: Workdir | None
     ) -> list[StageResult]:
         settings = self.plan.calibrate
-        if self.inplace:
-            raise DataError(
-                "inplace=True leaves no original to learn from",
-                next_step="set inplace=False for plans that train",
-            )
         from reattend.calibrate import calibrate
 
         assert materials.training is not None
         # gates may change without training anew
         rules = [r.to_dict() for r in self.plan.rules]
-        key = digest([source.hashes, rules, self.plan.on_refusal, materials.fingerprint, self.seed])
+        key = digest([source.state, rules, self.plan.on_refusal, materials.fingerprint, self.seed])
         stages = calibrate(
             source.model, done.model, materials.training, settings,
             seed=self.seed if settings.seed is None else settings.seed,

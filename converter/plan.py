@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from ruamel.yaml import YAML
 
-from reattend.errors import PlanError
+from reattend.errors import NothingFoundError, PlanError
 from reattend.plan_rule import Rule, layer_of
 from reattend.plan_sections import Calibrate, Verify
 from reattend.plan_set import apply_settings
@@ -182,7 +182,7 @@ def _check_hits(
     ]
     if missing:
         counts = ", ".join(map(str, lengths))
-        raise PlanError(
+        raise NothingFoundError(
             f"layer {missing[0]} does not exist",
             where=name,
             why=f"the model's stacks of attention have {counts} layers, counted from 0",
@@ -192,7 +192,7 @@ def _check_hits(
         globs = [g.strip("*?") for g in rule.sites or ()]
         close = list(dict.fromkeys(p for g in globs for p in nearest(g, layers, 3, 0.3)))
         shown = close[:3] or list(layers)[:3]
-        raise PlanError(
+        raise NothingFoundError(
             f"a rule matches no attention site ({rule.describe()})",
             where=name,
             why=f"nearest of the {len(layers)} sites: {', '.join(shown)}",

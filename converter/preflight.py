@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reattend.errors import NothingFoundError, RefusedError
+from reattend.errors import ArgumentError, NothingFoundError, RefusedError
 from reattend.finder import AttentionSite, FoundAttention
 from reattend.mixers.dense import DenseConfig
 from reattend.passes.base import Refusal
@@ -50,12 +50,28 @@ class Choice:
         return self.conversion.cost(self.config, self.options)
 
 
+def check_inplace(plan: Plan, inplace: bool) -> None:
+    """What needs the original beside the result cannot have it changed in place.
+
+    Raises:
+        ArgumentError: the plan trains or has gates.
+    """
+    trains = plan.calibrate.trains
+    wants = "training" if trains else ", ".join(plan.verify.gates)
+    if inplace and wants:
+        raise ArgumentError(
+            "inplace=True leaves no original to compare with",
+            where="calibrate" if trains else "verify",
+            why=f"the plan asks for {wants}",
+            next_step="set inplace=False, or leave these out of the plan",
+        )
+
+
 def preflight(found: FoundAttention, plan: Plan) -> list[Choice]:
     """One choice per site, in the order they were found.
 
     Raises:
-        NothingFoundError: no site was understood, or none would be converted.
-        PlanError: a rule matches nothing.
+        NothingFoundError: no site was understood, none would be converted, or a rule matches none.
         RefusedError: some site cannot take its conversion and the plan says `on_refusal: error`.
     """
     choices = choose(found, plan)
@@ -67,8 +83,7 @@ def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
     """What the plan would do with every site, refusals included.
 
     Raises:
-        NothingFoundError: no site was understood.
-        PlanError: a rule matches nothing.
+        NothingFoundError: no site was understood, or a rule matches none.
     """
     if not found.sites:
         reasons = "; ".join(f"{r.path}: {r.reason}" for r in found.refused[:5])

@@ -95,7 +95,7 @@ def load_folder(
             where=str(folder),
             next_step="give the folder that convert(out=...) wrote",
         )
-    from reattend.source import complete
+    from reattend.source_load import complete
     from reattend.targets.huggingface import checked_section, load_model
 
     config = read_config(config_file)

@@ -15,7 +15,8 @@ from reattend.install.adapter import Adapter
 from reattend.outdir import damaged, inputs_of
 from reattend.publishing import load_folder
 from reattend.report import Report
-from reattend.source import check_weights, open_source
+from reattend.source import open_source
+from reattend.source_check import check_weights
 from reattend.verify.parity import block_errors, decode_checks, exact_check
 
 
@@ -69,7 +70,7 @@ def _files(folder: Path) -> Finding:
     if inputs_of(folder) is None:
         return Finding("files", "fail", "no fingerprint.json: not written by convert")
     broken = damaged(folder)
-    text = f"missing or of another size: {', '.join(broken)}" if broken else "complete"
+    text = f"missing or changed: {', '.join(broken)}" if broken else "complete"
     return _finding("files", not broken, text)
 
 

@@ -75,8 +75,10 @@ def check_files(folder: Path) -> None:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """sha256 of every weight file of a model folder."""
-    hashes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            hashes[file.name] = "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
-    return hashes
+    return {file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def hash_file(file: Path) -> str:
+    """`sha256:` and the hexadecimal digest of a file."""
+    with file.open("rb") as opened:
+        return "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()

@@ -34,6 +34,7 @@ from reattend.outdir import (
     recover,
     state_of_out,
 )
+from reattend.weight_files import hash_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,9 +214,10 @@ class Workdir:
                     file.unlink()
             _remove_empty(self.partial)
         results = sorted(n for n in self._kept - {FINGERPRINT} if not n.startswith(f"{WORK}/"))
-        sizes = {n: None if n in VOLATILE else self.path(n).stat().st_size for n in results}
+        with os_errors_explained(self.out):
+            sums = {n: None if n in VOLATILE else hash_file(self.path(n)) for n in results}
         self.publish_json(
-            FINGERPRINT, {"made_by": "reattend", "inputs": self.fingerprint, "files": sizes}
+            FINGERPRINT, {"made_by": "reattend", "inputs": self.fingerprint, "files": sums}
         )
         with os_errors_explained(self.out):
             aside = aside_of(self.out)

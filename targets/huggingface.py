@@ -155,7 +155,7 @@ def adopt(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_model(folder: str, architectures: list[str], **kwargs: Any) -> PreTrainedModel:
-    """`from_pretrained` with the class the checkpoint was saved from."""
+    """`from_pretrained` with the class the checkpoint was saved from; reads safetensors only."""
     register()
     name = architectures[0].removeprefix("Reattend")
     base = getattr(transformers, name, None)
@@ -165,7 +165,9 @@ def load_model(folder: str, architectures: list[str], **kwargs: Any) -> PreTrain
             where=folder,
             next_step="install a transformers version that has it",
         )
-    loaded: PreTrainedModel = model_class(base).from_pretrained(folder, **kwargs)
+    loaded: PreTrainedModel = model_class(base).from_pretrained(
+        folder, **{**kwargs, "use_safetensors": True}
+    )
     return loaded
 
 

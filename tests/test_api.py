@@ -54,6 +54,30 @@ def test_a_complete_folder_is_not_computed_again(tmp_path: Path) -> None:
     assert again.report == first.report
     assert "statistics" not in {e.stage for e in events}
     assert "already complete" in events[-1].message
+    assert again.run is None
+
+
+@pytest.mark.parametrize(
+    ("part", "word"),
+    [({"calibrate": {"tokens": 400}}, "training"), ({"verify": {"max_kl": 0.0}}, "max_kl")],
+)
+def test_what_needs_the_original_is_refused_in_place(
+    part: dict[str, Any], word: str, tmp_path: Path
+) -> None:
+    model = zoo_models.build("llama")
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ArgumentError, match=rf"leaves no original[\s\S]*{word}"):
+        convert(model, plan={**MLA, **part}, data=data(), inplace=True, out=tmp_path / "out")
+    assert [type(m) for m in model.modules()] == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_of_few_different_tokens_converts_without_recall() -> None:
+    rows = torch.randint(3, 12, (32, 128), generator=torch.Generator().manual_seed(4))
+    plan = {**MLA, "calibrate": {"seq_len": 128}, "verify": {"max_kl": 100.0}}
+    report = convert(zoo_models.build("llama"), plan=plan, data=rows).report
+    assert any("9 different tokens" in note for note in report.notes)
+    assert [g.verdict for g in report.gates] == ["pass"]
 
 
 def test_events_tell_each_layer_and_end_where_they_said() -> None:

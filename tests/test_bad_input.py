@@ -94,10 +94,10 @@ def with_rule(**changes: Any) -> dict[str, Any]:
             ("2 of 2 sites", "kv_lora_rank 4000 is larger than possible", "to: keep}"),
         ),
         (
-            with_rule(sites="model.layers.*.attn"), EXIT_BAD_INPUT,
+            with_rule(sites="model.layers.*.attn"), EXIT_REFUSED,
             ("matches no attention site", "model.layers.0.self_attn", "reattend find"),
         ),
-        (with_rule(layers=[7]), EXIT_BAD_INPUT, ("layer 7 does not exist", "2 layers")),
+        (with_rule(layers=[7]), EXIT_REFUSED, ("layer 7 does not exist", "2 layers")),
         (with_rule(to="keep", kv_keep=None), EXIT_REFUSED, ("no site would be converted",)),
         (
             with_rule(heads=[0, 2]), EXIT_REFUSED,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from reattend.errors import EXIT_BAD_INPUT, PlanError
+from reattend.errors import EXIT_BAD_INPUT, NothingFoundError, PlanError
 from reattend.plan import Calibrate, Plan, Rule
 
 
@@ -254,7 +254,7 @@ def test_a_rule_with_heads_leaves_the_rest_to_later_rules():
 
 def test_a_rule_that_matches_nothing_names_its_glob_and_near_sites():
     plan = Plan.load({"rules": [{"sites": "model.layer.3.self_attn", "to": "mla"}]})
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(NothingFoundError) as caught:
         plan.assign(LLAMA)
     assert "model.layer.3.self_attn" in str(caught.value)
     assert "model.layers.3.self_attn" in str(caught.value)
@@ -263,14 +263,14 @@ def test_a_rule_that_matches_nothing_names_its_glob_and_near_sites():
 
 def test_a_layer_that_does_not_exist_is_named():
     plan = Plan.load({"rules": [{"layers": [0, 12], "to": "mla"}]})
-    with pytest.raises(PlanError, match=r"layer 12 does not exist[\s\S]*6 layers"):
+    with pytest.raises(NothingFoundError, match=r"layer 12 does not exist[\s\S]*6 layers"):
         plan.assign(LLAMA)
 
 
 def test_rules_after_a_catch_all_may_match_nothing():
     rules = [{"sites": "*", "to": "mla"}, {"sites": "nothing", "to": "keep"}]
     assert taken(Plan.load({"rules": rules}), LLAMA) == [0] * 6
-    with pytest.raises(PlanError, match="nothing"):
+    with pytest.raises(NothingFoundError, match="nothing"):
         Plan.load({"rules": rules[::-1]}).assign(LLAMA)
 
 

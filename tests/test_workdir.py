@@ -81,7 +81,7 @@ def test_another_fingerprint_needs_overwrite(tmp_path):
 def test_a_damaged_result_is_not_complete(tmp_path):
     out = tmp_path / "out"
     small_run(out)
-    (out / "solve.bin").write_bytes(b"p")
+    (out / "solve.bin").write_bytes(b"q" * 50)  # the size is right
     with pytest.raises(OutputError, match=r"damaged: solve.bin"):
         small_run(out)
     assert small_run(out, overwrite=True) == "new"

@@ -26,6 +26,8 @@ from reattend.errors import DataError
 from reattend.verify.scoring import Scorer, token_nll
 
 MARKER, KEY, PAIRS, POOL = 8, 8, 4, 512
+LENGTH = 2 * PAIRS * (MARKER + KEY)  # tokens a row must have
+TOKENS = MARKER // 2 + PAIRS * (MARKER - MARKER // 2 + KEY)  # different tokens, all rows together
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,16 @@ class Probe:
     target: Tensor
 
 
-def enough(rows_SN: Tensor) -> bool:
-    """Whether these full rows can carry the probes."""
-    return rows_SN.shape[0] >= 2 and rows_SN.shape[1] >= 2 * PAIRS * (MARKER + KEY)
+def lacking(rows_SN: Tensor) -> str:
+    """What these full rows lack to carry the probes; empty if nothing."""
+    rows, length = rows_SN.shape
+    if length < LENGTH or rows < 2:
+        return (
+            f"{rows} rows of {length} tokens; needed: 2 rows of {LENGTH} (twice {PAIRS} pairs "
+            f"of a marker of {MARKER} and a key of {KEY})"
+        )
+    kinds = int((torch.bincount(rows_SN.flatten()) > 0).sum())
+    return f"{kinds} different tokens; needed: {TOKENS}" if kinds < TOKENS else ""
 
 
 def probes(rows_SN: Tensor, *, seed: int = 0) -> dict[str, Probe]:
@@ -77,16 +86,13 @@ def probes(rows_SN: Tensor, *, seed: int = 0) -> dict[str, Probe]:
         seed: of keys, markers and places.
 
     Raises:
-        DataError: rows too few or too short.
+        DataError: rows too few, too short, or of too few different tokens.
     """
-    rows, length = rows_SN.shape
-    needed = 2 * PAIRS * (MARKER + KEY)
-    if length < needed or rows < 2:
+    if why := lacking(rows_SN):
         raise DataError(
             "The rows are too small to measure recall.",
-            why=f"{rows} rows of {length} tokens; needed: 2 rows of {needed} (twice {PAIRS} pairs "
-            f"of a marker of {MARKER} and a key of {KEY})",
-            next_step=f"use seq_len={needed} or more.",
+            why=why,
+            next_step=f"use seq_len={LENGTH} or more, and ordinary text.",
         )
     return {
         "copy": _copy(rows_SN),
@@ -142,11 +148,6 @@ def _keyed(rows_SN: Tensor, name: str, *, pairs: int, span: float, seed: int) ->
     pool = ranked_V[: min(POOL, int((counts_V > 0).sum()))]
     shared, own, size = MARKER // 2, MARKER - MARKER // 2, MARKER + KEY
     needed = shared + pairs * (own + KEY)
-    if len(pool) < needed:
-        raise DataError(
-            "The rows hold too few different tokens to make keys.",
-            why=f"{len(pool)} different tokens, {needed} needed",
-        )
     ids_SN, target_SN = rows_SN.clone(), torch.zeros_like(rows_SN, dtype=torch.bool)
     slot = int(rows_SN.shape[1] * span) // pairs
     control_SN = rows_SN.clone()

@@ -13,7 +13,7 @@ from reattend.preflight import Choice
 from reattend.report.evidence import QualityRow
 from reattend.source import Source
 from reattend.verify.quality import Quality, measure
-from reattend.verify.recall import enough
+from reattend.verify.recall import lacking
 from reattend.verify.yardsticks import Yardstick, quantised_cache, sliding_window
 
 
@@ -35,8 +35,8 @@ def measured_rows(
     if data is None:
         return [], []
     ids, mask = data.packed
-    probed = enough(ids[mask.bool().all(-1)])
-    settings: dict[str, Any] = {"seed": seed, "with_recall": probed}
+    lacks = lacking(ids[mask.bool().all(-1)])
+    settings: dict[str, Any] = {"seed": seed, "with_recall": not lacks}
     original = measure(source.model, data, **settings)
     ours = measure(converted, data, source.model, **settings)
     size = next(source.model.parameters()).element_size()
@@ -46,7 +46,7 @@ def measured_rows(
         _row("original", "original", original, before),
         _row("converted", "converted", ours, after),
     ]
-    notes = [] if probed else ["recall was not measured: the rows held back are too short"]
+    notes = [f"recall was not measured on the text held back: {lacks}"] if lacks else []
     if yardsticks and after < before:
         more, why = _yardstick_rows(source.model, materials, after / before, size, settings)
         rows, notes = rows + more, notes + why
