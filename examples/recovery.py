@@ -75,6 +75,7 @@ class Campaign:
             "rows": self.args.rows,
             "seed": self.args.seed,
             "lr": {name: stage.lr for name, stage in run.STAGES.items()},
+            "far": {name: stage.far for name, stage in run.STAGES.items()},
             "share": dict(run.SHARE),
         }
 

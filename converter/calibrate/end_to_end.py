@@ -39,6 +39,7 @@ class EndToEnd(Stage):
     loss_name: ClassVar[str] = "KL in nats per token + hidden-state |y - t|^2 / |t|^2"
     lr: ClassVar[float] = 1e-3
     floor: ClassVar[float] = 1e-6
+    far: ClassVar[float] = 0.3
 
     def __init__(self, working: Working, ranks: Ranks) -> None:
         super().__init__(working, ranks)

@@ -43,6 +43,7 @@ class Layerwise(Stage):
     loss_name: ClassVar[str] = "|y - t|^2 / |t|^2, mean over sites"
     lr: ClassVar[float] = 2e-3
     floor: ClassVar[float] = 1e-10
+    far: ClassVar[float] = 0.1
 
     def __init__(self, working: Working, ranks: Ranks) -> None:
         super().__init__(working, ranks)

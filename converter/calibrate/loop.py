@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibrate.checkpoint import Progress, Saver, slots
-from reattend.calibrate.schedule import factor
+from reattend.calibrate.schedule import factor, pace
 from reattend.calibrate.shards import is_sharded, whole
 from reattend.calibrate.stage import Stage, StageResult
 from reattend.calibrate.stream import Batch, Stream, cut
@@ -28,21 +28,26 @@ class Loop:
         stage: what computes losses and gradients.
         stream: where batches come from.
         budget: real tokens of this stage.
-        lr: peak learning rate.
+        lr: peak learning rate; None takes the stage's own, times the `pace` of each group.
         saver: where checkpoints go: one per tenth of the budget.
         on_event: told after every step, never inside a durable write.
     """
 
     def __init__(
-        self, stage: Stage, stream: Stream, budget: int, lr: float, saver: Saver,
+        self, stage: Stage, stream: Stream, budget: int, lr: float | None, saver: Saver,
         on_event: OnEvent | None,
     ) -> None:  # fmt: skip
-        self.stage, self.stream, self.budget, self.lr = stage, stream, budget, lr
+        self.stage, self.stream, self.budget = stage, stream, budget
+        self.lr, self.paced = lr or stage.lr, lr is None
         self.saver, self.on_event = saver, on_event
         self.parameters = stage.parameters
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=lr, betas=BETAS, weight_decay=0.0
-        )
+            [
+                {"params": [self.parameters[n] for n in names], "group": group}
+                for group, names in stage.groups.items()
+            ],
+            lr=self.lr, betas=BETAS, weight_decay=0.0,
+        )  # fmt: skip
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = {
                 "step": torch.zeros(()),
@@ -92,13 +97,20 @@ class Loop:
         ranks.sum_gradients(list(self.parameters.values()))
         for group, names in self.stage.groups.items():
             self._clip(group, [self.parameters[n] for n in names], losses.get(group, 0.0))
+        self._record(losses)
         middle = (p.tokens + 0.5 * batch.tokens) / self.budget
         for options in self.optimizer.param_groups:
-            options["lr"] = self.lr * factor(middle)
+            options["lr"] = self.lr * factor(middle) * self._pace(options["group"])
         self.optimizer.step()
         self._check_weights()
         p.step, p.tokens, p.position = p.step + 1, p.tokens + batch.tokens, p.position + 1
-        self._record(losses)
+        if p.step == 1 or p.step % self.every == 0:
+            self._close_window()
+
+    def _pace(self, group: str) -> float:
+        """Share of the stage's learning rate that a group's start deserves."""
+        first = self.progress.first.get(group)
+        return pace(first, self.stage.far) if self.paced and first is not None else 1.0
 
     def _clip(self, group: str, parameters: list[nn.Parameter], loss: float) -> None:
         """Clip a group's gradient to norm 1; drop it where the loss is only rounding."""
@@ -144,8 +156,6 @@ class Loop:
             p.last[group] = loss if group not in p.last else 0.9 * p.last[group] + 0.1 * loss
         mean = sum(losses.values()) / max(1, len(losses))
         p.window = (p.window[0] + mean, p.window[1] + 1)
-        if p.step == 1 or p.step % self.every == 0:
-            self._close_window()
 
     def _close_window(self) -> None:
         total, count = self.progress.window
@@ -180,6 +190,10 @@ class Loop:
             [p.step, p.tokens, p.position, int(p.complete), int(found is not None)]
         )
         ranks.same([numbers])
+        groups = list(self.stage.groups)
+        firsts = torch.tensor([p.first.get(g, math.nan) for g in groups], dtype=torch.float64)
+        ranks.same([firsts])
+        p.first |= {g: float(v) for g, v in zip(groups, firsts, strict=True) if v == v}
         p.step, p.tokens, p.position = (int(v) for v in numbers[:3])
         p.complete = bool(numbers[3])
         if bool(numbers[4]):

@@ -104,7 +104,7 @@ def calibrate(
                 working = working or _prepared(teacher, student, settings)
                 stage = STAGES[name](working, ranks)
                 saver = Saver(workdir, name, digest([key, name, budget]))
-                loop = Loop(stage, stream, budget, settings.lr or stage.lr, saver, on_event)
+                loop = Loop(stage, stream, budget, settings.lr, saver, on_event)
                 results.append(loop.run(position))
                 position = loop.progress.position
         assert working is not None

@@ -1,4 +1,4 @@
-"""Learning rate over a stage: linear warm-up, then half a cosine to zero."""
+"""Learning rate: how large for this start, then linear warm-up and half a cosine to zero."""
 
 from __future__ import annotations
 
@@ -13,3 +13,17 @@ def factor(progress: float) -> float:
     if progress < WARMUP:
         return progress / WARMUP
     return 0.5 * (1.0 + math.cos(math.pi * (progress - WARMUP) / (1.0 - WARMUP)))
+
+
+def pace(first: float, far: float) -> float:
+    """Share of a stage's learning rate for weights whose first loss is `first`, at most 1.
+
+    Losses are squared distances, so their root is the distance to go. AdamW's steps are as long as
+    its learning rate whatever the gradient: one made for a far start carries a near one away, and
+    brings it back only as the rate falls.
+
+    Args:
+        first: loss before any update.
+        far: loss from which on the whole rate is right.
+    """
+    return min(1.0, math.sqrt(max(first, 0.0) / far))

@@ -46,12 +46,14 @@ class Stage(ABC):
         floor: a loss that rounding alone explains. AdamW divides the gradient by its own size,
             so on rounding noise it would walk away from an exact start at full speed; a group
             whose loss is below the floor is not updated.
+        far: first loss from which on `lr` is taken in full; nearer starts walk more slowly.
     """
 
     name: ClassVar[str]
     loss_name: ClassVar[str]
     lr: ClassVar[float]
     floor: ClassVar[float]
+    far: ClassVar[float]
 
     def __init__(self, working: Working, ranks: Ranks) -> None:
         self.working, self.ranks = working, ranks
