@@ -191,9 +191,10 @@ class Loop:
         )
         ranks.same([numbers])
         groups = list(self.stage.groups)
-        firsts = torch.tensor([p.first.get(g, math.nan) for g in groups], dtype=torch.float64)
-        ranks.same([firsts])
-        p.first |= {g: float(v) for g, v in zip(groups, firsts, strict=True) if v == v}
+        for losses in (p.first, p.last):
+            told = torch.tensor([losses.get(g, math.nan) for g in groups], dtype=torch.float64)
+            ranks.same([told])
+            losses |= {g: v for g, v in zip(groups, told.tolist(), strict=True) if v == v}
         p.step, p.tokens, p.position = (int(v) for v in numbers[:3])
         p.complete = bool(numbers[3])
         if bool(numbers[4]):
