@@ -92,5 +92,5 @@ def export(
     check_claimable(out.expanduser().absolute())
     made = lower(folder, target, out=out, dtype=dtype, overwrite=overwrite)
     weight = sum(f.stat().st_size for f in made.path.iterdir() if f.is_file())
-    text = f"{made.path}: {size(weight)}, largest difference from torch {made.max_error:.1e}"
+    text = f"{made.path}: {size(weight)}, relative difference from torch {made.max_error:.1e}"
     console().print(text, markup=False, soft_wrap=True)

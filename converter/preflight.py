@@ -170,20 +170,25 @@ def _parts(taken: dict[int, Rule], groups: int) -> list[PartOptions]:
 
 
 def _units(choices: list[Choice]) -> list[Choice]:
-    """Sites that share weights convert together: if one refuses, all do."""
-    by_weight: dict[str, list[Choice]] = {}
-    for choice in choices:
-        by_weight.setdefault(choice.site.spec.k.proj.weight, []).append(choice)
-    for group in by_weight.values():
-        if len({c.action for c in group}) > 1:
-            first = next(c for c in group if c.action != "converted")
-            for choice in group:
-                if choice.action == "converted":
-                    choice.action, choice.conversion = "refused", None
-                    choice.reason = (
-                        f"shares its key weights with {first.site.path} ({first.reason})"
-                    )
+    """Sites that share key or value weights convert together: if one does not, none does."""
+    staying = [c for c in choices if c.action != "converted"]
+    while staying:
+        first = staying.pop()
+        for choice in choices:
+            shared = _kv_weights(first) & _kv_weights(choice)
+            if choice.action == "converted" and shared:
+                choice.action, choice.conversion = "refused", None
+                choice.reason = (
+                    f"shares {', '.join(sorted(shared))} with {first.site.path} ({first.reason})"
+                )
+                staying.append(choice)  # and so do those that share with it
     return choices
+
+
+def _kv_weights(choice: Choice) -> set[str]:
+    """Names of the stored tensors its keys and values are made of."""
+    spec = choice.site.spec
+    return {spec.k.proj.weight, spec.v.proj.weight} - {""}
 
 
 def _grouped(refused: list[Choice]) -> str:

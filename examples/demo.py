@@ -62,7 +62,7 @@ def main() -> None:
     # 2. Export: one ONNX file for prefill and decode, checked against torch as it is written.
     console.rule("Writing ONNX")
     artifact = export(result.out, target="onnx", out=OUT / "onnx", overwrite=True)
-    console.print(f"largest difference from torch: {artifact.max_error:.1e}")
+    console.print(f"largest relative difference from torch: {artifact.max_error:.1e}")
 
     # 3. The same prompt, continued greedily by all three.
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

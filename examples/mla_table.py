@@ -175,7 +175,9 @@ def table(results: dict[str, Any]) -> str:
         f"{shown(start, 0.0)}. Each cell: perplexity on {results['inputs']['rows']} x "
         f"{PPL_TOKENS} held-out tokens (copy recall right, {results['inputs']['rows'] // 4} x "
         f"{RECALL_TOKENS}). Share of the cache: all layers together; share of the rotary pairs: "
-        f"everything else kept. Command: `{results['command']}`",
+        f"everything else kept. Statistics: {STATISTICS_ROWS * PPL_TOKENS:,} tokens of "
+        f"calibration.txt, on float32 weights; a table made from other statistics has other "
+        f"numbers for the same preset. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 

@@ -178,9 +178,25 @@ def table(results: dict[str, Any]) -> str:
         f"{results['inputs']['rows']} x {SEQ_LEN} tokens; copy at {RECALL_LEN}. Training text: "
         f"calibration.txt, never the held-out one. Stages: {stages}. The dense model under the "
         f"same call stays where it is: the loss is the distance to the original, so the text "
-        f"itself teaches nothing. Command: `{results['command']}`",
+        f"itself teaches nothing. {_worse(rows, budgets)}0 tokens is the conversion alone, from "
+        f"statistics over {STATISTICS:,} tokens in the checkpoint's dtype; the table of presets "
+        f"has its own statistics, hence slightly other numbers. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
+
+
+def _worse(rows: dict[tuple[str, int], dict[str, Any]], budgets: list[int]) -> str:
+    """The students that a training left worse than it found them."""
+    cells = [
+        f"{student} goes from {before:.2f} to {after:.2f} after {tokens:,} tokens"
+        for student in STUDENTS
+        if (student, 0) in rows
+        for tokens in budgets[1:]
+        if (student, tokens) in rows
+        for before, after in [[rows[student, n]["quality"]["perplexity"] for n in (0, tokens)]]
+        if round(after, 2) > round(before, 2)
+    ]
+    return f"Training can also lose: {'; '.join(cells)}. " if cells else ""
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -53,7 +53,7 @@ def test_identity_equals_the_original_with_and_without_a_cache(name: str, how: s
     for batch, length, pad in ((2, 19, 0), (3, 31, 4)):
         inputs, real = _inputs(model, batch, length, pad)
         expected, got = _logits(model, inputs)[real], _logits(result.model, inputs)[real]
-        assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+        assert (got - expected).abs().max() <= 1e-4
     if model.can_generate() and name not in ("bert", "albert"):
         _assert_generates_alike(model, result.model)
 
@@ -100,7 +100,7 @@ def test_images_still_see_each_other_both_ways() -> None:
         "token_type_ids": (ids == 5).long(), "pixel_values": torch.randn(2, 3, 16, 16),
     }  # fmt: skip
     expected = _logits(model, inputs)
-    assert (_logits(converted, inputs) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (_logits(converted, inputs) - expected).abs().max() <= 1e-4
 
 
 #: what a checkpoint must carry beyond weights: sinks, slopes, a gate, programs of joins and streams

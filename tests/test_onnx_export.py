@@ -101,17 +101,18 @@ def test_prefill_single_steps_and_a_chunk_equal_torch(made: Any, plan: str) -> N
 def test_reference_evaluator_gives_the_same(made: Any, plan: str) -> None:
     """A second oracle: onnx's own evaluator runs the same file, states passed on by hand."""
     model, artifact = made[plan]
-    ids, mask = sequences(2, 8, padding=2)
+    pieces = (6, *[1] * 32, 5)
+    ids, mask = sequences(2, sum(pieces), padding=2)
     expected = torch_logits(model, ids, mask)
     evaluator = ReferenceEvaluator(str(artifact.model))
-    sizes = {"B": 2, "C": 9}
+    sizes = {"B": 2, "C": sum(pieces) + 1}
     states = {
         s.input: np.zeros([sizes.get(x, x) for x in s.shape], np.float32)
         for s in artifact.manifest.states
     }
     names = ["logits", *(s.output for s in artifact.manifest.states)]
     got, seen = [], 0
-    for n in (6, 1, 1):
+    for n in pieces:
         total = mask[:, : seen + n].numpy()
         position = np.maximum(total.cumsum(1) - 1, 0)[:, seen:]
         feed = {

@@ -23,7 +23,7 @@ from cases import SPEED, Case, bytes_of, case_calls, compile_case
 from correctness import check
 from peers import inputs_of, peers
 from record import head, place, write
-from table import model_table, table
+from table import decode_table, model_table, table
 from timing import copy_gb_per_s, eager_ms, input_sets, matmul_tflops, replay_ms
 
 EXIT_WRONG, EXIT_NO_DEVICE = 1, 5
@@ -106,8 +106,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     if options.what == "report":
-        for name, made in ((options.device, table), (f"model-{options.device}", model_table)):
-            say(made(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")
+        made = {
+            options.device: table,
+            f"model-{options.device}": model_table,
+            "onnx_decode": decode_table,
+        }
+        for name, shown in made.items():
+            say(shown(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")
         return 0
     if not torch.cuda.is_available():
         sys.stderr.write(

@@ -36,8 +36,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from rich.console import Console
-from rich.table import Table
+from table import decode_table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from reattend import convert
@@ -250,22 +249,6 @@ def run(kv_heads: int, rounds: int, block: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> Table:
-    title = f"processor ms/token (x: relative to transformers), {result['kv_heads']} kv heads"
-    made = Table(title=title)
-    made.add_column("context", justify="right")
-    names = list(result["cache_bytes_per_token"])
-    for name in names:
-        made.add_column(name, justify="right")
-    for context, row in result["ms_per_token"].items():
-        base = row.get("transformers", row["original"])["cpu"]
-        made.add_row(
-            context, *(f"{row[n]['cpu']:.2f} (x{row[n]['cpu'] / base:.2f})" for n in names)
-        )
-    made.add_row("B/token", *(str(result["cache_bytes_per_token"][n]) for n in names))
-    return made
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True)
@@ -278,7 +261,6 @@ def main() -> None:
     for kv_heads in (2, 8):
         with tempfile.TemporaryDirectory() as folder:
             results.append(run(kv_heads, arguments.rounds, arguments.block, Path(folder)))
-        Console(width=140).print(table(results[-1]))
     content = {
         "schema_version": 1,
         "command": COMMAND,
@@ -292,6 +274,7 @@ def main() -> None:
         "results": results,
     }
     arguments.out.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    sys.stdout.write(decode_table(content) + "\n")
 
 
 if __name__ == "__main__":

@@ -73,3 +73,56 @@ def model_table(results: dict[str, Any]) -> str:
     ]
     ratios = "; ".join(f"{name}: x{ratio:.2f}" for name, ratio in results["times_faster"].items())
     return "\n".join([*lines, "", f"Tokens per second, latent over {ratios}."])
+
+
+def decode_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/onnx_decode.py` as Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    held = [result["cache_bytes_per_token"] for result in results["results"]]
+    names = [name for name in held[0] if all(name in row for row in held)]
+    lines = [
+        f"ONNX Runtime on a CPU ({results['machine']}), {results['threads']} thread,"
+        f" {results['date']}, python {results['python']}, {versions}, `{results['command']}`:"
+        " processor ms per decoded token, batch 1, float32, 6 layers of width 256 with 8 heads of"
+        " 32; in brackets the time relative to the original by transformers' own exporter"
+        " (GroupQueryAttention over a cache of fixed size).",
+        "",
+        f"| KV heads | context | {' | '.join(names)} |",
+        "|---:|" + "---:|" * (len(names) + 1),
+    ]
+    for result in results["results"]:
+        for context, row in by_context(result):
+            base = row.get("transformers", row["original"])["cpu"]
+            shown = (f"{row[n]['cpu']:.2f} (x{row[n]['cpu'] / base:.2f})" for n in names)
+            lines.append(f"| {result['kv_heads']} | {context} | {' | '.join(shown)} |")
+        size = (str(result["cache_bytes_per_token"][n]) for n in names)
+        lines.append(f"| {result['kv_heads']} | cache bytes/token | {' | '.join(size)} |")
+    return "\n".join([*lines, "", decode_verdict(results)])
+
+
+def by_context(result: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """The measured rows of one model, short contexts first."""
+    return sorted((int(context), row) for context, row in result["ms_per_token"].items())
+
+
+def decode_verdict(results: dict[str, Any]) -> str:
+    """What the ratios amount to, the bad ones included."""
+    parts = []
+    for other in ("transformers", "original"):
+        ratios = {
+            f"{name}, {result['kv_heads']} KV heads, {context} tokens": row[name]["cpu"]
+            / row[other]["cpu"]
+            for result in results["results"]
+            for context, row in by_context(result)
+            for name in row
+            if name.startswith("mla-") and other in row
+        }
+        if not ratios:  # that exporter failed; the JSON says how
+            continue
+        worst = max(ratios, key=lambda cell: ratios[cell])
+        faster = sum(ratio < 1 for ratio in ratios.values())
+        parts.append(
+            f"than `{other}` in {faster} of {len(ratios)} cells and at worst x{ratios[worst]:.2f}"
+            f" slower ({worst})"
+        )
+    return f"Not good yet: with its smaller cache MLA is faster {', '.join(parts)}."

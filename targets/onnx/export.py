@@ -48,7 +48,7 @@ class Artifact:
 
     @property
     def max_error(self) -> float:
-        """Largest difference from torch that was measured at export."""
+        """Largest relative difference from torch's logits at export; `CheckEntry.error`."""
         return max(check.error for check in self.manifest.checks)
 
 

@@ -58,15 +58,23 @@ class Generation(_Part):
 
 
 class CheckEntry(_Part):
-    """One comparison with torch at export: largest |difference| / max(1, largest |logit|)."""
+    """One comparison of logits with torch's at export, over real tokens.
+
+    Attributes:
+        runtime: what ran the file.
+        batch, prefill, padding, steps: rows, prompt length, left padding of the first row, and
+            single steps after the prompt.
+        error: relative: largest |difference| / max(1, largest |logit|). No unit.
+        limit: the largest `error` that is published.
+    """
 
     runtime: str
     batch: int
     prefill: int
     padding: int
     steps: int
-    error: float
-    limit: float
+    error: float = Field(description="largest |difference| / max(1, largest |logit|)")
+    limit: float = Field(description="largest error that is published")
 
 
 class Manifest(_Part):

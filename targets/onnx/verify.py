@@ -67,7 +67,7 @@ def check_logits(
             raise GateError(
                 "the exported model does not give torch's logits",
                 where=f"batch {batch}, {prompt} tokens, {padding} padded, {steps} steps",
-                why=f"difference {error:.3g}, limit {entry.limit:.3g}",
+                why=f"relative difference {error:.3g}, limit {entry.limit:.3g}",
             )
         found.append(entry)
     return found
