@@ -158,7 +158,9 @@ def export(
     """
     if target not in TARGETS:
         known = ", ".join(f'"{name}"' for name in TARGETS)
-        raise ArgumentError(f"unknown export target {target!r}", next_step=f"known targets: {known}")
+        raise ArgumentError(
+            f"unknown export target {target!r}", next_step=f"known targets: {known}"
+        )
     if pad is not None and target == "onnx":
         raise ArgumentError(
             "pad is for the targets deepseek and deepseek-v2",

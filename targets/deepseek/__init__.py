@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reattend.targets.deepseek.export import Checkpoint, export_deepseek
-    from reattend.targets.deepseek.foresee import foresee
+    from reattend.targets.deepseek.forecast import foresee
 
 __all__ = ["Checkpoint", "export_deepseek", "foresee"]
 
 _HOMES = {
     "Checkpoint": "reattend.targets.deepseek.export",
     "export_deepseek": "reattend.targets.deepseek.export",
-    "foresee": "reattend.targets.deepseek.foresee",
+    "foresee": "reattend.targets.deepseek.forecast",
 }
 
 

@@ -14,7 +14,7 @@ from reattend.errors import ArgumentError
 from reattend.mixers.latent import LatentAttention
 from reattend.targets.deepseek.blocks import latent_blocks, refuse
 from reattend.targets.deepseek.config import classes, stock_config
-from reattend.targets.deepseek.foresee import config_obstacles, host_obstacles
+from reattend.targets.deepseek.forecast import config_obstacles, host_obstacles
 from reattend.targets.deepseek.host import Host, read_host
 from reattend.targets.deepseek.loaders import loaders
 from reattend.targets.deepseek.manifest import MANIFEST, Cache, Manifest, read_manifest

@@ -64,6 +64,7 @@ def loaders(
 
 def as_text(rows: list[Loader]) -> str:
     """The table as lines of text."""
+
     def verdict(row: Loader) -> str:
         if not row.loads:
             return "no"

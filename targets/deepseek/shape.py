@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-
 from typing import Literal
 
 from reattend.errors import ArgumentError
