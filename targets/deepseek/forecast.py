@@ -43,6 +43,7 @@ def foresee(model: nn.Module, choices: list[Any], version: Version) -> None:
         elif outcome is None:
             why = "its sizes or rotated frequencies are chosen layer by layer, from statistics"
             found.append(Obstacle(path, why, f"{UNIFORM} (the plan `deepseek` does that)"))
+            found += block_obstacles(path, choice.config)
         elif isinstance(outcome, LatentConfig):
             outcomes[path] = outcome
             found += block_obstacles(path, outcome)

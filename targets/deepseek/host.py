@@ -99,7 +99,7 @@ def _outside(
             raise NotThere(f"something stands between {before} and {after}")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): path for path, module in named.items()}
-    weight = embedding.weight
+    weight = embedding.weight.detach()
     factor = multiple(trace.calls[ends[0]].inputs[0], weight[trace.ids])
     if factor is None:
         raise NotThere("more than a constant factor stands between embedding and first layer")
@@ -120,6 +120,6 @@ def _outside(
     if weight.shape[0] != head.weight.shape[0] or head.weight.shape[1] != weight.shape[1]:
         raise NotThere("embedding and head have different sizes")
     return Host(
-        weight, factor, head.weight, logits, head.weight is weight, read,
+        weight, factor, head.weight.detach(), logits, head.weight is embedding.weight, read,
         rms_norm(named[norm], norm),
     )  # fmt: skip

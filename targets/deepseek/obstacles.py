@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reattend.mixers.config import BlockConfig
 from reattend.mixers.latent_config import LatentConfig
 
 #: rule lines that make one rotary table and one size of all layers
@@ -24,9 +25,15 @@ class Obstacle:
     next_step: str
 
 
-def block_obstacles(path: str, config: LatentConfig) -> list[Obstacle]:
-    """Everything in one block that no DeepSeek class computes; empty where it fits."""
+def block_obstacles(path: str, config: BlockConfig) -> list[Obstacle]:
+    """Everything in one block that no DeepSeek class computes; empty where it fits.
+
+    Args:
+        path: of the block.
+        config: of the latent block, or of the original where the latent one is not known yet.
+    """
     core = config.core
+    latent = config if isinstance(config, LatentConfig) else None
     found: list[tuple[bool, str, str]] = [
         (config.cross, "cross-attention", KEEP_FORMAT),
         (
@@ -62,12 +69,12 @@ def block_obstacles(path: str, config: LatentConfig) -> list[Obstacle]:
         ),
         (config.q.opaque is not None, "its queries are made by the model's own steps", KEEP_FORMAT),
         (
-            config.value_bias or config.key_bias,
+            latent is not None and (latent.value_bias or latent.key_bias),
             "keys or values keep a bias that could not be moved into the output projection",
             KEEP_FORMAT,
         ),
         (
-            config.rotary is not None and config.qk_rope_head_dim == 0,
+            latent is not None and latent.rotary is not None and not latent.qk_rope_head_dim,
             "nothing of it is rotated, and a DeepSeek layer has at least one rotated pair",
             "qk_rope_head_dim: 2 or more",
         ),

@@ -15,6 +15,7 @@ import zoo_models
 from reattend import convert, export
 from reattend.errors import EXIT_REFUSED, ArgumentError, RefusedError
 from reattend.events import Event
+from reattend.targets.deepseek.forecast import config_obstacles
 from reattend.targets.deepseek.shape import parse_pad
 
 STRIDED = {"sites": "*", "to": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 8,
@@ -22,6 +23,8 @@ STRIDED = {"sites": "*", "to": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 8,
 FREE = {"sites": "*", "to": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 8}
 DATA = torch.randint(3, 97, (12, 24), generator=torch.Generator().manual_seed(1))
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}  # fmt: skip
 
 
 def llama(**own: Any) -> Any:
@@ -62,9 +65,6 @@ CASES: dict[str, tuple[Callable[[], Any], list[dict[str, Any]], list[str], str]]
         llama, [{**STRIDED, "layers": [0]}], ["unmatched"], 'the plan "deepseek"',
     ),
     "dense layers": (llama, [{"sites": "*", "to": "dense"}], ["becomes dense"], "deepseek"),
-    "a table of the length": (
-        lambda: llama(rope_parameters=DYNAMIC), [STRIDED], ["length of the text: dynamic"], "leave",
-    ),
     "nothing rotated": (
         llama, [{**STRIDED, "qk_rope_head_dim": 0}], ["nothing of it is rotated"],
         "qk_rope_head_dim: 2",
@@ -125,9 +125,19 @@ def test_what_the_layers_around_attention_are(
         convert(build().eval(), plan, data=DATA, out=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [(DYNAMIC, "dynamic"), (LONG, "two tables"), ({**LONG, "long_factor": [1.0] * 4}, "")],
+)
+def test_a_table_that_changes_with_the_length(rope: dict[str, Any], words: str) -> None:
+    found = config_obstacles(llama(rope_parameters=rope))
+    assert [words in item.why for item in found] == ([True] if words else [])
+
+
 def test_an_export_refuses_what_a_plan_would_have(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = convert(llama(), {"rules": [FREE]}, data=DATA).model
+    rule = {**FREE, "qk_rope_head_dim": [8, 6]}
+    model = convert(llama(), {"rules": [rule]}, data=DATA).model
     with pytest.raises(RefusedError) as refusal:
         export(model, "deepseek", out=tmp_path / "out")
     assert "rotated frequencies differ from layer to layer" in refusal.value.where
