@@ -13,6 +13,7 @@ from typing import Any
 
 from reattend.errors import RefusedError
 from reattend.finder import FoundAttention
+from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_sizes import full_rank, resolve
 from reattend.passes.rewrite.registry import conversion
@@ -70,14 +71,19 @@ def loading(model: Any, found: FoundAttention) -> str:
     return ""
 
 
+def _sizes(config: Any, options: MlaOptions) -> tuple[int, int]:
+    """r and R as the plan gives them, whether or not they fit; else as they resolve."""
+    rank, rope = options.kv_lora_rank, options.qk_rope_head_dim
+    if isinstance(rank, int) and isinstance(rope, int):
+        return rank, rope
+    sizes = resolve(config, options)
+    return (0, 0) if isinstance(sizes, Refusal) else (sizes.kv_lora_rank, sizes.qk_rope_head_dim)
+
+
 def _fit(name: str, blocks: int, config: Any, options: MlaOptions, reason: str) -> Fit:
     core, before = config.core, config.cache_per_token
     wants = options.model_copy(update={"allow_growth": True})
-    sizes = resolve(config, wants)
-    rank, rope = options.kv_lora_rank, options.qk_rope_head_dim
-    if not isinstance(rank, int) or not isinstance(rope, int):
-        rank = getattr(sizes, "kv_lora_rank", 0)
-        rope = getattr(sizes, "qk_rope_head_dim", 0)
+    rank, rope = _sizes(config, wants)
     share = (rank + rope) / before
     arithmetic = (
         f"{rank} + {rope} = {rank + rope} of {core.kv_heads} x ({core.qk_head_dim} + "

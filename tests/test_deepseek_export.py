@@ -49,6 +49,17 @@ def qwen2() -> Any:
     return tf.Qwen2ForCausalLM(tf.Qwen2Config(**fields))
 
 
+def phi3() -> Any:
+    fields = {k: v for k, v in SIZES.items() if k != "head_dim"}
+    return tf.Phi3ForCausalLM(tf.Phi3Config(**fields))
+
+
+def gemma() -> Any:
+    config = tf.GemmaConfig(**SIZES)
+    config._attn_implementation = "eager"
+    return tf.GemmaForCausalLM(config)
+
+
 def granite() -> Any:
     return tf.GraniteForCausalLM(tf.GraniteConfig(**SIZES, **GRANITE))
 
@@ -68,6 +79,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str, str, str]] = {
     "biases-v2": (qwen2, {}, "deepseek-v2", "float32", "default"),
     "low rank queries": (llama, {"q_lora_rank": 20}, "deepseek", "float32", "default"),
     "factors": (granite, {}, "deepseek", "float32", "default"),
+    "fused": (phi3, {}, "deepseek", "float32", "default"),
+    "gemma": (gemma, {}, "deepseek", "float32", "default"),
     "norm": (llama, {"latent_norm": "rms", "center": False}, "deepseek", "float64", "default"),
     "half": (llama, {}, "deepseek", "bfloat16", "default"),
 }  # fmt: skip
@@ -125,7 +138,7 @@ def wide_norms(model: nn.Module) -> None:
             norm.forward = run  # type: ignore[method-assign]
 
 
-SLOW = {"two slots", "low rank queries", "biases-v2", "half", "yarn"}
+SLOW = {"two slots", "low rank queries", "biases-v2", "half", "yarn", "fused", "gemma"}
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
 
 

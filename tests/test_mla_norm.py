@@ -20,7 +20,7 @@ def spread(down: torch.Tensor, row: torch.Tensor, energy: float, y: torch.Tensor
 def test_the_ballast_is_as_large_as_measured_best() -> None:
     torch.manual_seed(0)
     mix = torch.randn(6, 6, dtype=torch.float64)
-    y = torch.randn(200_000, 6, dtype=torch.float64) @ mix + 3 * torch.randn(6, dtype=torch.float64)
+    y = torch.randn(200_000, 6, dtype=torch.float64) @ mix + torch.randn(6, dtype=torch.float64)
     moment, mean = y.t() @ y / len(y), y.mean(0)
     down = torch.randn(3, 6, dtype=torch.float64)
     row = torch.linalg.solve(moment, mean)

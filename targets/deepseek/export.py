@@ -149,7 +149,9 @@ def _write(
     config, plain = stock_config(version, ready.host, shape, ready.wide.config, stored)
     compute = next(ready.wide.parameters()).dtype
     state, norm_error = state_dict(ready.host, blocks, shape, stored)
-    exact = {name: tensor.to(compute) for name, tensor in state.items()}
+    exact: dict[str, Tensor] = {}
+    if stored != compute:
+        exact = {name: tensor.to(compute) for name, tensor in state.items()}
     files: dict[str, Tensor] = {name: tensor.to(stored) for name, tensor in state.items()}
     del state
     work.publish_tensors("model.safetensors", files)

@@ -62,7 +62,7 @@ def foresee(model: nn.Module, choices: list[Any], version: Version) -> None:
     refuse(found, version)
 
 
-def config_obstacles(model: nn.Module) -> list[Obstacle]:
+def config_obstacles(model: Any) -> list[Obstacle]:
     """What the model as a whole is, as far as its config says."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reattend.targets.deepseek.host_layer import Layer, NotThere, read_layer
-from reattend.targets.deepseek.host_norm import Norm, rms_norm
+from reattend.targets.deepseek.host_layer import Layer, read_layer
+from reattend.targets.deepseek.host_norm import Norm, NotThere, rms_norm
 from reattend.targets.deepseek.obstacles import KEEP_FORMAT, Obstacle
 from reattend.targets.deepseek.trace import Trace, multiple, record, same, within
 

@@ -2,7 +2,7 @@
 
 transformers is run on every export. Servers are not: what is said of them was read in their
 sources (2026), where their DeepSeek layers are built with `bias=False`, with an RMS norm on the
-latent, and with every scaled rotary table taken for DeepSeek's YaRN.
+latent, and with every scaled rotary table taken for one of DeepSeek's own.
 """
 
 from __future__ import annotations

@@ -139,6 +139,8 @@ def common_shape(
         )
     if not table and all(c.rotary is None for c in configs):
         found.append(Obstacle("all layers", "no layer rotates anything", "no DeepSeek form"))
+    if any(frequency <= 0 for frequency in table):
+        found.append(Obstacle("all layers", "a rotated pair does not turn", "no DeepSeek form"))
     if found:
         return None, found
     rank, rope = pad or (0, 0)
