@@ -20,6 +20,7 @@ from reattend.targets.deepseek.loaders import loaders
 from reattend.targets.deepseek.manifest import MANIFEST, Cache, Manifest, read_manifest
 from reattend.targets.deepseek.obstacles import block_obstacles
 from reattend.targets.deepseek.proof import prove
+from reattend.targets.deepseek.rope import plain_base
 from reattend.targets.deepseek.shape import Shape, Version, common_shape, parse_pad
 from reattend.targets.deepseek.state import state_dict
 from reattend.targets.onnx.graph import evaluation_copy
@@ -123,7 +124,8 @@ def fitted(model: nn.Module, version: Version, pad: str | None) -> Ready:
     for path, config in configs.items():
         found += block_obstacles(path, config)
     refuse(found, version)
-    shape, found = common_shape(configs, padding, version)
+    theta = plain_base(model.config)
+    shape, found = common_shape(configs, padding, version, theta)
     refuse(found, version)
     first = next(model.parameters()).dtype
     wide = evaluation_copy(model, first if first == torch.float64 else torch.float32)

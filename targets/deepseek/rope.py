@@ -33,6 +33,12 @@ def rope_of(config: Any) -> dict[str, Any]:
     return dict(given) if isinstance(given.get("rope_type"), str) else {}
 
 
+def plain_base(config: Any) -> float | None:
+    """Base of the host's table where it is the plain one."""
+    given = rope_of(config)
+    return float(given["rope_theta"]) if given.get("rope_type") == "default" else None
+
+
 def rope_parameters(
     build: Any, host: Any, frequencies: tuple[float, ...]
 ) -> tuple[dict[str, Any], bool]:

@@ -87,6 +87,22 @@ def union(tables: list[tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(sorted(most.elements(), reverse=True))
 
 
+def widened(table: tuple[float, ...], slots: int, theta: float | None) -> tuple[float, ...]:
+    """The table with more slots, highest frequency first; the plain one of that width if it can be.
+
+    A plain table of twice the width holds the narrow one in every second slot.
+    """
+    if theta is not None:
+        plain = [theta ** (-j / slots) for j in range(slots)]
+        nearest = [min(range(slots), key=lambda j: abs(plain[j] / f - 1)) for f in table]  # noqa: B023
+        alike = all(abs(plain[j] / f - 1) < 1e-6 for j, f in zip(nearest, table, strict=True))
+        if alike and len(set(nearest)) == len(table):
+            for j, frequency in zip(nearest, table, strict=True):
+                plain[j] = frequency
+            return tuple(plain)
+    return tuple(sorted((*table, *[table[-1]] * (slots - len(table))), reverse=True))
+
+
 def places(slots: tuple[float, ...], table: tuple[float, ...]) -> list[int]:
     """The table's slot of each slot of a layer; equal frequencies in order."""
     free: dict[float, list[int]] = {}
@@ -96,7 +112,10 @@ def places(slots: tuple[float, ...], table: tuple[float, ...]) -> list[int]:
 
 
 def common_shape(
-    blocks: dict[str, LatentConfig], pad: tuple[int, int] | None, version: Version
+    blocks: dict[str, LatentConfig],
+    pad: tuple[int, int] | None,
+    version: Version,
+    theta: float | None = None,
 ) -> tuple[Shape | None, list[Obstacle]]:
     """One shape for all layers, or why there is none without padding.
 
@@ -104,6 +123,7 @@ def common_shape(
         blocks: the latent blocks by path.
         pad: from `parse_pad`.
         version: `v2` turns the shared key in a form that needs an even r.
+        theta: base of the host's rotary table, where that is a plain one.
     """
     found: list[Obstacle] = []
     configs = list(blocks.values())
@@ -150,7 +170,7 @@ def common_shape(
     if version == "v2":
         rank += rank % 2
     if 2 * len(table) < rope:
-        table = tuple(sorted((*table, *[table[-1]] * (rope // 2 - len(table))), reverse=True))
+        table = widened(table, rope // 2, theta)
     two = first.q_lora_rank is not None or any(c.q.bias for c in configs)
     q_rank = (first.q_lora_rank or first.hidden_size) if two else None
     biased = anchored or two or any(c.out_bias or c.rope_key_bias for c in configs)
