@@ -23,7 +23,7 @@ from torch import Tensor
 #: K / bound: the relative change of c is at most half of this squared, inverted
 MARGIN = {torch.float64: 2.0**13, torch.float32: 2.0**11, torch.bfloat16: 2.0**5,
           torch.float16: 2.0**4}  # fmt: skip
-LARGEST = {torch.float16: 2.0**15}
+LARGEST = {torch.float16: 2.0**14}
 #: of the norms on latent and query factor, whatever the config says
 EPS = 1e-6
 
@@ -49,13 +49,13 @@ def row_bound(weight_rD: Tensor, gain_D: Tensor, offset_r: Tensor | None = None)
 def anchor(bound: float, rank: int, dtype: torch.dtype) -> Anchor:
     """The constant for a norm over `rank` coordinates whose others stay below `bound`.
 
-    K and K / sqrt(rank) are both stored in `dtype`: of the numbers near the one wanted, K is the
-    one that rounding changes least.
+    K and K / sqrt(rank) are both stored in `dtype`: of the numbers between the one wanted and four
+    times that, K is the one that rounding changes least.
     """
     bound = max(bound, (rank * EPS) ** 0.5)  # the norm's own eps must not be seen either
     wanted = min(bound * MARGIN[dtype], LARGEST.get(dtype, float("inf")))
     steps = torch.arange(128, 256, dtype=torch.float64) / 128
-    values = (2.0 ** math.floor(math.log2(wanted)) * steps).to(dtype).double()
+    values = (2.0 ** math.ceil(math.log2(wanted)) * steps).to(dtype).double()
     gains = values / rank**0.5
     rounding = (gains.to(dtype).double() / gains - 1).abs()
     best = int(rounding.argmin())

@@ -45,12 +45,15 @@ def read_layer(
         NotThere: it is no pre-norm layer with one gated MLP.
     """
     inside = f"{layer}."
-    call, whole = trace.calls[attention], trace.calls[layer]
+    call, whole = trace.calls.get(attention), trace.calls.get(layer)
+    if call is None or whole is None or not whole.inputs:
+        raise NotThere("its attention is not run through the layer's own module")
     if call.times > 1 or whole.times > 1:
         raise NotThere("it is called several times in one run")
-    assert whole.output is not None and call.output is not None
     stream = whole.inputs[0]
-    hidden = next(x for x in call.inputs if x.shape == stream.shape)
+    hidden = next((x for x in call.inputs if x.shape == stream.shape), None)
+    if hidden is None or whole.output is None or call.output is None:
+        raise NotThere("its attention is not given the normed stream, or gives no tensor")
     if same(hidden, stream):
         raise NotThere("no norm stands before its attention")
     before = _only(trace.giving(hidden, inside), attention, "before its attention")

@@ -68,6 +68,8 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 def multiple(one: Tensor, other: Tensor) -> float | None:
     """The f with one = f * other, to rounding; None where there is none."""
+    if one.shape != other.shape:
+        return None
     a, b = one.double(), other.double()
     factor = float((a * b).sum() / (b * b).sum().clamp_min(1e-300))
     if abs(factor - 1) < 64 * torch.finfo(one.dtype).eps and close(one, other):
