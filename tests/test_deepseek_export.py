@@ -253,14 +253,16 @@ def test_layers_of_several_sizes_are_padded_when_asked(tmp_path: Path) -> None:
     rule = {**STRIDED, "kv_lora_rank": [12, 7], "qk_rope_head_dim": 8}
     del rule["kv_keep"]
     model = convert(llama().eval(), {"rules": [rule]}, data=DATA).model
-    for pad, rank in (("max", 13), ("16+24", 16)):
+    # a plain table of width 24 holds that of width 8 in every third slot, one of width 20 does not
+    for pad, rank, rope, kind in (
+        ("max", 13, 8, "default"), ("16+24", 16, 24, "default"), ("16+20", 16, 20, "longrope"),
+    ):  # fmt: skip
         made = export(model, "deepseek", out=tmp_path / pad, pad=pad)
-        assert made.manifest.padded and made.manifest.cache.kv_lora_rank == rank
-        assert made.max_error <= 1e-5
-    assert made.manifest.cache.qk_rope_head_dim == 24
-    assert made.manifest.rope_type == "longrope"  # no plain table of width 24 holds that of 8
-    wide = export(model, "deepseek", out=tmp_path / "wide", pad="16+16")
-    assert wide.manifest.rope_type == "default" and wide.max_error <= 1e-5
+        cache = made.manifest.cache
+        assert made.manifest.padded and made.max_error <= 1e-5
+        assert (cache.kv_lora_rank, cache.qk_rope_head_dim) == (rank, rope)
+        assert made.manifest.rope_type == kind
+    assert cache.converted == [20, 15] and cache.exported == 36
 
 
 def test_a_wrong_map_is_caught_and_publishes_nothing(

@@ -7,7 +7,8 @@ from test_mla import HIDDEN, config, dense
 
 from reattend.mixers.base import Context
 from reattend.passes.rewrite.mla import MlaOptions, ToMla
-from reattend.passes.rewrite.mla_norm import MOST, ballast_energy, useful
+from reattend.passes.rewrite.mla_latent import Latent
+from reattend.passes.rewrite.mla_norm import MOST, Sizes, ballast_energy, cut_normed
 from reattend.statistics import SiteStatistics
 
 
@@ -40,17 +41,43 @@ def test_without_any_constant_there_is_no_ballast() -> None:
     assert ballast_energy(down, row, torch.eye(6).double(), torch.zeros(6).double()) < 1e-12
 
 
-def test_a_rank_of_one_has_no_row_to_spare() -> None:
-    normed = MlaOptions(kv_lora_rank=1, latent_norm="rms")
-    assert useful(normed, 1).rank == 1 and not useful(normed, 1).ballast
-    assert useful(normed, 2).rank == 1 and useful(normed, 2).ballast
-    assert useful(MlaOptions(kv_lora_rank=2), 2).rank == 2
+def latent(energy: list[float]) -> Latent:
+    """Rows of the identity, of these shares of the energy."""
+    eye, size = torch.eye(len(energy)).double(), len(energy)
+    return Latent(eye, eye[: size // 2], eye[size // 2 :], torch.zeros(size), tuple(energy), 1.0)
+
+
+def statistics(mean: float) -> SiteStatistics:
+    """Six unit normals around this mean."""
+    centre = torch.full((6,), mean, dtype=torch.float64)
+    gram = torch.eye(6).double() + torch.outer(centre, centre)
+    return SiteStatistics(gram, centre, None, 1)
+
+
+def test_a_row_is_spent_only_where_that_loses_less() -> None:
+    even = latent([1 / 6] * 6)
+    steep = latent([0.6, 0.2, 0.19, 0.0099, 0.0001, 0.0])
+    constant = statistics(5.0)
+    assert cut_normed(even, 5, constant).rows == 5  # the fifth row holds a sixth of everything
+    assert cut_normed(steep, 5, constant).rows == 4  # here it holds nothing
+    assert cut_normed(steep, 5, statistics(0.0)).rows == 5  # nothing is constant
+    assert cut_normed(steep, 1, constant).rows == 1  # no row to spare
+
+
+def test_sizes_are_those_of_normal_tokens() -> None:
+    torch.manual_seed(3)
+    y = torch.randn(400_000, 6, dtype=torch.float64) + 0.7
+    down = torch.randn(3, 6, dtype=torch.float64)
+    found, measured = Sizes.of(down, statistics(0.7)), (y @ down.t()).square().sum(-1)
+    assert abs(found.mean / float(measured.mean()) - 1) < 0.01
+    assert abs(found.variance / float(measured.var()) - 1) < 0.03
 
 
 def test_sizes_differ_less_between_tokens() -> None:
     torch.manual_seed(2)
     original = dense(config())
     x = torch.randn(64, 30, HIDDEN, dtype=torch.float64) + 2 * torch.randn(HIDDEN).double()
+    x[..., 6:] *= 1e-3  # so that the last rows hold next to nothing
     found = SiteStatistics.empty(original, {"attention"})
     with torch.no_grad():
         found.add(original, x, None, torch.ones(x.shape[:2]))

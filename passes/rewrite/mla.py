@@ -26,7 +26,6 @@ from reattend.passes.rewrite.base import (
 )
 from reattend.passes.rewrite.mla_budget import allocate
 from reattend.passes.rewrite.mla_error import best_ratio
-from reattend.passes.rewrite.mla_norm import useful
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_select import planned_columns
 from reattend.passes.rewrite.mla_sizes import is_exact, resolve
@@ -140,7 +139,7 @@ class ToMla(Conversion):
             ratio = options.balance if isinstance(options.balance, float) else None
             solved = solve(dense, statistics, options, sizes, ratio)
         mixer, latent = assemble(dense, statistics, options, sizes, solved)
-        kept = sum(latent.energy[: useful(options, sizes.kv_lora_rank).rank])
+        kept = sum(latent.energy[: latent.rows])
         exactness: Exactness = "exact" if is_exact(config, sizes, options) else "bounded"
         return Built(
             mixer,

@@ -20,7 +20,7 @@ from reattend.passes.rewrite.mla_latent import (
     weighted_pca,
 )
 from reattend.passes.rewrite.mla_moments import key_moment, latent_moment
-from reattend.passes.rewrite.mla_norm import steadied, useful
+from reattend.passes.rewrite.mla_norm import cut_normed
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_phase import stand_in
 from reattend.passes.rewrite.mla_rotary import RotaryChoice, select_real
@@ -73,10 +73,10 @@ def assemble(
     solved: Solved,
 ) -> tuple[LatentAttention, LatentChoice]:
     """The mixer of rank r, in the source dtype."""
-    rows = useful(options, sizes.kv_lora_rank)
-    latent = solved.latent.cut(rows.rank)
-    if rows.ballast:
-        latent = steadied(latent, statistics)
+    if options.latent_norm == "rms":
+        latent = cut_normed(solved.latent, sizes.kv_lora_rank, statistics)
+    else:
+        latent = solved.latent.cut(sizes.kv_lora_rank)
     with torch.device("meta"):
         mixer = LatentAttention(mixer_config(dense.config, sizes, options, solved.rotary.columns))
     state = latent_weights(dense, solved.rotary, latent, mixer.config, statistics, solved.turn_Hdd)
