@@ -25,7 +25,7 @@ from reattend.passes.rewrite.base import (
     Subject,
 )
 from reattend.passes.rewrite.mla_budget import allocate
-from reattend.passes.rewrite.mla_error import best_ratio
+from reattend.passes.rewrite.mla_error import best_norm, best_ratio
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_select import planned_columns
 from reattend.passes.rewrite.mla_sizes import is_exact, resolve
@@ -138,7 +138,10 @@ class ToMla(Conversion):
         else:
             ratio = options.balance if isinstance(options.balance, float) else None
             solved = solve(dense, statistics, options, sizes, ratio)
-        mixer, latent = assemble(dense, statistics, options, sizes, solved)
+        if options.latent_norm == "rms":
+            mixer, latent = best_norm(dense, statistics, options, sizes, solved)
+        else:
+            mixer, latent = assemble(dense, statistics, options, sizes, solved)
         kept = sum(latent.energy[: latent.rows])
         exactness: Exactness = "exact" if is_exact(config, sizes, options) else "bounded"
         return Built(
@@ -165,7 +168,8 @@ class ToMla(Conversion):
             found.add("attention")
         if options.latent == "care":
             found.add("inputs")
-        if options.balance == "derived" or (options.automatic and options.allocate == "error"):
+        measured = options.balance == "derived" or options.latent_norm == "rms"
+        if measured or (options.automatic and options.allocate == "error"):
             found.add("sample")
         return frozenset(found)
 

@@ -3,60 +3,21 @@
 The norm divides each token's latent c by its own size, and one gain can only put back the mean
 size. What it loses is how sizes differ between tokens. So one of the r rows may be spent on
 *ballast*: a row whose value is as nearly the same for every token as a linear map of the block's
-keys and values can be, and so large that sizes differ least.
+keys and values can be, and so large that sizes differ least. Whether it pays is measured (`mla_error`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from reattend.passes.rewrite.mla_latent import Latent, LatentChoice
+from reattend.passes.rewrite.mla_latent import LatentChoice
 from reattend.statistics import SiteStatistics
 
 #: largest energy of the ballast, relative to the latent's
 MOST = 8.0
 #: of the mean diagonal, added so that the inverse exists
 DAMPING = 1e-6
-
-
-def cut_normed(latent: Latent, rank: int, statistics: SiteStatistics) -> LatentChoice:
-    """The latent of `rank` rows under a norm, the last one ballast where that loses less.
-
-    Sizes that vary by v (variance / mean^2 of |c|^2) cost about v / 4 of the latent's energy; a row
-    that is given up costs its own.
-    """
-    plain = latent.cut(rank)
-    if rank < 2:
-        return plain
-    steady = steadied(latent.cut(rank - 1), statistics)
-    without, beside = Sizes.of(plain.down, statistics), Sizes.of(steady.down, statistics)
-    gained = (without.spread - beside.spread) / 4
-    return steady if gained > latent.energy[rank - 1] else plain
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Mean and variance of |down y|^2 over tokens, the variance as for normal y."""
-
-    mean: float
-    variance: float
-
-    @classmethod
-    def of(cls, down: Tensor, statistics: SiteStatistics) -> Sizes:
-        """For the rows `down` [r, Y]."""
-        count = max(statistics.count, 1)
-        moment, mean = statistics.gram / count, statistics.total / count
-        inner, centre = _inner(down, moment, mean)
-        variance = 2 * float(inner.square().sum()) + 4 * float(centre @ inner @ centre)
-        return cls(float(torch.trace(inner)) + float(centre @ centre), variance)
-
-    @property
-    def spread(self) -> float:
-        """Variance / mean^2."""
-        return self.variance / max(self.mean**2, 1e-300)
 
 
 def steadied(latent: LatentChoice, statistics: SiteStatistics) -> LatentChoice:
@@ -96,8 +57,9 @@ def ballast_energy(down: Tensor, row: Tensor, moment: Tensor, mean: Tensor) -> f
         moment: mean of y y^T.
         mean: mean of y.
     """
-    inner, centre = _inner(down, moment, mean)
     covariance = moment - torch.outer(mean, mean)
+    centre = down @ mean
+    inner = down @ covariance @ down.t()
     with_row = down @ covariance @ row
     own, at = float(row @ covariance @ row), float(row @ mean)
     first = 2 * float(inner.square().sum()) + 4 * float(centre @ inner @ centre)
@@ -109,12 +71,6 @@ def ballast_energy(down: Tensor, row: Tensor, moment: Tensor, mean: Tensor) -> f
     if above <= 0:
         return 0.0
     return most if below <= 0 else min(above / below, most)
-
-
-def _inner(down: Tensor, moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariance and mean of the latent."""
-    centre = down @ mean
-    return down @ moment @ down.t() - torch.outer(centre, centre), centre
 
 
 def mean_square(down: Tensor, statistics: SiteStatistics) -> float:
