@@ -22,7 +22,7 @@ from typing import Any
 import campaign
 
 KEEPS = (0.5, 0.25)
-PPL_TOKENS, RECALL_TOKENS, TRAINED = 256, 512, 50_000
+PPL_TOKENS, RECALL_TOKENS, TRAINED = 256, 512, 20_000
 NORM = {"latent_norm": "rms", "center": False}
 #: name -> options on top of the plan, tokens trained, whether transformers' class is measured
 KINDS: dict[str, tuple[dict[str, Any], int, bool]] = {

@@ -3,7 +3,7 @@
 The norm divides each token's latent c by its own size, and one gain can only put back the mean
 size. What it loses is how sizes differ between tokens. So one of the r rows may be spent on
 *ballast*: a row whose value is as nearly the same for every token as a linear map of the block's
-keys and values can be, and so large that sizes differ least. Whether it pays is measured (`mla_error`).
+keys and values can be, and so large that sizes differ least. `mla_error` measures whether it pays.
 """
 
 from __future__ import annotations
