@@ -14,6 +14,7 @@ from torch import nn
 from reattend.errors import ArgumentError
 from reattend.events import OnEvent
 from reattend.finder import find_attention
+from reattend.lowering import TARGETS
 from reattend.plan import Plan
 from reattend.report import Report
 
@@ -131,7 +132,8 @@ def export(
     target: str = "onnx",
     *,
     out: str | Path,
-    dtype: str = "float32",
+    dtype: str | None = None,
+    pad: str | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Any:
@@ -139,23 +141,48 @@ def export(
 
     Args:
         model: a converted model or its folder.
-        target: `onnx`.
-        out: folder for `model.onnx`, its data and `manifest.json`.
-        dtype: `float32` or `float16` (bfloat16 has no CPU path in ONNX Runtime).
+        target: `onnx`; `deepseek` (a checkpoint that transformers' DeepseekV3ForCausalLM loads
+            without reattend) or `deepseek-v2`.
+        out: folder for the artifact.
+        dtype: for ONNX `float32` (the default) or `float16` (bfloat16 has no CPU path in ONNX
+            Runtime); a checkpoint keeps the model's where None.
+        pad: DeepSeek targets only: `max` pads layers of several sizes to the largest, `512+64`
+            to at least that latent rank and rotary width.
+        tokenizer: saved beside the model; found in the model's folder when None.
+        overwrite: replace another export in `out`.
 
     Raises:
-        ArgumentError: unknown target or dtype.
+        ArgumentError: unknown target, dtype or padding.
         MissingExtraError: the `onnx` extra is not installed.
+        RefusedError: the target cannot carry the model.
     """
-    if target != "onnx":
-        raise ArgumentError(f"unknown export target {target!r}", next_step='known targets: "onnx"')
-    from reattend.targets.onnx import export_onnx
-
+    if target not in TARGETS:
+        known = ", ".join(f'"{name}"' for name in TARGETS)
+        raise ArgumentError(
+            f"unknown export target {target!r}", next_step=f"known targets: {known}"
+        )
+    if pad is not None and target == "onnx":
+        raise ArgumentError(
+            "pad is for the targets deepseek and deepseek-v2",
+            where=f"pad={pad!r}",
+            next_step="leave it out: ONNX files take layers of any size",
+        )
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or _folder_tokenizer(Path(model))
         model = load(model)
     assert isinstance(model, nn.Module)
-    return export_onnx(model, Path(out), dtype=dtype, tokenizer=tokenizer, overwrite=overwrite)
+    if target == "onnx":
+        from reattend.targets.onnx import export_onnx
+
+        return export_onnx(
+            model, Path(out), dtype=dtype or "float32", tokenizer=tokenizer, overwrite=overwrite
+        )
+    from reattend.targets.deepseek import export_deepseek
+
+    return export_deepseek(
+        model, Path(out), version="v2" if target == "deepseek-v2" else "v3", dtype=dtype, pad=pad,
+        tokenizer=tokenizer, overwrite=overwrite,
+    )  # fmt: skip
 
 
 def _folder_tokenizer(folder: Path) -> Any:

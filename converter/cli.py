@@ -11,6 +11,7 @@ import typer
 
 from reattend import __version__
 from reattend.cli_convert import convert
+from reattend.cli_fit import fit
 from reattend.cli_guard import DEBUG
 from reattend.cli_look import find, plans
 from reattend.cli_result import export, report, verify
@@ -23,6 +24,8 @@ EXAMPLES = """
   reattend find MODEL
 
   reattend plans show transmla > my-plan.yaml
+
+  reattend plans fit MODEL
 
   reattend convert MODEL --plan transmla --set kv_keep=0.25 --dry-run
 
@@ -70,6 +73,7 @@ def options(
 
 LOOK, DO, USE = "Look, change nothing", "Convert", "Work with a result"
 app.command(rich_help_panel=LOOK)(find)
+plans.command("fit")(fit)
 app.add_typer(plans, name="plans", rich_help_panel=LOOK)
 app.command(rich_help_panel=DO)(convert)
 app.command(rich_help_panel=USE)(report)

@@ -35,7 +35,7 @@ Trust = Annotated[
 ]
 
 plans = typer.Typer(
-    help="List, show and check plans.",
+    help="List, show and check plans, and see which shapes fit a model.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -77,20 +77,35 @@ def verify(
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
-    target: Annotated[str, typer.Option(help="onnx")] = "onnx",
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    target: Annotated[str, typer.Option(help="onnx, deepseek or deepseek-v2.")] = "onnx",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="onnx: float32 (default) or float16; else the model's if not given."),
+    ] = None,
+    pad: Annotated[
+        str | None,
+        typer.Option(help="deepseek: max, or 512+64: zeros that make all layers one size."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another export of reattend in OUT.")
     ] = False,
 ) -> None:
-    """Lower a converted model to a file other runtimes read, and check it against torch."""
+    """Lower a converted model to files that others read, and check them against torch.
+
+    onnx: one file for ONNX Runtime. deepseek: a checkpoint for transformers' own
+    DeepseekV3ForCausalLM (deepseek-v2: DeepseekV2ForCausalLM), without reattend.
+    """
     quiet()
     from reattend.api import export as lower
     from reattend.outdir import check_claimable
     from reattend.report.numbers import size
 
     check_claimable(out.expanduser().absolute())
-    made = lower(folder, target, out=out, dtype=dtype, overwrite=overwrite)
+    made = lower(folder, target, out=out, dtype=dtype, pad=pad, overwrite=overwrite)
     weight = sum(f.stat().st_size for f in made.path.iterdir() if f.is_file())
     text = f"{made.path}: {size(weight)}, relative difference from torch {made.max_error:.1e}"
     console().print(text, markup=False, soft_wrap=True)
+    if target != "onnx":
+        from reattend.targets.deepseek.loaders import as_text
+
+        console().print(f"\n{as_text(made.manifest.loaders)}", markup=False, soft_wrap=True)

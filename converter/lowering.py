@@ -11,9 +11,12 @@ from reattend.plan_text import unknown_name
 from reattend.workdir import Workdir
 
 if TYPE_CHECKING:
-    from reattend.api import Result
+    from torch import nn
 
-TARGETS = ("onnx",)
+    from reattend.api import Result
+    from reattend.preflight import Choice
+
+TARGETS = ("onnx", "deepseek", "deepseek-v2")
 
 
 def check_targets(plan: Plan, out: Path | None) -> None:
@@ -36,6 +39,19 @@ def check_targets(plan: Plan, out: Path | None) -> None:
         from reattend.targets.onnx.requirements import need_exporter
 
         need_exporter()
+
+
+def check_choices(plan: Plan, model: nn.Module, choices: list[Choice]) -> None:
+    """Whether what the plan makes of this model fits its targets, as far as that is known.
+
+    Raises:
+        RefusedError: it does not; every reason.
+    """
+    for target in plan.targets:
+        if target.startswith("deepseek"):
+            from reattend.targets.deepseek import foresee
+
+            foresee(model, choices, "v2" if target == "deepseek-v2" else "v3")
 
 
 def lower(result: Result, work: Workdir, target: str) -> None:

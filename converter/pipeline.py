@@ -20,7 +20,7 @@ from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
 from reattend.host import beside
 from reattend.inputs import is_hf, made_up
-from reattend.lowering import check_targets, lower
+from reattend.lowering import check_choices, check_targets, lower
 from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.moments import site_moments
 from reattend.outdir import check_claimable
@@ -76,6 +76,7 @@ class Job:
         check_targets(self.plan, self.out)
         source, found = self._look(model, opening)
         choices = preflight(found, self.plan)
+        check_choices(self.plan, source.model, choices)
         materials = self._stage("data", lambda: self._materials(source, choices))
         self.log.predicted = self._predict(source, found, choices, materials).peaks
         with self._workdir(source, materials) as work:
@@ -91,6 +92,8 @@ class Job:
         """
         source, found = self._look(model, opening)
         choices = choose(found, self.plan)
+        if not any(c.action == "refused" for c in choices):
+            check_choices(self.plan, source.model, choices)
         materials = Materials()
         if self.data is not None or self.plan.calibrate.data not in (None, "self"):
             materials = self._materials(source, choices)

@@ -13,7 +13,9 @@ from reattend import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/math/mla.md")
+DOCUMENTS = (
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/math/mla.md", "docs/deepseek.md",
+)  # fmt: skip
 
 
 def blocks(language):
@@ -74,13 +76,20 @@ def script(name):
 
 
 @pytest.mark.parametrize(
-    ("mark", "name"), [("results", "quality"), ("recovery", "recovery"), ("mla", "mla_table")]
+    ("mark", "name", "document"),
+    [
+        ("results", "quality", "README.md"),
+        ("recovery", "recovery", "README.md"),
+        ("mla", "mla_table", "README.md"),
+        ("latent-norm", "latent_norm", "docs/deepseek.md"),
+    ],
 )
-def test_a_committed_table_is_that_of_its_json(mark, name, monkeypatch):
+def test_a_committed_table_is_that_of_its_json(mark, name, document, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as when run as a script
     begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
-    assert README.count(begin) == README.count(end) == 1
-    shown = README.partition(begin)[2].partition(end)[0].strip()
+    page = (ROOT / document).read_text("utf-8")
+    assert page.count(begin) == page.count(end) == 1
+    shown = page.partition(begin)[2].partition(end)[0].strip()
     file = ROOT / "examples" / "results" / f"{name}.json"
     if not file.exists():
         assert not re.search(r"\d", shown), "numbers without the results they come from"

@@ -68,6 +68,10 @@ class Conversion(ABC):
         """The statistics that `build` and `allocate` will read."""
         return self.needs
 
+    def outcome(self, config: DenseConfig, options: Any) -> Frozen | None:
+        """The description of the mixer that `build` will make; None where statistics decide it."""
+        return None
+
     def for_layer(self, options: Any, layer: int, layers: int) -> Any:
         """The options of one layer of a stack, or a Refusal; for options that list layers."""
         return options

@@ -31,6 +31,10 @@ class ToDense(Conversion):
         """The normal form itself."""
         return Built(dense, "exact", {})
 
+    def outcome(self, config: DenseConfig, options: Any) -> DenseConfig:
+        """The block as it is."""
+        return config
+
     def exact_setting(self, config: DenseConfig) -> DenseOptions:
         """The only setting."""
         return DenseOptions()

@@ -14,6 +14,7 @@ import torch
 from reattend.errors import ArgumentError
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.latent import LatentAttention
+from reattend.mixers.latent_config import LatentConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import (
     Built,
@@ -24,8 +25,9 @@ from reattend.passes.rewrite.base import (
     Subject,
 )
 from reattend.passes.rewrite.mla_budget import allocate
-from reattend.passes.rewrite.mla_error import best_ratio
+from reattend.passes.rewrite.mla_error import best_norm, best_ratio
 from reattend.passes.rewrite.mla_options import MlaOptions
+from reattend.passes.rewrite.mla_select import planned_columns
 from reattend.passes.rewrite.mla_sizes import is_exact, resolve
 from reattend.passes.rewrite.mla_solve import assemble, mixer_config, solve
 from reattend.statistics import Need, SiteStatistics
@@ -136,8 +138,11 @@ class ToMla(Conversion):
         else:
             ratio = options.balance if isinstance(options.balance, float) else None
             solved = solve(dense, statistics, options, sizes, ratio)
-        mixer, latent = assemble(dense, statistics, options, sizes, solved)
-        kept = sum(latent.energy[: sizes.kv_lora_rank])
+        if options.latent_norm == "rms":
+            mixer, latent = best_norm(dense, statistics, options, sizes, solved)
+        else:
+            mixer, latent = assemble(dense, statistics, options, sizes, solved)
+        kept = sum(latent.energy[: latent.rows])
         exactness: Exactness = "exact" if is_exact(config, sizes, options) else "bounded"
         return Built(
             mixer,
@@ -163,9 +168,18 @@ class ToMla(Conversion):
             found.add("attention")
         if options.latent == "care":
             found.add("inputs")
-        if options.balance == "derived" or (options.automatic and options.allocate == "error"):
+        measured = options.balance == "derived" or options.latent_norm == "rms"
+        if measured or (options.automatic and options.allocate == "error"):
             found.add("sample")
         return frozenset(found)
+
+    def outcome(self, config: DenseConfig, options: MlaOptions) -> LatentConfig | None:
+        """Known where neither sizes nor frequencies are chosen from statistics."""
+        sizes = resolve(config, options)
+        if isinstance(sizes, Refusal) or options.automatic:
+            return None
+        columns = planned_columns(config, options, sizes)
+        return None if columns is None else mixer_config(config, sizes, options, columns)
 
     def for_layer(self, options: MlaOptions, layer: int, layers: int) -> MlaOptions | Refusal:
         """One entry of every per-layer list."""

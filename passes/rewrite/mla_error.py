@@ -7,6 +7,8 @@ from torch import Tensor
 
 from reattend.mixers.base import Context, Mixer
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.latent import LatentAttention
+from reattend.passes.rewrite.mla_latent import LatentChoice
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_sizes import Sizes
 from reattend.passes.rewrite.mla_solve import Solved, assemble, solve
@@ -53,3 +55,17 @@ def best_ratio(
         tried.append((sample.error(mixer), ratio, solved))
     _, ratio, solved = min(tried, key=lambda t: t[0])
     return ratio, solved
+
+
+def best_norm(
+    dense: DenseAttention,
+    statistics: SiteStatistics,
+    options: MlaOptions,
+    sizes: Sizes,
+    solved: Solved,
+) -> tuple[LatentAttention, LatentChoice]:
+    """A latent under a norm, with ballast or with one more row of its own (`mla_norm`)."""
+    assert statistics.samples
+    sample = Sample(dense, statistics.samples)
+    tried = [assemble(dense, statistics, options, sizes, solved, b) for b in (True, False)]
+    return min(tried, key=lambda made: sample.error(made[0]))

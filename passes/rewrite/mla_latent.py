@@ -32,6 +32,7 @@ class LatentChoice:
         value_mean: [G e], what is added to values so that their mean is right; zero uncentred.
         energy: eigenvalues of the weighted moment, descending, summing to 1.
         balance: the factor alpha the keys were divided by.
+        rows: how many of the r rows keys and values are rebuilt from.
     """
 
     down: Tensor
@@ -40,6 +41,7 @@ class LatentChoice:
     value_mean: Tensor
     energy: tuple[float, ...]
     balance: float
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Latent:
         key_up, value_up = basis.split([key_up.shape[0], value_up.shape[0]])
         down = mix @ down
         centre = self.mean[key_up.shape[0] :] - value_up @ (down @ self.mean)
-        return LatentChoice(down, size * key_up, value_up, centre, self.energy, self.balance)
+        return LatentChoice(down, size * key_up, value_up, centre, self.energy, self.balance, rank)
 
 
 @dataclass(frozen=True)

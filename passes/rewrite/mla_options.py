@@ -44,7 +44,8 @@ class MlaOptions(Frozen):
         shrinkage: of `latent: care`, towards the identity.
         fold: adjacent frequencies mixed in the published selection; `auto`: the smallest fit.
         q_lora_rank: rank of the query projection, none for a full one.
-        latent_norm: `rms` puts DeepSeek's RMSNorm on the latent, its gain set to the mean norm.
+        latent_norm: `rms` puts DeepSeek's RMSNorm on the latent, its gain set to the mean size and
+            one of the r rows spent on keeping sizes alike where that loses less.
         allow_growth: accept a cache larger than the original.
     """
 

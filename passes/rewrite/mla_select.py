@@ -17,6 +17,7 @@ from reattend.passes.rewrite.mla_mixing import Component, components
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_phase import Phase
 from reattend.passes.rewrite.mla_rotary import RotaryChoice, slot_columns
+from reattend.passes.rewrite.mla_sizes import Sizes
 from reattend.statistics import SiteStatistics
 
 
@@ -72,11 +73,33 @@ def _kept(
         rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen = [c for c in found if int(rank[c.place, c.frequency]) < slots // groups]
     else:
-        per, columns = max(1, slots // max(pairs, 1)), set(range(pairs))
-        if slots < pairs:
-            columns = set(slot_columns(pairs, slots, pairs // slots)) if slots else set()
+        per, columns = per_frequency(pairs, slots)
         chosen = [c for c in found if c.frequency in columns and c.place < per]
     return sorted(chosen, key=lambda c: (c.frequency, c.place))
+
+
+def per_frequency(pairs: int, slots: int) -> tuple[int, tuple[int, ...]]:
+    """How many components of each frequency stay, and of which frequencies."""
+    if slots >= pairs:
+        return max(1, slots // max(pairs, 1)), tuple(range(pairs))
+    return 1, slot_columns(pairs, slots, pairs // slots) if slots else ()
+
+
+def planned_columns(
+    config: DenseConfig, options: MlaOptions, sizes: Sizes
+) -> tuple[int, ...] | None:
+    """The frequency of every slot, where no statistics are needed to know it."""
+    pairs, slots = config.rotary.pairs if config.rotary else 0, sizes.qk_rope_head_dim // 2
+    if not slots:
+        return ()
+    if options.published:
+        return slot_columns(pairs, slots, sizes.fold)
+    if options.rope_select == "mean-key":
+        return tuple(j * pairs // slots for j in range(slots))
+    if options.rope_select == "per-frequency" and options.mixing != "none":
+        per, columns = per_frequency(pairs, slots)
+        return tuple(column for column in columns for _ in range(per))
+    return None
 
 
 def _choice(

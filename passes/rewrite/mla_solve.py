@@ -20,6 +20,7 @@ from reattend.passes.rewrite.mla_latent import (
     weighted_pca,
 )
 from reattend.passes.rewrite.mla_moments import key_moment, latent_moment
+from reattend.passes.rewrite.mla_norm import steadied
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_phase import stand_in
 from reattend.passes.rewrite.mla_rotary import RotaryChoice, select_real
@@ -70,9 +71,14 @@ def assemble(
     options: MlaOptions,
     sizes: Sizes,
     solved: Solved,
+    ballast: bool = True,
 ) -> tuple[LatentAttention, LatentChoice]:
-    """The mixer of rank r, in the source dtype."""
-    latent = solved.latent.cut(sizes.kv_lora_rank)
+    """The mixer of rank r, in the source dtype; `ballast`: where a norm is to be steadied."""
+    rank = sizes.kv_lora_rank
+    if ballast and options.latent_norm == "rms" and rank > 1:
+        latent = steadied(solved.latent.cut(rank - 1), statistics)
+    else:
+        latent = solved.latent.cut(rank)
     with torch.device("meta"):
         mixer = LatentAttention(mixer_config(dense.config, sizes, options, solved.rotary.columns))
     state = latent_weights(dense, solved.rotary, latent, mixer.config, statistics, solved.turn_Hdd)

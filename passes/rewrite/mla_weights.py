@@ -13,6 +13,7 @@ from torch import Tensor
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.latent_config import LatentConfig, has_own_query
 from reattend.passes.rewrite.mla_latent import LatentChoice
+from reattend.passes.rewrite.mla_norm import mean_square
 from reattend.passes.rewrite.mla_rotary import RotaryChoice
 from reattend.passes.rewrite.mla_sizes import folds_values
 from reattend.statistics import SiteStatistics
@@ -32,9 +33,13 @@ def latent_weights(
     key_width = groups * d
     old = {k: v.detach().double().cpu() for k, v in dense.state_dict().items()}
     scale_k, scale_v = dense.config.k.scale, dense.config.v.scale
+    down, gain = latent.down, 1.0
+    if config.latent_norm == "rms":  # entries of size one: the norm's eps is then small beside them
+        gain = max(mean_square(down, statistics), 1e-300) ** 0.5
+        down = down / gain
     rope_rows = torch.zeros(choice.key_rope.shape[0], latent.down.shape[1], dtype=torch.float64)
     rope_rows[:, :key_width] = choice.key_rope
-    rows = torch.cat([latent.down, rope_rows])
+    rows = torch.cat([down, rope_rows])
     normed = has_own_query(dense.config)
     state: dict[str, Tensor] = {}
     if normed:
@@ -61,7 +66,6 @@ def latent_weights(
     )
     up = up.flatten(0, 1)
     if config.latent_norm == "rms":
-        gain = _mean_rms(latent.down, statistics)
         state["kv_a_layernorm.weight"] = torch.full((config.kv_lora_rank,), gain)
     state["kv_b_proj.weight"] = up
     outside = ("o_proj", "sinks", "relative", "g_proj", "joint")
@@ -119,9 +123,3 @@ def _query_weights(
         "q_proj.q_b_proj.weight": widen(basis),
         **bias,
     }
-
-
-def _mean_rms(down: Tensor, statistics: SiteStatistics) -> float:
-    """Root mean square of the latent over the calibration tokens: the gain that keeps its size."""
-    energy = torch.einsum("ry,yz,rz->", down, statistics.gram, down)
-    return float((energy / (statistics.count * down.shape[0])).sqrt())
