@@ -15,11 +15,13 @@ from torch import Tensor, fx
 from reattend.capture import Call, Capture
 from reattend.frame import Frame
 from reattend.frequencies import bind_rotation
+from reattend.inputs import is_hf
 from reattend.install.binding import (
     Binding,
     adds_bias,
     bound,
     leaves,
+    left_out,
     match,
     match_hiding,
     match_mask,
@@ -110,7 +112,7 @@ def bind(
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
         cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
-        extras=extras, mask_hides=hides,
+        extras=extras, mask_hides=hides, absent=_absent(captured, path, arguments),
     )  # fmt: skip
 
 
@@ -163,6 +165,7 @@ def bind_around(
         cos=cos, sin=sin, position=position,
         cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
         around=done.config, extras=_extras(item, place.path, arguments, values, cache),
+        absent=_absent(captured, place.path, arguments),
     )  # fmt: skip
     return binding, done
 
@@ -187,6 +190,13 @@ def _extras(
             raise NotUnderstood(f"{path} does not receive {node.name}, which the block reads")
         found.append(place)
     return tuple(found)
+
+
+def _absent(captured: Capture, path: str, arguments: dict[str, Any]) -> tuple[str, ...]:
+    """Parameters whose meaning the capture does not show; transformers' own are known."""
+    if is_hf(captured.model):
+        return ()
+    return left_out(captured.model.get_submodule(path), arguments)
 
 
 def _check_heads(item: Found, path: str, output: Any) -> None:

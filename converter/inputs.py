@@ -69,7 +69,7 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def resized(inputs: dict[str, Any], length: int, new_length: int) -> dict[str, Any]:
-    """The same inputs at another length: axes after the first of size `length` are tiled.
+    """The same inputs at another length: axes of size `length` are tiled.
 
     Another sequence of tokens (a decoder's) keeps its distance in length, so that the two are
     never mistaken for each other.
@@ -77,10 +77,11 @@ def resized(inputs: dict[str, Any], length: int, new_length: int) -> dict[str, A
     out: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            tokens = value.dim() == 2 and not value.is_floating_point()
-            for axis in range(1, value.dim()):
+            floats = value.is_floating_point() or value.dtype == torch.bool
+            tokens = value.dim() == 2 and not floats
+            for axis in range(value.dim()):
                 size = value.shape[axis]
-                if size == length or (tokens and size > 1):
+                if size == length or (tokens and axis and size > 1):
                     wanted = max(2, new_length + size - length)
                     index = torch.arange(wanted, device=value.device) % size
                     value = value.index_select(axis, index)

@@ -8,7 +8,7 @@ promoted to float64, its cos, sin and mask fed as the model computed them, and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,10 @@ class SelfCheck:
 
 
 def self_check(
-    gm: fx.GraphModule, found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
+    gm: fx.GraphModule,
+    found: Found,
+    inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
+    cached: bool = True,
 ) -> SelfCheck:
     """Compare the rebuilt block with the region at two lengths, unpadded and padded.
 
@@ -76,6 +79,8 @@ def self_check(
         gm: normalised graph.
         found: the site.
         inputs_at: placeholder values, (length or None, padded).
+        cached: its tokens may come in parts. Without a cache they all come in one call, and the
+            model's own steps may mix them: the spec is then marked `whole`.
     """
     generator = torch.Generator().manual_seed(1)
     weights = random_weights(gm, found.spec, generator)
@@ -92,7 +97,12 @@ def self_check(
         gap, scale = _compare(gm, found, inputs_at(length, padded), weights, generator)
         worst = max(worst, gap / max(scale, 1e-30))
     native, floor, scale, dtype = _native(gm, found, inputs_at(None, False), generator)
-    return SelfCheck(worst, native, floor, scale, dtype, _alone(gm, found, inputs_at, weights))
+    parts = _alone(gm, found, inputs_at, weights)
+    if parts and not cached:
+        parts, found.spec = _alone(gm, found, inputs_at, weights, True), replace(
+            found.spec, whole=True
+        )
+    return SelfCheck(worst, native, floor, scale, dtype, parts)
 
 
 def _alone(
@@ -100,15 +110,16 @@ def _alone(
     found: Found,
     inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
     weights: dict[str, Tensor],
+    whole: bool = False,
 ) -> str:
-    """Why the model's own steps in this block cannot run token by token."""
+    """Why the model's own steps in this block cannot run row by row, or token by token."""
     region, given = found.region, inputs_at(None, False)
     generator = torch.Generator().manual_seed(5)
     x = _random_like(region.hidden, given, generator)
     memory = None if region.memory is None else _random_like(region.memory, given, generator)
     width = 0 if memory is None else memory.shape[-1]
     mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
-    fixed = str(region.hidden.meta["val"].shape[1]).isdigit()  # symbols are not
+    fixed = whole or str(region.hidden.meta["val"].shape[1]).isdigit()  # symbols are not
     run = Evaluator(gm, promote=torch.float64).run(region.extras, given)
     return alone(mixer, x, x if memory is None else memory, tuple(run), fixed)
 

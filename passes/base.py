@@ -7,8 +7,9 @@ lints the graph, and counts what happened, so a pass that matches nothing is vis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -69,6 +70,14 @@ class GraphPass(ABC):
             gm.graph.lint()
             gm.recompile()
         return result
+
+
+def call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """A new node at the insertion point, with its value's shape and dtype."""
+    node = gm.graph.call_function(target, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    node.meta["val"] = target(*values)
+    return node
 
 
 def drop_dead(graph: fx.Graph) -> None:

@@ -33,6 +33,7 @@ class Binding(Frozen):
     `around`: what the owner does besides its block; None where it is exactly the block.
     `mask_hides`: it is bool and True where a key is hidden (MPT), not where it is seen.
     `extras`: what the block's own steps read beside (`Context.extras`).
+    `absent`: parameters that the captured call left out, so what a tensor there does is not known.
     """
 
     hidden: Path
@@ -49,6 +50,17 @@ class Binding(Frozen):
     output: Any = "y"
     around: AroundConfig | None = None
     extras: tuple[Path, ...] = ()
+    absent: tuple[str, ...] = ()
+
+
+def left_out(module: nn.Module, arguments: dict[str, Any]) -> tuple[str, ...]:
+    """Parameters of a module that a call gives no value, or None."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(
+        name
+        for name, parameter in signature_of(module).parameters.items()
+        if parameter.kind not in kinds and arguments.get(name) is None
+    )
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from reattend.passes.find.masks import FoundMask, read_mask
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation
 from reattend.passes.find.sources import read_added, read_sources
-from reattend.passes.find.streams import FoundStream, read_stream
+from reattend.passes.find.streams import FoundStream, read_stream, stored_steps
 from reattend.passes.normalize.forms import attention, is_op
 from reattend.spec import Added, AttentionSpec, Core, Pattern, Rotary, Stream
 
@@ -132,9 +132,9 @@ def _read(
             raise NotUnderstood(f"{why}; {also}") from why
         found_mask = FoundMask(Pattern("full"), False)
     spec = AttentionSpec(
-        q=Stream("hidden", q.steps),
-        k=Stream("hidden" if memory is None else "encoder", k.steps),
-        v=Stream("hidden" if memory is None else "encoder", v.steps),
+        q=Stream("hidden", stored_steps(gm, q)),
+        k=Stream("hidden" if memory is None else "encoder", stored_steps(gm, k)),
+        v=Stream("hidden" if memory is None else "encoder", stored_steps(gm, v)),
         core=replace(
             _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
             sinks=None if sinks is None else str(sinks.target),  # type: ignore[union-attr]

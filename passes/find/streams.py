@@ -8,7 +8,7 @@ rotates with position. Only norms, which are not linear, are recognised as nodes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from reattend.passes.evaluate import (
 from reattend.passes.find.opaque import common_input, ends, opaque_step
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation, fit_rotation
+from reattend.passes.find.stored import picked_rows
 from reattend.passes.normalize.forms import aten, is_op, is_projection, rms_norm
 from reattend.spec import Norm, Opaque, Proj, Scale, Step
 
@@ -74,7 +75,7 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     """
     try:
         projection = find_projection(core_input)
-        return _read_from(gm, core_input, given, projection, _projection_rows(projection))
+        return _read_from(gm, core_input, given, projection, _projection_rows(gm, projection))
     except NotUnderstood as first:
         found = _read_opaque(gm, core_input, given)
         if found is None:
@@ -102,14 +103,38 @@ def _read_opaque(
     return None
 
 
-def _projection_rows(projection: fx.Node) -> Callable[[int, tuple[int, ...]], Proj]:
+def _projection_rows(
+    gm: fx.GraphModule, projection: fx.Node
+) -> Callable[[int, tuple[int, ...]], Proj]:
     def make(heads: int, rows: tuple[int, ...]) -> Proj:
-        weight, transposed = weight_of(projection.args[1])
-        with_bias = len(projection.args) > 2 and projection.args[2]
-        bias = weight_of(projection.args[2])[0] if with_bias else None
-        return Proj(weight, bias, heads, len(rows) // heads, rows, transposed)
+        bias = projection.args[2] if len(projection.args) > 2 else None
+        part, shift = (picked_rows(gm, _plain(n)) for n in (projection.args[1], bias))
+        if bias is not None and (part and part[1]) != (shift and shift[1]):
+            raise NotUnderstood("a projection's weight and bias are other rows of what is stored")
+        name, transposed = (part[0], False) if part else weight_of(projection.args[1])
+        bias_name = shift[0] if shift else (weight_of(bias)[0] if bias is not None else None)
+        return Proj(name, bias_name, heads, len(rows) // heads, rows, transposed)
 
     return make
+
+
+def _plain(node: Any) -> Any:
+    """A weight without transpositions, which `weight_of` sees through."""
+    while is_op(node, aten.t, aten.numpy_T) and node.args[0].op == "get_attr":
+        node = node.args[0]
+    return node
+
+
+def stored_steps(gm: fx.GraphModule, stream: FoundStream) -> tuple[Step, ...]:
+    """The steps, the projection's rows counted in the stored tensor."""
+    first = stream.steps[0]
+    if not isinstance(first, Proj):
+        return stream.steps
+    part = picked_rows(gm, _plain(stream.projection.args[1]))
+    if part is None:
+        return stream.steps
+    rows = tuple(part[1][r] for r in first.rows)
+    return (replace(first, rows=rows), *stream.steps[1:])
 
 
 def _read_from(
