@@ -212,6 +212,16 @@ def tokens_first(captured: Capture, core: fx.Node) -> None:
             return
 
 
+def one_length(captured: Capture) -> int:
+    """The number of tokens the graph is fixed at; 0 where it takes others, or has no tokens."""
+    for node in captured.gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() == 2:
+            if not value.is_floating_point() and isinstance(value.shape[1], int):
+                return value.shape[1] if value.shape[1] > 1 else 0
+    return 0
+
+
 def _sizes(inputs: dict[str, Any]) -> dict[str, int]:
     """B and N of the first tensor with two axes or more."""
     for value in inputs.values():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from reattend.callcheck import call_check, mask_of
-from reattend.capture import Capture, capture, tokens_first
+from reattend.capture import Capture, capture, one_length, tokens_first
 from reattend.frame import dropouts
 from reattend.host import inputs_on_host, on_host
 from reattend.inputs import is_hf
@@ -131,6 +131,11 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         if proof.reason:
             result.refused.append(RefusedSite(place.path, proof.reason))
             continue
+        if place.binding is not None and _carries_steps(item, place):
+            length = one_length(captured)
+            if length:
+                result.refused.append(RefusedSite(place.path, _fixed(length)))
+                continue
         if place.surrounding is not None and not place.number:
             reason = owner_check(watched, item, place)
             if reason and is_hf(model):
@@ -155,6 +160,18 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
+
+
+def _carries_steps(item: Found, place: Place) -> bool:
+    """Whether the model's own operations stay around or inside the block."""
+    return place.surrounding is not None or item.spec.carries_steps
+
+
+def _fixed(length: int) -> str:
+    return (
+        f"torch.export follows this model at one length only ({length} tokens), so what the block "
+        f"does beside attention is not known at others"
+    )
 
 
 def _misread(watched: Watched, item: Found, place: Place) -> str:

@@ -80,6 +80,18 @@ def call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any) -> fx.Node:
     return node
 
 
+def owned(new: fx.Node, like: fx.Node) -> None:
+    """What was made for `new` counts with the module whose code `like` comes from."""
+    stack = like.meta.get("nn_module_stack")
+    todo = [new]
+    while stack is not None and todo:
+        made = todo.pop()
+        if "nn_module_stack" in made.meta or made.op != "call_function":
+            continue
+        made.meta["nn_module_stack"] = stack
+        todo += made.all_input_nodes
+
+
 def drop_dead(graph: fx.Graph) -> None:
     """Erase what nothing uses; levels of vmap stay, since values between them depend on them."""
     graph.eliminate_dead_code(lambda n: n.is_impure() or vmapped.opens(n) or vmapped.closes(n))

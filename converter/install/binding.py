@@ -121,7 +121,7 @@ def same(a: Any, b: Tensor) -> float:
     finite = b.abs() < _huge(b)
     if not bool((finite == (a.abs() < _huge(a))).all()):
         return float("inf")
-    x, y = a.double(), b.double()
+    x, y = a.detach().double(), b.detach().double()
     scale = float(y[finite].abs().max()) if bool(finite.any()) else 0.0
     gap = float((x[finite] - y[finite]).abs().max()) if bool(finite.any()) else 0.0
     return gap / max(scale, 1e-30) if gap else 0.0

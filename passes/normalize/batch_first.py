@@ -46,15 +46,24 @@ class BatchFirst(GraphPass):
 
 
 def _turned(gm: fx.GraphModule, x: fx.Node, reader: fx.Node) -> fx.Node:
-    """x with its first two axes exchanged."""
-    if is_op(x, aten.transpose) and {*x.args[1:]} in ({0, 1}, {-3, -2}, {0, -2}, {-3, 1}):
+    """x with its first two axes exchanged; a turn in the code of the same module is undone."""
+    if _turns(x) and _path(x) == _path(reader):
         return x.args[0]  # type: ignore[return-value]
     for user in x.users:
-        if is_op(user, aten.transpose) and user.args[1:] == (0, 1) and user < reader:
+        if _turns(user) and user < reader and _path(user) == _path(reader):
             return user
     turned = call(gm, aten.transpose.int, x, 0, 1)
     turned.meta["nn_module_stack"] = reader.meta.get("nn_module_stack", {})
     return turned
+
+
+def _turns(node: fx.Node) -> bool:
+    return is_op(node, aten.transpose) and {*node.args[1:]} in ({0, 1}, {-3, -2}, {0, -2}, {-3, 1})
+
+
+def _path(node: fx.Node) -> object:
+    """The module whose code a node comes from."""
+    return next(reversed(node.meta.get("nn_module_stack", {})), None)
 
 
 def _behind(stream: fx.Node) -> set[fx.Node]:

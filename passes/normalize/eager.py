@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.base import GraphPass, Refusal, call, drop_dead, replace_node
+from reattend.passes.base import GraphPass, Refusal, call, drop_dead, owned, replace_node
 from reattend.passes.evaluate import parameter_only
 from reattend.passes.normalize.forms import aten, attention, is_op
 from reattend.passes.normalize.scores import CASTS, RESHAPES, Scores, Term, read_scores, refolds
@@ -112,9 +112,8 @@ class FuseEager(GraphPass):
             )
             if product.meta["val"].dim() == 3:
                 new = call(gm, aten.flatten.using_ints, new, 0, 1)
+        owned(new, product)  # who owns the block is read off its core
         new.meta.update({k: v for k, v in product.meta.items() if k not in new.meta})
-        for before in new.all_input_nodes:  # who owns the block is read off its core
-            before.meta.setdefault("nn_module_stack", product.meta.get("nn_module_stack", {}))
         replace_node(product, new)
         _erase_unused(node)
         drop_dead(gm.graph)

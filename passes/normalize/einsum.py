@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
-from reattend.passes.base import GraphPass, Refusal, call, replace_node
+from reattend.passes.base import GraphPass, Refusal, call, owned, replace_node
 from reattend.passes.evaluate import parameter_only
 from reattend.passes.normalize.forms import aten, is_op
 
@@ -65,7 +64,7 @@ class ToMatmul(GraphPass):
                 right = _permuted(gm, b, at.right, at.batch + at.inner + at.columns)
                 new = call(gm, aten.matmul.default, left, right)
             new = _permuted(gm, new, at.batch + at.rows + at.columns, at.out)
-        _owned(new, node)
+        owned(new, node)
         replace_node(node, new)
 
 
@@ -126,14 +125,3 @@ def _permuted(gm: fx.GraphModule, node: fx.Node, has: str, wanted: str) -> fx.No
         return call(gm, aten.transpose.int, node, -1, -2)
     return call(gm, aten.permute.default, node, order)
 
-
-def _owned(new: fx.Node, node: fx.Node) -> None:
-    """The nodes made for `node` count with its module."""
-    stack: Any = node.meta.get("nn_module_stack")
-    todo = [new]
-    while stack is not None and todo:
-        made = todo.pop()
-        if "nn_module_stack" in made.meta or made.op != "call_function":
-            continue
-        made.meta["nn_module_stack"] = stack
-        todo += made.all_input_nodes
