@@ -6,6 +6,7 @@ Either the owner is exactly the block (`bind`), or what it does besides is cut o
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +22,13 @@ from reattend.install.binding import (
     adds_bias,
     bound,
     leaves,
-    left_out,
     match,
     match_hiding,
     match_mask,
     match_output,
     match_table,
     returns_bias,
+    signature_of,
 )
 from reattend.install.pieces import CacheAt, Path
 from reattend.install.unmasked import unmasked
@@ -193,10 +194,16 @@ def _extras(
 
 
 def _absent(captured: Capture, path: str, arguments: dict[str, Any]) -> tuple[str, ...]:
-    """Parameters whose meaning the capture does not show; transformers' own are known."""
+    """Parameters that the call leaves out; transformers' own have meanings that are known."""
     if is_hf(captured.model):
         return ()
-    return left_out(captured.model.get_submodule(path), arguments)
+    spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = signature_of(captured.model.get_submodule(path)).parameters
+    return tuple(
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind not in spread and arguments.get(name) is None
+    )
 
 
 def _check_heads(item: Found, path: str, output: Any) -> None:

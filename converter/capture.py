@@ -74,8 +74,9 @@ class Capture:
     ) -> dict[str, Any]:
         """The example inputs at another length, the first row padded where there is a mask.
 
-        A mask is a tensor of ones [B, N]; or of False, as torch's own modules mark padding. Left padding (the default) leaves rows that see nothing; the right side does not, so there
-        every value is comparable.
+        A mask is a tensor of ones [B, N]; or of False, as torch's own modules mark padding. Left
+        padding (the default) leaves rows that see nothing; the right side does not, so there every
+        value is comparable.
         """
         inputs = dict(self.inputs)
         if length is not None and "N" in self.sizes:
@@ -216,9 +217,11 @@ def one_length(captured: Capture) -> int:
     """The number of tokens the graph is fixed at; 0 where it takes others, or has no tokens."""
     for node in captured.gm.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() == 2:
-            if not value.is_floating_point() and isinstance(value.shape[1], int):
-                return value.shape[1] if value.shape[1] > 1 else 0
+        if node.op != "placeholder" or not isinstance(value, Tensor) or value.dim() != 2:
+            continue
+        length = value.shape[1]
+        if not value.is_floating_point() and isinstance(length, int) and length > 1:
+            return length
     return 0
 
 

@@ -24,7 +24,7 @@ from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import attention, is_op
 from reattend.selfcheck import self_check
-from reattend.spec import AttentionSpec, Opaque
+from reattend.spec import Added, AttentionSpec, Joined, Opaque
 from reattend.surround import Surrounding
 
 
@@ -164,7 +164,10 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
 
 def _carries_steps(item: Found, place: Place) -> bool:
     """Whether the model's own operations stay around or inside the block."""
-    return place.surrounding is not None or item.spec.carries_steps
+    spec = item.spec
+    own = any(isinstance(s.proj, Opaque) for s in (spec.q, spec.k, spec.v))
+    own = own or isinstance(spec.join, Joined) or isinstance(spec.core.bias, Added)
+    return own or place.surrounding is not None
 
 
 def _fixed(length: int) -> str:

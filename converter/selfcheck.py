@@ -19,7 +19,7 @@ from reattend.mixers.scores import shown
 from reattend.passes.evaluate import Evaluator, attribute, concrete_shape
 from reattend.passes.find.sites import Found
 from reattend.passes.find.streams import read_stream
-from reattend.selfcheck_weights import alone, random_weights, weight_names
+from reattend.selfcheck_weights import alone, random_weights, validity, weight_names
 from reattend.spec import Added, Alibi, Opaque, Proj, RelativeBias
 from reattend.weights import build_dense
 
@@ -99,9 +99,8 @@ def self_check(
     native, floor, scale, dtype = _native(gm, found, inputs_at(None, False), generator)
     parts = _alone(gm, found, inputs_at, weights)
     if parts and not cached:
-        parts, found.spec = _alone(gm, found, inputs_at, weights, True), replace(
-            found.spec, whole=True
-        )
+        parts = _alone(gm, found, inputs_at, weights, True)
+        found.spec = replace(found.spec, whole=True)
     return SelfCheck(worst, native, floor, scale, dtype, parts)
 
 
@@ -268,7 +267,7 @@ def _context(
             mask = mask[None]
         mask = shown(mask) if found.spec.core.bias is not None else mask
         return Context(mask=mask, rotation=rotation, extras=extras)
-    return Context(mask=_validity(mask, x, memory), rotation=rotation, extras=extras)
+    return Context(mask=validity(mask, x, memory), rotation=rotation, extras=extras)
 
 
 def _rebuilt(
@@ -284,19 +283,6 @@ def _rebuilt(
 
 def _opaque(found: Found) -> bool:
     return found.spec.core.pattern.kind == "opaque"
-
-
-def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:
-    """Which keys are real, [B, M]: the diagonal of a self mask, any row of a cross one."""
-    if mask is None:
-        return None
-    allowed = shown(mask)
-    while allowed.dim() < 4:
-        allowed = allowed[None]
-    allowed = allowed.expand(x.shape[0], -1, x.shape[1], -1)[:, 0]
-    if memory is None:
-        return torch.diagonal(allowed, dim1=-2, dim2=-1).contiguous()
-    return allowed.any(1)
 
 
 def _random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:

@@ -249,12 +249,6 @@ class AttentionSpec:
         return "self" if self.k.source == "hidden" else "cross"
 
     @property
-    def carries_steps(self) -> bool:
-        """Whether operations of the model stay in the block as captured programs."""
-        own = any(isinstance(s.proj, Opaque) for s in (self.q, self.k, self.v))
-        return own or isinstance(self.join, Joined) or isinstance(self.core.bias, Added)
-
-    @property
     def cache_per_token(self) -> int:
         """Numbers cached per token by the block as it is: keys and values of all kv heads."""
         return self.core.kv_heads * (self.core.qk_head_dim + self.core.v_head_dim)

@@ -16,7 +16,7 @@ from reattend.install.pieces import AFTER, BEFORE, MIXED, AroundConfig, Feed, Pa
 from reattend.passes.evaluate import ancestors, attribute, parameter_only
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.passes.normalize.forms import aten, attention, is_op
+from reattend.passes.normalize.forms import attention, is_op
 from reattend.program import Uncuttable, cut
 from reattend.sizes import CallSizes
 

@@ -27,9 +27,7 @@ class Net(nn.Module):
         self.att = nn.MultiheadAttention(D, 4, batch_first=batch_first)
         self.need_weights, self.cross = need_weights, cross
 
-    def forward(
-        self, x: Tensor, memory: Any = None, pad: Any = None, mask: Any = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, memory: Any = None, pad: Any = None, mask: Any = None) -> Tensor:
         source = memory if self.cross else x
         y, _ = self.att(
             x, source, source, key_padding_mask=pad, attn_mask=mask, need_weights=self.need_weights

@@ -234,5 +234,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, name, new)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):  # reads its first layer's weights if this is on
+        if isinstance(
+            module, nn.TransformerEncoder
+        ):  # reads its first layer's weights if this is on
             module.use_nested_tensor = False

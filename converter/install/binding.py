@@ -53,16 +53,6 @@ class Binding(Frozen):
     absent: tuple[str, ...] = ()
 
 
-def left_out(module: nn.Module, arguments: dict[str, Any]) -> tuple[str, ...]:
-    """Parameters of a module that a call gives no value, or None."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return tuple(
-        name
-        for name, parameter in signature_of(module).parameters.items()
-        if parameter.kind not in kinds and arguments.get(name) is None
-    )
-
-
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by parameter name, defaults left out, `**kwargs` flattened."""
     return by_name(signature_of(module), args, kwargs)

@@ -11,7 +11,7 @@ from torch import fx
 from reattend.passes.evaluate import Evaluator, concrete_shape
 from reattend.passes.find.joins import inverse_columns, projection_after, read_join
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.passes.find.streams import weight_of
+from reattend.passes.find.stored import weight_of
 from reattend.passes.normalize.forms import aten, is_op, is_projection
 from reattend.spec import Gate, Joined, Out
 

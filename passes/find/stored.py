@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, fx
 from reattend.passes.evaluate import Evaluator, ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.normalize.forms import aten, is_op
+from reattend.spec import Proj, Step
 
 #: operations that pick rows and nothing else
 _PICKS = (
@@ -44,3 +47,51 @@ def picked_rows(gm: fx.GraphModule, weight: Any) -> tuple[str, tuple[int, ...]] 
 def _item(node: fx.Node) -> bool:
     """One part of a split."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def projection_rows(
+    gm: fx.GraphModule, projection: fx.Node
+) -> Callable[[int, tuple[int, ...]], Proj]:
+    """What makes a projection's step of heads and rows, weights named as they are stored."""
+
+    def make(heads: int, rows: tuple[int, ...]) -> Proj:
+        bias = projection.args[2] if len(projection.args) > 2 else None
+        part, shift = (picked_rows(gm, _plain(n)) for n in (projection.args[1], bias))
+        if bias is not None and (part and part[1]) != (shift and shift[1]):
+            raise NotUnderstood("a projection's weight and bias are other rows of what is stored")
+        name, transposed = (part[0], False) if part else weight_of(projection.args[1])
+        bias_name = shift[0] if shift else (weight_of(bias)[0] if bias is not None else None)
+        return Proj(name, bias_name, heads, len(rows) // heads, rows, transposed)
+
+    return make
+
+
+def _plain(node: Any) -> Any:
+    """A weight without transpositions, which `weight_of` sees through."""
+    while is_op(node, aten.t, aten.numpy_T) and node.args[0].op == "get_attr":
+        node = node.args[0]
+    return node
+
+
+def stored_steps(
+    gm: fx.GraphModule, projection: fx.Node, steps: tuple[Step, ...]
+) -> tuple[Step, ...]:
+    """The steps of a stream, the projection's rows counted in the stored tensor."""
+    first = steps[0]
+    if not isinstance(first, Proj):
+        return steps
+    part = picked_rows(gm, _plain(projection.args[1]))
+    if part is None:
+        return steps
+    rows = tuple(part[1][r] for r in first.rows)
+    return (replace(first, rows=rows), *steps[1:])
+
+
+def weight_of(node: Any) -> tuple[str, bool]:
+    """(attribute name, stored transposed) of a weight argument."""
+    transposed = False
+    while is_op(node, aten.t, aten.numpy_T):
+        transposed, node = not transposed, node.args[0]
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        raise NotUnderstood(f"a projection weight is computed ({node}), not stored")
+    return str(node.target), transposed

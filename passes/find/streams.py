@@ -8,7 +8,7 @@ rotates with position. Only norms, which are not linear, are recognised as nodes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from reattend.passes.evaluate import (
 from reattend.passes.find.opaque import common_input, ends, opaque_step
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation, fit_rotation
-from reattend.passes.find.stored import picked_rows
+from reattend.passes.find.stored import projection_rows
 from reattend.passes.normalize.forms import aten, is_op, is_projection, rms_norm
 from reattend.spec import Norm, Opaque, Proj, Scale, Step
 
@@ -75,7 +75,7 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     """
     try:
         projection = find_projection(core_input)
-        return _read_from(gm, core_input, given, projection, _projection_rows(gm, projection))
+        return _read_from(gm, core_input, given, projection, projection_rows(gm, projection))
     except NotUnderstood as first:
         found = _read_opaque(gm, core_input, given)
         if found is None:
@@ -101,40 +101,6 @@ def _read_opaque(
         found.hidden = hidden
         return found
     return None
-
-
-def _projection_rows(
-    gm: fx.GraphModule, projection: fx.Node
-) -> Callable[[int, tuple[int, ...]], Proj]:
-    def make(heads: int, rows: tuple[int, ...]) -> Proj:
-        bias = projection.args[2] if len(projection.args) > 2 else None
-        part, shift = (picked_rows(gm, _plain(n)) for n in (projection.args[1], bias))
-        if bias is not None and (part and part[1]) != (shift and shift[1]):
-            raise NotUnderstood("a projection's weight and bias are other rows of what is stored")
-        name, transposed = (part[0], False) if part else weight_of(projection.args[1])
-        bias_name = shift[0] if shift else (weight_of(bias)[0] if bias is not None else None)
-        return Proj(name, bias_name, heads, len(rows) // heads, rows, transposed)
-
-    return make
-
-
-def _plain(node: Any) -> Any:
-    """A weight without transpositions, which `weight_of` sees through."""
-    while is_op(node, aten.t, aten.numpy_T) and node.args[0].op == "get_attr":
-        node = node.args[0]
-    return node
-
-
-def stored_steps(gm: fx.GraphModule, stream: FoundStream) -> tuple[Step, ...]:
-    """The steps, the projection's rows counted in the stored tensor."""
-    first = stream.steps[0]
-    if not isinstance(first, Proj):
-        return stream.steps
-    part = picked_rows(gm, _plain(stream.projection.args[1]))
-    if part is None:
-        return stream.steps
-    rows = tuple(part[1][r] for r in first.rows)
-    return (replace(first, rows=rows), *stream.steps[1:])
 
 
 def _read_from(
@@ -245,16 +211,6 @@ def _row_map(push: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, tuple
         raise NotUnderstood("between projection and core stands something that is not a row map")
     flat = tuple(int(r) for r in row_Hd[0].reshape(-1).tolist())
     return row_Hd.shape[1], flat, scale[0]
-
-
-def weight_of(node: Any) -> tuple[str, bool]:
-    """(attribute name, stored transposed) of a weight argument."""
-    transposed = False
-    while is_op(node, aten.t, aten.numpy_T):
-        transposed, node = not transposed, node.args[0]
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        raise NotUnderstood(f"a projection weight is computed ({node}), not stored")
-    return str(node.target), transposed
 
 
 def _uniform(scale_Hd: Tensor) -> float:

@@ -18,13 +18,14 @@ _PARTS = {aten.slice: aten.slice_scatter.default, aten.select: aten.select_scatt
 
 
 class ScatterCopies(GraphPass):
-    """`copy_(slice(x), y)` -> `slice_scatter(x, y)`, read by everything after it."""
+    """`copy_(slice(x), y)`, or `fill_` -> `slice_scatter(x, y)`, read by everything after it."""
 
     name = "scatter-copies"
 
     def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
         """Copies into parts."""
-        return [n for n in gm.graph.nodes if is_op(n, aten.copy_) and is_op(n.args[0], *_PARTS)]
+        writes = (aten.copy_, aten.fill_)
+        return [n for n in gm.graph.nodes if is_op(n, *writes) and is_op(n.args[0], *_PARTS)]
 
     def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
         """The tensor must be the graph's own, and be seen under no other view afterwards."""
@@ -33,7 +34,9 @@ class ScatterCopies(GraphPass):
             return Refusal("a part of an input, a weight or a view is changed in place")
         if any(user is not node and node < user for view in views for user in view.users):
             return Refusal("a part of a tensor is read after it was changed in place")
-        if any(is_op(u, *_VIEWS) and any(node < r for r in u.users) for u in base.users if u < node):
+        if any(
+            is_op(u, *_VIEWS) and any(node < r for r in u.users) for u in base.users if u < node
+        ):
             return Refusal("a tensor is changed in place under a view of it")
         return None
 
@@ -42,6 +45,8 @@ class ScatterCopies(GraphPass):
         base, views = _chain(node)
         with gm.graph.inserting_before(node):
             value: Any = node.args[1]
+            if not isinstance(value, fx.Node):
+                value = call(gm, aten.full_like.default, views[-1], value)
             if str(value.meta["val"].shape) != str(views[-1].meta["val"].shape):
                 value = call(gm, aten.expand_as.default, value, views[-1])
             for view in reversed(views):

@@ -109,8 +109,9 @@ def _letters(node: fx.Node) -> _Letters | str:
         return "an einsum that sums one of its tensors alone"
     if not inner:
         return "an einsum without a sum"
+    shapes = [n.meta["val"].shape for n in node.args[1]]  # type: ignore[union-attr]
     for c in batch + inner:
-        pair = [n.meta["val"].shape[s.index(c)] for n, s in zip(node.args[1], (left, right))]  # type: ignore[arg-type]
+        pair = [shapes[0][left.index(c)], shapes[1][right.index(c)]]
         if str(pair[0]) != str(pair[1]) and 1 in pair:
             return "an einsum that broadcasts an axis"
     return _Letters(left, right, out, batch, rows, columns, inner)
@@ -124,4 +125,3 @@ def _permuted(gm: fx.GraphModule, node: fx.Node, has: str, wanted: str) -> fx.No
     if order[:-2] == list(range(len(order) - 2)):
         return call(gm, aten.transpose.int, node, -1, -2)
     return call(gm, aten.permute.default, node, order)
-

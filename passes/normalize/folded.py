@@ -87,10 +87,11 @@ def _source(folded: fx.Node, reader: fx.Node) -> fx.Node | None:
         shape = [str(s) for s in inner.meta["val"].shape]
         if len(shape) == 3 and shape[:2] == wanted and _last(inner) == _last(folded):
             return inner  # type: ignore[no-any-return]
-    for other in folded.users:
-        if is_op(other, aten.reshape) and _axes(other) == 3 and _last(other) == _last(folded):
-            if [str(s) for s in other.meta["val"].shape[:2]] == wanted and other < reader:
-                return other
+    again = [n for n in folded.users if is_op(n, aten.reshape) and _axes(n) == 3 and n < reader]
+    for other in again:
+        lead = [str(s) for s in other.meta["val"].shape[:2]]
+        if lead == wanted and _last(other) == _last(folded):
+            return other
     return None
 
 
