@@ -213,14 +213,14 @@ def tokens_first(captured: Capture, core: fx.Node) -> None:
             return
 
 
-def one_length(captured: Capture) -> int:
-    """The number of tokens the graph is fixed at; 0 where it takes others, or has no tokens."""
-    for node in captured.gm.graph.nodes:
-        value = node.meta.get("val")
-        if node.op != "placeholder" or not isinstance(value, Tensor) or value.dim() != 2:
+def one_length(captured: Capture, hidden: fx.Node) -> int:
+    """The number of tokens a block is fixed at though the model takes others; 0 where it is not."""
+    length = hidden.meta["val"].shape[1]
+    for node, value in captured.placeholders().items():
+        known = node.meta.get("val")
+        if not isinstance(known, Tensor) or known.dim() != 2 or known.is_floating_point():
             continue
-        length = value.shape[1]
-        if not value.is_floating_point() and isinstance(length, int) and length > 1:
+        if isinstance(length, int) and length > 1 and value.shape[1] == length:
             return length
     return 0
 

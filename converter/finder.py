@@ -127,12 +127,18 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             result.refused.append(RefusedSite(place.path, place.reason))
             continue
         cached = place.binding is not None and place.binding.cache is not None
-        proof = self_check(captured.gm, item, inputs_at, cached)
+        try:
+            proof = self_check(captured.gm, item, inputs_at, cached)
+        except RuntimeError as problem:
+            first_line = (str(problem).splitlines() or [""])[0][:120]
+            reason = f"not understood: the rebuilt block cannot be run: {first_line}"
+            result.refused.append(RefusedSite(place.path, reason))
+            continue
         if proof.reason:
             result.refused.append(RefusedSite(place.path, proof.reason))
             continue
         if place.binding is not None and _carries_steps(item, place):
-            length = one_length(captured)
+            length = one_length(captured, item.region.hidden)
             if length:
                 result.refused.append(RefusedSite(place.path, _fixed(length)))
                 continue

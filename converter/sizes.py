@@ -56,19 +56,32 @@ class CallSizes:
         return bool(int(made) == arguments[at])
 
     def _oblong(self) -> tuple[dict[Path, Any], dict[fx.Node, Any]]:
-        """The numbers of the call when images are twice as wide, and that call's inputs."""
-        inputs = {
-            name: torch.cat([value, value], -1) if _image(value) else value
-            for name, value in self.captured.inputs.items()
-        }
-        try:
-            calls = watch_all(self.captured.model, {self.path}, inputs)[self.path]
-        except (ReattendError, RuntimeError):  # one size of image only
-            return {}, {}
-        call = calls[self.number]
-        module = self.captured.model.get_submodule(self.path)
-        arguments = dict(leaves(bound(module, call.args, call.kwargs)))
-        return arguments, self.captured.placeholders(inputs)
+        """The numbers of the call for images of another shape, and that call's inputs.
+
+        As many pixels as before first: some models have a position for each.
+        """
+        for reshape in (_low, _wide):
+            inputs = {n: reshape(v) if _image(v) else v for n, v in self.captured.inputs.items()}
+            try:
+                calls = watch_all(self.captured.model, {self.path}, inputs)[self.path]
+            except (ReattendError, RuntimeError, KeyError):  # one size of image only
+                continue
+            call = calls[self.number]
+            module = self.captured.model.get_submodule(self.path)
+            arguments = dict(leaves(bound(module, call.args, call.kwargs)))
+            return arguments, self.captured.placeholders(inputs)
+        return {}, {}
+
+
+def _low(image: Tensor) -> Tensor:
+    """Half as high and twice as wide."""
+    half = image[..., : image.shape[-2] // 2, :]
+    return torch.cat([half, half], -1)
+
+
+def _wide(image: Tensor) -> Tensor:
+    """Twice as wide."""
+    return torch.cat([image, image], -1)
 
 
 def _image(value: Any) -> bool:

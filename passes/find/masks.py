@@ -168,9 +168,9 @@ def _bias(
     table = len(names) == 1 and attribute(gm, names[0]).dim() == 2
     if not table and not bool((value[shown(value)] != 0).any()):
         return None  # a lone table counts even where this model's numbers happen to be zero
-    if not names and value.dim() == 4 and not from_hidden(mask):
+    if not names and value.dim() in (3, 4) and not from_hidden(mask):
         wide = Evaluator(gm, promote=torch.float64).run([mask], inputs_at(None, False))[0]
-        return read_alibi(wide, wide.shape[1])
+        return read_alibi(wide, wide.shape[-3])
     name = the_table(gm, mask)
     given = inputs_at(LENGTH, False)
 

@@ -18,16 +18,22 @@ _PRODUCTS = (aten.matmul, aten.bmm)
 
 
 def _forward_to_product(softmax: fx.Node, through: tuple[object, ...]) -> fx.Node | None:
-    """The product with v that the probabilities reach as its left factor."""
-    node = softmax
-    while True:
-        users = [u for u in node.users if is_op(u, *through, *_PRODUCTS)]
-        if len(users) != 1:
-            return None
-        if is_op(users[0], *_PRODUCTS):
-            product = users[0]
-            return product if product.args[0] is node else None
-        node = users[0]
+    """The product with v that the probabilities reach as their one left factor.
+
+    Others may read them too: torch's own attention hands out their mean.
+    """
+    found: list[fx.Node] = []
+    todo = [softmax]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if is_op(user, *_PRODUCTS):
+                if user.args[0] is not node:
+                    return None
+                found.append(user)
+            elif is_op(user, *through):
+                todo.append(user)
+    return found[0] if len(found) == 1 else None
 
 
 def _drops_last(node: fx.Node) -> bool:
