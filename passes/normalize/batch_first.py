@@ -15,6 +15,9 @@ from reattend.passes.base import GraphPass, call, replace_node
 from reattend.passes.evaluate import ancestors
 from reattend.passes.normalize.forms import aten, attention, is_op, is_projection
 
+#: `node.meta` key: whose core a projection belongs to
+_OWNER = "core_owner"
+
 
 class BatchFirst(GraphPass):
     """`linear(x)` -> `transpose(linear(transpose(x)))` around cores, for x [N, B, D]."""
@@ -28,9 +31,11 @@ class BatchFirst(GraphPass):
             if not is_op(core, attention):
                 continue
             q, k, v = core.args[:3]
-            for stream in (q, k, v):
-                found |= {n for n in _behind(stream) if _tokens_first(n, stream)}
-            found |= {n for n in _ahead(core) if _tokens_first(n, q)}
+            turned = {n for s in (q, k, v) for n in _behind(s) if _tokens_first(n, s)}
+            turned |= {n for n in _ahead(core) if _tokens_first(n, q)}
+            for node in turned:
+                node.meta[_OWNER] = _path(core)
+            found |= turned
         return [n for n in gm.graph.nodes if n in found]
 
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
@@ -46,14 +51,16 @@ class BatchFirst(GraphPass):
 
 
 def _turned(gm: fx.GraphModule, x: fx.Node, reader: fx.Node) -> fx.Node:
-    """x with its first two axes exchanged; a turn in the code of the same module is undone."""
-    if _turns(x) and _path(x) == _path(reader):
+    """x with its first two axes exchanged; a turn in the code of the core's module is undone."""
+    owner = reader.meta[_OWNER]
+    if _turns(x) and _path(x) == owner:
         return x.args[0]  # type: ignore[return-value]
     for user in x.users:
-        if _turns(user) and user < reader and _path(user) == _path(reader):
+        if _turns(user) and user < reader and owner in (_path(user), user.meta.get(_OWNER)):
             return user
     turned = call(gm, aten.transpose.int, x, 0, 1)
     turned.meta["nn_module_stack"] = reader.meta.get("nn_module_stack", {})
+    turned.meta[_OWNER] = owner
     return turned
 
 
@@ -94,10 +101,9 @@ def _tokens_first(projection: fx.Node, stream: fx.Node) -> bool:
         return False
     if value.dim() != 3:
         return False
-    tokens, others = core.shape[2], value.shape[1]
-    if str(value.shape[0]) != str(tokens) or str(others) == str(tokens):
-        return False
-    return _known(others) == _known(core.shape[0])  # two inputs of one batch have two symbols
+    # one size may have several symbols (two inputs of one batch, a size divided out of a fold)
+    batch, tokens = _known(core.shape[0]), _known(core.shape[2])
+    return batch != tokens and [_known(s) for s in value.shape[:2]] == [tokens, batch]
 
 
 def _known(size: int | torch.SymInt) -> int:
