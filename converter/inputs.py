@@ -52,7 +52,9 @@ def made_up(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[
     vocabulary = int(text.vocab_size)
     low = min(8, vocabulary - 1)
     ids = torch.randint(low, vocabulary, (batch, length), generator=generator).to(device)
-    made: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made: dict[str, Any] = {"input_ids": ids}
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        made["attention_mask"] = torch.ones_like(ids)
     if getattr(config, "is_encoder_decoder", False):
         decoder = torch.randint(low, vocabulary, (batch, length - 4), generator=generator)
         made["decoder_input_ids"] = decoder.to(device)
