@@ -42,7 +42,8 @@ def call_check(
     width = 0 if region.memory is None else int(region.memory.meta["val"].shape[-1])
     hidden = int(region.hidden.meta["val"].shape[-1])
     mixer = build_dense(found.spec, lambda n: attribute(captured.gm, n).detach(), hidden, width)
-    adapter = Adapter(mixer, binding, signature_of(module))
+    plain = binding.model_copy(update={"cache": None})  # the watched call has filled its cache
+    adapter = Adapter(mixer, plain, signature_of(module))
     arguments = bound(module, call.args, call.kwargs)
     with torch.no_grad():
         y = next(leaf for _, leaf in leaves(_only_y(binding.output, adapter.answer(arguments))))
