@@ -6,6 +6,7 @@ Either the owner is exactly the block (`bind`), or what it does besides is cut o
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from reattend.capture import Call, Capture
 from reattend.frame import Frame
 from reattend.frequencies import bind_rotation
+from reattend.inputs import is_hf
 from reattend.install.binding import (
     Binding,
     adds_bias,
@@ -26,6 +28,7 @@ from reattend.install.binding import (
     match_output,
     match_table,
     returns_bias,
+    signature_of,
 )
 from reattend.install.pieces import CacheAt, Path
 from reattend.install.unmasked import unmasked
@@ -110,7 +113,7 @@ def bind(
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
         cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
-        extras=extras, mask_hides=hides,
+        extras=extras, mask_hides=hides, absent=_absent(captured, path, arguments),
     )  # fmt: skip
 
 
@@ -163,6 +166,7 @@ def bind_around(
         cos=cos, sin=sin, position=position,
         cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
         around=done.config, extras=_extras(item, place.path, arguments, values, cache),
+        absent=_absent(captured, place.path, arguments),
     )  # fmt: skip
     return binding, done
 
@@ -187,6 +191,19 @@ def _extras(
             raise NotUnderstood(f"{path} does not receive {node.name}, which the block reads")
         found.append(place)
     return tuple(found)
+
+
+def _absent(captured: Capture, path: str, arguments: dict[str, Any]) -> tuple[str, ...]:
+    """Parameters that the call leaves out; transformers' own have meanings that are known."""
+    if is_hf(captured.model):
+        return ()
+    spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = signature_of(captured.model.get_submodule(path)).parameters
+    return tuple(
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind not in spread and arguments.get(name) is None
+    )
 
 
 def _check_heads(item: Found, path: str, output: Any) -> None:

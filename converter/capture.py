@@ -19,6 +19,7 @@ from reattend.errors import CaptureError
 from reattend.inputs import is_hf, made_up, resized, without_cache
 from reattend.passes.base import CAPTURED
 from reattend.passes.evaluate import Evaluator
+from reattend.passes.normalize.copies import ScatterCopies
 
 
 @dataclass
@@ -73,32 +74,80 @@ class Capture:
     ) -> dict[str, Any]:
         """The example inputs at another length, the first row padded where there is a mask.
 
-        Left padding (the default) leaves rows that see nothing; the right side does not, so there
-        every value is comparable.
+        A mask is a tensor of ones [B, N]; or of False, as torch's own modules mark padding. Left
+        padding (the default) leaves rows that see nothing; the right side does not, so there every
+        value is comparable.
         """
         inputs = dict(self.inputs)
         if length is not None and "N" in self.sizes:
             inputs = resized(inputs, self.sizes["N"], length)
         if padded:
             for name, value in inputs.items():
-                if isinstance(value, Tensor) and value.dim() == 2 and bool((value == 1).all()):
+                if not isinstance(value, Tensor) or value.dim() != 2:
+                    continue
+                hides = value.dtype == torch.bool and not bool(value.any())
+                if hides or bool((value == 1).all()):
                     value = value.clone()
-                    value[0, side] = 0
+                    value[0, side] = hides
                     inputs[name] = value
         return inputs
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode, restored afterwards module by module."""
+    """Eval mode, restored afterwards module by module.
+
+    torch's own attention modules then take one fused call for a whole layer, which a graph shows
+    as one node; here they compute step by step.
+    """
     modes = {m: m.training for m in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
     for module in modes:  # a captured graph has no eval()
         module.training = False
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Caching off by the configs of a transformers model, for one that has no argument for it."""
+    configs = [] if not is_hf(model) else [model.config, model.config.get_text_config()]  # type: ignore[union-attr, operator]
+    before = [(c, c.use_cache) for c in configs if getattr(c, "use_cache", None)]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """`module.to(dtype)` inside a forward is left out where it changes nothing (routers).
+
+    torch.export cannot follow it: the weights are stand-ins that cannot be swapped.
+    """
+    convert = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        wanted = [*args, *kwargs.values()]
+        if len(wanted) == 1 and isinstance(wanted[0], torch.dtype):
+            tensors = [*self.parameters(), *self.buffers()]
+            if all(t.dtype == wanted[0] for t in tensors if t.is_floating_point()):
+                return self
+        return convert(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = convert  # type: ignore[method-assign]
 
 
 def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
@@ -130,7 +179,7 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
         name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
         for name, v in inputs.items()
     }
-    with evaluation(model), torch.no_grad():
+    with evaluation(model), uncached(model), settled(), torch.no_grad():
         try:
             program = torch.export.export(
                 model, (), dict(inputs), dynamic_shapes=shapes, strict=False
@@ -145,10 +194,35 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
             ) from problem
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
+    ScatterCopies()(gm)
     for node in gm.graph.nodes:
         node.meta[CAPTURED] = node.name
     exact = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     return Capture(model, gm, inputs, _sizes(inputs), exact)
+
+
+def tokens_first(captured: Capture, core: fx.Node) -> None:
+    """Note where the model's inputs have tokens before the batch, [N, B, ..], as a core shows."""
+    q = core.args[0].meta["val"]  # type: ignore[union-attr]
+    for node in captured.gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() >= 2:
+            if [str(s) for s in value.shape[:2]] == [str(q.shape[2]), str(q.shape[0])]:
+                sizes = captured.placeholders()[node].shape
+                captured.sizes = {"B": sizes[1], "N": sizes[0]}
+            return
+
+
+def one_length(captured: Capture, hidden: fx.Node) -> int:
+    """The number of tokens a block is fixed at though the model takes others; 0 where it is not."""
+    length = hidden.meta["val"].shape[1]
+    for node, value in captured.placeholders().items():
+        known = node.meta.get("val")
+        if not isinstance(known, Tensor) or known.dim() != 2 or known.is_floating_point():
+            continue
+        if isinstance(length, int) and length > 1 and value.shape[1] == length:
+            return length
+    return 0
 
 
 def _sizes(inputs: dict[str, Any]) -> dict[str, int]:

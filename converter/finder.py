@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from reattend.capture import Capture, capture
+from reattend.callcheck import call_check, mask_of
+from reattend.capture import Capture, capture, one_length, tokens_first
 from reattend.frame import dropouts
 from reattend.host import inputs_on_host, on_host
 from reattend.inputs import is_hf
@@ -21,8 +22,9 @@ from reattend.passes.find.latent import LatentForm, read_latent
 from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
+from reattend.passes.normalize.forms import attention, is_op
 from reattend.selfcheck import self_check
-from reattend.spec import AttentionSpec, Opaque
+from reattend.spec import Added, AttentionSpec, Joined, Opaque
 from reattend.surround import Surrounding
 
 
@@ -41,6 +43,7 @@ class AttentionSite:
         region: the block in the captured graph.
         follows_padding: the model's own mask hides padded tokens here.
         surrounding: what the owner does besides the block, None where it is exactly the block.
+        calls: how often the module runs in one call of the model.
     """
 
     path: str
@@ -54,6 +57,7 @@ class AttentionSite:
     region: Region = field(repr=False)
     follows_padding: bool = False
     surrounding: Surrounding | None = field(default=None, repr=False)
+    calls: int = 1
 
 
 @dataclass
@@ -94,6 +98,9 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     captured = capture(model, inputs_on_host(inputs))
     drops = dropouts(captured.gm)
     passes = normalize(captured.gm)
+    first = next((n for n in captured.gm.graph.nodes if is_op(n, attention)), None)
+    if first is not None:
+        tokens_first(captured, first)
 
     def inputs_at(length: int | None, padded: bool) -> dict[fx.Node, Any]:
         return captured.placeholders(captured.probe(length, padded))
@@ -102,7 +109,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     seen = find(captured.gm, captured.placeholders(), inputs_at)
     places = locate(captured, [f for f in seen if isinstance(f, Found)], drops)
     ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
-    watched = Watched(captured, {p.path for p in places.values() if p.surrounding is not None})
+    watched = Watched(captured, {p.path for p in places.values() if p.binding is not None})
     for item in seen:
         if isinstance(item, Missed):
             result.refused.append(_missed(item, ours))
@@ -119,10 +126,22 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         if place.binding is None and is_hf(model):
             result.refused.append(RefusedSite(place.path, place.reason))
             continue
-        proof = self_check(captured.gm, item, inputs_at)
+        cached = place.binding is not None and place.binding.cache is not None
+        try:
+            proof = self_check(captured.gm, item, inputs_at, cached)
+        except RuntimeError as problem:
+            first_line = (str(problem).splitlines() or [""])[0][:120]
+            reason = f"not understood: the rebuilt block cannot be run: {first_line}"
+            result.refused.append(RefusedSite(place.path, reason))
+            continue
         if proof.reason:
             result.refused.append(RefusedSite(place.path, proof.reason))
             continue
+        if place.binding is not None and _carries_steps(item, place):
+            length = one_length(captured, item.region.hidden)
+            if length:
+                result.refused.append(RefusedSite(place.path, _fixed(length)))
+                continue
         if place.surrounding is not None and not place.number:
             reason = owner_check(watched, item, place)
             if reason and is_hf(model):
@@ -130,16 +149,45 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
                 continue
             if reason:
                 place = Place(place.path, reason=reason)
+        if place.binding is not None and not place.surrounding and place.path not in ours:
+            reason = "" if place.number else _misread(watched, item, place)
+            if reason:
+                result.refused.append(RefusedSite(place.path, reason))
+                continue
         if place.number and place.binding is not None:
             reason = _differs(item, place, result.sites)
             if reason:
                 result.refused.append(RefusedSite(place.path, reason))
+            else:
+                next(s for s in result.sites if s.path == place.path).calls += 1
             continue
         result.sites.append(_site(item, place, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
     result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
+
+
+def _carries_steps(item: Found, place: Place) -> bool:
+    """Whether the model's own operations stay around or inside the block."""
+    spec = item.spec
+    own = any(isinstance(s.proj, Opaque) for s in (spec.q, spec.k, spec.v))
+    own = own or isinstance(spec.join, Joined) or isinstance(spec.core.bias, Added)
+    return own or place.surrounding is not None
+
+
+def _fixed(length: int) -> str:
+    return (
+        f"torch.export follows this model at one length only ({length} tokens), so what the block "
+        f"does beside attention is not known at others"
+    )
+
+
+def _misread(watched: Watched, item: Found, place: Place) -> str:
+    """Why the binding of an owner that is exactly its block is wrong; empty if it is right."""
+    inputs = watched.inputs(None, True)
+    mask = mask_of(watched.captured, item, inputs)
+    return call_check(watched.captured, item, place, watched.call(place.path, None, True), mask)
 
 
 def _own_steps(spec: AttentionSpec) -> bool:

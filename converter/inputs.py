@@ -52,7 +52,9 @@ def made_up(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[
     vocabulary = int(text.vocab_size)
     low = min(8, vocabulary - 1)
     ids = torch.randint(low, vocabulary, (batch, length), generator=generator).to(device)
-    made: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made: dict[str, Any] = {"input_ids": ids}
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        made["attention_mask"] = torch.ones_like(ids)
     if getattr(config, "is_encoder_decoder", False):
         decoder = torch.randint(low, vocabulary, (batch, length - 4), generator=generator)
         made["decoder_input_ids"] = decoder.to(device)
@@ -69,7 +71,7 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def resized(inputs: dict[str, Any], length: int, new_length: int) -> dict[str, Any]:
-    """The same inputs at another length: axes after the first of size `length` are tiled.
+    """The same inputs at another length: axes of size `length` are tiled.
 
     Another sequence of tokens (a decoder's) keeps its distance in length, so that the two are
     never mistaken for each other.
@@ -77,10 +79,11 @@ def resized(inputs: dict[str, Any], length: int, new_length: int) -> dict[str, A
     out: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            tokens = value.dim() == 2 and not value.is_floating_point()
-            for axis in range(1, value.dim()):
+            floats = value.is_floating_point() or value.dtype == torch.bool
+            tokens = value.dim() == 2 and not floats
+            for axis in range(value.dim()):
                 size = value.shape[axis]
-                if size == length or (tokens and size > 1):
+                if size == length or (tokens and axis and size > 1):
                     wanted = max(2, new_length + size - length)
                     index = torch.arange(wanted, device=value.device) % size
                     value = value.index_select(axis, index)

@@ -197,7 +197,9 @@ def _watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> d
 
     Empty for models without a transformers cache.
     """
-    if inputs.get("use_cache") is not False or not hasattr(model, "config"):
+    writes = getattr(model, "can_generate", None)  # some take `use_cache` without naming it
+    asked = inputs.get("use_cache", not (writes is not None and writes()))
+    if asked is not False or not hasattr(model, "config"):
         return {}
     from reattend.install.caching import watch_cache
 

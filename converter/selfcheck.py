@@ -8,7 +8,7 @@ promoted to float64, its cos, sin and mask fed as the model computed them, and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from reattend.mixers.scores import shown
 from reattend.passes.evaluate import Evaluator, attribute, concrete_shape
 from reattend.passes.find.sites import Found
 from reattend.passes.find.streams import read_stream
-from reattend.selfcheck_weights import alone, random_weights, weight_names
+from reattend.selfcheck_weights import alone, random_weights, validity, weight_names
 from reattend.spec import Added, Alibi, Opaque, Proj, RelativeBias
 from reattend.weights import build_dense
 
@@ -68,7 +68,10 @@ class SelfCheck:
 
 
 def self_check(
-    gm: fx.GraphModule, found: Found, inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]]
+    gm: fx.GraphModule,
+    found: Found,
+    inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
+    cached: bool = True,
 ) -> SelfCheck:
     """Compare the rebuilt block with the region at two lengths, unpadded and padded.
 
@@ -76,6 +79,8 @@ def self_check(
         gm: normalised graph.
         found: the site.
         inputs_at: placeholder values, (length or None, padded).
+        cached: its tokens may come in parts. Without a cache they all come in one call, and the
+            model's own steps may mix them: the spec is then marked `whole`.
     """
     generator = torch.Generator().manual_seed(1)
     weights = random_weights(gm, found.spec, generator)
@@ -92,7 +97,11 @@ def self_check(
         gap, scale = _compare(gm, found, inputs_at(length, padded), weights, generator)
         worst = max(worst, gap / max(scale, 1e-30))
     native, floor, scale, dtype = _native(gm, found, inputs_at(None, False), generator)
-    return SelfCheck(worst, native, floor, scale, dtype, _alone(gm, found, inputs_at, weights))
+    parts = _alone(gm, found, inputs_at, weights)
+    if parts and not cached:
+        parts = _alone(gm, found, inputs_at, weights, True)
+        found.spec = replace(found.spec, whole=True)
+    return SelfCheck(worst, native, floor, scale, dtype, parts)
 
 
 def _alone(
@@ -100,15 +109,16 @@ def _alone(
     found: Found,
     inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
     weights: dict[str, Tensor],
+    whole: bool = False,
 ) -> str:
-    """Why the model's own steps in this block cannot run token by token."""
+    """Why the model's own steps in this block cannot run row by row, or token by token."""
     region, given = found.region, inputs_at(None, False)
     generator = torch.Generator().manual_seed(5)
     x = _random_like(region.hidden, given, generator)
     memory = None if region.memory is None else _random_like(region.memory, given, generator)
     width = 0 if memory is None else memory.shape[-1]
     mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
-    fixed = str(region.hidden.meta["val"].shape[1]).isdigit()  # symbols are not
+    fixed = whole or str(region.hidden.meta["val"].shape[1]).isdigit()  # symbols are not
     run = Evaluator(gm, promote=torch.float64).run(region.extras, given)
     return alone(mixer, x, x if memory is None else memory, tuple(run), fixed)
 
@@ -257,7 +267,7 @@ def _context(
             mask = mask[None]
         mask = shown(mask) if found.spec.core.bias is not None else mask
         return Context(mask=mask, rotation=rotation, extras=extras)
-    return Context(mask=_validity(mask, x, memory), rotation=rotation, extras=extras)
+    return Context(mask=validity(mask, x, memory), rotation=rotation, extras=extras)
 
 
 def _rebuilt(
@@ -273,19 +283,6 @@ def _rebuilt(
 
 def _opaque(found: Found) -> bool:
     return found.spec.core.pattern.kind == "opaque"
-
-
-def _validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:
-    """Which keys are real, [B, M]: the diagonal of a self mask, any row of a cross one."""
-    if mask is None:
-        return None
-    allowed = shown(mask)
-    while allowed.dim() < 4:
-        allowed = allowed[None]
-    allowed = allowed.expand(x.shape[0], -1, x.shape[1], -1)[:, 0]
-    if memory is None:
-        return torch.diagonal(allowed, dim1=-2, dim2=-1).contiguous()
-    return allowed.any(1)
 
 
 def _random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:

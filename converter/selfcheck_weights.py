@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from reattend.mixers.block import OpaqueProjection
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.scores import shown
 from reattend.passes.evaluate import attribute
 from reattend.spec import Added, AttentionSpec, Gate, Norm, Opaque, RelativeBias
 
@@ -167,3 +168,16 @@ def _piece(t: Tensor, sizes: torch.Size, axis: int, start: int, stop: int) -> Te
     if t.dim() <= axis or t.shape[axis] != sizes[axis]:
         return t
     return t.narrow(axis, start, stop - start)
+
+
+def validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:
+    """Which keys are real, [B, M]: the diagonal of a self mask, any row of a cross one."""
+    if mask is None:
+        return None
+    allowed = shown(mask)
+    while allowed.dim() < 4:
+        allowed = allowed[None]
+    allowed = allowed.expand(x.shape[0], -1, x.shape[1], -1)[:, 0]
+    if memory is None:
+        return torch.diagonal(allowed, dim1=-2, dim2=-1).contiguous()
+    return allowed.any(1)

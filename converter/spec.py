@@ -231,7 +231,8 @@ class Joined:
 class AttentionSpec:
     """One attention block. `out` is None where its projection lives outside the block.
 
-    `join`: what stands between the core and `out`; None: nothing.
+    `join`: what stands between the core and `out`; None: nothing. `whole`: the model's own steps
+    mix tokens or count them, so all tokens of a sequence come in one call (there is no cache).
     """
 
     q: Stream
@@ -240,6 +241,7 @@ class AttentionSpec:
     core: Core
     out: Out | None
     join: Gate | Joined | None = None
+    whole: bool = False
 
     @property
     def kind(self) -> str:
@@ -274,6 +276,8 @@ class AttentionSpec:
             )
         if isinstance(self.join, Joined):
             parts.append("joined by the model's own steps")
+        if self.whole:
+            parts.append("own steps over all tokens")
         if c.softcap:
             parts.append(f"softcap {c.softcap:g}")
         if isinstance(c.bias, RelativeBias):

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from reattend.capture import Call, Capture
-from reattend.frame import Frame
+from reattend.frame import Frame, call_number
 from reattend.install.around import Around
 from reattend.install.binding import equal, leaves, same
 from reattend.install.pieces import AFTER, BEFORE, MIXED, AroundConfig, Feed, Path, Piece
 from reattend.passes.evaluate import ancestors, attribute, parameter_only
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.passes.normalize.forms import aten, attention, is_op
+from reattend.passes.normalize.forms import attention, is_op
 from reattend.program import Uncuttable, cut
+from reattend.sizes import CallSizes
 
 
 @dataclass
@@ -68,6 +69,8 @@ class Surround:
     ) -> None:
         self.captured, self.gm, self.place, self.y = captured, captured.gm, place, y
         self.values = values
+        number = call_number(item.region.core, place.path)
+        self.told = CallSizes(captured, place.path, number, arguments)
         self.streams = {n for s in item.region.streams.values() for n in s.nodes}
         self.core = item.region.core
         self.arguments: dict[fx.Node, Path] = {}
@@ -161,10 +164,13 @@ class Surround:
         sizes = _sizes(tensors)
         needed = ancestors([output], stop=lambda n: n in feeds)
         for node in needed:
-            if node not in feeds and is_op(node, aten.sym_size):
+            if node not in feeds and isinstance(node.meta.get("val"), torch.SymInt):
                 at = sizes.get(str(node.meta["val"]))
+                told = self.told.place(node) if at is None else None
                 if at is not None:
                     feeds[node] = Feed(path=feeds[at[0]].path, axis=at[1])
+                elif told is not None:
+                    feeds[node] = Feed(path=told)
         needed = ancestors([output], stop=lambda n: n in feeds)
         self._check(needed - feeds.keys())
         used = [n for n in feeds if n in needed]

@@ -45,7 +45,7 @@ def measure(task: str, kind: str, name: str) -> dict[str, Any]:
         model = tiny_models.build(kind, name)
     except tiny_models.CannotBuild as problem:
         return row | {"not_built": str(problem)}
-    tiny_models.liven(model)
+    tiny_models.livened(model)
     from core_count import count_cores
 
     from reattend import find_attention
@@ -57,7 +57,7 @@ def measure(task: str, kind: str, name: str) -> dict[str, Any]:
         found = find_attention(model)
     except ReattendError as error:
         return row | {"sites": 0, "not_found": f"{error}".splitlines()[0] + why(error)}
-    row["sites"] = len(found.sites)
+    row["sites"] = sum(site.calls for site in found.sites)
     row["kinds"] = sorted({site.spec.summary() for site in found.sites})
     row["refused"] = dict(Counter(site.reason[:160] for site in found.refused))
     if found.sites:

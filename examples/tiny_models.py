@@ -67,6 +67,7 @@ KEPT: tuple[tuple[str, ...], ...] = (
     ENDINGS[0][0],
     (*ENDINGS[0][0], "image_size", "window_size", "num_heads", "key_dim"),
     (*ENDINGS[0][0], "hidden_size", "intermediate_size", "head_dim", "_heads", "bottleneck_size"),
+    ("",),
 )
 
 
@@ -210,18 +211,34 @@ def rope(parameters: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def liven(model: Any) -> None:
-    """Re-draw weights: matrices at 2 / sqrt(fan in), norms near one, biases nonzero.
+def livened(model: Any) -> None:
+    """`liven` with the largest gain that keeps the outputs of a deep model finite."""
+    import torch
 
-    Attention logits are then of order one, so that no detail of a block is invisible.
+    from reattend.inputs import made_up
+
+    for gain in (2.0, 1.0, 0.5):
+        liven(model, gain)
+        with torch.no_grad():
+            made = model(**made_up(model))
+        floats = [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+        if all(bool(torch.isfinite(t).any()) for t in floats if t.is_floating_point()):
+            return
+
+
+def liven(model: Any, gain: float = 2.0) -> None:
+    """Re-draw weights: matrices at `gain` / sqrt(fan in), norms near one, biases nonzero.
+
+    Attention logits are then of order one, so that no detail of a block is invisible. Frozen
+    tables (sinusoids) mean something and stay.
     """
     import torch
 
     generator = torch.Generator().manual_seed(12)
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() >= 2:
-            parameter.data = noise * (2.0 / parameter[0].numel() ** 0.5)
+            parameter.data = noise * (gain / parameter[0].numel() ** 0.5)
         else:
             near_one = bool((parameter.data == 1).all())
             parameter.data = (1.0 if near_one else 0.0) + 0.3 * noise

@@ -7,8 +7,9 @@ lints the graph, and counts what happened, so a pass that matches nothing is vis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -69,6 +70,26 @@ class GraphPass(ABC):
             gm.graph.lint()
             gm.recompile()
         return result
+
+
+def call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """A new node at the insertion point, with its value's shape and dtype."""
+    node = gm.graph.call_function(target, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    node.meta["val"] = target(*values)
+    return node
+
+
+def owned(new: fx.Node, like: fx.Node) -> None:
+    """What was made for `new` counts with the module whose code `like` comes from."""
+    stack = like.meta.get("nn_module_stack")
+    todo = [new]
+    while stack is not None and todo:
+        made = todo.pop()
+        if "nn_module_stack" in made.meta or made.op != "call_function":
+            continue
+        made.meta["nn_module_stack"] = stack
+        todo += made.all_input_nodes
 
 
 def drop_dead(graph: fx.Graph) -> None:

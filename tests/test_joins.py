@@ -97,10 +97,22 @@ def test_the_block_is_carried_with_its_join(join: Callable[..., Any]) -> None:
     ("join", "words"),
     [(conv_beside, "mixes tokens"), (gain_by_position, "knows their position")],
 )
-def test_what_is_not_done_per_token_is_refused(join: Callable[..., Any], words: str) -> None:
-    _, seen = found(join)
-    assert not seen.sites
-    assert words in seen.refused[0].reason
+def test_what_mixes_tokens_needs_them_all(join: Callable[..., Any], words: str) -> None:
+    model, seen = found(join)
+    (site,) = seen.sites
+    assert site.spec.whole
+    converted = convert(model, plan="identity", inputs=spelled.inputs()).model
+    with torch.no_grad():
+        gap = converted(**spelled.inputs(3, 7)) - model(**spelled.inputs(3, 7))
+    assert float(gap.abs().max()) <= 1e-5
+
+    def inputs_at(length: int | None, padded: bool) -> Any:
+        return seen.capture.placeholders(seen.capture.probe(length, padded))
+
+    block = Found(replace(site.spec, whole=False), site.region, site.follows_padding)
+    proof = selfcheck.self_check(seen.capture.gm, block, inputs_at, cached=True)
+    assert words in proof.reason
+    assert not block.spec.whole
 
 
 @pytest.mark.parametrize("join", [per_dimension, norm_then_gate])

@@ -103,10 +103,19 @@ def test_key_heads_shared_unequally_are_kept_per_query_head() -> None:
 
 
 @pytest.mark.parametrize("queries", [conv_before, by_position])
-def test_what_is_not_done_per_token_is_refused(queries: Callable[..., Any]) -> None:
-    seen = find_attention(spelled.built(queries=queries), spelled.inputs())
-    assert not seen.sites
-    assert "mix tokens, or know their position" in seen.refused[0].reason
+def test_what_mixes_tokens_needs_them_all(queries: Callable[..., Any]) -> None:
+    model = spelled.built(queries=queries)
+    seen = find_attention(model, spelled.inputs())
+    (site,) = seen.sites
+    assert site.spec.whole
+    _same(model)
+
+    def inputs_at(length: int | None, padded: bool) -> Any:
+        return seen.capture.placeholders(seen.capture.probe(length, padded))
+
+    block = Found(replace(site.spec, whole=False), site.region, site.follows_padding)
+    proof = selfcheck.self_check(seen.capture.gm, block, inputs_at, cached=True)
+    assert "mix tokens, or know their position" in proof.reason
 
 
 def test_a_wrong_row_is_caught() -> None:

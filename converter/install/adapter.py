@@ -97,6 +97,13 @@ class Adapter(nn.Module):
                 where=f"{type(self.mixer).__name__} of layer {b.layer_idx}",
                 next_step="call the model without output_attentions=True",
             )
+        for name in b.absent:
+            if isinstance(arguments.get(name), Tensor):
+                raise ArgumentError(
+                    f"a converted layer is given {name!r}, which it was converted without",
+                    where=type(self.mixer).__name__,
+                    next_step=f"convert again with inputs that reach {name!r}, or leave it out",
+                )
         if self.around is not None:
             arguments = self.around.prepare(arguments)
         x, memory = read(arguments, b.hidden), read(arguments, b.memory)
@@ -118,6 +125,8 @@ class Adapter(nn.Module):
         mask = read(arguments, self.binding.mask)
         if self.binding.mask_hides and isinstance(mask, Tensor):
             return ~mask
+        if isinstance(mask, Tensor) and mask.dim() == 4 and not mask.is_floating_point():
+            return mask.bool()  # whole numbers say the same as truth values, and add nothing
         if mask is None or isinstance(mask, Tensor):
             return mask
         raise ArgumentError(
@@ -197,6 +206,9 @@ def install(
 ) -> Adapter:
     """An adapter for `owner`; its plain attributes (layer_idx, config ...) and hooks stay.
 
+    Weights that were the owner's own read as None: torch's layers look at those of their attention
+    to choose a fused path, and without them take the one that calls it.
+
     Args:
         owner: the module that is replaced.
         mixer: what computes its block.
@@ -209,6 +221,8 @@ def install(
     for name, value in vars(owner).items():
         if not name.startswith("_") and name not in own:
             setattr(adapter, name, value)
+    for name in owner._parameters:  # read by a caller who would compute without the mixer
+        adapter.register_parameter(name, None)
     for name in _HOOKS:
         getattr(adapter, name).update(getattr(owner, name))
     adapter.train(owner.training)
@@ -219,3 +233,8 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Set `model.<path>` (a dotted path; list indices included)."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, name, new)
+    for module in model.modules():
+        if isinstance(
+            module, nn.TransformerEncoder
+        ):  # reads its first layer's weights if this is on
+            module.use_nested_tensor = False

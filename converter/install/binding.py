@@ -33,6 +33,7 @@ class Binding(Frozen):
     `around`: what the owner does besides its block; None where it is exactly the block.
     `mask_hides`: it is bool and True where a key is hidden (MPT), not where it is seen.
     `extras`: what the block's own steps read beside (`Context.extras`).
+    `absent`: parameters that the captured call left out, so what a tensor there does is not known.
     """
 
     hidden: Path
@@ -49,6 +50,7 @@ class Binding(Frozen):
     output: Any = "y"
     around: AroundConfig | None = None
     extras: tuple[Path, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def same(a: Any, b: Tensor) -> float:
     finite = b.abs() < _huge(b)
     if not bool((finite == (a.abs() < _huge(a))).all()):
         return float("inf")
-    x, y = a.double(), b.double()
+    x, y = a.detach().double(), b.detach().double()
     scale = float(y[finite].abs().max()) if bool(finite.any()) else 0.0
     gap = float((x[finite] - y[finite]).abs().max()) if bool(finite.any()) else 0.0
     return gap / max(scale, 1e-30) if gap else 0.0

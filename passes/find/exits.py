@@ -11,7 +11,7 @@ from torch import fx
 from reattend.passes.evaluate import Evaluator, concrete_shape
 from reattend.passes.find.joins import inverse_columns, projection_after, read_join
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.passes.find.streams import weight_of
+from reattend.passes.find.stored import weight_of
 from reattend.passes.normalize.forms import aten, is_op, is_projection
 from reattend.spec import Gate, Joined, Out
 
@@ -46,7 +46,13 @@ def read_exit(
             break
         node = users[0]
     if len(users) == 1 and is_projection(users[0]):
-        return FoundExit(users[0], node, _out(users[0], _columns(gm, core, node, given)))
+        columns = _columns(gm, core, node, given)
+        try:
+            return FoundExit(users[0], node, _out(users[0], columns))
+        except NotUnderstood:  # a computed weight: the block ends before it
+            if columns == tuple(range(len(columns))):
+                return FoundExit(node, node, None)
+            raise
     after = projection_after(core)
     if after is not None:
         join, columns = read_join(gm, core, hidden, after, given)

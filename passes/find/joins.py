@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from reattend.passes.evaluate import Evaluator, ancestors, concrete_shape
 from reattend.passes.find.programs import cut_out
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.passes.find.streams import weight_of
+from reattend.passes.find.stored import weight_of
 from reattend.passes.normalize.forms import aten, attention, is_op, is_projection
 from reattend.spec import Gate, Joined
 

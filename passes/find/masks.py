@@ -24,6 +24,7 @@ from reattend.passes.find.relative import (
     tables,
     the_table,
 )  # fmt: skip
+from reattend.passes.normalize.forms import aten, is_op
 from reattend.spec import Alibi, Pattern, RelativeBias
 
 #: Longest length a mask is probed at (a window of w needs 2 w + 3).
@@ -96,7 +97,45 @@ def read_mask(
     if pattern.kind not in ("full", "opaque"):
         pattern = _at_length(at, _constants(slice_nodes), base.shape[-2]) or pattern
     padded = at(None, True)
-    return FoundMask(pattern, not bool((padded == base).all()), bias)
+    others = [padded] if bias is not None else [padded, *_drawn(gm, mask, inputs_at(None, False))]
+    follows = any(not bool((other == base).all()) for other in others)
+    if pattern.kind != "opaque" and not all(_hides_keys(base, other) for other in others):
+        pattern = Pattern("opaque")  # an input decides query by query: it may say anything
+    return FoundMask(pattern, follows, bias)
+
+
+def _drawn(gm: fx.GraphModule, mask: fx.Node, given: dict[fx.Node, Any]) -> list[Tensor]:
+    """The mask when an input that it is made of hides at random: who calls may pass any mask."""
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for node in ancestors([mask], stop=lambda n: is_op(n, aten.sym_size)):
+        value = given.get(node)
+        if node.op != "placeholder" or not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        hidden = torch.rand(value.shape, generator=generator) < 0.5
+        if value.dtype == torch.bool:
+            drawn = hidden
+        elif value.is_floating_point():
+            drawn = torch.zeros_like(value).masked_fill(hidden, -torch.inf)
+        else:
+            continue
+        found.append(shown(Evaluator(gm).run([mask], {**given, node: drawn})[0]))
+    return found
+
+
+def _hides_keys(base: Tensor, padded: Tensor) -> bool:
+    """Whether padding hides some keys from every real query, and changes nothing else."""
+    while base.dim() < 4:
+        base, padded = base[None], padded[None]
+    n, m = base.shape[-2:]
+    if n == m:
+        valid_BM = torch.diagonal(padded, dim1=-2, dim2=-1)[:, 0]
+        real_BN = valid_BM
+    else:
+        valid_BM = padded[:, 0].any(1)
+        real_BN = torch.ones(padded.shape[0], n, dtype=torch.bool)
+    expected = base & valid_BM[:, None, None, :]
+    return bool(((padded == expected) | ~real_BN[:, None, :, None]).all())
 
 
 def _at_length(
@@ -129,9 +168,9 @@ def _bias(
     table = len(names) == 1 and attribute(gm, names[0]).dim() == 2
     if not table and not bool((value[shown(value)] != 0).any()):
         return None  # a lone table counts even where this model's numbers happen to be zero
-    if not names and value.dim() == 4 and not from_hidden(mask):
+    if not names and value.dim() in (3, 4) and not from_hidden(mask):
         wide = Evaluator(gm, promote=torch.float64).run([mask], inputs_at(None, False))[0]
-        return read_alibi(wide, wide.shape[1])
+        return read_alibi(wide, wide.shape[-3])
     name = the_table(gm, mask)
     given = inputs_at(LENGTH, False)
 

@@ -48,7 +48,9 @@ def ends(core_input: fx.Node, hidden: fx.Node) -> Iterator[tuple[fx.Node, bool]]
         value = node.meta.get("val")
         if node not in behind or node is hidden or not isinstance(value, Tensor):
             continue
-        if not value.is_floating_point() or str(value.shape[0]) != str(shape[0]):
+        if not value.is_floating_point() or value.dim() < 3:
+            continue
+        if str(value.shape[0]) != str(shape[0]):
             continue
         tokens = [i for i in (1, 2) if value.dim() > i and str(value.shape[i]) == str(shape[1])]
         if value.dim() not in (3, 4) or not tokens or (value.dim() == 3 and tokens[0] != 1):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from reattend.passes.evaluate import ancestors, attribute
@@ -30,15 +31,19 @@ def cut_out(
     Raises:
         NotUnderstood: it depends on anything else, or another attention core lies inside.
     """
-    needed = ancestors([output], stop=lambda n: n in inputs or is_op(n, aten.sym_size))
+
+    def size(node: fx.Node) -> bool:
+        return is_op(node, aten.sym_size) or _axis(node, inputs) is not None
+
+    needed = ancestors([output], stop=lambda n: n in inputs or size(n))
     if any(is_op(n, attention) for n in needed - set(inputs)):
         raise NotUnderstood(f"{what} holds another attention core")
     prefix: list[Step] = []
     given = dict(inputs)
-    for node in needed:
-        if node in inputs:
+    for node in gm.graph.nodes:
+        if node in inputs or node not in needed:
             continue
-        if is_op(node, aten.sym_size):
+        if size(node):
             given[node] = f"n{len(prefix)}"
             prefix.append(_size(node, inputs, given[node], what))
         elif node.op == "get_attr" and (number := _constant(gm, str(node.target))) is not None:
@@ -69,14 +74,25 @@ def then(program: Program, call: str, *args: Any) -> Program:
     return program.model_copy(update={"steps": (*program.steps, step), "output": name})
 
 
-def _size(node: fx.Node, inputs: Mapping[fx.Node, str], name: str, what: str) -> Step:
-    """A size of the model's inputs, read off one of the program's."""
-    wanted = str(node.meta["val"])
+def _axis(node: fx.Node, inputs: Mapping[fx.Node, str]) -> tuple[str, int] | None:
+    """The input and its axis that has this size, which may be computed (tokens of an image)."""
+    wanted = node.meta.get("val")
+    if not isinstance(wanted, torch.SymInt):
+        return None
     for source, label in inputs.items():
         for axis, size in enumerate(source.meta["val"].shape):
-            if str(size) == wanted:
-                return Step(name=name, call="aten.sym_size.int", args=({"value": label}, axis))
-    raise NotUnderstood(f"{what} depends on a size ({node.name}) that its inputs do not have")
+            if str(size) == str(wanted):
+                return label, axis
+    return None
+
+
+def _size(node: fx.Node, inputs: Mapping[fx.Node, str], name: str, what: str) -> Step:
+    """A size of the model's inputs, read off one of the program's."""
+    found = _axis(node, inputs)
+    if found is None:
+        raise NotUnderstood(f"{what} depends on a size ({node.name}) that its inputs do not have")
+    label, axis = found
+    return Step(name=name, call="aten.sym_size.int", args=({"value": label}, axis))
 
 
 def _constant(gm: fx.GraphModule, target: str) -> tuple[bool | int | float, str] | None:

@@ -14,6 +14,7 @@ from reattend.passes.find.masks import FoundMask, read_mask
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation
 from reattend.passes.find.sources import read_added, read_sources
+from reattend.passes.find.stored import stored_steps
 from reattend.passes.find.streams import FoundStream, read_stream
 from reattend.passes.normalize.forms import attention, is_op
 from reattend.spec import Added, AttentionSpec, Core, Pattern, Rotary, Stream
@@ -132,9 +133,13 @@ def _read(
             raise NotUnderstood(f"{why}; {also}") from why
         found_mask = FoundMask(Pattern("full"), False)
     spec = AttentionSpec(
-        q=Stream("hidden", q.steps),
-        k=Stream("hidden" if memory is None else "encoder", k.steps),
-        v=Stream("hidden" if memory is None else "encoder", v.steps),
+        q=Stream("hidden", stored_steps(gm, q.projection, q.steps)),
+        k=Stream(
+            "hidden" if memory is None else "encoder", stored_steps(gm, k.projection, k.steps)
+        ),
+        v=Stream(
+            "hidden" if memory is None else "encoder", stored_steps(gm, v.projection, v.steps)
+        ),
         core=replace(
             _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
             sinks=None if sinks is None else str(sinks.target),  # type: ignore[union-attr]
@@ -179,6 +184,8 @@ def _core(
     k_rows = torch.tensor(k_proj.rows).reshape(k_proj.heads, -1)  # type: ignore[union-attr]
     v_rows = torch.tensor(v_proj.rows).reshape(v_proj.heads, -1)  # type: ignore[union-attr]
     heads = q_proj.heads  # type: ignore[union-attr]
+    if k_rows.shape[0] == v_rows.shape[0] == 1:  # one head that meets all by broadcasting
+        k_rows, v_rows = k_rows.expand(heads, -1), v_rows.expand(heads, -1)
     if k_rows.shape[0] != heads or v_rows.shape[0] != heads:
         raise NotUnderstood(
             f"{heads} query heads meet {k_rows.shape[0]} key and {v_rows.shape[0]} value heads"

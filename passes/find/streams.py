@@ -24,6 +24,7 @@ from reattend.passes.evaluate import (
 from reattend.passes.find.opaque import common_input, ends, opaque_step
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation, fit_rotation
+from reattend.passes.find.stored import projection_rows
 from reattend.passes.normalize.forms import aten, is_op, is_projection, rms_norm
 from reattend.spec import Norm, Opaque, Proj, Scale, Step
 
@@ -74,7 +75,7 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     """
     try:
         projection = find_projection(core_input)
-        return _read_from(gm, core_input, given, projection, _projection_rows(projection))
+        return _read_from(gm, core_input, given, projection, projection_rows(gm, projection))
     except NotUnderstood as first:
         found = _read_opaque(gm, core_input, given)
         if found is None:
@@ -100,16 +101,6 @@ def _read_opaque(
         found.hidden = hidden
         return found
     return None
-
-
-def _projection_rows(projection: fx.Node) -> Callable[[int, tuple[int, ...]], Proj]:
-    def make(heads: int, rows: tuple[int, ...]) -> Proj:
-        weight, transposed = weight_of(projection.args[1])
-        with_bias = len(projection.args) > 2 and projection.args[2]
-        bias = weight_of(projection.args[2])[0] if with_bias else None
-        return Proj(weight, bias, heads, len(rows) // heads, rows, transposed)
-
-    return make
 
 
 def _read_from(
@@ -220,16 +211,6 @@ def _row_map(push: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, tuple
         raise NotUnderstood("between projection and core stands something that is not a row map")
     flat = tuple(int(r) for r in row_Hd[0].reshape(-1).tolist())
     return row_Hd.shape[1], flat, scale[0]
-
-
-def weight_of(node: Any) -> tuple[str, bool]:
-    """(attribute name, stored transposed) of a weight argument."""
-    transposed = False
-    while is_op(node, aten.t, aten.numpy_T):
-        transposed, node = not transposed, node.args[0]
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        raise NotUnderstood(f"a projection weight is computed ({node}), not stored")
-    return str(node.target), transposed
 
 
 def _uniform(scale_Hd: Tensor) -> float:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from torch import fx
 
 from reattend.passes.base import PassResult
+from reattend.passes.normalize.batch_first import BatchFirst
 from reattend.passes.normalize.cores import FuseSdpa
 from reattend.passes.normalize.eager import FuseEager
+from reattend.passes.normalize.einsum import ToMatmul
+from reattend.passes.normalize.folded import UnfoldLinear
 from reattend.passes.normalize.inplace import ToFunctional
 from reattend.passes.normalize.linear import ToLinear
 from reattend.passes.normalize.noops import DropNoops, ViewToReshape
 from reattend.passes.normalize.norms import FuseRmsNorm
 
 PIPELINE = (
-    ToFunctional(), DropNoops(), ViewToReshape(), ToLinear(), FuseRmsNorm(), FuseSdpa(),
-    FuseEager(),
+    ToFunctional(), DropNoops(), ViewToReshape(), ToMatmul(), ToLinear(), UnfoldLinear(),
+    FuseRmsNorm(), FuseSdpa(), FuseEager(), BatchFirst(),
 )  # fmt: skip
 
 

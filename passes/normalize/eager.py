@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.base import GraphPass, Refusal, drop_dead, replace_node
+from reattend.passes.base import GraphPass, Refusal, call, drop_dead, owned, replace_node
 from reattend.passes.evaluate import parameter_only
 from reattend.passes.normalize.forms import aten, attention, is_op
 from reattend.passes.normalize.scores import CASTS, RESHAPES, Scores, Term, read_scores, refolds
@@ -18,16 +18,22 @@ _PRODUCTS = (aten.matmul, aten.bmm)
 
 
 def _forward_to_product(softmax: fx.Node, through: tuple[object, ...]) -> fx.Node | None:
-    """The product with v that the probabilities reach as its left factor."""
-    node = softmax
-    while True:
-        users = [u for u in node.users if is_op(u, *through, *_PRODUCTS)]
-        if len(users) != 1:
-            return None
-        if is_op(users[0], *_PRODUCTS):
-            product = users[0]
-            return product if product.args[0] is node else None
-        node = users[0]
+    """The product with v that the probabilities reach as their one left factor.
+
+    Others may read them too: torch's own attention hands out their mean.
+    """
+    found: list[fx.Node] = []
+    todo = [softmax]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if is_op(user, *_PRODUCTS):
+                if user.args[0] is not node:
+                    return None
+                found.append(user)
+            elif is_op(user, *through):
+                todo.append(user)
+    return found[0] if len(found) == 1 else None
 
 
 def _drops_last(node: fx.Node) -> bool:
@@ -98,10 +104,10 @@ class FuseEager(GraphPass):
             if is_op(parts.k, aten.transpose):
                 keys: Any = parts.k.args[0]
             else:
-                keys = _call(gm, aten.transpose.int, parts.k, -1, -2)
+                keys = call(gm, aten.transpose.int, parts.k, -1, -2)
             q, k, v = (_unfolded(gm, n, heads) for n in (parts.q, keys, product.args[1]))
             for factor, divides in parts.factors:
-                q = _call(gm, (aten.div if divides else aten.mul).Tensor, q, factor)
+                q = call(gm, (aten.div if divides else aten.mul).Tensor, q, factor)
             mask = _mask(gm, parts, heads)
             new = gm.graph.call_function(
                 attention,
@@ -111,23 +117,29 @@ class FuseEager(GraphPass):
                 (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
             )
             if product.meta["val"].dim() == 3:
-                new = _call(gm, aten.flatten.using_ints, new, 0, 1)
+                new = call(gm, aten.flatten.using_ints, new, 0, 1)
+        owned(new, product)  # who owns the block is read off its core
         new.meta.update({k: v for k, v in product.meta.items() if k not in new.meta})
-        for before in new.all_input_nodes:  # who owns the block is read off its core
-            before.meta.setdefault("nn_module_stack", product.meta.get("nn_module_stack", {}))
         replace_node(product, new)
         _erase_unused(node)
         drop_dead(gm.graph)
 
 
 def _heads(parts: Scores, product: fx.Node) -> int:
-    """H: from the scores where they have four axes, else from what is made of the output."""
+    """H: from the scores where they have four axes, else from what is made of the output.
+
+    Last from the folded size itself, where it is a number times the batch.
+    """
     if parts.heads:
         return parts.heads
     for user in product.users:
         value = user.meta.get("val")
         if is_op(user, *RESHAPES) and isinstance(value, Tensor) and value.dim() == 4:
             return int(value.shape[1]) if isinstance(value.shape[1], int) else 0
+    folded = parts.q.meta["val"].shape
+    if len(folded) == 3 and isinstance(folded[0], torch.SymInt):
+        times, batch = folded[0].node.expr.as_coeff_Mul()
+        return int(times) if batch.is_symbol and times > 1 else 0
     return 0
 
 
@@ -136,19 +148,11 @@ def _term_axes(term: Term) -> int:
     return axes
 
 
-def _call(gm: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
-    """A new node with its value's shape."""
-    node = gm.graph.call_function(target, args)
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    node.meta["val"] = target(*values)
-    return node
-
-
 def _unfolded(gm: fx.GraphModule, node: Any, heads: int) -> fx.Node:
     """[B H, N, d] -> [B, H, N, d]."""
     if node.meta["val"].dim() == 4:
         return node  # type: ignore[no-any-return]
-    return _call(gm, aten.unflatten.int, node, 0, [-1, heads])
+    return call(gm, aten.unflatten.int, node, 0, [-1, heads])
 
 
 def _mask(gm: fx.GraphModule, parts: Scores, heads: int) -> fx.Node | None:
@@ -157,20 +161,20 @@ def _mask(gm: fx.GraphModule, parts: Scores, heads: int) -> fx.Node | None:
     for term in (t for t in parts.terms if not t.hidden):
         node = _aligned(gm, term, heads) if not term.chain else _on_zeros(gm, term, parts)
         if term.factor != 1.0:
-            node = _call(gm, aten.mul.Tensor, node, term.factor)
-        total = node if total is None else _call(gm, aten.add.Tensor, total, node)
+            node = call(gm, aten.mul.Tensor, node, term.factor)
+        total = node if total is None else call(gm, aten.add.Tensor, total, node)
     hidden: fx.Node | None = None
     for term in (t for t in parts.terms if t.hidden):
         node = _aligned(gm, term, heads)
         if term.inverted:
-            node = _call(gm, aten.logical_not.default, node)
-        hidden = node if hidden is None else _call(gm, aten.logical_or.default, hidden, node)
+            node = call(gm, aten.logical_not.default, node)
+        hidden = node if hidden is None else call(gm, aten.logical_or.default, hidden, node)
     if hidden is None:
         return total
     if total is None:
-        return _call(gm, aten.logical_not.default, hidden)
+        return call(gm, aten.logical_not.default, hidden)
     lowest = torch.finfo(total.meta["val"].dtype).min
-    return _call(gm, aten.where.ScalarSelf, hidden, lowest, total)
+    return call(gm, aten.where.ScalarSelf, hidden, lowest, total)
 
 
 def _on_zeros(gm: fx.GraphModule, term: Term, parts: Scores) -> fx.Node:
@@ -182,7 +186,7 @@ def _on_zeros(gm: fx.GraphModule, term: Term, parts: Scores) -> fx.Node:
     for node, axis in axes:
         known = node.meta["val"].shape[axis]
         fixed = not isinstance(known, torch.SymInt)
-        shape.append(known if fixed else _call(gm, size, node, axis % 4))
+        shape.append(known if fixed else call(gm, size, node, axis % 4))
     zeros = gm.graph.call_function(
         aten.zeros.default, (shape,), {"dtype": term.base.meta["val"].dtype}
     )
@@ -198,7 +202,7 @@ def _aligned(gm: fx.GraphModule, term: Term, heads: int) -> fx.Node:
     value = term.node.meta["val"]
     if value.dim() != 3 or (isinstance(value.shape[0], int) and value.shape[0] in (1, heads)):
         return term.node
-    return _call(gm, aten.unflatten.int, term.node, 0, [-1, heads])
+    return call(gm, aten.unflatten.int, term.node, 0, [-1, heads])
 
 
 def _erase_unused(node: fx.Node) -> None:

@@ -38,7 +38,21 @@ def _same_value(node: fx.Node) -> bool:
     if is_op(node, aten.cat):
         kept = [n for n in node.args[0] if not _zero_width(n)]  # type: ignore[union-attr]
         return len(kept) == 1
-    return False
+    return _neutral(node)
+
+
+def _neutral(node: fx.Node) -> bool:
+    """x + 0, x - 0, x * 1, x / 1 of one dtype (a bias that is switched off)."""
+    number = {aten.add: 0, aten.sub: 0, aten.mul: 1, aten.div: 1}
+    found = [n for op, n in number.items() if is_op(node, op)]
+    source = node.args[0] if node.args else None
+    if not found or len(node.args) < 2 or not isinstance(source, fx.Node) or node.kwargs:
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    same = isinstance(node.args[1], int | float) and node.args[1] == found[0]
+    return same and before.dtype == after.dtype
 
 
 def _zero_width(node: object) -> bool:
