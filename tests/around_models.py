@@ -192,6 +192,7 @@ class Tower(nn.Module):
 
     def __init__(self, block: type[Attention]) -> None:
         super().__init__()
+        self.kind = block
         self.embed = nn.Embedding(50, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.blocks = nn.ModuleList(block() for _ in range(2))
@@ -206,8 +207,8 @@ class Tower(nn.Module):
         x = self.embed(ids)
         for norm, block in zip(self.norms, self.blocks, strict=True):
             Reaching.seen[:] = [x * 0.5]
-            seen = None if isinstance(block, ValidityOnly | MaskInside) else mask
-            given = None if isinstance(block, MaskInside) else attention_mask
+            seen = None if issubclass(self.kind, ValidityOnly | MaskInside) else mask
+            given = None if issubclass(self.kind, MaskInside) else attention_mask
             y, more = block(norm(x), x, seen, given, row, angle)
             x = (y if more is None else y + more).float()
             x = x + Leaking.kept.pop() if Leaking.kept else x
