@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.calibrate.stage import finite_or_raise
 from reattend.capture import evaluation
 from reattend.data import Dataset
 from reattend.host import beside
@@ -81,11 +82,12 @@ def divergence(model: nn.Module, choices: dict[str, Choice], data: Dataset) -> M
     if fits < len(reference):
         batch = {k: v[:fits] if isinstance(v, Tensor) else v for k, v in batch.items()}
         reference = reference[:fits].clone()
+    mask = batch.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    finite_or_raise(reference, "the model's output", real)
     logits = _has_logits(model, batch)
     if logits:
         reference = reference.log_softmax(-1)
-    mask = batch.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def measure(path: str, mixer: Mixer) -> float:
         owner, binding = target.get_submodule(path), choices[path].site.binding

@@ -27,7 +27,7 @@ _FLOAT32, _UNITS = 1e-4, 16.0
 def call_check(
     captured: Capture, found: Found, place: Place, call: Call, mask: Tensor | None
 ) -> str:
-    """Why the binding is not trusted; empty if it is.
+    """Why the binding is not trusted; empty if it is, or if the model's own result is no number.
 
     Args:
         captured: the normalised graph.
@@ -59,6 +59,8 @@ def call_check(
         return f"{place.path} returns {tuple(expected.shape)}, its block {tuple(y.shape)}"
     if y.shape[:2] != rows.shape:
         rows = torch.ones(y.shape[:2], dtype=torch.bool)
+    if not bool(expected[rows].isfinite().all()):
+        return ""  # the model's own numbers overflow: nothing can be learned from them
     gap = float((y.double() - expected.double())[rows].abs().max())
     scale = max(float(expected.double()[rows].abs().max()), 1e-30)
     limit = max(_FLOAT32, _UNITS * torch.finfo(expected.dtype).eps)
