@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_mla import HIDDEN, config, dense
+from mla_blocks import HIDDEN, config, dense
 
 from reattend.attention_moments import ATTENDED, AttentionMoments, diagonal_sums
 from reattend.mixers.base import Context

@@ -1,14 +1,23 @@
-"""Calibration of a tiny model: it learns, touches nothing else, resumes to the same bytes."""
+"""Calibration of a tiny model: it learns, touches nothing else, and names what goes wrong."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_mla import PAPER
+from calibrated_pair import (
+    SETTINGS,
+    SHORT,
+    VOCABULARY,
+    convert,
+    data,
+    fresh,
+    same,
+    state,
+    teacher_and_students,
+)
 from torch import nn
 
 from reattend.calibrate import StageResult, calibrate
@@ -16,86 +25,13 @@ from reattend.calibrate.run import budgets
 from reattend.data import Dataset
 from reattend.errors import ArgumentError, DataError, MissingExtraError, ModelError, TrainingError
 from reattend.events import Event
-from reattend.finder import find_attention
-from reattend.install.adapter import install, replace_module
-from reattend.passes.rewrite.mla import MlaOptions, ToMla
 from reattend.plan_sections import Calibrate
-from reattend.statistics import collect
 from reattend.verify.quality import agreement
-from reattend.weights import build_dense
-from reattend.workdir import Workdir
-
-VOCABULARY = 61
-SETTINGS = Calibrate(tokens=6000, batch_size=4, seq_len=24, lr=1e-2)
-SHORT = Calibrate(tokens=1500, batch_size=4, seq_len=24)
-
-
-def data(rows: int, seed: int, padded: bool = False) -> Dataset:
-    order = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCABULARY, (rows, 24), generator=order)
-    mask = torch.ones_like(ids)
-    if padded:
-        for row in range(0, rows, 2):
-            mask[row, 13 + row % 7 :] = 0
-    return Dataset([{"input_ids": ids, "attention_mask": mask}], description="random", seed=0)
-
-
-def convert(teacher: nn.Module, rank: int | None) -> nn.Module:
-    """Every block to MLA of that rank (0: the exact setting), or to the normal form (None).
-
-    The normal form shares its weights with the teacher.
-    """
-    found = find_attention(teacher)
-    assert len(found.sites) == 2
-    look = dict(teacher.named_parameters()).__getitem__
-    dense = {
-        s.path: (build_dense(s.spec, look, s.hidden_size, s.memory_size), s.binding)
-        for s in found.sites
-    }
-    tensors = [*teacher.parameters(), *teacher.buffers()]
-    student = copy.deepcopy(teacher, {id(t): t for t in tensors})
-    needs = dict.fromkeys(dense, frozenset({"attention"}))
-    rows = data(8, 1).batches(4)
-    seen = collect(teacher, dense, rows, needs=needs) if rank is not None else {}
-    for path, (block, binding) in dense.items():
-        mixer: Any = block
-        if rank is not None:
-            exact = ToMla().exact_setting(block.config)
-            # The published start leaves training the most to recover.
-            options = exact
-            if rank:
-                options = MlaOptions(kv_lora_rank=rank, qk_rope_head_dim=4, **PAPER)
-            mixer = ToMla().build(block, seen[path], options).mixer
-        mixer.to(next(teacher.parameters()).dtype)
-        replace_module(student, path, install(student.get_submodule(path), mixer, binding))
-    return student
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Teacher, MLA student, identity student; tests copy before they train."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_num_threads(1)
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.25,
-    )  # fmt: skip
-    teacher = LlamaForCausalLM(config).eval()
-    return teacher, convert(teacher, 8), convert(teacher, None)
-
-
-def fresh(student: nn.Module) -> nn.Module:
-    return copy.deepcopy(student)
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    return teacher_and_students()
 
 
 @pytest.mark.parametrize("stages", [("layerwise",), ("end-to-end",), ("layerwise", "end-to-end")])
@@ -184,88 +120,6 @@ def test_the_callers_random_state_is_kept(pair: Any) -> None:
     torch.manual_seed(11)
     calibrate(pair[0], fresh(pair[1]), data(40, 3), SHORT, seed=0)
     assert torch.equal(torch.rand(3), expected)
-
-
-class StopHereError(Exception):
-    """What a test raises in the middle."""
-
-
-def interrupted(pair: Any, out: Path, stage: str, done: int) -> tuple[nn.Module, dict[str, Any]]:
-    def stop(event: Event) -> None:
-        if event.stage == stage and event.done >= done:
-            raise StopHereError
-
-    student = fresh(pair[1])
-    start = state(student)
-    with Workdir.open(out, {"a": "b"}) as workdir, pytest.raises(StopHereError):
-        calibrate(
-            pair[0], student, data(40, 3), SHORT, seed=0, workdir=workdir, inputs_hash="x",
-            on_event=stop,
-        )  # fmt: skip
-    assert same(state(student), start)
-    return student, start
-
-
-@pytest.mark.parametrize(
-    ("stage", "done"),
-    [("layerwise", 1), ("layerwise", 300), ("end-to-end", 1), ("end-to-end", 700)],
-)
-def test_resumed_equals_uninterrupted(pair: Any, tmp_path: Path, stage: str, done: int) -> None:
-    whole = fresh(pair[1])
-    expected = calibrate(pair[0], whole, data(40, 3), SHORT, seed=0)
-    interrupted(pair, tmp_path / "out", stage, done)
-    student = fresh(pair[1])
-    seen: list[Event] = []
-    with Workdir.open(tmp_path / "out", {"a": "b"}) as workdir:
-        got = calibrate(
-            pair[0], student, data(40, 3), SHORT, seed=0, workdir=workdir, inputs_hash="x",
-            on_event=seen.append,
-        )  # fmt: skip
-    assert got == expected
-    assert same(state(student), state(whole))
-    if done > 1:
-        first = next(e.done for e in seen if e.stage == stage)
-        assert first > 100, "the stage started anew instead of resuming"
-    if stage == "end-to-end":
-        assert not [e for e in seen if e.stage == "layerwise" and e.done < (e.total or 0)]
-
-
-@pytest.mark.parametrize("victim", range(6))
-def test_a_kill_inside_a_publish_resumes_to_the_same_bytes(
-    pair: Any, tmp_path: Path, victim: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = fresh(pair[1])
-    expected = calibrate(pair[0], whole, data(40, 3), SHORT, seed=0)
-    reached = 0
-
-    def die(self: Workdir, phase: str, name: str) -> None:
-        nonlocal reached
-        if "calibrate" in name:
-            reached += 1
-            if reached == 5 * victim + 1:
-                raise StopHereError
-
-    with monkeypatch.context() as patch, Workdir.open(tmp_path / "out", {}) as workdir:
-        patch.setattr(Workdir, "_at", die)
-        with pytest.raises(StopHereError):
-            calibrate(pair[0], fresh(pair[1]), data(40, 3), SHORT, seed=0, workdir=workdir)
-    student = fresh(pair[1])
-    with Workdir.open(tmp_path / "out", {}) as workdir:
-        got = calibrate(pair[0], student, data(40, 3), SHORT, seed=0, workdir=workdir)
-    assert got == expected
-    assert same(state(student), state(whole))
-
-
-def test_a_checkpoint_of_other_inputs_is_not_used(pair: Any, tmp_path: Path) -> None:
-    interrupted(pair, tmp_path / "out", "layerwise", 300)
-    whole, student = fresh(pair[1]), fresh(pair[1])
-    expected = calibrate(pair[0], whole, data(40, 4), SHORT, seed=0)
-    with Workdir.open(tmp_path / "out", {"a": "b"}) as workdir:
-        got = calibrate(
-            pair[0], student, data(40, 4), SHORT, seed=0, workdir=workdir, inputs_hash="x"
-        )
-    assert got == expected
-    assert same(state(student), state(whole))
 
 
 @pytest.mark.parametrize("stage", ["layerwise", "end-to-end"])

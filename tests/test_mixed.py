@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from mla_blocks import CASES, HIDDEN, GrowingState, config, dense, moments
 from pydantic import ValidationError
-from test_mla import CASES, HIDDEN, GrowingState, config, dense, moments
 from torch import Tensor
 
 from reattend.errors import UnsupportedCacheError

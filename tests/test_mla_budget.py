@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_mla import PAPER, config, dense, moments
+from mla_blocks import PAPER, config, dense, moments
 
 from reattend.passes.rewrite.base import Subject
 from reattend.passes.rewrite.mla import MlaOptions, ToMla

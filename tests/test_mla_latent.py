@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_mla import HIDDEN, config, dense, moments
+from mla_blocks import HIDDEN, config, dense, moments
 
 from reattend.mixers.base import Context
 from reattend.passes.rewrite.mla import MlaOptions, ToMla

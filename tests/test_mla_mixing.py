@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from test_mla import config, dense, moments
+from mla_blocks import config, dense, moments
 
 from reattend.passes.rewrite.mla_mixing import components, hermitian
 from reattend.passes.rewrite.mla_moments import key_moment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mla import HIDDEN, config, dense, moments
+from mla_blocks import HIDDEN, config, dense, moments
 
 from reattend.passes.rewrite.mla_moments import key_moment, latent_moment, shrunk_root
 from reattend.passes.rewrite.mla_options import MlaOptions

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from mla_blocks import PAPER, config, dense
 from pydantic import ValidationError
-from test_mla import PAPER, config, dense
 
 from reattend.errors import ArgumentError
 from reattend.passes.base import Refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mla import config
+from mla_blocks import config
 
 from reattend.passes.rewrite.mla_rotary import select_real, slot_columns, smallest_fold
 

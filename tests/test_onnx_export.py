@@ -1,4 +1,4 @@
-"""Exporting a converted model: torch's logits in two runtimes, one node per layer, refusals."""
+"""Exporting a converted model: torch's logits in two runtimes, one node per head group."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zoo_models
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
+from onnx_tiny import MLA, VOCABULARY, converted, sequences, tiny, torch_logits
+from transformers import GenerationConfig
 
-from reattend import convert
-from reattend.errors import ArgumentError, GateError, NothingFoundError, OutputError, RefusedError
+from reattend.errors import GateError, OutputError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -24,9 +23,8 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 from reattend.targets.onnx import Artifact, Session, export_onnx  # noqa: E402
 from reattend.targets.onnx.functions import DOMAIN  # noqa: E402
 
-VOCABULARY = 97
 PLANS: dict[str, Any] = {
-    "mla": {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 4}]},
+    "mla": {"rules": [{"sites": "*", **MLA}]},
     "identity": "identity",
     "mixed": {
         "rules": [
@@ -35,26 +33,13 @@ PLANS: dict[str, Any] = {
         ]
     },
 }
+
+
 OPS = {
     "mla": ["LatentAttention"],
     "identity": ["Attention"],
     "mixed": ["Attention", "LatentAttention"],
 }
-
-
-def tiny(**more: Any) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
-        bos_token_id=1, eos_token_id=2, initializer_range=0.3, **more,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def converted(plan: Any) -> Any:
-    text = [torch.randint(0, VOCABULARY, (4, 32))]
-    return convert(tiny(), plan=plan, data=text).model
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Artif
         model = converted(plan)
         found[name] = model, export_onnx(model, folder / name)
     return found
-
-
-def sequences(batch: int, length: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(3, VOCABULARY, (batch, length))
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
-    return ids, mask
-
-
-def torch_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    position = (mask.cumsum(-1) - 1).clamp_min(0)
-    with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
-    return out.logits.numpy()
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -228,89 +199,6 @@ def test_float16(made: Any, tmp_path: Path) -> None:
     real = mask.bool().numpy()
     error = np.abs(np.concatenate(got, 1).astype(np.float32) - expected)[real].max()
     assert error <= 3e-2 * np.abs(expected).max()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rope", [0, 8])
-def test_rotary_part_of_any_width(rope: int, tmp_path: Path) -> None:
-    rule = {"sites": "*", "to": "mla", "kv_lora_rank": 12, "qk_rope_head_dim": rope}
-    model = converted({"rules": [rule]})
-    artifact = export_onnx(model, tmp_path / "out")
-    names = {s.name for s in artifact.manifest.states}
-    assert names == ({"latent", "rope"} if rope else {"latent"})
-    ids, mask = sequences(2, 9, padding=2)
-    expected = torch_logits(model, ids, mask)
-    session = Session(artifact.path, threads=1)
-    first = session.prefill(ids[:, :6].numpy(), mask[:, :6].numpy())
-    got = np.concatenate([first, session.step(ids[:, 6:].numpy())], 1)
-    assert np.abs(got - expected)[mask.bool().numpy()].max() <= 1e-4
-
-
-@pytest.mark.slow
-def test_sliding_window_and_softcap(tmp_path: Path) -> None:
-    """Gemma 2: two masks, softcap, and a window shorter than the text."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=5,
-        query_pre_attn_scalar=8, attn_logit_softcapping=3.0, max_position_embeddings=64,
-        initializer_range=0.3, attn_implementation="eager",
-    )  # fmt: skip
-    model = convert(Gemma2ForCausalLM(config).eval(), plan="identity").model
-    artifact = export_onnx(model, tmp_path / "out")
-    ids, mask = sequences(2, 14, padding=2)
-    expected = torch_logits(model, ids, mask)
-    session = Session(artifact.path, threads=1)
-    got = [session.prefill(ids[:, :8].numpy(), mask[:, :8].numpy())]
-    got += [session.step(ids[:, i : i + 1].numpy()) for i in range(8, 14)]
-    assert np.abs(np.concatenate(got, 1) - expected)[mask.bool().numpy()].max() <= 1e-4
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "bf16", "int8"])
-def test_other_dtypes_are_refused(dtype: str, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="float32") as caught:
-        export_onnx(tiny(), tmp_path / "out", dtype=dtype)
-    assert caught.value.exit_code == 2
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_model_that_was_not_converted_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NothingFoundError, match="identity"):
-        export_onnx(tiny(), tmp_path / "out")
-    with pytest.raises(ArgumentError, match="head"):
-        export_onnx(LlamaModel(tiny().config), tmp_path / "out")
-
-
-def test_a_partly_converted_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    model = converted({"rules": [{"layers": [0], **_mla_options()}]})
-    with pytest.raises(RefusedError, match="to: dense"):
-        export_onnx(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("name", "words"), [("gpt_oss", "sinks"), ("falcon_alibi", "adds to")])
-def test_scores_the_node_has_no_input_for_are_refused(
-    name: str, words: str, tmp_path: Path
-) -> None:
-    model = convert(zoo_models.build(name, None), plan="identity").model
-    with pytest.raises(RefusedError, match=words):
-        export_onnx(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bitnet", "cohere_norm"])
-def test_a_models_own_steps_are_exported(name: str, tmp_path: Path) -> None:
-    """The export itself compares logits with torch's."""
-    model = convert(zoo_models.build(name, None), plan="identity").model
-    artifact = export_onnx(model, tmp_path / "out")
-    assert artifact.max_error <= 1e-4
-
-
-def _mla_options() -> dict[str, Any]:
-    return {"to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 4}
 
 
 def test_a_wrong_file_is_not_published(

@@ -1,4 +1,4 @@
-"""Plan: reading, rules over sites, round trip, settings and the presets."""
+"""Plan: reading, round trip, mistakes, settings and the presets."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from reattend.errors import EXIT_BAD_INPUT, NothingFoundError, PlanError
+from reattend.errors import EXIT_BAD_INPUT, PlanError
 from reattend.plan import Calibrate, Plan, Rule
 
 
@@ -35,28 +35,8 @@ def _fake_conversions(monkeypatch):
     monkeypatch.setitem(sys.modules, "reattend.passes.rewrite.registry", registry)
 
 
-LLAMA = [f"model.layers.{i}.self_attn" for i in range(6)]
-T5 = [
-    "encoder.block.0.layer.0.SelfAttention",
-    "encoder.block.1.layer.0.SelfAttention",
-    "decoder.block.0.layer.0.SelfAttention",
-    "decoder.block.0.layer.1.EncDecAttention",
-    "decoder.block.1.layer.0.SelfAttention",
-    "decoder.block.1.layer.1.EncDecAttention",
-    "decoder.block.2.layer.0.SelfAttention",
-    "decoder.block.2.layer.1.EncDecAttention",
-]
-
-
 def simple(**more):
     return {"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}], **more}
-
-
-def taken(plan, paths):
-    """For each path the index of its only rule, or None."""
-    assigned = plan.assign(paths).values()
-    assert all(len(rules) < 2 for rules in assigned)
-    return [plan.rules.index(rules[0]) if rules else None for rules in assigned]
 
 
 def test_a_dict_needs_neither_version_nor_calibrate():
@@ -196,115 +176,6 @@ def test_mistakes_are_named(change, names):
 def test_a_newer_version_is_reported_before_its_unknown_keys():
     with pytest.raises(PlanError, match="newer"):
         Plan.load({"version": 2, "rulez": []})
-
-
-def test_first_match_wins_and_other_sites_stay():
-    plan = Plan.load(
-        {
-            "rules": [
-                {"sites": "*.0.*", "to": "keep"},
-                {"layers": ["0:2"], "to": "mla", "kv_keep": 0.5},
-            ]
-        }
-    )
-    assert taken(plan, LLAMA) == [0, 1, None, None, None, None]
-
-
-@pytest.mark.parametrize(
-    ("rule", "layers"),
-    [
-        ({"layers": [0, 2, -1]}, [0, 2, 5]),
-        ({"layers": "2:4"}, [2, 3]),
-        ({"layers": "::2"}, [0, 2, 4]),
-        ({"layers": ["-2:"]}, [4, 5]),
-        ({"layers": 3}, [3]),
-        ({"layers": "1:", "sites": "*.[13].*"}, [1, 3]),
-        ({"sites": ["*.1.self_attn", "re:.*\\.5\\..*"]}, [1, 5]),
-        ({"sites": "re:model.layers.[^4].self_attn"}, [0, 1, 2, 3, 5]),
-    ],
-)
-def test_sites_and_layers_choose(rule, layers):
-    plan = Plan.load({"rules": [{**rule, "to": "keep"}]})
-    got = plan.assign(LLAMA)
-    assert [i for i, p in enumerate(LLAMA) if got[p]] == layers
-
-
-def test_layers_count_in_each_stack():
-    plan = Plan.load({"rules": [{"layers": [-1], "to": "keep"}]})
-    last = [p for p, rules in plan.assign(T5).items() if rules]
-    assert last == [T5[1], T5[6], T5[7]]
-
-
-def test_paths_without_a_number_count_in_order():
-    plan = Plan.load({"rules": [{"layers": [1], "to": "keep"}]})
-    assert taken(plan, ["first.attn", "second.attn", "third.attn"]) == [None, 0, None]
-
-
-def test_a_rule_with_heads_leaves_the_rest_to_later_rules():
-    rules = [
-        {"layers": [0], "heads": [1], "to": "keep"},
-        {"layers": [0, 1], "heads": [0], "to": "mla"},
-        {"layers": ["::2"], "to": "keep"},
-        {"sites": "*", "heads": [1], "to": "mla"},
-    ]
-    plan = Plan.load({"rules": rules})
-    assigned = [[plan.rules.index(r) for r in taken] for taken in plan.assign(LLAMA).values()]
-    assert assigned == [[0, 1, 2], [1, 3], [2], [3], [2], [3]]
-
-
-def test_a_rule_that_matches_nothing_names_its_glob_and_near_sites():
-    plan = Plan.load({"rules": [{"sites": "model.layer.3.self_attn", "to": "mla"}]})
-    with pytest.raises(NothingFoundError) as caught:
-        plan.assign(LLAMA)
-    assert "model.layer.3.self_attn" in str(caught.value)
-    assert "model.layers.3.self_attn" in str(caught.value)
-    assert "rules.0" in str(caught.value)
-
-
-def test_a_layer_that_does_not_exist_is_named():
-    plan = Plan.load({"rules": [{"layers": [0, 12], "to": "mla"}]})
-    with pytest.raises(NothingFoundError, match=r"layer 12 does not exist[\s\S]*6 layers"):
-        plan.assign(LLAMA)
-
-
-def test_rules_after_a_catch_all_may_match_nothing():
-    rules = [{"sites": "*", "to": "mla"}, {"sites": "nothing", "to": "keep"}]
-    assert taken(Plan.load({"rules": rules}), LLAMA) == [0] * 6
-    with pytest.raises(NothingFoundError, match="nothing"):
-        Plan.load({"rules": rules[::-1]}).assign(LLAMA)
-
-
-def test_unknown_preset_and_missing_file(tmp_path):
-    with pytest.raises(PlanError, match=r"unknown plan 'transmal'[\s\S]*'transmla'"):
-        Plan.load("transmal")
-    with pytest.raises(PlanError, match="no such file"):
-        Plan.load(tmp_path / "none.yaml")
-    with pytest.raises(PlanError, match="no such file"):
-        Plan.load("none.yaml")
-    with pytest.raises(PlanError, match="folder"):
-        Plan.load(tmp_path)
-
-
-def test_extends_puts_own_rules_first_and_merges_sections(tmp_path):
-    (tmp_path / "base.yaml").write_text(
-        "extends: transmla\ncalibrate: {tokens: 5, seq_len: 64}\nverify: {max_kl: 1}\n"
-    )
-    (tmp_path / "top.yaml").write_text(
-        "extends: base.yaml\nrules: [{layers: [0], to: keep}]\ncalibrate: {tokens: 7}\n"
-    )
-    plan = Plan.load(tmp_path / "top.yaml")
-    assert [r.to for r in plan.rules] == ["keep", "mla"]
-    assert (plan.calibrate.tokens, plan.calibrate.seq_len) == (7, 64)
-    assert plan.verify.max_kl == 1
-    assert plan.extends is None
-    assert Plan(extends="transmla") == Plan.load("transmla")
-
-
-def test_a_circle_of_extends_is_an_error(tmp_path):
-    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
-    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
-    with pytest.raises(PlanError, match="circle"):
-        Plan.load(tmp_path / "a.yaml")
 
 
 def test_set_reaches_rules_sections_and_bare_options():

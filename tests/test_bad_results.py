@@ -1,0 +1,106 @@
+"""Exports that cannot be, missing packages, and result folders that are damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from bad_calls import FAST, cut, reattend, refused, untouched
+
+from reattend.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_GATE,
+    EXIT_MISSING,
+)
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_path: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "out"
+    result = reattend("convert", tiny_path, "--data", tiny_text, "--out", out, *FAST)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "onnxscript"])
+def test_export_without_its_extra(
+    package: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = reattend("export", converted, "--out", tmp_path / "out")
+    refused(result, EXIT_MISSING, package, "pip install 'reattend[onnx]'")
+    untouched(tmp_path)
+
+
+def test_lora_without_peft(
+    tiny_path: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    command = ["convert", tiny_path, "--data", tiny_text, "--out", tmp_path / "out", *FAST]
+    settings = ["--set", "calibrate.tokens=1000", "--set", "calibrate.lora_rank=2"]
+    refused(reattend(*command, *settings), EXIT_MISSING, "peft", "pip install")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_the_page_says_so(
+    tiny_path: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    result = reattend("convert", tiny_path, "--data", tiny_text, "--out", out, *FAST)
+    assert result.exit_code == 0, result.output
+    page = (out / "report.html").read_text()
+    assert "matplotlib" in page
+    assert "<svg" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--dtype", "bfloat16"], ("dtype 'bfloat16'", "float32")),
+        (["--target", "tensorrt"], ("'tensorrt'", "onnx")),
+    ],
+)
+def test_exports_that_do_not_exist(
+    arguments: list[str], parts: tuple[str, ...], converted: Path, tmp_path: Path
+) -> None:
+    result = reattend("export", converted, "--out", tmp_path / "out", *arguments)
+    refused(result, EXIT_BAD_INPUT, *parts)
+    untouched(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "report"])
+def test_folders_that_are_no_result(command: str, tiny_path: Path, tmp_path: Path) -> None:
+    extra = ["--out", tmp_path / "out"] if command == "export" else []
+    refused(reattend(command, tmp_path / "none", *extra), EXIT_BAD_INPUT, "none")
+    refused(reattend(command, tiny_path, *extra), EXIT_BAD_INPUT)
+    untouched(tmp_path)
+
+
+def test_results_that_are_damaged(converted: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(converted, tmp_path / "copy"))
+    (copy / "report.json").write_text("{")
+    refused(reattend("report", copy), EXIT_BAD_INPUT, "report.json is damaged", "report.json")
+    (copy / "config.json").write_text("no")
+    shutil.copy(converted / "report.json", copy / "report.json")
+    refused(reattend("verify", copy), EXIT_BAD_INPUT, "config.json is not JSON")
+    shutil.copy(converted / "config.json", copy / "config.json")
+    cut(0.9)(copy)
+    refused(reattend("verify", copy), EXIT_BAD_INPUT, "damaged or cut short")
+    shutil.copy(converted / "model.safetensors", copy / "model.safetensors")
+    (copy / "report.md").write_text("other")
+    refused(reattend("verify", copy), EXIT_GATE, "checks failed", "report.md")
+
+
+def test_a_checkpoint_from_the_future(converted: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(converted, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["reattend"]["format"] = 99
+    (copy / "config.json").write_text(json.dumps(config))
+    for command in (["verify", copy], ["export", copy, "--out", tmp_path / "out"]):
+        refused(reattend(*command), EXIT_BAD_INPUT, "format 99", "pip install -U reattend")

@@ -1,0 +1,72 @@
+"""Checkpoints that earlier code wrote keep loading; `stored_samples.py` says how they were made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import around_models
+import pytest
+import stored_samples
+from stored_samples import CHECKPOINTS, DATA, IDS
+
+from reattend import load
+from reattend.errors import EXIT_BAD_INPUT, ModelError
+from reattend.install.stored import FORMAT
+
+STORED = [
+    pytest.param(name, number, id=f"{name}-{number}")
+    for name in CHECKPOINTS
+    for number in range(1, FORMAT + 1)
+]
+
+
+def loaded(name: str, folder: Path) -> Any:
+    if name == "graph":
+        return load(folder, model=stored_samples.inline(), inputs={"ids": IDS})
+    return load(folder)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("name", "number"), STORED)
+def test_a_stored_checkpoint_computes_what_it_did(name: str, number: int) -> None:
+    expected = stored_samples.stored_logits(DATA / f"logits-{number}", name)
+    model = loaded(name, DATA / f"{name}-{number}")
+    assert expected.abs().max() > 1
+    assert (stored_samples.logits(model, name) - expected).abs().max() <= 1e-4
+
+
+def test_the_samples_hold_what_their_names_say() -> None:
+    sites = json.loads((DATA / "checkpoint-1" / "config.json").read_text())["reattend"]["sites"]
+    assert [site["kind"] for site in sites] == ["mixed", "latent"]
+    assert all("around" not in site["binding"] for site in sites)
+    around = json.loads((DATA / "around-1" / "config.json").read_text())["reattend"]["sites"]
+    assert all(site["binding"]["around"]["before"] for site in around)
+    assert all(site["binding"]["around"]["after"] for site in around)
+    graph = json.loads((DATA / "graph-1" / "reattend.json").read_text())
+    assert [site["binding"] for site in graph["sites"]] == [None]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_stored_checkpoint_with_a_newer_format_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "newer"
+    shutil.copytree(DATA / f"{name}-{FORMAT}", folder)
+    file = folder / ("reattend.json" if name == "graph" else "config.json")
+    content = json.loads(file.read_text())
+    section = content if name == "graph" else content["reattend"]
+    assert section["format"] == FORMAT
+    section["format"] = FORMAT + 1
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=f"format {FORMAT + 1}.*reads up to {FORMAT}") as caught:
+        loaded(name, folder)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+
+
+def test_a_sample_is_small_and_names_no_machine() -> None:
+    files = [file for file in DATA.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 400_000
+    for file in files:
+        assert file.stat().st_size < 100_000, file
+        assert str(Path(around_models.__file__).parent).encode() not in file.read_bytes(), file
