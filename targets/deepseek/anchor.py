@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 #: K / bound: the relative change of c is at most half of this squared, inverted
-MARGIN = {torch.float64: 2.0**13, torch.float32: 2.0**11, torch.bfloat16: 2.0**5,
-          torch.float16: 2.0**4}  # fmt: skip
+MARGIN = {torch.float64: 2.0**13, torch.float32: 2.0**11, torch.bfloat16: 2.0**11,
+          torch.float16: 2.0**6}  # fmt: skip
 LARGEST = {torch.float16: 2.0**14}
 #: of the norms on latent and query factor, whatever the config says
 EPS = 1e-6
@@ -30,10 +30,15 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Anchor:
-    """The constant, the gain of all other coordinates, and the largest relative change of c."""
+    """The constant, the gain of all other coordinates, and the largest relative change of c.
+
+    `correction`: what rounding the gain to the stored type left over; the matrix that reads the
+    norm's result is multiplied by it.
+    """
 
     value: float
     gain: float
+    correction: float
     error: float
 
 
@@ -59,5 +64,5 @@ def anchor(bound: float, rank: int, dtype: torch.dtype) -> Anchor:
     gains = values / rank**0.5
     rounding = (gains.to(dtype).double() / gains - 1).abs()
     best = int(rounding.argmin())
-    value = float(values[best])
-    return Anchor(value, float(gains[best].to(dtype)), bound**2 / value**2)
+    value, gain = float(values[best]), float(gains[best].to(dtype))
+    return Anchor(value, gain, float(gains[best]) / gain, bound**2 / value**2)

@@ -14,6 +14,8 @@ from reattend.targets.onnx.verify import SHAPES, torch_logits
 
 #: the map itself, run in at least float32
 EXACT = 1e-4
+#: how much larger than the change of one latent that of the logits may be
+GROWTH = 4.0
 #: what rounding the weights to a half type may do besides
 ROUNDED = {torch.bfloat16: 0.2, torch.float16: 0.05}
 
@@ -50,12 +52,13 @@ def prove(
             where=str(folder), why="; ".join(f"{k}: {', '.join(v[:4])}" for k, v in odd.items()),
         )  # fmt: skip
     loaded = loaded.eval()
+    exact_limit = EXACT + GROWTH * norm_error
     checks: list[Check] = []
     if stored != wide:
-        limit = max(EXACT + norm_error, ROUNDED.get(stored, EXACT))
+        limit = max(exact_limit, ROUNDED.get(stored, EXACT))
         checks += _compare(loaded, converted, "checkpoint", limit)
         loaded.load_state_dict(exact, strict=not loaded.config.tie_word_embeddings)
-    return _compare(loaded, converted, "weights", EXACT + norm_error) + checks
+    return _compare(loaded, converted, "weights", exact_limit) + checks
 
 
 def _compare(loaded: Any, converted: nn.Module, what: Any, limit: float) -> list[Check]:

@@ -46,6 +46,7 @@ def attention_tensors(
     if shape.anchored:
         made = anchor(row_bound(latent, input_gain_D.cpu()), shape.rank, dtype)
         gain[:r], bias[shape.rank - 1] = made.gain, made.value
+        up = up * made.correction
         error = max(error, made.error)
     else:  # the mean square is over more rows now: keep it, and undo that after the norm
         wider = (shape.rank / r) ** 0.5
@@ -107,7 +108,7 @@ def _queries(
         "q_a_proj.weight": torch.cat([first, first.new_zeros(1, first.shape[1])]),
         "q_a_proj.bias": constant,
         "q_a_layernorm.weight": gain,
-        "q_b_proj.weight": placed(torch.cat([second, last], 1)),
+        "q_b_proj.weight": placed(torch.cat([second * made.correction, last], 1)),
     }, made.error
 
 
