@@ -25,6 +25,7 @@ from reattend.install.binding import (
     match_mask,
     match_output,
     match_table,
+    match_wider,
     returns_bias,
 )
 from reattend.install.pieces import CacheAt, Path
@@ -72,6 +73,7 @@ def bind(
     """
     region = item.region
     arguments = bound(captured.model.get_submodule(path), call.args, call.kwargs)
+    _check_cache(path, cache)
     hidden = match(arguments, values[region.hidden])
     if hidden is None:
         raise NotUnderstood(f"{path or 'the model'} does not receive the block's input")
@@ -86,12 +88,15 @@ def bind(
     if output is None:
         raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
     _check_heads(item, path, output)
-    mask, adds, hides = None, False, False
+    mask, adds, hides, window = None, False, False, 0
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
         if mask is None:
             mask = match_hiding(arguments, values[region.mask])
             hides = mask is not None
+        if mask is None and item.spec.core.pattern.kind == "sliding":
+            window = item.spec.core.pattern.window
+            mask = match_wider(arguments, values[region.mask], window)
     opaque = item.spec.core.pattern.kind == "opaque"
     if region.mask is not None and mask is None and (item.follows_padding or opaque):
         does = "decides what is seen" if opaque else "hides padding"
@@ -109,8 +114,9 @@ def bind(
         hidden=hidden, memory=memory, mask=mask,
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
-        cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
-        extras=extras, mask_hides=hides,
+        cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
+        layer_shift=cache.shift or None, output=output,
+        extras=extras, mask_hides=hides, mask_window=window if mask is not None else 0,
     )  # fmt: skip
 
 
@@ -137,6 +143,7 @@ def bind_around(
     """
     region = item.region
     arguments = bound(captured.model.get_submodule(place.path), call.args, call.kwargs)
+    _check_cache(place.path, cache)
     y = region.exit.joined if stop else region.exit.node
     cutter = Surround(captured, item, place, arguments, values, y)
     hidden = cutter.enter("hidden", region.hidden)
@@ -161,7 +168,8 @@ def bind_around(
         hidden=hidden, memory=memory, mask=mask,
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
-        cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
+        cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
+        layer_shift=cache.shift or None, output=output,
         around=done.config, extras=_extras(item, place.path, arguments, values, cache),
     )  # fmt: skip
     return binding, done
@@ -175,7 +183,7 @@ def _extras(
     cache: CacheAt,
 ) -> tuple[Path, ...]:
     """Where the owner receives what its own steps read beside the hidden state."""
-    if cache[0] is not None and isinstance(item.spec.core.bias, Added):
+    if cache.path is not None and isinstance(item.spec.core.bias, Added):
         raise NotUnderstood(
             f"{path} adds to its scores what it computes from the tokens of one call, which cached "
             f"decoding does not have"
@@ -187,6 +195,11 @@ def _extras(
             raise NotUnderstood(f"{path} does not receive {node.name}, which the block reads")
         found.append(place)
     return tuple(found)
+
+
+def _check_cache(path: str, cache: CacheAt) -> None:
+    if cache.shift == ():
+        raise NotUnderstood(f"{path} is called several times, each with a cache of its own")
 
 
 def _check_heads(item: Found, path: str, output: Any) -> None:

@@ -7,9 +7,7 @@ a submodule and values in the graph can be matched by value, never by name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +17,8 @@ from reattend.errors import CaptureError
 from reattend.inputs import is_hf, made_up, resized, without_cache
 from reattend.passes.base import CAPTURED
 from reattend.passes.evaluate import Evaluator
+from reattend.running import evaluation
+from reattend.tracing import trace
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Capture:
     """A model's graph and the inputs it was captured with.
 
     `gm` is rewritten to normal forms; `exact` stays as captured, and computes bit for bit what
-    the model does where the kernels are deterministic.
+    the model does where the kernels are deterministic. `left_out`: modules that torch.export could
+    not follow, each one operation of the graph (`reattend.holes`), and why.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Capture:
     inputs: dict[str, Any]
     sizes: dict[str, int]
     exact: fx.GraphModule | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def placeholders(self, inputs: dict[str, Any] | None = None) -> dict[fx.Node, Any]:
         """The graph's input nodes with the values they take under `inputs`."""
@@ -88,19 +90,6 @@ class Capture:
         return inputs
 
 
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode, restored afterwards module by module."""
-    modes = {m: m.training for m in model.modules()}
-    for module in modes:  # a captured graph has no eval()
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
     """Export `model` without cache, sizes symbolic where the model allows.
 
@@ -125,30 +114,12 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
         inputs = made_up(model)
     elif is_hf(model):
         inputs = without_cache(model, inputs)
-    auto = torch.export.Dim.AUTO
-    shapes = {
-        name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
-        for name, v in inputs.items()
-    }
     with evaluation(model), torch.no_grad():
-        try:
-            program = torch.export.export(
-                model, (), dict(inputs), dynamic_shapes=shapes, strict=False
-            )
-        except Exception as problem:
-            raise CaptureError(
-                "torch.export could not capture this model",
-                where=type(model).__name__,
-                why=f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}",
-                next_step="check that model(**inputs) runs; data-dependent Python branches cannot "
-                "be captured",
-            ) from problem
-    gm = program.module()
-    assert isinstance(gm, fx.GraphModule)
+        gm, left_out = trace(model, inputs)
     for node in gm.graph.nodes:
         node.meta[CAPTURED] = node.name
     exact = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    return Capture(model, gm, inputs, _sizes(inputs), exact)
+    return Capture(model, gm, inputs, _sizes(inputs), exact, left_out)
 
 
 def _sizes(inputs: dict[str, Any]) -> dict[str, int]:

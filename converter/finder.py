@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from reattend.capture import Capture, capture
+from reattend.corewatch import cores_by_module
 from reattend.frame import dropouts
 from reattend.host import inputs_on_host, on_host
 from reattend.inputs import is_hf
@@ -16,11 +17,12 @@ from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.locate import Place, adapter_of, locate
 from reattend.ownercheck import Watched, owner_check
-from reattend.passes.base import PassResult
+from reattend.passes.base import CORES, PassResult
 from reattend.passes.find.latent import LatentForm, read_latent
 from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
+from reattend.running import evaluation
 from reattend.selfcheck import self_check
 from reattend.spec import AttentionSpec, Opaque
 from reattend.surround import Surrounding
@@ -41,6 +43,8 @@ class AttentionSite:
         region: the block in the captured graph.
         follows_padding: the model's own mask hides padded tokens here.
         surrounding: what the owner does besides the block, None where it is exactly the block.
+        cores: softmax cores of one run of the model that it stands for: two where a block weighs
+            its values in two calls, and those of every call of the module.
     """
 
     path: str
@@ -54,18 +58,21 @@ class AttentionSite:
     region: Region = field(repr=False)
     follows_padding: bool = False
     surrounding: Surrounding | None = field(default=None, repr=False)
+    cores: int = 1
 
 
 @dataclass
 class RefusedSite:
     """A core that was seen but not understood, or not provable.
 
-    `latent` holds the sizes of a block that already is multi-head latent attention.
+    `latent` holds the sizes of a block that already is multi-head latent attention; `verified`:
+    read as keys and values of full width it passed the self-check.
     """
 
     path: str
     reason: str
     latent: LatentForm | None = None
+    verified: bool = False
 
 
 @dataclass
@@ -98,10 +105,11 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     def inputs_at(length: int | None, padded: bool) -> dict[fx.Node, Any]:
         return captured.placeholders(captured.probe(length, padded))
 
-    result = FoundAttention(captured)
+    result = FoundAttention(captured, refused=_left_out(captured))
     seen = find(captured.gm, captured.placeholders(), inputs_at)
     places = locate(captured, [f for f in seen if isinstance(f, Found)], drops)
     ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
+    whole = is_hf(model) or bool(captured.left_out)  # its graph cannot take its place
     watched = Watched(captured, {p.path for p in places.values() if p.surrounding is not None})
     for item in seen:
         if isinstance(item, Missed):
@@ -110,13 +118,14 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         place = places[id(item)]
         latent = read_latent(item.region.core) if _own_steps(item.spec) else None
         if latent is not None:
-            result.refused.append(RefusedSite(place.path, latent.reason, latent))
+            proven = not self_check(captured.gm, item, inputs_at).reason
+            result.refused.append(RefusedSite(place.path, latent.reason, latent, proven))
             continue
         if place.path in ours and ours[place.path].mixer.kind != "dense":
             already = _already(place.path, ours[place.path])  # a dense group of a mixed block
             result.refused.append(already)
             continue
-        if place.binding is None and is_hf(model):
+        if place.binding is None and whole:
             result.refused.append(RefusedSite(place.path, place.reason))
             continue
         proof = self_check(captured.gm, item, inputs_at)
@@ -125,21 +134,42 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             continue
         if place.surrounding is not None and not place.number:
             reason = owner_check(watched, item, place)
-            if reason and is_hf(model):
+            if reason and whole:
                 result.refused.append(RefusedSite(place.path, reason))
                 continue
             if reason:
                 place = Place(place.path, reason=reason)
         if place.number and place.binding is not None:
             reason = _differs(item, place, result.sites)
-            if reason:
-                result.refused.append(RefusedSite(place.path, reason))
+            same = [s for s in result.sites if s.path == place.path]
+            if reason:  # nor can the calls before: they are one module
+                result.sites = [s for s in result.sites if s not in same]
+                calls = sum(s.cores for s in same) + _cores(item)
+                result.refused += [RefusedSite(place.path, reason)] * calls
+            for site in () if reason else same:
+                site.cores += _cores(item)
             continue
         result.sites.append(_site(item, place, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
     result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
+
+
+def _left_out(captured: Capture) -> list[RefusedSite]:
+    """Cores inside of modules that torch.export could not follow."""
+    if not captured.left_out:
+        return []
+    with evaluation(captured.model):
+        cores = cores_by_module(captured.model, captured.inputs)
+    found = []
+    for path, count in cores.items():
+        around = [h for h in captured.left_out if path == h or path.startswith(h + ".")]
+        if around:
+            hole = min(around, key=len)
+            why = f"torch.export cannot follow {hole}: {captured.left_out[hole]}"
+            found += [RefusedSite(path, why)] * count
+    return found
 
 
 def _own_steps(spec: AttentionSpec) -> bool:
@@ -152,8 +182,8 @@ def _differs(item: Found, place: Place, sites: list[AttentionSite]) -> str:
     first = next((s for s in sites if s.path == place.path), None)
     if first is None or first.spec != item.spec or first.binding != place.binding:
         return f"{place.path} is called several times and does not do the same each time"
-    if place.binding is not None and place.binding.cache is not None:
-        return f"{place.path} is called several times, each with a cache of its own"
+    if first.binding is not None and first.binding.cache and not first.binding.layer_shift:
+        return f"{place.path} is called several times, and each call writes to the same cache"
     return ""
 
 
@@ -171,7 +201,12 @@ def _site(item: Found, place: Place, error: float) -> AttentionSite:
         surrounding=place.surrounding,
         region=item.region,
         follows_padding=item.follows_padding,
+        cores=_cores(item),
     )
+
+
+def _cores(item: Found) -> int:
+    return int(item.region.core.meta.get(CORES, 1))
 
 
 def _number(sites: list[AttentionSite]) -> None:

@@ -19,6 +19,7 @@ from reattend.install.binding import (
     read,
     returns_bias,
     signature_of,
+    windowed,
 )
 from reattend.mixers.base import Context, Mixer, State
 from reattend.mixers.scores import shown
@@ -108,6 +109,8 @@ class Adapter(nn.Module):
             extras=tuple(read(arguments, path) for path in b.extras),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
+        if b.mask_window and mask is not None and state is not None:
+            _ends_with(mask, state.seen() + x.shape[1], b.layer_idx)
         added = self._added(x, mask, state, memory) if returns_bias(b.output) else None
         y = self.mixer(x, ctx, state, memory)
         if self.around is not None:
@@ -118,6 +121,8 @@ class Adapter(nn.Module):
         mask = read(arguments, self.binding.mask)
         if self.binding.mask_hides and isinstance(mask, Tensor):
             return ~mask
+        if self.binding.mask_window and isinstance(mask, Tensor) and mask.dim() == 4:
+            return windowed(mask, self.binding.mask_window)
         if mask is None or isinstance(mask, Tensor):
             return mask
         raise ArgumentError(
@@ -147,8 +152,9 @@ class Adapter(nn.Module):
         cache = read(arguments, self.binding.cache)
         if cache is None:
             return None
+        number = self.binding.layer_idx + int(read(arguments, self.binding.layer_shift) or 0)
         if hasattr(cache, "reattend_state"):
-            return cache.reattend_state(self.binding.layer_idx)
+            return cache.reattend_state(number)
         part = self.binding.cache_part
         layer = getattr(cache, part, None) if part else cache
         if not hasattr(layer, "update"):
@@ -158,18 +164,29 @@ class Adapter(nn.Module):
                 next_step=f"pass transformers' {wanted} or none",
             )
         if part == "cross_attention_cache":
-            return CrossState(cache, self.binding.layer_idx, filled_only)
-        state = StockState(layer, self.binding.layer_idx, filled_only)
+            return CrossState(cache, number, filled_only)
+        state = StockState(layer, number, filled_only)
         around = self.binding.around
         if around is not None and not around.stepwise and state.seen():
             raise UnsupportedCacheError(
                 "a converted layer cannot continue from a cache",
-                where=f"layer {self.binding.layer_idx}",
+                where=f"layer {number}",
                 why="what the original module does around its attention mixes tokens or counts "
                 "them, so it needs the whole sequence",
                 next_step="pass use_cache=False",
             )
         return state
+
+
+def _ends_with(mask: Tensor, tokens: int, layer: int) -> None:
+    """A window is counted from the last key, which must be the last token."""
+    if mask.dim() == 4 and mask.shape[-1] != tokens:
+        raise UnsupportedCacheError(
+            "a converted layer cannot tell its window in a cache with empty slots",
+            where=f"layer {layer}",
+            why=f"the mask has {mask.shape[-1]} keys and there are {tokens} tokens",
+            next_step="use transformers' DynamicCache, or none",
+        )
 
 
 def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:

@@ -32,7 +32,9 @@ class Binding(Frozen):
     `mask_adds_bias`: the mask argument also adds the position bias, which the mixer adds itself.
     `around`: what the owner does besides its block; None where it is exactly the block.
     `mask_hides`: it is bool and True where a key is hidden (MPT), not where it is seen.
+    `mask_window`: beside what it hides the block sees no key this many tokens back (GPT-Neo).
     `extras`: what the block's own steps read beside (`Context.extras`).
+    `layer_shift`: a number that each call adds to `layer_idx` (a module called several times).
     """
 
     hidden: Path
@@ -40,12 +42,14 @@ class Binding(Frozen):
     mask: Path | None = None
     mask_adds_bias: bool = False
     mask_hides: bool = False
+    mask_window: int = 0
     cos: TableRef | None = None
     sin: TableRef | None = None
     position: Path | None = None
     cache: Path | None = None
     cache_part: str | None = None
     layer_idx: int = 0
+    layer_shift: Path | None = None
     output: Any = "y"
     around: AroundConfig | None = None
     extras: tuple[Path, ...] = ()
@@ -179,6 +183,30 @@ def match_hiding(arguments: dict[str, Any], mask_BhNM: Tensor) -> Path | None:
             if all(a in (1, b) for a, b in pairs) and bool((~leaf == seen).all()):
                 return path
     return None
+
+
+def match_wider(arguments: dict[str, Any], mask_BhNM: Tensor, window: int) -> Path | None:
+    """The leaf that hides what the core's mask hides within the last `window` keys."""
+    seen = shown(mask_BhNM)
+    if mask_BhNM.dim() != 4:
+        return None
+    for path, leaf in leaves(arguments):
+        if isinstance(leaf, Tensor) and leaf.dim() == 4 and not leaf.is_complex():
+            if leaf.dtype != torch.bool and (not leaf.is_floating_point() or adds_bias(leaf)):
+                continue
+            near = windowed(leaf, window)
+            pairs = zip(near.shape, seen.shape, strict=True)
+            if all(a in (1, b) for a, b in pairs) and bool((near == seen).all()):
+                return path
+    return None
+
+
+def windowed(mask_BhNM: Tensor, window: int) -> Tensor:
+    """What a mask shows, as bool, of the last `window` keys; the N queries end with the M keys."""
+    n, m = mask_BhNM.shape[-2:]
+    i = torch.arange(m - n, m, device=mask_BhNM.device)[:, None]
+    near_NM = torch.arange(m, device=mask_BhNM.device) > i - window
+    return shown(mask_BhNM) & near_NM
 
 
 def adds_bias(mask: Tensor) -> bool:

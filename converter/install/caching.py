@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from reattend.capture import Call, evaluation, watch
-from reattend.install.binding import bound, leaves
+from reattend.capture import Call, watch
+from reattend.install.binding import bound, leaves, read
 from reattend.install.pieces import CacheAt
+from reattend.running import evaluation
 
 
 def watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, CacheAt]:
-    """path -> (leaf that holds the cache, part of an encoder-decoder cache, layer index).
+    """path -> where its cache is.
 
     The model runs once with a recording cache; modules that do not write to it are absent.
     """
     active: list[str] = []
     arguments: dict[str, dict[str, Any]] = {}
-    found: dict[str, CacheAt] = {}
+    found: dict[str, list[tuple[CacheAt, dict[str, Any]]]] = {}
 
     class Recording(DynamicCache):
         part: str | None = None
@@ -36,8 +37,9 @@ def watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> di
         ) -> tuple[Tensor, Tensor]:
             for owner in active:  # nested modules may both turn out to be the owner
                 path = next((p for p, v in leaves(arguments[owner]) if v is cache), None)
-                if path is not None and owner not in found:
-                    found[owner] = (path, self.part, int(layer_idx))
+                if path is not None:
+                    seen = CacheAt(path, self.part, int(layer_idx))
+                    found.setdefault(owner, []).append((seen, arguments[owner]))
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
 
@@ -63,7 +65,24 @@ def watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> di
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {path: _placed(calls) for path, calls in found.items()}
+
+
+def _placed(calls: list[tuple[CacheAt, dict[str, Any]]]) -> CacheAt:
+    """The layer that a module writes to, from its calls: one, or one counted from an argument."""
+    first, arguments = calls[0]
+    if all(at.layer_idx == first.layer_idx for at, _ in calls):
+        return first
+    for path, leaf in leaves(arguments):
+        if type(leaf) is int:
+            numbers = [read(given, path) for _, given in calls]
+            bases = {
+                at.layer_idx - n if type(n) is int else None
+                for (at, _), n in zip(calls, numbers, strict=True)
+            }
+            if len(bases) == 1 and None not in bases:
+                return first._replace(layer_idx=first.layer_idx - leaf, shift=path)
+    return first._replace(shift=())
 
 
 def _empty_cache(model: nn.Module, kind: Any) -> Any:

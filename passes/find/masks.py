@@ -96,7 +96,24 @@ def read_mask(
     if pattern.kind not in ("full", "opaque"):
         pattern = _at_length(at, _constants(slice_nodes), base.shape[-2]) or pattern
     padded = at(None, True)
+    if not _only_hides_keys(pattern, base, padded):
+        pattern = Pattern("opaque")
     return FoundMask(pattern, not bool((padded == base).all()), bias)
+
+
+def _only_hides_keys(pattern: Pattern, base: Tensor, padded: Tensor) -> bool:
+    """Whether padding takes keys away and does nothing else, where the row is a real token.
+
+    A chunk may be counted from the first real token: then the pattern is the row's own.
+    """
+    while base.dim() < 4:
+        base, padded = base[None], padded[None]
+    if pattern.kind in ("full", "opaque") or base.shape[-1] != base.shape[-2]:
+        return True
+    base, padded = torch.broadcast_tensors(base, padded)
+    valid_BhN = torch.diagonal(padded, dim1=-2, dim2=-1)
+    expected = base & valid_BhN[..., None, :]
+    return bool((expected == padded)[valid_BhN].all())
 
 
 def _at_length(

@@ -9,12 +9,15 @@ from reattend.passes.normalize.cores import FuseSdpa
 from reattend.passes.normalize.eager import FuseEager
 from reattend.passes.normalize.inplace import ToFunctional
 from reattend.passes.normalize.linear import ToLinear
+from reattend.passes.normalize.merge import MergeValues
 from reattend.passes.normalize.noops import DropNoops, ViewToReshape
 from reattend.passes.normalize.norms import FuseRmsNorm
+from reattend.passes.normalize.sinks import FoldSinkFactor
+from reattend.passes.normalize.writes import WritesToScatter
 
 PIPELINE = (
-    ToFunctional(), DropNoops(), ViewToReshape(), ToLinear(), FuseRmsNorm(), FuseSdpa(),
-    FuseEager(),
+    ToFunctional(), WritesToScatter(), DropNoops(), ViewToReshape(), ToLinear(), FuseRmsNorm(),
+    FuseSdpa(), FuseEager(), FoldSinkFactor(), MergeValues(),
 )  # fmt: skip
 
 

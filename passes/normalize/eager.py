@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.base import GraphPass, Refusal, drop_dead, replace_node
+from reattend.passes.base import SCORES, GraphPass, Refusal, drop_dead, replace_node
 from reattend.passes.evaluate import parameter_only
+from reattend.passes.normalize.cores import broadcast_heads
 from reattend.passes.normalize.forms import aten, attention, is_op
 from reattend.passes.normalize.scores import CASTS, RESHAPES, Scores, Term, read_scores, refolds
 
@@ -94,6 +95,7 @@ class FuseEager(GraphPass):
         product = _forward_to_product(node, (*CASTS, *RESHAPES, aten.slice))
         assert isinstance(parts, Scores) and product is not None
         heads = _heads(parts, product)
+        before, stack = product.prev, product.meta.get("nn_module_stack", {})
         with gm.graph.inserting_before(product):
             if is_op(parts.k, aten.transpose):
                 keys: Any = parts.k.args[0]
@@ -102,6 +104,7 @@ class FuseEager(GraphPass):
             q, k, v = (_unfolded(gm, n, heads) for n in (parts.q, keys, product.args[1]))
             for factor, divides in parts.factors:
                 q = _call(gm, (aten.div if divides else aten.mul).Tensor, q, factor)
+            k, v = (broadcast_heads(gm, n, q) for n in (k, v))
             mask = _mask(gm, parts, heads)
             new = gm.graph.call_function(
                 attention,
@@ -113,8 +116,13 @@ class FuseEager(GraphPass):
             if product.meta["val"].dim() == 3:
                 new = _call(gm, aten.flatten.using_ints, new, 0, 1)
         new.meta.update({k: v for k, v in product.meta.items() if k not in new.meta})
-        for before in new.all_input_nodes:  # who owns the block is read off its core
-            before.meta.setdefault("nn_module_stack", product.meta.get("nn_module_stack", {}))
+        new.meta[SCORES] = node.args[0]
+        made = product.prev  # who owns the block is read off its nodes
+        while made is not before:
+            made.meta.setdefault("nn_module_stack", stack)
+            made = made.prev
+        for given in new.all_input_nodes:
+            given.meta.setdefault("nn_module_stack", stack)
         replace_node(product, new)
         _erase_unused(node)
         drop_dead(gm.graph)

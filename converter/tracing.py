@@ -1,0 +1,134 @@
+"""torch.export with whatever it cannot follow left out of the trace.
+
+What fails is seen from the module that was running. It, or the smallest module around it whose
+results have predictable shapes, becomes a hole (`reattend.holes`), and so do the others of its
+class; then the export is tried again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reattend.corewatch import cores_by_module
+from reattend.errors import CaptureError
+from reattend.holes import Hole, Openings, Sizes, Unshaped, fill
+from reattend.install.binding import signature_of
+from reattend.running import running_modules
+
+#: classes of modules that are left out at most
+_ATTEMPTS = 8
+
+
+def trace(model: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The graph of a model, sizes symbolic where the model allows.
+
+    Args:
+        model: in evaluation mode; not changed.
+        inputs: example keyword arguments.
+
+    Returns:
+        The graph, and by path the modules left out and what torch.export said.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model, or what it cannot follow is no part
+            that could be left out.
+    """
+    try:
+        return _export(model, inputs), {}
+    except Exception as problem:
+        return _around(model, inputs, problem)
+
+
+def _export(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
+    program = torch.export.export(
+        model, (), dict(inputs), dynamic_shapes=_dynamic(model, inputs), strict=False
+    )
+    gm = program.module()
+    assert isinstance(gm, fx.GraphModule)
+    return gm
+
+
+def _dynamic(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Every axis as torch.export finds it; arguments that `**kwargs` takes stand together."""
+    auto = torch.export.Dim.AUTO
+    parameters = signature_of(model).parameters
+    rest = next((n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    shapes: dict[str, Any] = {}
+    for name in sorted(inputs, key=[*parameters, *inputs].index):
+        value = inputs[name]
+        place = shapes if name in parameters else shapes.setdefault(rest, {})
+        place[name] = dict.fromkeys(range(value.dim()), auto) if isinstance(value, Tensor) else None
+    return shapes
+
+
+def _around(
+    model: nn.Module, inputs: dict[str, Any], first: Exception
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """`trace` for a model that torch.export cannot follow everywhere."""
+    if next(model.parameters(), torch.empty(0)).device.type == "meta":
+        raise _failed(model, first) from first
+    try:
+        openings = Openings(model, inputs)
+    except Exception:
+        raise _failed(model, first) from first  # the model runs at one size only
+    cores = cores_by_module(model, inputs)
+    left_out: dict[str, str] = {}
+    sizes: dict[str, Sizes] = {}
+    alone: set[type[nn.Module]] = set()
+    problem, where = first, ""
+    for _ in range(_ATTEMPTS):
+        holes: list[Hole] = []
+        try:
+            with openings.open(sizes) as holes, running_modules(model) as running:
+                gm = _export(model, inputs)
+        except Exception as again:
+            problem, where = again, running[-1] if running else ""
+        else:
+            fill(gm, holes)
+            return gm, left_out
+        chosen = _smallest(openings, where, sizes)
+        if chosen is None:
+            break
+        kind = type(model.get_submodule(chosen))
+        one = kind not in alone and any(f"{p}.".startswith(f"{chosen}.") for p in cores)
+        alone.add(kind)  # attention itself is given up one block at a time, until a second fails
+        for path, module in model.named_modules():
+            if (path == chosen if one else type(module) is kind) and path not in sizes:
+                try:
+                    sizes[path] = openings.sizes(path)
+                except Unshaped:
+                    continue
+                left_out[path] = _said(problem)
+    raise _failed(model, problem, where) from problem
+
+
+def _smallest(openings: Openings, path: str, known: dict[str, Sizes]) -> str | None:
+    """The smallest submodule around a place that can be left out; None if there is none."""
+    while path:
+        if path in known:
+            return None  # it is left out already, and did not help
+        try:
+            if openings.sizes(path):
+                return path
+        except Unshaped:
+            pass
+        path = path.rpartition(".")[0]
+    return None
+
+
+def _said(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+
+
+def _failed(model: nn.Module, problem: Exception, where: str = "") -> CaptureError:
+    name = type(model).__name__
+    return CaptureError(
+        "torch.export could not capture this model",
+        where=f"{name}, {where}" if where else name,
+        why=_said(problem),
+        next_step="check that model(**inputs) runs; data-dependent Python branches cannot be "
+        "captured",
+    )
