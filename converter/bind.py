@@ -88,15 +88,16 @@ def bind(
     if output is None:
         raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
     _check_heads(item, path, output)
-    mask, adds, hides, window = None, False, False, 0
+    mask, adds, hides = None, False, False
+    window: int | None = None
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
         if mask is None:
             mask = match_hiding(arguments, values[region.mask])
             hides = mask is not None
-        if mask is None and item.spec.core.pattern.kind == "sliding":
-            window = item.spec.core.pattern.window
-            mask = match_wider(arguments, values[region.mask], window)
+        if mask is None and item.spec.core.pattern.kind in ("causal", "sliding"):
+            mask = match_wider(arguments, values[region.mask], item.spec.core.pattern.window)
+            window = None if mask is None else item.spec.core.pattern.window
     opaque = item.spec.core.pattern.kind == "opaque"
     if region.mask is not None and mask is None and (item.follows_padding or opaque):
         does = "decides what is seen" if opaque else "hides padding"
@@ -116,7 +117,7 @@ def bind(
         cos=cos, sin=sin, position=position,
         cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
         layer_shift=cache.shift or None, output=output,
-        extras=extras, mask_hides=hides, mask_window=window if mask is not None else 0,
+        extras=extras, mask_hides=hides, mask_window=window,
     )  # fmt: skip
 
 

@@ -66,6 +66,8 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
         found: blocks in it.
         drops: paths of modules with a dropout that acts while training.
     """
+    if not found:
+        return {}
     owners = {id(f): _candidates(f) for f in found}
     paths = {c.path for many in owners.values() for c in many}
     inputs = captured.probe(padded=True, side=slice(-3, None))

@@ -7,6 +7,10 @@ class; then the export is tried again.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -43,25 +47,40 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, dic
 
 
 def _export(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
-    program = torch.export.export(
-        model, (), dict(inputs), dynamic_shapes=_dynamic(model, inputs), strict=False
-    )
+    auto = torch.export.Dim.AUTO
+    shapes = {
+        name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
+        for name, v in inputs.items()
+    }
+    with _named(model, inputs), redirect_stderr(StringIO()):  # it prints the graph of a failure
+        program = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     return gm
 
 
-def _dynamic(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Every axis as torch.export finds it; arguments that `**kwargs` takes stand together."""
-    auto = torch.export.Dim.AUTO
-    parameters = signature_of(model).parameters
-    rest = next((n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD), "")
-    shapes: dict[str, Any] = {}
-    for name in sorted(inputs, key=[*parameters, *inputs].index):
-        value = inputs[name]
-        place = shapes if name in parameters else shapes.setdefault(rest, {})
-        place[name] = dict.fromkeys(range(value.dim()), auto) if isinstance(value, Tensor) else None
-    return shapes
+@contextmanager
+def _named(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
+    """A signature that names every input: torch.export loses sizes of what `**kwargs` takes."""
+    if all(name in signature_of(model).parameters for name in inputs):
+        yield
+        return
+    before, inside = vars(model).get("forward"), model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inside(*args, **kwargs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [inspect.Parameter(name, kind, default=None) for name in inputs]
+    forward.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
 
 
 def _around(

@@ -19,7 +19,7 @@ from reattend.install.binding import (
     read,
     returns_bias,
     signature_of,
-    windowed,
+    within,
 )
 from reattend.mixers.base import Context, Mixer, State
 from reattend.mixers.scores import shown
@@ -101,7 +101,7 @@ class Adapter(nn.Module):
         if self.around is not None:
             arguments = self.around.prepare(arguments)
         x, memory = read(arguments, b.hidden), read(arguments, b.memory)
-        mask = self._mask(arguments)
+        mask = self._mask(arguments, x.shape[1])
         ctx = Context(
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self.rotation(arguments),
@@ -109,7 +109,7 @@ class Adapter(nn.Module):
             extras=tuple(read(arguments, path) for path in b.extras),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
-        if b.mask_window and mask is not None and state is not None:
+        if b.mask_window is not None and mask is not None and state is not None:
             _ends_with(mask, state.seen() + x.shape[1], b.layer_idx)
         added = self._added(x, mask, state, memory) if returns_bias(b.output) else None
         y = self.mixer(x, ctx, state, memory)
@@ -117,12 +117,13 @@ class Adapter(nn.Module):
             arguments = self.around.finish(arguments, y)
         return pack(b.output, y, arguments, added)
 
-    def _mask(self, arguments: dict[str, Any]) -> Tensor | None:
+    def _mask(self, arguments: dict[str, Any], n: int) -> Tensor | None:
         mask = read(arguments, self.binding.mask)
         if self.binding.mask_hides and isinstance(mask, Tensor):
             return ~mask
-        if self.binding.mask_window and isinstance(mask, Tensor) and mask.dim() == 4:
-            return windowed(mask, self.binding.mask_window)
+        window = self.binding.mask_window
+        if window is not None and isinstance(mask, Tensor) and mask.dim() == 4:
+            return within(mask, n, window)
         if mask is None or isinstance(mask, Tensor):
             return mask
         raise ArgumentError(

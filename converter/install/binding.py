@@ -32,7 +32,8 @@ class Binding(Frozen):
     `mask_adds_bias`: the mask argument also adds the position bias, which the mixer adds itself.
     `around`: what the owner does besides its block; None where it is exactly the block.
     `mask_hides`: it is bool and True where a key is hidden (MPT), not where it is seen.
-    `mask_window`: beside what it hides the block sees no key this many tokens back (GPT-Neo).
+    `mask_window`: beside what it hides, the block hides later keys, and those this many tokens back
+    (GPT-Neo; 0: as far back as there are). None: the mask is all that hides.
     `extras`: what the block's own steps read beside (`Context.extras`).
     `layer_shift`: a number that each call adds to `layer_idx` (a module called several times).
     """
@@ -42,7 +43,7 @@ class Binding(Frozen):
     mask: Path | None = None
     mask_adds_bias: bool = False
     mask_hides: bool = False
-    mask_window: int = 0
+    mask_window: int | None = None
     cos: TableRef | None = None
     sin: TableRef | None = None
     position: Path | None = None
@@ -186,7 +187,7 @@ def match_hiding(arguments: dict[str, Any], mask_BhNM: Tensor) -> Path | None:
 
 
 def match_wider(arguments: dict[str, Any], mask_BhNM: Tensor, window: int) -> Path | None:
-    """The leaf that hides what the core's mask hides within the last `window` keys."""
+    """The leaf that hides what the core's mask hides among the keys of a causal window."""
     seen = shown(mask_BhNM)
     if mask_BhNM.dim() != 4:
         return None
@@ -194,18 +195,25 @@ def match_wider(arguments: dict[str, Any], mask_BhNM: Tensor, window: int) -> Pa
         if isinstance(leaf, Tensor) and leaf.dim() == 4 and not leaf.is_complex():
             if leaf.dtype != torch.bool and (not leaf.is_floating_point() or adds_bias(leaf)):
                 continue
-            near = windowed(leaf, window)
+            near = within(leaf, seen.shape[-2], window)
             pairs = zip(near.shape, seen.shape, strict=True)
             if all(a in (1, b) for a, b in pairs) and bool((near == seen).all()):
                 return path
     return None
 
 
-def windowed(mask_BhNM: Tensor, window: int) -> Tensor:
-    """What a mask shows, as bool, of the last `window` keys; the N queries end with the M keys."""
-    n, m = mask_BhNM.shape[-2:]
+def within(mask_BhNM: Tensor, n: int, window: int) -> Tensor:
+    """What a mask shows, as bool, up to each of n queries, which end with the keys.
+
+    Args:
+        mask_BhNM: bool or additive; one row may stand for all queries.
+        n: queries.
+        window: and no further back than this many tokens; 0: as far as there are keys.
+    """
+    m = mask_BhNM.shape[-1]
     i = torch.arange(m - n, m, device=mask_BhNM.device)[:, None]
-    near_NM = torch.arange(m, device=mask_BhNM.device) > i - window
+    j = torch.arange(m, device=mask_BhNM.device)
+    near_NM = (j <= i) & (j > i - window) if window else j <= i
     return shown(mask_BhNM) & near_NM
 
 

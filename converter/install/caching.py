@@ -60,7 +60,7 @@ def watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> di
     try:
         with evaluation(model), torch.no_grad():
             model(**{**inputs, "use_cache": True, "past_key_values": cache})
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, RuntimeError):
         return {}  # the model takes no such cache: it is converted without one
     finally:
         for handle in handles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from reattend.passes.base import PassResult
+from reattend.passes.normalize.blend import BlendToWhere
 from reattend.passes.normalize.cores import FuseSdpa
 from reattend.passes.normalize.eager import FuseEager
 from reattend.passes.normalize.inplace import ToFunctional
@@ -17,7 +18,7 @@ from reattend.passes.normalize.writes import WritesToScatter
 
 PIPELINE = (
     ToFunctional(), WritesToScatter(), DropNoops(), ViewToReshape(), ToLinear(), FuseRmsNorm(),
-    FuseSdpa(), FuseEager(), FoldSinkFactor(), MergeValues(),
+    FuseSdpa(), BlendToWhere(), FuseEager(), FoldSinkFactor(), MergeValues(),
 )  # fmt: skip
 
 
