@@ -9,20 +9,19 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from reattend.capture import Capture, capture
-from reattend.corewatch import cores_by_module
 from reattend.frame import dropouts
 from reattend.host import inputs_on_host, on_host
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.locate import Place, adapter_of, locate
+from reattend.overlooked import unaccounted
 from reattend.ownercheck import Watched, owner_check
 from reattend.passes.base import CORES, PassResult
 from reattend.passes.find.latent import LatentForm, read_latent
 from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
-from reattend.running import evaluation
 from reattend.selfcheck import self_check
 from reattend.spec import AttentionSpec, Opaque
 from reattend.surround import Surrounding
@@ -65,8 +64,9 @@ class AttentionSite:
 class RefusedSite:
     """A core that was seen but not understood, or not provable.
 
-    `latent` holds the sizes of a block that already is multi-head latent attention; `verified`:
-    read as keys and values of full width it passed the self-check.
+    `latent` holds the sizes of a block that already is multi-head latent attention. `verified`: it
+    was understood and passed the self-check (a latent one read as keys and values of full width),
+    and is refused for where it lives or what it is.
     """
 
     path: str
@@ -105,7 +105,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     def inputs_at(length: int | None, padded: bool) -> dict[fx.Node, Any]:
         return captured.placeholders(captured.probe(length, padded))
 
-    result = FoundAttention(captured, refused=_left_out(captured))
+    result = FoundAttention(captured)
     seen = find(captured.gm, captured.placeholders(), inputs_at)
     places = locate(captured, [f for f in seen if isinstance(f, Found)], drops)
     ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
@@ -126,7 +126,8 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             result.refused.append(already)
             continue
         if place.binding is None and whole:
-            result.refused.append(RefusedSite(place.path, place.reason))
+            proven = not self_check(captured.gm, item, inputs_at).reason
+            result.refused.append(RefusedSite(place.path, place.reason, verified=proven))
             continue
         proof = self_check(captured.gm, item, inputs_at)
         if proof.reason:
@@ -151,25 +152,19 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
             continue
         result.sites.append(_site(item, place, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
+    missing = unaccounted(captured, _told(result), ours)
+    result.refused += [RefusedSite(path, reason) for path, reason in missing]
     result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
 
 
-def _left_out(captured: Capture) -> list[RefusedSite]:
-    """Cores inside of modules that torch.export could not follow."""
-    if not captured.left_out:
-        return []
-    with evaluation(captured.model):
-        cores = cores_by_module(captured.model, captured.inputs)
-    found = []
-    for path, count in cores.items():
-        around = [h for h in captured.left_out if path == h or path.startswith(h + ".")]
-        if around:
-            hole = min(around, key=len)
-            why = f"torch.export cannot follow {hole}: {captured.left_out[hole]}"
-            found += [RefusedSite(path, why)] * count
-    return found
+def _told(result: FoundAttention) -> Counter[str]:
+    """Cores that were found or refused, by path."""
+    told = Counter(r.path for r in result.refused)
+    for site in result.sites:
+        told[site.path] += site.cores
+    return told
 
 
 def _own_steps(spec: AttentionSpec) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from reattend.corewatch import cores_by_module
 from reattend.errors import CaptureError
 from reattend.holes import Hole, Openings, Sizes, Unshaped, fill
+from reattend.host import device_of
 from reattend.install.binding import signature_of
 from reattend.running import running_modules
 
@@ -87,7 +88,7 @@ def _around(
     model: nn.Module, inputs: dict[str, Any], first: Exception
 ) -> tuple[fx.GraphModule, dict[str, str]]:
     """`trace` for a model that torch.export cannot follow everywhere."""
-    if next(model.parameters(), torch.empty(0)).device.type == "meta":
+    if device_of(model).type == "meta":
         raise _failed(model, first) from first
     try:
         openings = Openings(model, inputs)

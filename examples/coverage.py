@@ -60,8 +60,9 @@ def measure(task: str, kind: str, name: str) -> dict[str, Any]:
     row["sites"] = len(found.sites)
     row["verified"] = sum(s.cores for s in found.sites) + sum(r.verified for r in found.refused)
     row["kinds"] = sorted({site.spec.summary() for site in found.sites})
-    row["refused"] = dict(Counter(site.reason[:160] for site in found.refused if not site.verified))
-    row["latent"] = sum(r.verified for r in found.refused)
+    for name, proven in (("refused", False), ("proven", True)):
+        reasons_of = [r.reason[:160] for r in found.refused if r.verified is proven]
+        row[name] = dict(Counter(reasons_of))
     if found.sites:
         row["identity"] = identity(model, task)
     return row

@@ -6,6 +6,8 @@ readers of `rows` see it all the same. Whoever runs a part of a graph has to run
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 
@@ -44,6 +46,20 @@ def memory_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         source = view_of(node)
         roots[node] = node if source is None else roots[source]
     return roots
+
+
+def written(nodes: Collection[fx.Node]) -> bool:
+    """Whether anything writes to one of these values or to a view of one."""
+    seen, todo = set(nodes), list(nodes)
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if writes(user) is node:
+                return True
+            if user not in seen and view_of(user) is node:
+                seen.add(user)
+                todo.append(user)
+    return False
 
 
 def _schema(node: fx.Node) -> torch.FunctionSchema | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from reattend.passes import vmapped
-from reattend.passes.aliases import memory_of, writes
+from reattend.passes.aliases import memory_of, writes, written
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,9 +61,9 @@ def with_writes(
         `needed` with the writes and what these need; and those of them that are written to
         anywhere, whose values change while the graph runs.
     """
-    writers = [n for n in graph.nodes if writes(n) is not None]
-    if not writers:
+    if not written(needed):
         return needed, set()
+    writers = [n for n in graph.nodes if writes(n) is not None]
     place = {n: i for i, n in enumerate(graph.nodes)}
     roots = memory_of(graph)
     needed = set(needed)

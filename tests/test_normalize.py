@@ -276,6 +276,20 @@ class TestCores:
     ) -> None:
         assert refusals(lambda _m, q, k, v: spelling(q, k, v), Q, K, V)
 
+    def test_probabilities_are_cleared_only_where_scores_were_hidden(self) -> None:
+        late = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+        def cleared(where: Tensor) -> Callable[..., Tensor]:
+            def spelled(_m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                scores = (q @ k.mT).masked_fill(late, float("-inf"))
+                return F.softmax(scores, -1).masked_fill(where, 0.0) @ v
+
+            return spelled
+
+        gm, _ = graph(cleared(late), Q, K, V)
+        assert len(calls(gm, attention)) == 1
+        assert "not hidden" in refusals(cleared(late.flip(0)), Q, K, V)
+
     def test_something_between_product_and_softmax_is_refused(self) -> None:
         gm, _ = graph(lambda _m, q, k, v: eager(torch.relu(q @ k.mT), v), Q, K, V)
         assert not calls(gm, attention)
