@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import Cache, DynamicCache, LlamaConfig
 
 from reattend.install.binding import (
     Binding,
@@ -158,3 +158,21 @@ def test_layers_of_a_cache_are_counted_from_an_argument(
     shift: tuple[int, ...], place: CacheAt
 ) -> None:
     assert watch_cache(Several(*shift), {"inner"}, {}) == {"inner": place}
+
+
+class OwnCache(DynamicCache):
+    """As some hybrids have one."""
+
+
+class Particular(Several):
+    def forward(self, use_cache: bool, past_key_values: Any = None) -> None:
+        if past_key_values is not None and type(past_key_values) is not OwnCache:
+            raise ValueError("only its own cache")
+        super().forward(past_key_values or OwnCache(), use_cache)
+
+
+def test_a_cache_that_the_model_makes_itself_is_watched_too() -> None:
+    place = CacheAt(("cache",), None, 1, ("number",))
+    before = Cache.update
+    assert watch_cache(Particular(1, 1, 1), {"inner"}, {}) == {"inner": place}
+    assert Cache.update is before

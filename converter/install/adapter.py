@@ -157,7 +157,9 @@ class Adapter(nn.Module):
         if hasattr(cache, "reattend_state"):
             return cache.reattend_state(number)
         part = self.binding.cache_part
-        layer = getattr(cache, part, None) if part else cache
+        layer = (
+            getattr(cache, part, None) if part else getattr(cache, "self_attention_cache", cache)
+        )
         if not hasattr(layer, "update"):
             wanted = "an EncoderDecoderCache" if part else "a Cache (DynamicCache, StaticCache)"
             raise UnsupportedCacheError(
