@@ -247,7 +247,8 @@ def _rule(a: _Seen, b: _Seen) -> list[tuple[Size, ...]]:
     axes = [(i, axis) for i, shape in enumerate(a.inputs) for axis in range(len(shape))]
     if any(len(x) != len(y) for x, y in zip(a.inputs, b.inputs, strict=True)):
         raise Unshaped("its inputs have other numbers of axes each time")
-    ways = [(at,) for at in axes] + list(combinations_with_replacement(axes, 2))
+    ways: list[tuple[tuple[int, int], ...]] = [(at,) for at in axes]
+    ways += combinations_with_replacement(axes, 2)
     values = {way: (_product(a.inputs, way), _product(b.inputs, way)) for way in ways}
     rules = []
     for one, two in zip(a.outputs, b.outputs, strict=True):

@@ -224,12 +224,15 @@ def rope(parameters: dict[str, Any]) -> dict[str, Any]:
 def liven(model: Any) -> None:
     """Re-draw weights: matrices at 2 / sqrt(fan in), norms near one, biases nonzero.
 
-    Attention logits are then of order one, so that no detail of a block is invisible.
+    Attention logits are then of order one, so that no detail of a block is invisible. What is never
+    trained (tables of sines) stays as it is.
     """
     import torch
 
     generator = torch.Generator().manual_seed(12)
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() >= 2:
             parameter.data = noise * (2.0 / parameter[0].numel() ** 0.5)

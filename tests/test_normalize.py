@@ -281,8 +281,8 @@ class TestCores:
 
         def cleared(where: Tensor) -> Callable[..., Tensor]:
             def spelled(_m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                scores = (q @ k.mT).masked_fill(late, float("-inf"))
-                return F.softmax(scores, -1).masked_fill(where, 0.0) @ v
+                scores = (q @ k.mT).masked_fill(late == torch.tensor(True), float("-inf"))
+                return F.softmax(scores, -1).masked_fill(where == torch.tensor(True), 0.0) @ v
 
             return spelled
 

@@ -55,7 +55,7 @@ def _hidden_anyway(gm: fx.GraphModule, fill: fx.Node, parts: Scores) -> bool:
     """Whether zeros are filled in where the scores were hidden: there they are already."""
     hidden = [t.node for t in parts.terms if t.hidden and not t.inverted]
     zero = number(gm, fill.args[2]) == 0.0
-    return zero and any(equivalent(fill.args[1], node) for node in hidden)
+    return zero and any(equivalent(fill.args[1], node, gm=gm) for node in hidden)
 
 
 def _between(softmax: fx.Node, product: fx.Node) -> list[fx.Node]:

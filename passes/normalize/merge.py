@@ -9,29 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from reattend.passes.base import CORES, GraphPass, Refusal, drop_dead
-from reattend.passes.evaluate import ancestors
+from reattend.passes.evaluate import ancestors, attribute
 from reattend.passes.normalize.forms import aten, attention, is_op
 
 #: operations compared behind an argument before two are taken for different
 _DEPTH = 12
 
 
-def equivalent(a: Any, b: Any, depth: int = _DEPTH) -> bool:
-    """Whether two arguments are one value: the same node, or the same operations on the same."""
+def equivalent(a: Any, b: Any, depth: int = _DEPTH, gm: fx.GraphModule | None = None) -> bool:
+    """Whether two arguments are one value: the same node, or the same operations on the same.
+
+    With `gm`, constants that torch.export lifted out of the code are compared by what they hold.
+    """
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-            return all(equivalent(x, y, depth) for x, y in zip(a, b, strict=True))
+            return all(equivalent(x, y, depth, gm) for x, y in zip(a, b, strict=True))
         return type(a) is type(b) and bool(a == b)
     if a is b:
         return True
+    if a.op == b.op == "get_attr" and gm is not None:
+        x, y = attribute(gm, str(a.target)), attribute(gm, str(b.target))
+        plain = not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
+        return plain and x.dtype == y.dtype and torch.equal(x, y)
     same = a.op == b.op == "call_function" and a.target is b.target and not a.is_impure()
     if not same or depth == 0 or a.kwargs.keys() != b.kwargs.keys() or len(a.args) != len(b.args):
         return False
     pairs = [*zip(a.args, b.args, strict=True), *((v, b.kwargs[k]) for k, v in a.kwargs.items())]
-    return all(equivalent(x, y, depth - 1) for x, y in pairs)
+    return all(equivalent(x, y, depth - 1, gm) for x, y in pairs)
 
 
 class MergeValues(GraphPass):

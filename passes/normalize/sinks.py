@@ -58,7 +58,9 @@ def _parts(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if not isinstance(core, fx.Node) or not is_op(core, attention):
             continue
         sigmoid = _behind(factor)
-        difference = _behind(sigmoid.args[0]) if is_op(sigmoid, aten.sigmoid) else None
+        if not is_op(sigmoid, aten.sigmoid):
+            return None
+        difference = _behind(sigmoid.args[0])
         if not is_op(difference, aten.sub) or difference.kwargs:
             return None
         total, sinks = (_behind(a) for a in difference.args[:2])
