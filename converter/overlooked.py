@@ -12,6 +12,7 @@ from collections.abc import Collection
 from reattend.capture import Capture
 from reattend.corewatch import cores_by_module
 from reattend.host import device_of
+from reattend.passes.evaluate import ancestors
 from reattend.running import evaluation
 
 
@@ -29,10 +30,15 @@ def unaccounted(
         return []  # nothing runs without data
     with evaluation(captured.model):
         ran = cores_by_module(captured.model, captured.inputs)
+    behind = ancestors([n for n in captured.gm.graph.nodes if n.op == "output"])
+    stacks = (n.meta.get("nn_module_stack", {}).values() for n in behind)
+    read = {path for stack in stacks for path, _ in stack} | {""}
     found: list[tuple[str, str]] = []
     for path, count in ran.items():
         if _around(path, ours):
             continue
+        if path not in read and not _around(path, captured.left_out):
+            continue  # nothing reads what it computes
         known = sum(told[p] for p in _around(path, told))
         found += [(path, _why(captured, path))] * (count - known)
     return found
