@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.capture import evaluation
 from reattend.data import Dataset
 from reattend.host import beside
 from reattend.install.adapter import install, replace_module
@@ -17,6 +16,7 @@ from reattend.mixers.base import Mixer
 from reattend.passes.rewrite.base import Measure, Subject
 from reattend.preflight import Choice
 from reattend.rewriting import normal_forms, shared_copy
+from reattend.running import evaluation
 from reattend.statistics import SiteStatistics
 
 #: Rows a divergence is measured on, and the most bytes of outputs kept for it.

@@ -157,12 +157,23 @@ class InPlace(Attention):
         return y + h.mul_(2.0) + h, None
 
 
-class UnderView(Attention):
+class UnderSlice(Attention):
     """Writes into a tensor of which a view is read afterwards."""
 
     def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         h = self.norm(x)
         half = h[..., : WIDTH // 2]
+        y = self.attend(x, mask)
+        h.mul_(2.0)
+        return y + h + half.repeat(1, 1, 2), None
+
+
+class UnderView(Attention):
+    """The same under a view that may be any part of the tensor."""
+
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
+        h = self.norm(x)
+        half = h.chunk(2, -1)[0]
         y = self.attend(x, mask)
         h.mul_(2.0)
         return y + h + half.repeat(1, 1, 2), None
@@ -192,6 +203,7 @@ class Tower(nn.Module):
 
     def __init__(self, block: type[Attention]) -> None:
         super().__init__()
+        self.kind = block
         self.embed = nn.Embedding(50, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.blocks = nn.ModuleList(block() for _ in range(2))
@@ -206,8 +218,8 @@ class Tower(nn.Module):
         x = self.embed(ids)
         for norm, block in zip(self.norms, self.blocks, strict=True):
             Reaching.seen[:] = [x * 0.5]
-            seen = None if isinstance(block, ValidityOnly | MaskInside) else mask
-            given = None if isinstance(block, MaskInside) else attention_mask
+            seen = None if issubclass(self.kind, ValidityOnly | MaskInside) else mask
+            given = None if issubclass(self.kind, MaskInside) else attention_mask
             y, more = block(norm(x), x, seen, given, row, angle)
             x = (y if more is None else y + more).float()
             x = x + Leaking.kept.pop() if Leaking.kept else x
