@@ -20,7 +20,7 @@ from reattend.overlooked import unaccounted
 from reattend.ownercheck import Watched, owner_check
 from reattend.passes.base import CORES, PassResult
 from reattend.passes.find.latent import LatentForm, read_latent
-from reattend.passes.find.owners import owner_of
+from reattend.passes.find.owners import owner_of, path_of
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import attention, is_op
@@ -204,10 +204,11 @@ def _misread(watched: Watched, item: Found, place: Place) -> str:
 
 
 def _told(result: FoundAttention) -> Counter[str]:
-    """Cores that were found or refused, by path."""
+    """Cores that were found or refused, by path of a module they ran in."""
     told = Counter(r.path for r in result.refused)
     for site in result.sites:
-        told[site.path] += site.cores
+        ran = path_of(site.region.core)  # another, where one takes the weights of many
+        told[site.path if f"{ran}.".startswith(f"{site.path}.") else ran] += site.cores
     return told
 
 
