@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibrate.stage import finite_or_raise
-from reattend.capture import evaluation
 from reattend.data import Dataset
 from reattend.host import beside
 from reattend.install.adapter import install, replace_module
@@ -18,6 +17,7 @@ from reattend.mixers.base import Mixer
 from reattend.passes.rewrite.base import Measure, Subject
 from reattend.preflight import Choice
 from reattend.rewriting import normal_forms, shared_copy
+from reattend.running import evaluation
 from reattend.statistics import SiteStatistics
 
 #: Rows a divergence is measured on, and the most bytes of outputs kept for it.

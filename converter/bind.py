@@ -19,17 +19,15 @@ from reattend.frequencies import bind_rotation
 from reattend.inputs import is_hf
 from reattend.install.binding import (
     Binding,
-    adds_bias,
     bound,
     leaves,
     match,
-    match_hiding,
-    match_mask,
     match_output,
     match_table,
     returns_bias,
     signature_of,
 )
+from reattend.install.masking import adds_bias, match_hiding, match_mask, match_wider
 from reattend.install.pieces import CacheAt, Path
 from reattend.install.unmasked import unmasked
 from reattend.mixers.relative import relative_bias
@@ -75,6 +73,7 @@ def bind(
     """
     region = item.region
     arguments = bound(captured.model.get_submodule(path), call.args, call.kwargs)
+    _check_cache(path, cache)
     hidden = match(arguments, values[region.hidden])
     if hidden is None:
         raise NotUnderstood(f"{path or 'the model'} does not receive the block's input")
@@ -90,11 +89,15 @@ def bind(
         raise NotUnderstood(f"{path or 'the model'} returns something else than the block's output")
     _check_heads(item, path, output)
     mask, adds, hides = None, False, False
+    window: int | None = None
     if region.mask is not None:
         mask, adds = match_mask(arguments, values[region.mask])
         if mask is None:
             mask = match_hiding(arguments, values[region.mask])
             hides = mask is not None
+        if mask is None and item.spec.core.pattern.kind in ("causal", "sliding"):
+            mask = match_wider(arguments, values[region.mask], item.spec.core.pattern.window)
+            window = None if mask is None else item.spec.core.pattern.window
     opaque = item.spec.core.pattern.kind == "opaque"
     if region.mask is not None and mask is None and (item.follows_padding or opaque):
         does = "decides what is seen" if opaque else "hides padding"
@@ -112,8 +115,10 @@ def bind(
         hidden=hidden, memory=memory, mask=mask,
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
-        cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
-        extras=extras, mask_hides=hides, absent=_absent(captured, path, arguments),
+        cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
+        layer_shift=cache.shift or None, output=output,
+        extras=extras, mask_hides=hides, mask_window=window,
+        absent=_absent(captured, path, arguments),
     )  # fmt: skip
 
 
@@ -140,6 +145,7 @@ def bind_around(
     """
     region = item.region
     arguments = bound(captured.model.get_submodule(place.path), call.args, call.kwargs)
+    _check_cache(place.path, cache)
     y = region.exit.joined if stop else region.exit.node
     cutter = Surround(captured, item, place, arguments, values, y)
     hidden = cutter.enter("hidden", region.hidden)
@@ -164,7 +170,8 @@ def bind_around(
         hidden=hidden, memory=memory, mask=mask,
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
         cos=cos, sin=sin, position=position,
-        cache=cache[0], cache_part=cache[1], layer_idx=cache[2], output=output,
+        cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
+        layer_shift=cache.shift or None, output=output,
         around=done.config, extras=_extras(item, place.path, arguments, values, cache),
         absent=_absent(captured, place.path, arguments),
     )  # fmt: skip
@@ -179,7 +186,7 @@ def _extras(
     cache: CacheAt,
 ) -> tuple[Path, ...]:
     """Where the owner receives what its own steps read beside the hidden state."""
-    if cache[0] is not None and isinstance(item.spec.core.bias, Added):
+    if cache.path is not None and isinstance(item.spec.core.bias, Added):
         raise NotUnderstood(
             f"{path} adds to its scores what it computes from the tokens of one call, which cached "
             f"decoding does not have"
@@ -204,6 +211,11 @@ def _absent(captured: Capture, path: str, arguments: dict[str, Any]) -> tuple[st
         for name, parameter in parameters.items()
         if parameter.kind not in spread and arguments.get(name) is None
     )
+
+
+def _check_cache(path: str, cache: CacheAt) -> None:
+    if cache.shift == ():
+        raise NotUnderstood(f"{path} is called several times, each with a cache of its own")
 
 
 def _check_heads(item: Found, path: str, output: Any) -> None:

@@ -7,9 +7,7 @@ a submodule and values in the graph can be matched by value, never by name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +17,9 @@ from reattend.errors import CaptureError
 from reattend.inputs import is_hf, made_up, resized, without_cache
 from reattend.passes.base import CAPTURED
 from reattend.passes.evaluate import Evaluator
-from reattend.passes.normalize.copies import ScatterCopies
+from reattend.passes.normalize.writes import WritesToScatter
+from reattend.running import evaluation, uncached
+from reattend.tracing import trace
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Capture:
     """A model's graph and the inputs it was captured with.
 
     `gm` is rewritten to normal forms; `exact` stays as captured, and computes bit for bit what
-    the model does where the kernels are deterministic.
+    the model does where the kernels are deterministic. `left_out`: modules that torch.export could
+    not follow, each one operation of the graph (`reattend.holes`), and why.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Capture:
     inputs: dict[str, Any]
     sizes: dict[str, int]
     exact: fx.GraphModule | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def placeholders(self, inputs: dict[str, Any] | None = None) -> dict[fx.Node, Any]:
         """The graph's input nodes with the values they take under `inputs`."""
@@ -93,63 +95,6 @@ class Capture:
         return inputs
 
 
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode, restored afterwards module by module.
-
-    torch's own attention modules then take one fused call for a whole layer, which a graph shows
-    as one node; here they compute step by step.
-    """
-    modes = {m: m.training for m in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    for module in modes:  # a captured graph has no eval()
-        module.training = False
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def uncached(model: nn.Module) -> Iterator[None]:
-    """Caching off by the configs of a transformers model, for one that has no argument for it."""
-    configs = [] if not is_hf(model) else [model.config, model.config.get_text_config()]  # type: ignore[union-attr, operator]
-    before = [(c, c.use_cache) for c in configs if getattr(c, "use_cache", None)]
-    for config, _ in before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in before:
-            config.use_cache = value
-
-
-@contextmanager
-def settled() -> Iterator[None]:
-    """`module.to(dtype)` inside a forward is left out where it changes nothing (routers).
-
-    torch.export cannot follow it: the weights are stand-ins that cannot be swapped.
-    """
-    convert = nn.Module.to
-
-    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        wanted = [*args, *kwargs.values()]
-        if len(wanted) == 1 and isinstance(wanted[0], torch.dtype):
-            tensors = [*self.parameters(), *self.buffers()]
-            if all(t.dtype == wanted[0] for t in tensors if t.is_floating_point()):
-                return self
-        return convert(self, *args, **kwargs)
-
-    nn.Module.to = to  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.to = convert  # type: ignore[method-assign]
-
-
 def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
     """Export `model` without cache, sizes symbolic where the model allows.
 
@@ -174,31 +119,13 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
         inputs = made_up(model)
     elif is_hf(model):
         inputs = without_cache(model, inputs)
-    auto = torch.export.Dim.AUTO
-    shapes = {
-        name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
-        for name, v in inputs.items()
-    }
-    with evaluation(model), uncached(model), settled(), torch.no_grad():
-        try:
-            program = torch.export.export(
-                model, (), dict(inputs), dynamic_shapes=shapes, strict=False
-            )
-        except Exception as problem:
-            raise CaptureError(
-                "torch.export could not capture this model",
-                where=type(model).__name__,
-                why=f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}",
-                next_step="check that model(**inputs) runs; data-dependent Python branches cannot "
-                "be captured",
-            ) from problem
-    gm = program.module()
-    assert isinstance(gm, fx.GraphModule)
-    ScatterCopies()(gm)
+    with evaluation(model), uncached(model), torch.no_grad():
+        gm, left_out = trace(model, inputs)
+    WritesToScatter()(gm)
     for node in gm.graph.nodes:
         node.meta[CAPTURED] = node.name
     exact = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    return Capture(model, gm, inputs, _sizes(inputs), exact)
+    return Capture(model, gm, inputs, _sizes(inputs), exact, left_out)
 
 
 def tokens_first(captured: Capture, core: fx.Node) -> None:

@@ -147,7 +147,8 @@ def _show(found: FoundAttention) -> None:
             for head in (title, "Reason"):
                 table.add_column(head, overflow="fold")
             for r in rows:
-                table.add_row(Text(r.path or "(model)"), Text(r.reason))
+                reason = f"{r.reason} ✓" if r.verified else r.reason
+                table.add_row(Text(r.path or "(model)"), Text(reason))
             out.print(table)
     already = f"{len(latent)} already latent, " if latent else ""
     told = f"{len(found.sites)} found, {already}{len(missed)} not understood"

@@ -16,10 +16,11 @@ from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.locate import Place, adapter_of, locate
+from reattend.overlooked import unaccounted
 from reattend.ownercheck import Watched, owner_check
-from reattend.passes.base import PassResult
+from reattend.passes.base import CORES, PassResult
 from reattend.passes.find.latent import LatentForm, read_latent
-from reattend.passes.find.owners import owner_of
+from reattend.passes.find.owners import owner_of, path_of
 from reattend.passes.find.sites import Found, Missed, Region, find
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import attention, is_op
@@ -43,7 +44,8 @@ class AttentionSite:
         region: the block in the captured graph.
         follows_padding: the model's own mask hides padded tokens here.
         surrounding: what the owner does besides the block, None where it is exactly the block.
-        calls: how often the module runs in one call of the model.
+        cores: softmax cores of one run of the model that it stands for: two where a block weighs
+            its values in two calls, and those of every call of the module.
     """
 
     path: str
@@ -57,19 +59,22 @@ class AttentionSite:
     region: Region = field(repr=False)
     follows_padding: bool = False
     surrounding: Surrounding | None = field(default=None, repr=False)
-    calls: int = 1
+    cores: int = 1
 
 
 @dataclass
 class RefusedSite:
     """A core that was seen but not understood, or not provable.
 
-    `latent` holds the sizes of a block that already is multi-head latent attention.
+    `latent` holds the sizes of a block that already is multi-head latent attention. `verified`: it
+    was understood and passed the self-check (a latent one read as keys and values of full width),
+    and is refused for where it lives or what it is.
     """
 
     path: str
     reason: str
     latent: LatentForm | None = None
+    verified: bool = False
 
 
 @dataclass
@@ -109,6 +114,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     seen = find(captured.gm, captured.placeholders(), inputs_at)
     places = locate(captured, [f for f in seen if isinstance(f, Found)], drops)
     ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
+    whole = is_hf(model) or bool(captured.left_out)  # its graph cannot take its place
     watched = Watched(captured, {p.path for p in places.values() if p.binding is not None})
     for item in seen:
         if isinstance(item, Missed):
@@ -117,14 +123,16 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         place = places[id(item)]
         latent = read_latent(item.region.core) if _own_steps(item.spec) else None
         if latent is not None:
-            result.refused.append(RefusedSite(place.path, latent.reason, latent))
+            proven = not self_check(captured.gm, item, inputs_at).reason
+            result.refused.append(RefusedSite(place.path, latent.reason, latent, proven))
             continue
         if place.path in ours and ours[place.path].mixer.kind != "dense":
             already = _already(place.path, ours[place.path])  # a dense group of a mixed block
             result.refused.append(already)
             continue
-        if place.binding is None and is_hf(model):
-            result.refused.append(RefusedSite(place.path, place.reason))
+        if place.binding is None and whole:
+            proven = not self_check(captured.gm, item, inputs_at).reason
+            result.refused.append(RefusedSite(place.path, place.reason, verified=proven))
             continue
         cached = place.binding is not None and place.binding.cache is not None
         try:
@@ -144,7 +152,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
                 continue
         if place.surrounding is not None and not place.number:
             reason = owner_check(watched, item, place)
-            if reason and is_hf(model):
+            if reason and whole:
                 result.refused.append(RefusedSite(place.path, reason))
                 continue
             if reason:
@@ -156,13 +164,18 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
                 continue
         if place.number and place.binding is not None:
             reason = _differs(item, place, result.sites)
-            if reason:
-                result.refused.append(RefusedSite(place.path, reason))
-            else:
-                next(s for s in result.sites if s.path == place.path).calls += 1
+            same = [s for s in result.sites if s.path == place.path]
+            if reason:  # nor can the calls before: they are one module
+                result.sites = [s for s in result.sites if s not in same]
+                calls = sum(s.cores for s in same) + _cores(item)
+                result.refused += [RefusedSite(place.path, reason)] * calls
+            for site in () if reason else same:
+                site.cores += _cores(item)
             continue
         result.sites.append(_site(item, place, proof.error))
     result.refused += _refused_cores(captured.gm, passes)
+    missing = unaccounted(captured, _told(result), ours)
+    result.refused += [RefusedSite(path, reason) for path, reason in missing]
     result.refused = _once(result.refused, ours)
     _number(result.sites)
     return result
@@ -190,6 +203,15 @@ def _misread(watched: Watched, item: Found, place: Place) -> str:
     return call_check(watched.captured, item, place, watched.call(place.path, None, True), mask)
 
 
+def _told(result: FoundAttention) -> Counter[str]:
+    """Cores that were found or refused, by path of a module they ran in."""
+    told = Counter(r.path for r in result.refused)
+    for site in result.sites:
+        ran = path_of(site.region.core)  # another, where one takes the weights of many
+        told[site.path if f"{ran}.".startswith(f"{site.path}.") else ran] += site.cores
+    return told
+
+
 def _own_steps(spec: AttentionSpec) -> bool:
     """Whether keys or values are made by the model's own steps, as those of a latent block are."""
     return any(isinstance(s.proj, Opaque) for s in (spec.k, spec.v))
@@ -200,8 +222,8 @@ def _differs(item: Found, place: Place, sites: list[AttentionSite]) -> str:
     first = next((s for s in sites if s.path == place.path), None)
     if first is None or first.spec != item.spec or first.binding != place.binding:
         return f"{place.path} is called several times and does not do the same each time"
-    if place.binding is not None and place.binding.cache is not None:
-        return f"{place.path} is called several times, each with a cache of its own"
+    if first.binding is not None and first.binding.cache and not first.binding.layer_shift:
+        return f"{place.path} is called several times, and each call writes to the same cache"
     return ""
 
 
@@ -219,7 +241,12 @@ def _site(item: Found, place: Place, error: float) -> AttentionSite:
         surrounding=place.surrounding,
         region=item.region,
         follows_padding=item.follows_padding,
+        cores=_cores(item),
     )
+
+
+def _cores(item: Found) -> int:
+    return int(item.region.core.meta.get(CORES, 1))
 
 
 def _number(sites: list[AttentionSite]) -> None:

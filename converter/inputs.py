@@ -65,7 +65,9 @@ def made_up(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[
 
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The same call with caching off, where the model knows caching."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "use_cache" in parameters or (handed_on and "past_key_values" in parameters):
         return {**inputs, "use_cache": False}
     return inputs
 

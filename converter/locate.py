@@ -66,6 +66,8 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
         found: blocks in it.
         drops: paths of modules with a dropout that acts while training.
     """
+    if not found:
+        return {}
     owners = {id(f): _candidates(f) for f in found}
     paths = {c.path for many in owners.values() for c in many}
     inputs = captured.probe(padded=True, side=slice(-3, None))
@@ -88,7 +90,7 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
         candidates = [c for c in owners[id(item)] if c.number < len(calls.get(c.path, ()))]
         for c in candidates:
             try:
-                cache = cached.get(c.path, (None, None, 0))
+                cache = cached.get(c.path, CacheAt())
                 call = calls[c.path][c.number]
                 binding = bind(captured, item, c.path, call, values, cache, c.stop)
             except NotUnderstood as why:
@@ -148,13 +150,13 @@ def _surround(
         if located[id(c.item)].binding is not None or c.place is None:
             continue
         call = calls[c.path][c.number]
-        if c.direct is not None and not _escape(c, call, values):
+        if c.direct is not None and not _escape(captured, c, call, values):
             _settle(located, c, Place(c.path, c.direct, number=c.number))
             continue
         try:
             binding, surrounding = bind_around(
                 captured, c.item, c.place, call, values,
-                cached.get(c.path, (None, None, 0)), c.stop, c.path in drops,
+                cached.get(c.path, CacheAt()), c.stop, c.path in drops,
             )  # fmt: skip
         except NotUnderstood as why:
             c.reasons.append(str(why))
@@ -166,10 +168,13 @@ def _surround(
             located[id(c.item)] = Place(c.path, reason=c.reasons[-1])
 
 
-def _escape(c: _Candidate, call: Call, values: dict[fx.Node, Any]) -> bool:
-    """Whether a returned tensor that the mixer does not make is read outside."""
+def _escape(captured: Capture, c: _Candidate, call: Call, values: dict[fx.Node, Any]) -> bool:
+    """Whether a returned tensor that the mixer does not make is a weight, or is read outside."""
     assert c.direct is not None and c.place is not None
     rest = unmatched(c.direct.output, call.output)
+    own = list(captured.model.get_submodule(c.path).parameters())
+    if any(tensor is weight for tensor in rest for weight in own):
+        return True
     return any(equal(tensor, values[node]) for node in c.place.exits for tensor in rest)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.capture import evaluation
 from reattend.host import beside
+from reattend.running import evaluation
 from reattend.sharing import address
 
 

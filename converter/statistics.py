@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from reattend.attention_moments import AttentionMoments
-from reattend.capture import evaluation
 from reattend.errors import ModelError
 from reattend.host import beside
 from reattend.install.around import Around
@@ -23,6 +22,7 @@ from reattend.install.binding import Binding, bound, read
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.dense import DenseAttention
 from reattend.parts import query_heads
+from reattend.running import evaluation
 
 #: batch -> hidden and encoder states of sites that no module owns
 Inside = Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor | None]]]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reattend.activations import drawn, redrawn, replaced
 from reattend.capture import Call
+from reattend.errors import ArgumentError
 from reattend.install.around import Around
 from reattend.install.binding import Binding, bound, read, same
 from reattend.install.caching import Steps
@@ -58,7 +59,7 @@ def stepwise(
             for name, value in got.items():
                 if not same(value, _rows(name, made[name], start, end)) <= _LIMIT:
                     return False
-    except RuntimeError:  # shapes that only fit the whole sequence
+    except (RuntimeError, ArgumentError):  # shapes that only fit the whole, a mask left out
         return False
     return True
 

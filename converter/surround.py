@@ -109,6 +109,7 @@ class Surround:
         """
         outputs: list[tuple[Path, fx.Node]] = []
         returned: list[Tensor] = []
+        own = list(self.captured.model.get_submodule(self.place.path).parameters())
 
         def walk(part: Any, path: Path) -> Any:
             if type(part) in (tuple, list):
@@ -117,6 +118,10 @@ class Surround:
             passed = [p for p, leaf in leaves(arguments) if part is not None and leaf is part]
             if not isinstance(part, Tensor):
                 return {"path": list(passed[0])} if passed else None
+            if any(part is weight for weight in own):
+                raise NotUnderstood(
+                    f"{self.place.path} returns a weight of its own beside attention"
+                )
             returned.append(part)
             node = self._exit(part)
             if node is not self.y and (passed or equal(part, bias_1HNM)):

@@ -4,66 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-aten = torch.ops.aten
-_SOFTMAX = (aten._softmax.default, aten._safe_softmax.default)
-_FUSED = (
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-)  # fmt: skip
-_PRODUCT = (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
-#: what may happen to probabilities before they average values
-_PASS_ON = (
-    "view", "_unsafe_view", "reshape", "expand", "transpose", "permute", "slice", "clone",
-    "_to_copy", "nan_to_num", "mul", "native_dropout", "unsqueeze", "squeeze", "t", "where",
-    "masked_fill", "constant_pad_nd", "sub", "select", "split", "alias", "detach", "contiguous",
-    "_reshape_alias", "split_with_sizes", "unbind", "lift_fresh", "copy",
-)  # fmt: skip
+from reattend.corewatch import cores_by_module
 
 
-class _Watch(TorchDispatchMode):
-    """Follows every softmax result; one that enters a matrix product is an attention core."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fused = 0
-        self.roots: dict[int, int] = {}
-        self.alive: list[Tensor] = []
-        self.averaged: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in _FUSED:
-            self.fused += 1
-        elif func in _SOFTMAX:
-            self._mark(out, len(self.alive))
-        else:
-            given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-            roots = {self.roots[id(a)] for a in given if id(a) in self.roots}
-            if roots and func in _PRODUCT:
-                self.averaged |= roots
-            elif roots and name in _PASS_ON:
-                for made in tree_leaves(out):
-                    if isinstance(made, Tensor):
-                        self._mark(made, min(roots))
-        return out
-
-    def _mark(self, tensor: Tensor, root: int) -> None:
-        self.alive.append(tensor)  # an id stays that tensor's while it lives
-        self.roots[id(tensor)] = root
-
-
-@torch.no_grad()
 def count_cores(model: Any, inputs: dict[str, Any]) -> int:
-    """Attention cores that run in one call: fused calls, and softmax results that average values.
-
-    A router's softmax scales or selects and is not counted; a linear attention has no softmax.
-    """
-    with _Watch() as seen:
-        model(**inputs)
-    return seen.fused + len(seen.averaged)
+    """Attention cores that run in one call."""
+    return cores_by_module(model, inputs).total()

@@ -28,7 +28,7 @@ from typing import Any
 
 import campaign
 import tiny_models
-from coverage_report import reasons, table, total
+from coverage_report import reasons, table, total, verified
 
 LIMIT_S = 240
 #: models without softmax attention (or with approximations of it): nothing must be found
@@ -57,9 +57,12 @@ def measure(task: str, kind: str, name: str) -> dict[str, Any]:
         found = find_attention(model)
     except ReattendError as error:
         return row | {"sites": 0, "not_found": f"{error}".splitlines()[0] + why(error)}
-    row["sites"] = sum(site.calls for site in found.sites)
+    row["sites"] = len(found.sites)
+    row["verified"] = sum(s.cores for s in found.sites) + sum(r.verified for r in found.refused)
     row["kinds"] = sorted({site.spec.summary() for site in found.sites})
-    row["refused"] = dict(Counter(site.reason[:160] for site in found.refused))
+    for name, proven in (("refused", False), ("proven", True)):
+        reasons_of = [r.reason[:160] for r in found.refused if r.verified is proven]
+        row[name] = dict(Counter(reasons_of))
     if found.sites:
         row["identity"] = identity(model, task)
     return row
@@ -84,7 +87,7 @@ def identity(model: Any, task: str) -> dict[str, Any]:
     except ReattendError as error:
         return {"error": f"{error}".splitlines()[0] + why(error)}
     gaps: dict[str, float] = {}
-    for label, batch, length, padded in (("a", 2, 23, 0), ("b", 3, 31, 0), ("padded", 2, 23, 5)):
+    for label, batch, length, padded in (("a", 2, 23, 0), ("b", 4, 31, 0), ("padded", 2, 23, 5)):
         inputs = made_up(model, batch, length)
         mask = inputs.get("attention_mask")
         if padded and mask is None:
@@ -223,7 +226,7 @@ def main() -> int:
         results["rows"] = [r for r in results["rows"] if r not in known] + [row]
         results["rows"].sort(key=lambda r: (r["task"], r["kind"], r["class"]))
         campaign.write(args.out, results)
-        print(f"{row.get('sites', 0):3d}/{total(row):3d}  {name}  {short(row)}", flush=True)
+        print(f"{verified(row):3d}/{total(row):3d}  {name}  {short(row)}", flush=True)
     print(table(results))
     return 0
 

@@ -16,13 +16,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     for task in (*tiny_models.TASKS, "all"):
         mine = [r for r in rows if task in ("all", r["task"]) and "not_built" not in r]
         cores = sum(total(r) for r in mine)
-        verified = sum(r.get("sites", 0) for r in mine)
+        proven = sum(verified(r) for r in mine)
         converted = [r for r in mine if r.get("sites")]
         out[task] = {
             "models": len(mine),
             "cores": cores,
-            "verified": verified,
-            "share": round(verified / cores, 4) if cores else 1.0,
+            "verified": proven,
+            "share": round(proven / cores, 4) if cores else 1.0,
             "with_sites": len(converted),
             "identity_equal": sum(equal(r) for r in converted),
             "silently_different": sum(different(r) for r in converted),
@@ -34,7 +34,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def total(row: dict[str, Any]) -> int:
     """Cores of a model: what ran, or what was seen in the graph, whichever is more."""
-    return max(row.get("cores", 0), row.get("sites", 0) + sum(row.get("refused", {}).values()))
+    return max(row.get("cores", 0), verified(row) + sum(row.get("refused", {}).values()))
+
+
+def verified(row: dict[str, Any]) -> int:
+    """Cores that were understood and proven, those of latent attention included."""
+    return int(row.get("verified", row.get("sites", 0)))
 
 
 def equal(row: dict[str, Any]) -> bool:
@@ -72,7 +77,7 @@ def reasons(rows: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
         for key in ("not_found", "crash"):
             if key in row:
                 items[f"{key}: {row[key]}"] = max(total(row), 1)
-        missing = total(row) - row.get("sites", 0) - sum(row.get("refused", {}).values())
+        missing = total(row) - verified(row) - sum(row.get("refused", {}).values())
         if missing > 0 and "not_found" not in row and "crash" not in row:
             items["not seen in the graph"] = missing
         for reason, count in items.items():

@@ -42,6 +42,7 @@ EXACT: dict[str, Any] = {
     "sep_token_id": 2, "cls_token_id": 1, "forced_eos_token_id": None, "mask_token_id": 3,
     "forced_bos_token_id": None, "relative_attention_num_buckets": 8,
     "max_2d_position_embeddings": 64,
+    "attn_layer_period": 2, "attn_layer_offset": 1,
     "d_conv": 4, "mamba_d_conv": 4, "chunk_size": 8, "mamba_chunk_size": 8,
 }  # fmt: skip
 ENDINGS: tuple[tuple[tuple[str, ...], Any], ...] = (
@@ -58,7 +59,10 @@ OPEN = {
     "num_key_value_heads": HEADS,
     "num_experts_per_tok": 2,
     "vocab_size": VOCABULARY,
+    "attn_layer_indices": [LAYERS - 1],
 }
+#: fields that say layer by layer what a layer is
+KINDS = ("layer_types", "layers_block_type", "block_types")
 
 
 #: sizes left as they are, one attempt after another
@@ -143,12 +147,12 @@ def shrunk(config: Any, kept: tuple[str, ...] = ()) -> dict[str, Any]:
         new = small(key, value, fields)
         if new is not value and key in names:
             out[key] = new
-    kinds = fields.get("layer_types")
-    if not kept and isinstance(kinds, list) and kinds:
-        out["layer_types"] = sample(kinds)
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
-            if key in out:
-                out[key] = len(out["layer_types"])
+    for kinds in () if kept else KINDS:
+        if isinstance(fields.get(kinds), list) and fields[kinds]:
+            out[kinds] = sample(fields[kinds])
+            for key in ("num_hidden_layers", "n_layer", "num_layers"):
+                if key in out:
+                    out[key] = len(out[kinds])
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(fields.get(key), dict):
             out[key] = rope(fields[key])
@@ -156,7 +160,12 @@ def shrunk(config: Any, kept: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def sample(kinds: list[str]) -> list[str]:
-    """The shortest start of a layer pattern that has every kind, at least two layers."""
+    """The shortest start of a layer pattern that has every kind, at least two layers.
+
+    Where a config leaves a hybrid without attention, its last layer gets some.
+    """
+    if set(kinds) == {"linear_attention"}:
+        return [*kinds[: LAYERS - 1], "full_attention"]
     last = max(kinds.index(kind) for kind in set(kinds))
     return kinds[: max(LAYERS, min(last + 1, 8))]
 
@@ -165,6 +174,8 @@ def small(key: str, value: Any, fields: dict[str, Any]) -> Any:
     """The tiny value of a field, or the value itself."""
     if key == "head_dim" and "qk_rope_head_dim" in fields:
         return 8
+    if key == "head_dim" and "expand" in fields:
+        return int(fields["expand"] * WIDTH) // HEADS
     if value is None and key in OPEN:
         return OPEN[key]
     if key == "embed_dim" and type(value) is int and isinstance(fields.get("num_heads"), list):

@@ -17,6 +17,10 @@ from reattend.passes import vmapped
 
 #: `node.meta` key: name of the node of the graph as captured that has this value
 CAPTURED = "captured"
+#: `node.meta` key of a core: how many cores of the model it stands for, where not one
+CORES = "cores"
+#: `node.meta` key of a core that was spelled out: the scores its softmax read
+SCORES = "scores"
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ value of some node under given values of others. Only what is needed is computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from reattend.passes import vmapped
+from reattend.passes.aliases import memory_of, writes, written
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,6 +45,39 @@ def ancestors(
         if stop is None or not stop(node):
             todo.extend(node.all_input_nodes)
     return seen
+
+
+def with_writes(
+    graph: fx.Graph, needed: set[fx.Node], fixed: Collection[fx.Node]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What has to run so that `needed` nodes see every write before them.
+
+    Args:
+        graph: as captured.
+        needed: nodes that are to be run.
+        fixed: nodes whose values are given; what they are computed from is not run.
+
+    Returns:
+        `needed` with the writes and what these need; and those of them that are written to
+        anywhere, whose values change while the graph runs.
+    """
+    if not written(needed):
+        return needed, set()
+    writers = [n for n in graph.nodes if writes(n) is not None]
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    roots = memory_of(graph)
+    needed = set(needed)
+    while True:
+        read: dict[fx.Node, int] = {}
+        for node in needed:
+            for source in node.all_input_nodes:
+                read[roots[source]] = max(read.get(roots[source], -1), place[node])
+        missing = [w for w in writers if w not in needed and place[w] < read.get(roots[w], -1)]
+        if not missing:
+            break
+        needed |= ancestors(missing, stop=lambda n: n in fixed)
+    changed = {roots[w] for w in writers if w in needed}
+    return needed, {n for n in needed if roots[n] in changed}
 
 
 def concrete_shape(node: fx.Node, given: Mapping[fx.Node, Any]) -> list[int]:
@@ -109,9 +143,12 @@ class Evaluator:
         env: dict[fx.Node, Any] = {n: self._cast(v) for n, v in given.items()}
         needed = ancestors(wanted, stop=lambda n: n in env)
         needed |= ancestors(vmapped.levels(needed), stop=lambda n: n in env)
+        needed, changing = with_writes(self.gm.graph, needed, env)
+        kept = {n: env[n] for n in changing & env.keys()}
+        env.update({n: _copied(v) for n, v in kept.items()})
         with vmapped.balanced():
-            self._compute_all(needed, wanted, given, env)
-        return [env[n] for n in wanted]
+            self._compute_all(needed, wanted, given, env, changing & set(wanted), kept)
+        return [kept.get(n, env.get(n)) for n in wanted]
 
     def _compute_all(
         self,
@@ -119,14 +156,21 @@ class Evaluator:
         wanted: list[fx.Node],
         given: Mapping[fx.Node, Any],
         env: dict[fx.Node, Any],
+        changing: set[fx.Node],
+        kept: dict[fx.Node, Any],
     ) -> None:
-        """Fill `env` in graph order; a value is dropped after its last use."""
+        """Fill `env` in graph order; a value is dropped after its last use.
+
+        Wanted values that a later node writes into go to `kept` as they are when computed.
+        """
         uses = {n: sum(u in needed for u in n.users) for n in needed}
         keep = set(wanted)
         for node in self.gm.graph.nodes:
             if node not in needed or node in env:
                 continue
             env[node] = self._compute(node, env)
+            if node in changing:
+                kept[node] = _copied(env[node])
             for source in node.all_input_nodes:
                 uses[source] -= 1
                 if uses[source] == 0 and source not in keep and source not in given:
@@ -147,8 +191,13 @@ class Evaluator:
         if node in self.replace:
             return self.replace[node](*args, **kwargs)
         if node.op == "call_module":
-            return self.gm.get_submodule(str(node.target))(*args, **kwargs)
+            made = self.gm.get_submodule(str(node.target))(*args, **kwargs)
+            return torch.utils._pytree.tree_map(self._cast, made)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return self._cast(node.target(*args, **kwargs))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

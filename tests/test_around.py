@@ -31,6 +31,7 @@ OWNERS: dict[type[models.Attention], list[str]] = {
     models.ValidityOnly: ["after.0"],
     models.MaskInside: ["before.mask", "after.0"],
     models.AnglesInside: ["before.hidden", "before.cos", "before.sin"],
+    models.UnderSlice: ["after.0"],
     models.Windows: ["before.hidden", "after.0"],
 }
 MLA = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 14, "qk_rope_head_dim": 8}]}

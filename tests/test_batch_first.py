@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from reattend import convert, find_attention
-from reattend.capture import evaluation
 from reattend.errors import ArgumentError
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.batch_first import BatchFirst
 from reattend.passes.normalize.forms import aten, is_op
+from reattend.running import evaluation
 
 D, B, N, M = 16, 2, 11, 7
 PLAN = {"rules": [{"sites": "*", "to": "dense"}]}

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache, LlamaConfig
 
 from reattend.install.binding import (
     Binding,
     bound,
     leaves,
     match,
-    match_hiding,
     match_output,
     match_table,
     pack,
     read,
 )
+from reattend.install.caching import watch_cache
+from reattend.install.masking import match_hiding, match_wider, within
+from reattend.install.pieces import CacheAt
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -101,3 +105,72 @@ def test_a_mask_that_says_what_is_hidden() -> None:
     assert match_hiding(arguments, torch.where(seen, 0.5, -1e38)) == ("hidden",)
     assert match_hiding({"seen": seen}, seen) is None
     assert match_hiding({"hidden": ~torch.ones_like(seen)}, torch.ones_like(seen)) is None
+
+
+def test_a_mask_that_hides_less_than_the_block() -> None:
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    near = causal & ~torch.ones(6, 6, dtype=torch.bool).tril(-3)
+    valid = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    valid[0, ..., :2] = False
+    arguments = {"valid": valid, "mask": torch.where(valid & causal, 0.0, -3e38)}
+    assert match_wider(arguments, valid & near, 3) == ("valid",)
+    assert match_wider({"mask": arguments["mask"]}, valid & near, 3) == ("mask",)
+    assert match_wider({"mask": arguments["mask"]}, valid & near, 4) is None
+    assert match_wider({"mask": arguments["mask"] + 1.0}, valid & near, 3) is None
+    assert match_wider(arguments, valid & causal, 0) == ("valid",)
+    assert torch.equal(within(valid, 2, 3), (valid & near)[:, :, -2:])
+
+
+class Writes(nn.Module):
+    """A module that is called several times and writes to another layer each time."""
+
+    def __init__(self, *shift: int) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, cache: Any, number: int, step: int) -> None:
+        cache.update(X[:, None], X[:, None], self.shift[step] + number)
+
+
+class Several(nn.Module):
+    config = LlamaConfig(num_hidden_layers=8)
+
+    def __init__(self, *shift: int) -> None:
+        super().__init__()
+        self.inner = Writes(*shift)
+
+    def forward(self, past_key_values: Any, use_cache: bool) -> None:
+        for step, number in enumerate((0, 2, 4)):
+            self.inner(past_key_values, number, step)
+
+
+@pytest.mark.parametrize(
+    ("shift", "place"),
+    [
+        ((1, 1, 1), CacheAt(("cache",), None, 1, ("number",))),
+        ((4, 2, 0), CacheAt(("cache",), None, 4)),
+        ((2, 1, 3), CacheAt(("cache",), None, 2, ())),
+    ],
+)
+def test_layers_of_a_cache_are_counted_from_an_argument(
+    shift: tuple[int, ...], place: CacheAt
+) -> None:
+    assert watch_cache(Several(*shift), {"inner"}, {}) == {"inner": place}
+
+
+class OwnCache(DynamicCache):
+    """As some hybrids have one."""
+
+
+class Particular(Several):
+    def forward(self, use_cache: bool, past_key_values: Any = None) -> None:
+        if past_key_values is not None and type(past_key_values) is not OwnCache:
+            raise ValueError("only its own cache")
+        super().forward(past_key_values or OwnCache(), use_cache)
+
+
+def test_a_cache_that_the_model_makes_itself_is_watched_too() -> None:
+    place = CacheAt(("cache",), None, 1, ("number",))
+    before = Cache.update
+    assert watch_cache(Particular(1, 1, 1), {"inner"}, {}) == {"inner": place}
+    assert Cache.update is before

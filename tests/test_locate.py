@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 import transformers as tf
 import zoo_models
+from torch import Tensor, nn
 
 from reattend import convert, find_attention
 from reattend.capture import capture, watch
@@ -97,3 +99,45 @@ def test_half_precision_masks_are_compared_by_what_they_add() -> None:
     plain = torch.zeros(5, 5).half().masked_fill(hidden, torch.finfo(torch.float16).min)
     assert binding.match({"plain": plain}, mask) is None
     assert binding.match({"plain": plain, "biased": mask.clone()}, mask) == ("biased",)
+
+
+class Scan(nn.Module):
+    """A linear attention that fills its result row by row, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, state = torch.zeros_like(x), torch.zeros_like(x[:, 0])
+        for i in range(3):
+            state = torch.sigmoid(self.gate(x[:, i])) * state + x[:, i]
+            out[:, i] = state
+        out[:, 3:].add_(x[:, 3:])
+        return x + out
+
+
+class Hybrid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scan, self.attend = Scan(), Attend()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(self.scan(x))
+
+
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_what_is_written_in_place_before_a_block_is_known() -> None:
+    torch.manual_seed(0)
+    found = find_attention(Hybrid().eval(), {"x": torch.randn(2, 7, 16)})
+    assert [(s.path, s.owner, s.verified) for s in found.sites] == [("attend", "module", True)]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
+from reattend.passes import aliases
 from reattend.passes.evaluate import Evaluator
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import aten, attention, is_op, rms_norm
@@ -97,14 +98,37 @@ class TestInPlace:
         assert bool((Evaluator(gm).run([add], given)[0] == 1.5).all())
         assert bool((given[linear] == 3.0).all())
 
-    def test_a_part_written_in_place_stays(self) -> None:
+    def test_a_part_written_in_place_is_scattered_back(self) -> None:
         def part(_m: Holder, x: Tensor) -> Tensor:
             y = x * 2.0
             y[..., :4].mul_(3.0)
             return y + 1.0
 
         gm, _ = graph(part, X)
-        assert len(calls(gm, aten.mul_)) == 1
+        assert not calls(gm, aten.mul_)
+        assert len(calls(gm, aten.slice_scatter)) == 1
+
+    def test_views_made_before_a_write_show_it(self) -> None:
+        def rows(_m: Holder, x: Tensor) -> Tensor:
+            y = torch.zeros_like(x)
+            turned, last = y.transpose(1, 2), y[:, -1]
+            y[:, 0] = x[:, 1]
+            turned[:, 2] = 7.0
+            y[:, :, 3:].add_(x[:, :, 3:])
+            return turned.sum(-1) + last
+
+        gm, _ = graph(rows, X)
+        assert not [n for n in gm.graph.nodes if aliases.writes(n) is not None]
+
+    def test_what_may_be_a_copy_is_left_alone(self) -> None:
+        def vague(_m: Holder, x: Tensor) -> Tensor:
+            y = x.transpose(1, 2) * 2.0
+            flat = y.reshape(2, -1)
+            y[:, 0] = 1.0
+            return flat * 1.0
+
+        gm, _ = graph(vague, X)
+        assert len([n for n in gm.graph.nodes if aliases.writes(n) is not None]) == 1
 
 
 class TestRmsNorm:
@@ -252,6 +276,20 @@ class TestCores:
     ) -> None:
         assert refusals(lambda _m, q, k, v: spelling(q, k, v), Q, K, V)
 
+    def test_probabilities_are_cleared_only_where_scores_were_hidden(self) -> None:
+        late = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+        def cleared(where: Tensor) -> Callable[..., Tensor]:
+            def spelled(_m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                scores = (q @ k.mT).masked_fill(late == torch.tensor(True), float("-inf"))
+                return F.softmax(scores, -1).masked_fill(where == torch.tensor(True), 0.0) @ v
+
+            return spelled
+
+        gm, _ = graph(cleared(late), Q, K, V)
+        assert len(calls(gm, attention)) == 1
+        assert "not hidden" in refusals(cleared(late.flip(0)), Q, K, V)
+
     def test_something_between_product_and_softmax_is_refused(self) -> None:
         gm, _ = graph(lambda _m, q, k, v: eager(torch.relu(q @ k.mT), v), Q, K, V)
         assert not calls(gm, attention)
@@ -272,3 +310,22 @@ def test_promotion_reaches_weights_and_casts() -> None:
     last = [n for n in gm.graph.nodes if n.op == "call_function"][-1]
     given = {next(n for n in gm.graph.nodes if n.op == "placeholder"): X}
     assert Evaluator(gm, promote=torch.float64).run([last], given)[0].dtype == torch.float64
+
+
+def test_evaluator_runs_writes_that_no_node_names() -> None:
+    def rows(_m: Holder, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        first = y[:, 0]
+        first.copy_(x[:, 1])
+        y[:, 2:].mul_(0.0)
+        return y + 1.0
+
+    gm = torch.export.export(Holder(rows).eval(), (X,), strict=False).module()
+    assert isinstance(gm, fx.GraphModule)
+    (add,), (x,) = calls(gm, aten.add), [n for n in gm.graph.nodes if n.op == "placeholder"]
+    (zeros,) = calls(gm, aten.zeros_like)
+    given = {x: X.clone(), zeros: torch.full_like(X, 2.0)}
+    before, after = Evaluator(gm).run([zeros, add], given)
+    assert bool((after[:, 0] == X[:, 1] + 1).all()) and bool((after[:, 1] == 3.0).all())
+    assert bool((after[:, 2:] == 1.0).all())
+    assert bool((before == 2.0).all()) and bool((given[zeros] == 2.0).all())

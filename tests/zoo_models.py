@@ -155,6 +155,19 @@ MORE: dict[str, Callable[[], Any]] = {
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     ),
+    "gpt_neo": lambda: tf.GPTNeoForCausalLM(
+        tf.GPTNeoConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+            attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=None,
+            pad_token_id=0,
+        )
+    ),
+    "diffllama": lambda: tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**DECODER)),
+    "hrm_text": lambda: tf.HrmTextForCausalLM(
+        tf.HrmTextConfig(
+            **_without("num_key_value_heads", "num_hidden_layers"), num_hidden_layers=1
+        )
+    ),
     "qwen3_next": lambda: tf.Qwen3NextForCausalLM(
         tf.Qwen3NextConfig(**DECODER, layer_types=["full_attention"] * 2, num_experts=0)
     ),

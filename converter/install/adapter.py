@@ -20,6 +20,7 @@ from reattend.install.binding import (
     returns_bias,
     signature_of,
 )
+from reattend.install.masking import within
 from reattend.mixers.base import Context, Mixer, State
 from reattend.mixers.scores import shown
 
@@ -107,7 +108,7 @@ class Adapter(nn.Module):
         if self.around is not None:
             arguments = self.around.prepare(arguments)
         x, memory = read(arguments, b.hidden), read(arguments, b.memory)
-        mask = self._mask(arguments)
+        mask = self._mask(arguments, x.shape[1])
         ctx = Context(
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self.rotation(arguments),
@@ -115,18 +116,23 @@ class Adapter(nn.Module):
             extras=tuple(read(arguments, path) for path in b.extras),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
+        if b.mask_window is not None and mask is not None and state is not None:
+            _ends_with(mask, state.seen() + x.shape[1], b.layer_idx)
         added = self._added(x, mask, state, memory) if returns_bias(b.output) else None
         y = self.mixer(x, ctx, state, memory)
         if self.around is not None:
             arguments = self.around.finish(arguments, y)
         return pack(b.output, y, arguments, added)
 
-    def _mask(self, arguments: dict[str, Any]) -> Tensor | None:
+    def _mask(self, arguments: dict[str, Any], n: int) -> Tensor | None:
         mask = read(arguments, self.binding.mask)
         if self.binding.mask_hides and isinstance(mask, Tensor):
             return ~mask
-        if isinstance(mask, Tensor) and mask.dim() == 4 and not mask.is_floating_point():
-            return mask.bool()  # whole numbers say the same as truth values, and add nothing
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            if not mask.is_floating_point():
+                mask = mask.bool()  # whole numbers say the same as truth values, and add nothing
+            window = self.binding.mask_window
+            return mask if window is None else within(mask, n, window)
         if mask is None or isinstance(mask, Tensor):
             return mask
         raise ArgumentError(
@@ -156,10 +162,13 @@ class Adapter(nn.Module):
         cache = read(arguments, self.binding.cache)
         if cache is None:
             return None
+        number = self.binding.layer_idx + int(read(arguments, self.binding.layer_shift) or 0)
         if hasattr(cache, "reattend_state"):
-            return cache.reattend_state(self.binding.layer_idx)
+            return cache.reattend_state(number)
         part = self.binding.cache_part
-        layer = getattr(cache, part, None) if part else cache
+        layer = (
+            getattr(cache, part, None) if part else getattr(cache, "self_attention_cache", cache)
+        )
         if not hasattr(layer, "update"):
             wanted = "an EncoderDecoderCache" if part else "a Cache (DynamicCache, StaticCache)"
             raise UnsupportedCacheError(
@@ -167,18 +176,29 @@ class Adapter(nn.Module):
                 next_step=f"pass transformers' {wanted} or none",
             )
         if part == "cross_attention_cache":
-            return CrossState(cache, self.binding.layer_idx, filled_only)
-        state = StockState(layer, self.binding.layer_idx, filled_only)
+            return CrossState(cache, number, filled_only)
+        state = StockState(layer, number, filled_only)
         around = self.binding.around
         if around is not None and not around.stepwise and state.seen():
             raise UnsupportedCacheError(
                 "a converted layer cannot continue from a cache",
-                where=f"layer {self.binding.layer_idx}",
+                where=f"layer {number}",
                 why="what the original module does around its attention mixes tokens or counts "
                 "them, so it needs the whole sequence",
                 next_step="pass use_cache=False",
             )
         return state
+
+
+def _ends_with(mask: Tensor, tokens: int, layer: int) -> None:
+    """A window is counted from the last key, which must be the last token."""
+    if mask.dim() == 4 and mask.shape[-1] != tokens:
+        raise UnsupportedCacheError(
+            "a converted layer cannot tell its window in a cache with empty slots",
+            where=f"layer {layer}",
+            why=f"the mask has {mask.shape[-1]} keys and there are {tokens} tokens",
+            next_step="use transformers' DynamicCache, or none",
+        )
 
 
 def _table(arguments: dict[str, Any], ref: TableRef) -> Tensor | None:

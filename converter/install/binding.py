@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from reattend.install.pieces import AroundConfig, Path
 from reattend.mixers.config import Frozen
-from reattend.mixers.scores import shown
 
 
 class TableRef(Frozen):
@@ -32,8 +31,11 @@ class Binding(Frozen):
     `mask_adds_bias`: the mask argument also adds the position bias, which the mixer adds itself.
     `around`: what the owner does besides its block; None where it is exactly the block.
     `mask_hides`: it is bool and True where a key is hidden (MPT), not where it is seen.
+    `mask_window`: beside what it hides, the block hides later keys, and those this many tokens back
+    (GPT-Neo; 0: as far back as there are). None: the mask is all that hides.
     `extras`: what the block's own steps read beside (`Context.extras`).
     `absent`: parameters that the captured call left out, so what a tensor there does is not known.
+    `layer_shift`: a number that each call adds to `layer_idx` (a module called several times).
     """
 
     hidden: Path
@@ -41,12 +43,14 @@ class Binding(Frozen):
     mask: Path | None = None
     mask_adds_bias: bool = False
     mask_hides: bool = False
+    mask_window: int | None = None
     cos: TableRef | None = None
     sin: TableRef | None = None
     position: Path | None = None
     cache: Path | None = None
     cache_part: str | None = None
     layer_idx: int = 0
+    layer_shift: Path | None = None
     output: Any = "y"
     around: AroundConfig | None = None
     extras: tuple[Path, ...] = ()
@@ -142,50 +146,6 @@ def match(arguments: dict[str, Any], value: Tensor) -> Path | None:
     """The leaf that equals `value` best, within rounding."""
     scored = [(same(leaf, value), path) for path, leaf in leaves(arguments) if equal(leaf, value)]
     return min(scored, key=lambda s: s[0])[1] if scored else None
-
-
-def match_mask(arguments: dict[str, Any], mask_BhNM: Tensor) -> tuple[Path | None, bool]:
-    """The leaf that hides what the core's mask hides, and whether it also adds a bias.
-
-    The core may see more than the owner is given: a bool mask made additive, a bias added, one
-    row for all queries expanded. So where no leaf equals the mask, visibility decides. A mask
-    without a batch axis is a pattern, and no argument is needed for it.
-    """
-    if mask_BhNM.dim() != 4:
-        return None, False
-    exact = match(arguments, mask_BhNM)
-    seen = shown(mask_BhNM)
-    if exact is not None:
-        return exact, adds_bias(mask_BhNM)
-    if bool(seen.all()):
-        return None, False
-    for path, leaf in leaves(arguments):
-        if not isinstance(leaf, Tensor) or leaf.dim() != 4 or leaf.is_complex():
-            continue
-        if leaf.dtype != torch.bool and (not leaf.is_floating_point() or adds_bias(leaf)):
-            continue
-        pairs = zip(leaf.shape, seen.shape, strict=True)
-        if all(a in (1, b) for a, b in pairs) and bool((shown(leaf) == seen).all()):
-            return path, False
-    return None, False
-
-
-def match_hiding(arguments: dict[str, Any], mask_BhNM: Tensor) -> Path | None:
-    """The bool leaf that is True where the core's mask hides."""
-    seen = shown(mask_BhNM)
-    if mask_BhNM.dim() != 4 or bool(seen.all()):
-        return None
-    for path, leaf in leaves(arguments):
-        if isinstance(leaf, Tensor) and leaf.dtype == torch.bool and leaf.dim() == 4:
-            pairs = zip(leaf.shape, seen.shape, strict=True)
-            if all(a in (1, b) for a, b in pairs) and bool((~leaf == seen).all()):
-                return path
-    return None
-
-
-def adds_bias(mask: Tensor) -> bool:
-    """Whether an additive mask changes scores that it does not hide."""
-    return mask.dtype != torch.bool and bool((mask[shown(mask)] != 0).any())
 
 
 def match_table(arguments: dict[str, Any], table_NP: Tensor) -> tuple[TableRef, float] | None:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from reattend.capture import Call, evaluation, watch
-from reattend.install.binding import bound, leaves
+from reattend.capture import Call, watch
+from reattend.install.binding import bound, leaves, read
 from reattend.install.pieces import CacheAt
+from reattend.running import evaluation
 
 
 def watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, CacheAt]:
-    """path -> (leaf that holds the cache, part of an encoder-decoder cache, layer index).
+    """path -> where its cache is.
 
-    The model runs once with a recording cache; modules that do not write to it are absent.
+    The model runs once with a recording cache, or with the one it makes itself where it takes no
+    other; modules that do not write to it are absent.
     """
     active: list[str] = []
     arguments: dict[str, dict[str, Any]] = {}
-    found: dict[str, CacheAt] = {}
+    found: dict[str, list[tuple[CacheAt, dict[str, Any]]]] = {}
+
+    def record(caches: tuple[Any, ...], part: str | None, layer_idx: int) -> None:
+        for owner in active:  # nested modules may both turn out to be the owner
+            leaf = (p for p, v in leaves(arguments[owner]) if any(v is c for c in caches))
+            path = next(leaf, None)
+            if path is not None:
+                seen = CacheAt(path, part, int(layer_idx))
+                found.setdefault(owner, []).append((seen, arguments[owner]))
 
     class Recording(DynamicCache):
         part: str | None = None
@@ -34,36 +47,73 @@ def watch_cache(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> di
             *args: Any,
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:
-            for owner in active:  # nested modules may both turn out to be the owner
-                path = next((p for p, v in leaves(arguments[owner]) if v is cache), None)
-                if path is not None and owner not in found:
-                    found[owner] = (path, self.part, int(layer_idx))
+            record((cache,), self.part, layer_idx)
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
+
+    def enter(m: nn.Module, args: Any, kwargs: Any, path: str) -> None:
+        active.append(path)
+        arguments[path] = bound(m, args, kwargs)
+
+    def leave(*_: Any) -> None:
+        active.pop()
 
     cache = _empty_cache(model, Recording)
     handles = []
     for path in paths:
         module = model.get_submodule(path)
-
-        def enter(m: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            active.append(path)
-            arguments[path] = bound(m, args, kwargs)
-
-        def leave(*_: Any) -> None:
-            active.pop()
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(
+            module.register_forward_pre_hook(partial(enter, path=path), with_kwargs=True)
+        )
         handles.append(module.register_forward_hook(leave, always_call=True))
+    refused = (TypeError, ValueError, AttributeError, RuntimeError)
     try:
         with evaluation(model), torch.no_grad():
-            model(**{**inputs, "use_cache": True, "past_key_values": cache})
-    except (TypeError, ValueError, AttributeError):
-        return {}  # the model takes no such cache: it is converted without one
+            try:
+                model(**{**inputs, "use_cache": True, "past_key_values": cache})
+            except refused:
+                found.clear()
+                with _recorded(lambda own, idx: record((own,), None, idx)):
+                    model(**{**inputs, "use_cache": True})
+    except refused:
+        return {}  # it is converted without a cache
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {path: _placed(calls) for path, calls in found.items()}
+
+
+@contextmanager
+def _recorded(record: Callable[[Any, int], None]) -> Iterator[None]:
+    """Tell of every write to a cache, whoever made it."""
+    update = Cache.update
+
+    def told(self: Any, keys: Tensor, values: Tensor, layer_idx: int, *a: Any, **k: Any) -> Any:
+        record(self, layer_idx)
+        return update(self, keys, values, layer_idx, *a, **k)
+
+    Cache.update = told
+    try:
+        yield
+    finally:
+        Cache.update = update
+
+
+def _placed(calls: list[tuple[CacheAt, dict[str, Any]]]) -> CacheAt:
+    """The layer that a module writes to, from its calls: one, or one counted from an argument."""
+    first, arguments = calls[0]
+    if all(at.layer_idx == first.layer_idx for at, _ in calls):
+        return first
+    for path, leaf in leaves(arguments):
+        if type(leaf) is int:
+            numbers = [read(given, path) for _, given in calls]
+            bases = {
+                at.layer_idx - n if type(n) is int else None
+                for (at, _), n in zip(calls, numbers, strict=True)
+            }
+            if len(bases) == 1 and None not in bases:
+                return first._replace(layer_idx=first.layer_idx - leaf, shift=path)
+    return first._replace(shift=())
 
 
 def _empty_cache(model: nn.Module, kind: Any) -> Any:

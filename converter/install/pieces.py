@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from reattend.mixers.config import Frozen
 from reattend.program import Program
 
 Path = tuple[str | int, ...]
-#: (leaf of a call that is the cache, its part, layer index)
-CacheAt = tuple[Path | None, str | None, int]
+
+
+class CacheAt(NamedTuple):
+    """Where a module keeps its cache.
+
+    Attributes:
+        path: the leaf of its call that is the cache; None: it has none.
+        part: of an encoder-decoder cache.
+        layer_idx: layer of the cache.
+        shift: the leaf, a number, that is added to `layer_idx` in each call; `()` where several
+            calls use several layers and no argument says which.
+    """
+
+    path: Path | None = None
+    part: str | None = None
+    layer_idx: int = 0
+    shift: Path | None = None
+
 
 #: keys beside the arguments of a call; the dot keeps them apart from parameter names
 BEFORE, MIXED, AFTER = "before.", "mixed.", "after."

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from reattend.capture import Call, evaluation
+from reattend.capture import Call
 from reattend.install.binding import bound, leaves, read, rounding, same
 from reattend.install.pieces import Path
+from reattend.running import evaluation
 
 Unmasked = Literal["", "full", "causal"]
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.capture import Call, evaluation, watch
+from reattend.capture import Call, watch
 from reattend.inputs import without_cache
 from reattend.install.adapter import Adapter, install
 from reattend.mixers import dense as dense_module
@@ -36,6 +36,7 @@ from reattend.mixers.dense import DenseAttention
 from reattend.mixers.scores import shown, visibility
 from reattend.preflight import Choice
 from reattend.rewriting import Rewritten, normal_forms
+from reattend.running import evaluation
 from reattend.verify.parity import real_positions
 
 

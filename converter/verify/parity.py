@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.capture import Call, evaluation, watch
+from reattend.capture import Call, watch
 from reattend.host import device_of
 from reattend.inputs import without_cache
 from reattend.install.adapter import Adapter
 from reattend.report.evidence import ParityCheck
+from reattend.running import evaluation
 
 #: fp32 logits of an exact conversion, on real positions (design: identity).
 EXACT_LOGITS = 1e-4
@@ -168,7 +169,7 @@ def _own_gap(model: nn.Module, ids: Tensor, mask: Tensor) -> float | None:
     """The original's gap; None where its own cached decoding fails (an encoder with a head)."""
     try:
         return float(_cache_gap(model, ids, mask)[1])
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, AttributeError):
         return None
 
 

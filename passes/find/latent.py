@@ -95,7 +95,8 @@ def _below(projection: fx.Node) -> fx.Node | None:
 
 
 def _plain(node: fx.Node) -> bool:
-    return is_op(node, *_PLAIN) or getattr(node.target, "__name__", "") == "getitem"
+    scaled = is_op(node, aten.mul) and isinstance(node.args[1], int | float)
+    return scaled or is_op(node, *_PLAIN) or getattr(node.target, "__name__", "") == "getitem"
 
 
 def _constant(node: fx.Node) -> bool:

@@ -85,6 +85,8 @@ def read_mask(
         return FoundMask(Pattern("causal" if is_causal else "full"), False)
     if is_causal:
         raise NotUnderstood("a mask beside is_causal")
+    if from_hidden(mask):  # short inputs may not show it: the best of all tokens are all tokens
+        raise NotUnderstood("the mask is computed from hidden states")
     slice_nodes = ancestors([mask])
     run = Evaluator(gm)
 
@@ -99,7 +101,7 @@ def read_mask(
     padded = at(None, True)
     others = [padded] if bias is not None else [padded, *_drawn(gm, mask, inputs_at(None, False))]
     follows = any(not bool((other == base).all()) for other in others)
-    if pattern.kind != "opaque" and not all(_hides_keys(base, other) for other in others):
+    if pattern.kind != "opaque" and not all(_only_hides_keys(base, other) for other in others):
         pattern = Pattern("opaque")  # an input decides query by query: it may say anything
     return FoundMask(pattern, follows, bias)
 
@@ -123,10 +125,15 @@ def _drawn(gm: fx.GraphModule, mask: fx.Node, given: dict[fx.Node, Any]) -> list
     return found
 
 
-def _hides_keys(base: Tensor, padded: Tensor) -> bool:
-    """Whether padding hides some keys from every real query, and changes nothing else."""
+def _only_hides_keys(base: Tensor, padded: Tensor) -> bool:
+    """Whether padding takes keys away from every real query, and does nothing else.
+
+    A chunk may be counted from the first real token, or an input may decide query by query: then
+    the pattern is the row's own.
+    """
     while base.dim() < 4:
         base, padded = base[None], padded[None]
+    base, padded = torch.broadcast_tensors(base, padded)
     n, m = base.shape[-2:]
     if n == m:
         valid_BM = torch.diagonal(padded, dim1=-2, dim2=-1)[:, 0]

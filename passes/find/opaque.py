@@ -7,13 +7,14 @@ a rotation), the model's own operations stand where a projection usually does.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from reattend.passes.evaluate import ancestors
 from reattend.passes.find.programs import cut_out, then
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.passes.normalize.forms import is_projection
+from reattend.passes.normalize.forms import aten, is_projection
 from reattend.spec import Opaque
 
 #: values tried as the end of the program
@@ -32,12 +33,77 @@ def common_input(core_input: fx.Node) -> fx.Node | None:
     return None
 
 
-def ends(core_input: fx.Node, hidden: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+@dataclass(frozen=True)
+class Start:
+    """Where the part of a stream begins that is read step by step.
+
+    Attributes:
+        node: its value, [B, N, p], [B, N, h, d] or, `heads_first`, [B, h, N, d].
+        parts: the values it holds side by side; itself where it is one.
+        heads_first: see `node`.
+    """
+
+    node: fx.Node
+    parts: tuple[fx.Node, ...]
+    heads_first: bool = False
+
+
+def starts(core_input: fx.Node, hidden: fx.Node) -> Iterator[Start]:
     """Values that all of the stream passes through, from the hidden state on.
 
-    Yields:
-        (value, whether heads come before tokens): [B, N, p], [B, N, h, d] or [B, h, N, d].
+    The nearest projections side by side come first, where they are several: what follows them is
+    then a map of rows and a rotation, also where parts turn before they meet (latent attention).
     """
+    side_by_side = _together(core_input)
+    if side_by_side is not None:
+        yield side_by_side
+    for node, heads_first in _passages(core_input, hidden):
+        yield Start(node, (node,), heads_first)
+
+
+def _together(core_input: fx.Node) -> Start | None:
+    """The nearest projections behind a core input as one value; None where there is only one."""
+    behind = ancestors([core_input], stop=is_projection)
+    parts = sorted(n for n in behind if is_projection(n))
+    if len(parts) < 2 or any(n.meta["val"].dim() != 3 and not unit_axis(n) for n in parts):
+        return None
+    if len({_tokens(n) for n in parts}) > 1:
+        return None
+    graph, stack = core_input.graph, parts[-1].meta.get("nn_module_stack", {})
+    with graph.inserting_before(parts[-1].next):
+        flat = [_without_axis(graph, n) for n in parts]
+        node = graph.call_function(aten.cat.default, (flat, -1))
+    value: Tensor = flat[0].meta["val"]
+    width = sum(int(n.meta["val"].shape[-1]) for n in flat)
+    node.meta["val"] = value.new_empty((*value.shape[:-1], width))
+    for made in (*flat, node):
+        made.meta.setdefault("nn_module_stack", stack)
+    return Start(node, tuple(parts))
+
+
+def unit_axis(node: fx.Node) -> int:
+    """The axis of size 1 in [B, 1, N, p] or [B, N, 1, p]; 0 where there is none."""
+    shape = node.meta["val"].shape
+    return next((i for i in (1, 2) if len(shape) == 4 and str(shape[i]) == "1"), 0)
+
+
+def _tokens(node: fx.Node) -> tuple[str, ...]:
+    """Batch and tokens of [B, N, p], with or without an axis of size 1."""
+    shape, axis = [str(size) for size in node.meta["val"].shape], unit_axis(node)
+    return tuple(size for i, size in enumerate(shape[:-1]) if not axis or i != axis)
+
+
+def _without_axis(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    axis = unit_axis(node)
+    if not axis:
+        return node
+    flat = graph.call_function(aten.squeeze.dim, (node, axis))
+    flat.meta["val"] = node.meta["val"].squeeze(axis)
+    return flat
+
+
+def _passages(core_input: fx.Node, hidden: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """Values that all of the stream passes through, and whether heads come before tokens."""
     behind = ancestors([core_input], stop=lambda n: n is hidden)
     wanted = {n for n in ancestors([core_input], stop=is_projection) if is_projection(n)}
     shape = hidden.meta["val"].shape

@@ -20,6 +20,11 @@ from reattend.spec import RelativeBias
 
 #: Tokens a bias is probed at: its buckets must have stopped changing before.
 LENGTH = 520
+#: Operations that read no value of a tensor, only how large it is.
+_SIZES = (
+    aten.sym_size, aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like,
+    aten.full_like, aten.new_empty, aten.empty_like,
+)  # fmt: skip
 #: Codes are digits below this base, which every float type holds exactly.
 _BASE = 128
 
@@ -41,7 +46,7 @@ def tables(gm: fx.GraphModule, mask: fx.Node) -> list[str]:
 
 def from_hidden(mask: fx.Node) -> bool:
     """Whether a mask is computed from hidden states."""
-    return any(is_projection(n) for n in ancestors([mask], stop=lambda n: is_op(n, aten.sym_size)))
+    return any(is_projection(n) for n in ancestors([mask], stop=lambda n: is_op(n, *_SIZES)))
 
 
 def the_table(gm: fx.GraphModule, mask: fx.Node) -> str:

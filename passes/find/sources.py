@@ -42,7 +42,8 @@ def read_sources(
         NotUnderstood: a stream's beginning depends on something that is not a tensor of the call.
     """
     q, k, v = (streams[n] for n in "qkv")
-    if k.hidden is v.hidden:
+    plain = all(s.hidden.meta["val"].dim() == 3 for s in (q, k, v))
+    if k.hidden is v.hidden and plain:
         return Sources(q.hidden, None if k.hidden is q.hidden else k.hidden), streams
     owner = owner_of([*(s.projection for s in streams.values()), core])
     behind = {n: from_outside(s.hidden, owner) for n, s in streams.items()}

@@ -21,7 +21,7 @@ from reattend.passes.evaluate import (
     concrete_shape,
     parameter_only,
 )
-from reattend.passes.find.opaque import common_input, ends, opaque_step
+from reattend.passes.find.opaque import Start, common_input, opaque_step, starts, unit_axis
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation, fit_rotation
 from reattend.passes.find.stored import projection_rows
@@ -52,10 +52,10 @@ def find_projection(core_input: fx.Node) -> fx.Node:
     return found[0]
 
 
-def stream_nodes(core_input: fx.Node, projection: fx.Node) -> set[fx.Node]:
-    """Nodes on a path from the projection to the core, both ends included."""
-    behind = ancestors([core_input], stop=lambda n: n is projection)
-    on_path = {projection}
+def stream_nodes(core_input: fx.Node, starts: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """Nodes on a path from where a stream starts to the core, both ends included."""
+    behind = ancestors([core_input], stop=lambda n: n in starts)
+    on_path = set(starts)
     for node in core_input.graph.nodes:
         if node in behind and any(i in on_path for i in node.all_input_nodes):
             on_path.add(node)
@@ -75,7 +75,8 @@ def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, An
     """
     try:
         projection = find_projection(core_input)
-        return _read_from(gm, core_input, given, projection, projection_rows(gm, projection))
+        start = Start(projection, (projection,), unit_axis(projection) == 1)
+        return _read_from(gm, core_input, given, start, projection_rows(gm, projection))
     except NotUnderstood as first:
         found = _read_opaque(gm, core_input, given)
         if found is None:
@@ -90,12 +91,12 @@ def _read_opaque(
     hidden = common_input(core_input)
     if hidden is None:
         return None
-    for end, heads_first in ends(core_input, hidden):
-        make = lambda heads, rows, e=end, f=heads_first: opaque_step(  # noqa: E731
-            gm, {hidden: "x"}, e, f, (heads, rows)
+    for start in starts(core_input, hidden):
+        make = lambda heads, rows, s=start: opaque_step(  # noqa: E731
+            gm, {hidden: "x"}, s.node, s.heads_first, (heads, rows)
         )
         try:
-            found = _read_from(gm, core_input, given, end, make, heads_first)
+            found = _read_from(gm, core_input, given, start, make)
         except (NotUnderstood, RuntimeError, IndexError):
             continue
         found.hidden = hidden
@@ -107,23 +108,22 @@ def _read_from(
     gm: fx.GraphModule,
     core_input: fx.Node,
     given: dict[fx.Node, Any],
-    projection: fx.Node,
+    start: Start,
     make: Callable[[int, tuple[int, ...]], Proj | Opaque],
-    heads_first: bool = False,
 ) -> FoundStream:
-    """Read what follows `projection`: a linear layer, or the end of the model's own steps.
+    """Read what follows `start`: a linear layer, or the end of the model's own steps.
 
     Args:
         gm, core_input, given: as in `read_stream`.
-        projection: its value is [B, N, p]; or [B, N, h, d], or, `heads_first`, [B, h, N, d].
+        start: its value is [B, N, p]; or [B, N, h, d], or, `heads_first`, [B, h, N, d].
         make: the first step, from heads and rows of p.
-        heads_first: see `projection`.
     """
-    nodes = stream_nodes(core_input, projection)
+    projection = start.node
+    nodes = stream_nodes(core_input, start.parts)
     externals = sorted(
         {
             i
-            for n in nodes - {projection}
+            for n in nodes - set(start.parts)
             for i in n.all_input_nodes
             if i not in nodes and not parameter_only(i)
         },
@@ -131,14 +131,14 @@ def _read_from(
     )
     plain = Evaluator(gm)
     values = dict(zip(externals, plain.run(externals, given), strict=True))
-    after = nodes - {projection}
+    after = nodes - set(start.parts)
     norms = [n for n in gm.graph.nodes if n in after and is_op(n, rms_norm, aten.layer_norm)]
     skip: Callable[..., Any] = lambda x, *_a, **_k: x  # noqa: E731
     linear = Evaluator(gm, promote=torch.float64, replace=dict.fromkeys(norms, skip))
-    like, shaped = _flat_like(projection, given, heads_first)
+    like, shaped = _flat_like(start, given)
 
     def run(node: fx.Node, y_BNp: Tensor) -> Tensor:
-        out: Tensor = linear.run([node], {**values, projection: shaped(y_BNp)})[0]
+        out: Tensor = linear.run([node], {**values, **shaped(y_BNp)})[0]
         return out
 
     def push(y_BNp: Tensor) -> Tensor:
@@ -163,26 +163,38 @@ def _read_from(
         steps.append(Scale(constant))
     hidden = projection.args[0]  # of a layer; where own steps begin, their caller knows
     hidden = hidden if isinstance(hidden, fx.Node) else projection
-    return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation, heads_first)
+    first = start.heads_first
+    return FoundStream(projection, hidden, nodes, externals, tuple(steps), rotation, first)
 
 
 def _flat_like(
-    projection: fx.Node, given: dict[fx.Node, Any], heads_first: bool
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Zeros [B, N, p] in fp64, and what gives such a tensor the projection's own shape."""
-    sizes = concrete_shape(projection, given)
-    if len(sizes) == 3:
-        return torch.zeros(sizes, dtype=torch.float64), lambda y: y
-    if len(sizes) != 4 or is_projection(projection):
+    start: Start, given: dict[fx.Node, Any]
+) -> tuple[Tensor, Callable[[Tensor], dict[fx.Node, Tensor]]]:
+    """Zeros [B, N, p] in fp64, and what makes of such a tensor the values of the stream's start."""
+    sizes = concrete_shape(start.node, given)
+    shapes = [concrete_shape(n, given) for n in start.parts]
+    if all(
+        len(s) == 3 or (is_projection(n) and unit_axis(n))
+        for s, n in zip(shapes, start.parts, strict=True)
+    ):
+        widths = [s[-1] for s in shapes]
+        tokens = sizes[1] * (sizes[2] if len(sizes) == 4 else 1)
+
+        def side_by_side(y_BNp: Tensor) -> dict[fx.Node, Tensor]:
+            pieces = zip(start.parts, y_BNp.split(widths, -1), shapes, strict=True)
+            return {n: y.reshape(shape) for n, y, shape in pieces}
+
+        return torch.zeros(sizes[0], tokens, sum(widths), dtype=torch.float64), side_by_side
+    if len(sizes) != 4 or is_projection(start.node):
         raise NotUnderstood(
-            f"projection {projection.name} has {len(sizes)} axes, not batch, token, row"
+            f"projection {start.node.name} has {len(sizes)} axes, not batch, token, row"
         )
     batch, one, two, width = sizes
-    heads, tokens = (one, two) if heads_first else (two, one)
+    heads, tokens = (one, two) if start.heads_first else (two, one)
 
-    def shaped(y_BNp: Tensor) -> Tensor:
+    def shaped(y_BNp: Tensor) -> dict[fx.Node, Tensor]:
         y = y_BNp.unflatten(-1, (heads, width))
-        return y.transpose(1, 2) if heads_first else y
+        return {start.node: y.transpose(1, 2) if start.heads_first else y}
 
     return torch.zeros(batch, tokens, heads * width, dtype=torch.float64), shaped
 

@@ -6,18 +6,23 @@ from torch import fx
 
 from reattend.passes.base import PassResult
 from reattend.passes.normalize.batch_first import BatchFirst
+from reattend.passes.normalize.blend import BlendToWhere
 from reattend.passes.normalize.cores import FuseSdpa
 from reattend.passes.normalize.eager import FuseEager
 from reattend.passes.normalize.einsum import ToMatmul
 from reattend.passes.normalize.folded import UnfoldLinear
 from reattend.passes.normalize.inplace import ToFunctional
 from reattend.passes.normalize.linear import ToLinear
+from reattend.passes.normalize.merge import MergeValues
 from reattend.passes.normalize.noops import DropNoops, ViewToReshape
 from reattend.passes.normalize.norms import FuseRmsNorm
+from reattend.passes.normalize.sinks import FoldSinkFactor
+from reattend.passes.normalize.writes import WritesToScatter
 
 PIPELINE = (
-    ToFunctional(), DropNoops(), ViewToReshape(), ToMatmul(), ToLinear(), UnfoldLinear(),
-    FuseRmsNorm(), FuseSdpa(), FuseEager(), BatchFirst(),
+    ToFunctional(), WritesToScatter(), DropNoops(), ViewToReshape(), ToMatmul(), ToLinear(),
+    UnfoldLinear(), FuseRmsNorm(), FuseSdpa(), BlendToWhere(), FuseEager(), FoldSinkFactor(),
+    MergeValues(), BatchFirst(),
 )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ class FuseSdpa(GraphPass):
         with gm.graph.inserting_before(node):
             if a["enable_gqa"]:
                 _repeat_heads(gm, a)
+            for name in ("key", "value"):
+                a[name] = broadcast_heads(gm, a[name], a["query"])
             new = gm.graph.call_function(
                 attention,
                 (
@@ -51,6 +53,18 @@ class FuseSdpa(GraphPass):
                 ),
             )
         replace_node(node, new)
+
+
+def broadcast_heads(gm: fx.GraphModule, node: Any, query: Any) -> Any:
+    """Keys or values of one head that all query heads share by broadcasting, repeated to them."""
+    value, heads = node.meta["val"], query.meta["val"].shape[1]
+    if value.dim() != 4 or str(value.shape[1]) != "1" or not isinstance(heads, int) or heads == 1:
+        return node
+    new = gm.graph.call_function(aten.repeat_interleave.self_int, (node, heads, 1))
+    new.meta["val"] = value.repeat_interleave(heads, 1)
+    if "nn_module_stack" in query.meta:
+        new.meta["nn_module_stack"] = query.meta["nn_module_stack"]
+    return new
 
 
 def _repeat_heads(gm: fx.GraphModule, arguments: dict[str, Any]) -> None:

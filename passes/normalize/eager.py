@@ -8,12 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reattend.passes.base import GraphPass, Refusal, call, drop_dead, owned, replace_node
+from reattend.passes.base import SCORES, GraphPass, Refusal, call, drop_dead, owned, replace_node
 from reattend.passes.evaluate import parameter_only
+from reattend.passes.normalize.cores import broadcast_heads
 from reattend.passes.normalize.forms import aten, attention, is_op
-from reattend.passes.normalize.scores import CASTS, RESHAPES, Scores, Term, read_scores, refolds
+from reattend.passes.normalize.merge import equivalent
+from reattend.passes.normalize.scores import (
+    CASTS,
+    RESHAPES,
+    Scores,
+    Term,
+    number,
+    read_scores,
+    refolds,
+)
 
-_SHAPES = (*RESHAPES, aten.transpose, aten.permute, aten.unsqueeze, aten.slice)
+_FILLS = (aten.masked_fill, aten.masked_fill_)
+_SHAPES = (*RESHAPES, aten.transpose, aten.permute, aten.unsqueeze, aten.slice, *_FILLS)
+#: what probabilities may pass through and stay what they are to the values
+_THROUGH = (*CASTS, *RESHAPES, *_FILLS, aten.slice)
 _PRODUCTS = (aten.matmul, aten.bmm)
 
 
@@ -42,6 +55,13 @@ def _drops_last(node: fx.Node) -> bool:
     axis, start, end = [*node.args, 0, None, None][1:4]
     last = axis in (-1, source.meta["val"].dim() - 1)
     return last and start in (0, None) and end == -1 and len(node.args) < 5
+
+
+def _hidden_anyway(gm: fx.GraphModule, fill: fx.Node, parts: Scores) -> bool:
+    """Whether zeros are filled in where the scores were hidden: there they are already."""
+    hidden = [t.node for t in parts.terms if t.hidden and not t.inverted]
+    zero = number(gm, fill.args[2]) == 0.0
+    return zero and any(equivalent(fill.args[1], node, gm=gm) for node in hidden)
 
 
 def _between(softmax: fx.Node, product: fx.Node) -> list[fx.Node]:
@@ -78,11 +98,14 @@ class FuseEager(GraphPass):
             return Refusal(f"between product and softmax stands something else ({parts.name})")
         if parameter_only(parts.k) or parameter_only(parts.q):
             return Refusal("one factor of the scores is a weight")
-        product = _forward_to_product(node, (*CASTS, *RESHAPES, aten.slice))
+        product = _forward_to_product(node, _THROUGH)
         if product is None:
             return Refusal("the probabilities are rearranged before they meet the values")
         if any(is_op(n, *RESHAPES) and not refolds(n) for n in _between(node, product)):
             return Refusal("the probabilities are reshaped before they meet the values")
+        fills = [n for n in _between(node, product) if is_op(n, *_FILLS)]
+        if not all(_hidden_anyway(gm, n, parts) for n in fills):
+            return Refusal("probabilities are changed that were not hidden")
         slices = [n for n in _between(node, product) if is_op(n, aten.slice)]
         if [_drops_last(n) for n in slices] != [True] * (parts.sinks is not None):
             return Refusal("the probabilities are cut before they meet the values")
@@ -97,7 +120,7 @@ class FuseEager(GraphPass):
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
         """One normal node in place of the second product."""
         parts = read_scores(gm, node)
-        product = _forward_to_product(node, (*CASTS, *RESHAPES, aten.slice))
+        product = _forward_to_product(node, _THROUGH)
         assert isinstance(parts, Scores) and product is not None
         heads = _heads(parts, product)
         with gm.graph.inserting_before(product):
@@ -108,6 +131,7 @@ class FuseEager(GraphPass):
             q, k, v = (_unfolded(gm, n, heads) for n in (parts.q, keys, product.args[1]))
             for factor, divides in parts.factors:
                 q = call(gm, (aten.div if divides else aten.mul).Tensor, q, factor)
+            k, v = (broadcast_heads(gm, n, q) for n in (k, v))
             mask = _mask(gm, parts, heads)
             new = gm.graph.call_function(
                 attention,
@@ -120,6 +144,7 @@ class FuseEager(GraphPass):
                 new = call(gm, aten.flatten.using_ints, new, 0, 1)
         owned(new, product)  # who owns the block is read off its core
         new.meta.update({k: v for k, v in product.meta.items() if k not in new.meta})
+        new.meta[SCORES] = node.args[0]
         replace_node(product, new)
         _erase_unused(node)
         drop_dead(gm.graph)

@@ -21,8 +21,8 @@ _VIEWS = (
 )  # fmt: skip
 
 
-def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
-    """The functional overload of an in-place operator."""
+def twin_of(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The functional overload of an in-place operator, None where there is none."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return None
@@ -41,7 +41,7 @@ class ToFunctional(GraphPass):
 
     def match(self, gm: fx.GraphModule) -> Iterable[fx.Node]:
         """In-place operators that have a functional twin."""
-        return [n for n in gm.graph.nodes if _twin(n) is not None]
+        return [n for n in gm.graph.nodes if twin_of(n) is not None]
 
     def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
         """What is changed must not be seen under another name."""
@@ -56,7 +56,7 @@ class ToFunctional(GraphPass):
 
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
         """The functional twin, read by everything after it."""
-        changed, twin = node.args[0], _twin(node)
+        changed, twin = node.args[0], twin_of(node)
         assert isinstance(changed, fx.Node) and twin is not None
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(twin, node.args, node.kwargs)
