@@ -157,26 +157,14 @@ class InPlace(Attention):
         return y + h.mul_(2.0) + h, None
 
 
-class UnderSlice(Attention):
-    """Writes into a tensor of which a view is read afterwards."""
-
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
-        h = self.norm(x)
-        half = h[..., : WIDTH // 2]
-        y = self.attend(x, mask)
-        h.mul_(2.0)
-        return y + h + half.repeat(1, 1, 2), None
-
-
 class UnderView(Attention):
-    """The same under a view that may be any part of the tensor."""
+    """Writes into a tensor of which a view of an unusual kind is read afterwards."""
 
     def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> Result:
         h = self.norm(x)
         half = h.chunk(2, -1)[0]
         y = self.attend(x, mask)
-        h.mul_(2.0)
-        return y + h + half.repeat(1, 1, 2), None
+        return y + h.mul_(2.0) + half.repeat(1, 1, 2), None
 
 
 class Wider(Attention):

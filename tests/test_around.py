@@ -11,7 +11,7 @@ from typing import Any
 import around_models as models
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reattend import convert, find_attention, load
 from reattend.errors import ArgumentError
@@ -21,7 +21,18 @@ from reattend.install.stored import describe
 from reattend.program import Program
 from reattend.sharing import address
 
+
 #: owner -> the programs that are expected around its mixer
+class UnderSlice(models.Attention):
+    """Writes into a tensor of which a part is read afterwards."""
+
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor, *_: Tensor) -> models.Result:
+        h = self.norm(x)
+        half = h[..., : models.WIDTH // 2]
+        y = self.attend(x, mask)
+        return y + h.mul_(2.0) + half.repeat(1, 1, 2), None
+
+
 OWNERS: dict[type[models.Attention], list[str]] = {
     models.ResidualInside: ["after.0"],
     models.NormAfter: ["after.0"],
@@ -31,7 +42,7 @@ OWNERS: dict[type[models.Attention], list[str]] = {
     models.ValidityOnly: ["after.0"],
     models.MaskInside: ["before.mask", "after.0"],
     models.AnglesInside: ["before.hidden", "before.cos", "before.sin"],
-    models.UnderSlice: ["after.0"],
+    UnderSlice: ["after.0"],
     models.Windows: ["before.hidden", "after.0"],
 }
 MLA = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 14, "qk_rope_head_dim": 8}]}

@@ -20,7 +20,6 @@ from reattend.install.binding import (
     read,
 )
 from reattend.install.caching import watch_cache
-from reattend.install.masking import match_hiding, match_wider, within
 from reattend.install.pieces import CacheAt
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -96,29 +95,6 @@ def test_results_keep_their_shape_and_aliases() -> None:
 def test_a_binding_survives_json() -> None:
     binding = Binding(hidden=("hidden_states",), mask=("m", 0), output={"tuple": ["y", None]})
     assert Binding.model_validate(binding.model_dump(mode="json")) == binding
-
-
-def test_a_mask_that_says_what_is_hidden() -> None:
-    seen = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
-    arguments = {"seen": seen[:, :, :4], "hidden": ~seen[:1], "numbers": seen.float()}
-    assert match_hiding(arguments, seen) == ("hidden",)
-    assert match_hiding(arguments, torch.where(seen, 0.5, -1e38)) == ("hidden",)
-    assert match_hiding({"seen": seen}, seen) is None
-    assert match_hiding({"hidden": ~torch.ones_like(seen)}, torch.ones_like(seen)) is None
-
-
-def test_a_mask_that_hides_less_than_the_block() -> None:
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()
-    near = causal & ~torch.ones(6, 6, dtype=torch.bool).tril(-3)
-    valid = torch.ones(2, 1, 1, 6, dtype=torch.bool)
-    valid[0, ..., :2] = False
-    arguments = {"valid": valid, "mask": torch.where(valid & causal, 0.0, -3e38)}
-    assert match_wider(arguments, valid & near, 3) == ("valid",)
-    assert match_wider({"mask": arguments["mask"]}, valid & near, 3) == ("mask",)
-    assert match_wider({"mask": arguments["mask"]}, valid & near, 4) is None
-    assert match_wider({"mask": arguments["mask"] + 1.0}, valid & near, 3) is None
-    assert match_wider(arguments, valid & causal, 0) == ("valid",)
-    assert torch.equal(within(valid, 2, 3), (valid & near)[:, :, -2:])
 
 
 class Writes(nn.Module):
