@@ -39,11 +39,16 @@ test-all: lint smoke-min suite
 suite: $(VENV)/.ready-dev
 	$(RUN_TESTS) $(BIN)/python -m pytest $(WORKERS) --timeout=900 $(PYTEST_ARGS)
 
-# Ruff and mypy as hooks of .pre-commit-config.yaml, on every file that git knows. The hooks use the
-# tools of this environment: nothing is downloaded. What ruff can correct is corrected, and fails.
+# Ruff and mypy as hooks of .pre-commit-config.yaml, on every file that git knows; without git (an
+# unpacked archive) the same three commands. The hooks use the tools of this environment: nothing is
+# downloaded. What ruff can correct is corrected, and fails.
 lint: $(VENV)/.ready-dev
-	PATH="$(abspath $(BIN)):$$PATH" PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" \
-		$(BIN)/pre-commit run --all-files --show-diff-on-failure
+	if git rev-parse --git-dir >/dev/null 2>&1; then \
+		PATH="$(abspath $(BIN)):$$PATH" PRE_COMMIT_HOME="$(abspath $(VENV))/pre-commit" \
+			$(BIN)/pre-commit run --all-files --show-diff-on-failure; \
+	else \
+		$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python .ci/typecheck.py; \
+	fi
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
