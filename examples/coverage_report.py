@@ -55,18 +55,27 @@ def different(row: dict[str, Any]) -> bool:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: coverage per task, then every reason with the number of cores it stands for."""
+    """Markdown: coverage per task, and where it was measured."""
     lines = [
         "| models of | built | cores | found and verified | identity equal | generate equal |",
         "|---|---|---|---|---|---|",
     ]
     for task, c in summary(results["rows"]).items():
+        if not c["models"]:
+            continue
         wrote = c["generate_equal"] + c["generate_differs"]
         lines.append(
             f"| {task} | {c['models']} | {c['cores']} | {c['verified']} ({c['share']:.1%}) | "
             f"{c['identity_equal']} of {c['with_sites']} | {c['generate_equal']} of {wrote} |"
         )
-    return "\n".join(lines)
+    versions = ", ".join(f"{k} {v}" for k, v in results["inputs"]["versions"].items())
+    caption = (
+        f"{versions}; {results['date']}, {results['device']}. Tiny random models made from their "
+        f"configs, two shapes and padding; identity: outputs within {TOLERANCE:g} of the "
+        f"original's largest; generate: greedy tokens with a cache, where the original can. "
+        f"Command: `{results['command']}`"
+    )
+    return "\n".join([*lines, "", caption])
 
 
 def reasons(rows: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -55,6 +57,20 @@ def test_cores_that_nobody_saw_lower_the_share(coverage: Any) -> None:
     }
     assert reasons["a gate"] == 1 and reasons["not seen in the graph"] == 2
     assert sum(reasons.values()) == 5
+
+
+def test_the_committed_rows_keep_the_promises(coverage: Any) -> None:
+    """No difference in silence, nothing found where there is no attention, a row for everything."""
+    results = json.loads((EXAMPLES / "results" / "coverage.json").read_text())
+    rows = results["rows"]
+    assert script("coverage_report").summary(rows)["all"]["silently_different"] == 0
+    found = [r["class"] for r in rows if r["kind"] in coverage.NO_ATTENTION and r.get("sites")]
+    assert found == []
+    measured = {(r["task"], r["class"]) for r in rows}
+    tiny = script("tiny_models")
+    if results["inputs"]["versions"]["transformers"] == transformers.__version__:
+        for task in {task for task, _ in measured}:
+            assert {(task, name) for _, name in tiny.architectures(task)} <= measured
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ def script(name):
         ("recovery", "recovery", "README.md"),
         ("mla", "mla_table", "README.md"),
         ("latent-norm", "latent_norm", "docs/deepseek.md"),
+        ("coverage", "coverage", "README.md"),
     ],
 )
 def test_a_committed_table_is_that_of_its_json(mark, name, document, monkeypatch):
