@@ -35,10 +35,15 @@ def test_what_is_switched_is_switched_back(
     model = zoo_models.build("llama").train()
     model.model.layers[1].eval()
     model.config.use_cache = True
-    before = state(model)
-    with pytest.raises(ValueError, match="inside"), switch(model):
-        assert state(model) != before
-        raise ValueError("inside")
+    before, inside = state(model), []
+
+    def fails() -> None:
+        inside.append(state(model))
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"), switch(model):
+        fails()
+    assert inside != [before]
     assert state(model) == before
 
 
