@@ -38,10 +38,15 @@ def bind_rotation(
 
 
 def exact_frequencies(captured: Capture, item: Found) -> None:
-    """Replace fitted frequencies by the stored tensor they came from, where one matches."""
+    """Replace fitted frequencies by the stored tensor they came from, where one matches.
+
+    They are fitted to the tables a block is given: no closer than the model's own dtype.
+    """
     region = item.region
     assert region.rotation is not None and region.rotation.spec is not None
     fitted = torch.tensor(region.rotation.spec.inv_freq, dtype=torch.float64)
+    dtypes = {p.dtype for p in captured.model.parameters() if p.is_floating_point()}
+    room = max([1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes)])
     for node in ancestors(region.externals):
         if node.op != "get_attr":
             continue
@@ -49,7 +54,7 @@ def exact_frequencies(captured: Capture, item: Found) -> None:
         if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() != fitted.numel():
             continue
         exact = value.double().cpu()
-        if bool(((exact - fitted).abs() <= 1e-4 * fitted.abs().clamp_min(1e-6)).all()):
+        if bool(((exact - fitted).abs() <= room * fitted.abs().clamp_min(1e-6)).all()):
             frequencies = tuple(float(v) for v in exact)
             q, k = item.spec.q, item.spec.k
             item.spec = replace(
