@@ -11,21 +11,22 @@ from collections.abc import Collection
 
 from reattend.capture import Capture
 from reattend.corewatch import cores_by_module
+from reattend.found import FoundAttention, RefusedSite
 from reattend.host import device_of
 from reattend.passes.evaluate import ancestors
+from reattend.passes.find.owners import path_of
 from reattend.running import evaluation
+from reattend.search import Search
 
 
-def unaccounted(
-    captured: Capture, told: Counter[str], ours: Collection[str]
-) -> list[tuple[str, str]]:
-    """(path, reason) of every core that ran inside of no module with a core already told of.
+def overlooked(search: Search, result: FoundAttention) -> list[RefusedSite]:
+    """Every core that ran inside of no module with a core already told of.
 
     Args:
-        captured: the model and its example inputs.
-        told: cores found or refused, by the path of their owner.
-        ours: paths of blocks that a conversion replaced; what runs in them is known.
+        search: the model, its example inputs, and blocks whose inside is known.
+        result: cores found or refused so far.
     """
+    captured, told, ours = search.captured, _told(result), search.ours
     if device_of(captured.model).type == "meta":
         return []  # nothing runs without data
     with evaluation(captured.model):
@@ -33,15 +34,24 @@ def unaccounted(
     behind = ancestors([n for n in captured.gm.graph.nodes if n.op == "output"])
     stacks = (n.meta.get("nn_module_stack", {}).values() for n in behind)
     read = {path for stack in stacks for path, _ in stack} | {""}
-    found: list[tuple[str, str]] = []
+    found: list[RefusedSite] = []
     for path, count in ran.items():
         if _around(path, ours):
             continue
         if path not in read and not _around(path, captured.left_out):
             continue  # nothing reads what it computes
         known = sum(told[p] for p in _around(path, told))
-        found += [(path, _why(captured, path))] * (count - known)
+        found += [RefusedSite(path, _why(captured, path))] * (count - known)
     return found
+
+
+def _told(result: FoundAttention) -> Counter[str]:
+    """Cores that were found or refused, by path of a module they ran in."""
+    told = Counter(r.path for r in result.refused)
+    for site in result.sites:
+        ran = path_of(site.region.core)  # another, where one takes the weights of many
+        told[site.path if f"{ran}.".startswith(f"{site.path}.") else ran] += site.cores
+    return told
 
 
 def _why(captured: Capture, path: str) -> str:

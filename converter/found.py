@@ -1,0 +1,76 @@
+"""What `find_attention` returns: blocks that were proven, and blocks that were refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from reattend.capture import Capture
+from reattend.install.binding import Binding
+from reattend.passes.base import CORES
+from reattend.passes.find.latent import LatentForm
+from reattend.passes.find.sites import Found, Region
+from reattend.spec import AttentionSpec
+from reattend.surround import Surrounding
+
+
+@dataclass
+class AttentionSite:
+    """One attention block of a model.
+
+    Attributes:
+        path: dotted path of the module it lies in (`#k` appended where that holds several). A
+            module that is called several times is one site.
+        spec: what it computes.
+        verified: it passed the self-check (`error` is its relative error in float64).
+        hidden_size, memory_size: input widths; memory 0 for self-attention.
+        owner: `module` if a submodule is exactly this block, else `graph`.
+        binding: how the owning module's call maps to a mixer's; None for `graph`.
+        region: the block in the captured graph.
+        follows_padding: the model's own mask hides padded tokens here.
+        surrounding: what the owner does besides the block, None where it is exactly the block.
+        cores: softmax cores of one run of the model that it stands for: two where a block weighs
+            its values in two calls, and those of every call of the module.
+    """
+
+    path: str
+    spec: AttentionSpec
+    verified: bool
+    error: float
+    hidden_size: int
+    memory_size: int
+    owner: Literal["module", "graph"]
+    binding: Binding | None
+    region: Region = field(repr=False)
+    follows_padding: bool = False
+    surrounding: Surrounding | None = field(default=None, repr=False)
+    cores: int = 1
+
+
+@dataclass
+class RefusedSite:
+    """A core that was seen but not understood, or not provable.
+
+    `latent` holds the sizes of a block that already is multi-head latent attention. `verified`: it
+    was understood and passed the self-check (a latent one read as keys and values of full width),
+    and is refused for where it lives or what it is.
+    """
+
+    path: str
+    reason: str
+    latent: LatentForm | None = None
+    verified: bool = False
+
+
+@dataclass
+class FoundAttention:
+    """Everything `find_attention` saw, and the capture it was seen in."""
+
+    capture: Capture = field(repr=False)
+    sites: list[AttentionSite] = field(default_factory=list)
+    refused: list[RefusedSite] = field(default_factory=list)
+
+
+def cores_of(item: Found) -> int:
+    """Softmax cores of one run of the model that a block stands for."""
+    return int(item.region.core.meta.get(CORES, 1))

@@ -1,0 +1,158 @@
+"""What a block that was read has to pass before it counts: one gate after another.
+
+A gate returns why the block is refused, or None. The first refusal is the one that is reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reattend.callcheck import call_check, mask_of
+from reattend.capture import one_length
+from reattend.found import AttentionSite, RefusedSite, cores_of
+from reattend.locate import Place
+from reattend.missed import already
+from reattend.ownercheck import owner_check
+from reattend.passes.find.latent import read_latent
+from reattend.passes.find.sites import Found
+from reattend.search import Search
+from reattend.selfcheck import SelfCheck, self_check
+from reattend.spec import Added, Joined, Opaque
+
+
+@dataclass
+class Case:
+    """A block on trial. `proof` is set by the gate `proven`; `place` may lose its binding."""
+
+    search: Search
+    item: Found
+    place: Place
+    proof: SelfCheck | None = None
+
+    @property
+    def own_steps(self) -> bool:
+        """Keys or values are made by the model's own steps, as those of a latent block are."""
+        return any(isinstance(s.proj, Opaque) for s in (self.item.spec.k, self.item.spec.v))
+
+    @property
+    def carries_steps(self) -> bool:
+        """The model's own operations stay around or inside the block."""
+        spec = self.item.spec
+        own = self.own_steps or isinstance(spec.q.proj, Opaque) or isinstance(spec.join, Joined)
+        return own or isinstance(spec.core.bias, Added) or self.place.surrounding is not None
+
+    def refused(self, reason: str) -> RefusedSite:
+        """This block, refused."""
+        return RefusedSite(self.place.path, reason)
+
+    def understood(self) -> bool:
+        """Whether it passes the self-check, for blocks that are refused for something else."""
+        return not self_check(self.search.gm, self.item, self.search.inputs_at).reason
+
+
+def judged(search: Search, item: Found) -> tuple[Case, RefusedSite | None]:
+    """The block after its trial, and the refusal of the gate it failed, if any."""
+    case = Case(search, item, search.place(item))
+    for gate in GATES:
+        refusal = gate(case)
+        if refusal is not None:
+            return case, refusal
+    return case, None
+
+
+def not_latent(case: Case) -> RefusedSite | None:
+    """It is not multi-head latent attention already."""
+    latent = read_latent(case.item.region.core) if case.own_steps else None
+    if latent is None:
+        return None
+    return RefusedSite(case.place.path, latent.reason, latent, case.understood())
+
+
+def not_converted(case: Case) -> RefusedSite | None:
+    """No earlier conversion replaced it; a dense group of a mixed block is an input again."""
+    ours = case.search.ours.get(case.place.path)
+    if ours is None or ours.mixer.kind == "dense":
+        return None
+    return already(case.place.path, ours)
+
+
+def owned(case: Case) -> RefusedSite | None:
+    """A module carries it, where the graph cannot take the model's place."""
+    place = case.place
+    if place.binding is not None or not case.search.whole:
+        return None
+    return RefusedSite(place.path, place.reason, verified=case.understood())
+
+
+def proven(case: Case) -> RefusedSite | None:
+    """Rebuilt from its spec it gives the same."""
+    binding, search = case.place.binding, case.search
+    cached = binding is not None and binding.cache is not None
+    try:
+        case.proof = self_check(search.gm, case.item, search.inputs_at, cached)
+    except RuntimeError as problem:
+        first_line = (str(problem).splitlines() or [""])[0][:120]
+        return case.refused(f"not understood: the rebuilt block cannot be run: {first_line}")
+    return case.refused(case.proof.reason) if case.proof.reason else None
+
+
+def any_length(case: Case) -> RefusedSite | None:
+    """What the model's own steps do is known at more lengths than one."""
+    if case.place.binding is None or not case.carries_steps:
+        return None
+    length = one_length(case.search.captured, case.item.region.hidden)
+    if not length:
+        return None
+    return case.refused(
+        f"torch.export follows this model at one length only ({length} tokens), so what the block "
+        f"does beside attention is not known at others"
+    )
+
+
+def owner_proven(case: Case) -> RefusedSite | None:
+    """What its owner does besides is right too; else the graph has to take the model's place."""
+    place = case.place
+    if place.surrounding is None or place.number:
+        return None
+    reason = owner_check(case.search.watched, case.item, place)
+    if reason and case.search.whole:
+        return case.refused(reason)
+    if reason:
+        case.place = Place(place.path, reason=reason)
+    return None
+
+
+def call_proven(case: Case) -> RefusedSite | None:
+    """Called as the model calls it, an owner that is exactly the block gives the same."""
+    place, watched = case.place, case.search.watched
+    if place.binding is None or place.surrounding or place.number or place.path in case.search.ours:
+        return None
+    inputs = watched.inputs(None, True)
+    mask = mask_of(watched.captured, case.item, inputs)
+    call = watched.call(place.path, None, True)
+    reason = call_check(watched.captured, case.item, place, call, mask)
+    return case.refused(reason) if reason else None
+
+
+GATES = (not_latent, not_converted, owned, proven, any_length, owner_proven, call_proven)
+
+
+def site_of(case: Case) -> AttentionSite:
+    """A block that passed every gate."""
+    item, place = case.item, case.place
+    assert case.proof is not None
+    memory = item.region.memory
+    return AttentionSite(
+        path=place.path,
+        spec=item.spec,
+        verified=True,
+        error=case.proof.error,
+        hidden_size=int(item.region.hidden.meta["val"].shape[-1]),
+        memory_size=0 if memory is None else int(memory.meta["val"].shape[-1]),
+        owner="module" if place.binding is not None else "graph",
+        binding=place.binding,
+        surrounding=place.surrounding,
+        region=item.region,
+        follows_padding=item.follows_padding,
+        cores=cores_of(item),
+    )

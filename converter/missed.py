@@ -1,0 +1,45 @@
+"""Cores that could not be read: refused, as what they are where that is known."""
+
+from __future__ import annotations
+
+from reattend.found import RefusedSite
+from reattend.install.adapter import Adapter
+from reattend.locate import adapter_of
+from reattend.passes.find.latent import read_latent
+from reattend.passes.find.owners import owner_of
+from reattend.passes.find.sites import Missed
+from reattend.search import Search
+
+
+def missed(search: Search, item: Missed) -> RefusedSite:
+    """A core whose streams, mask or exit are of no known form."""
+    path = owner_of([item.core])
+    own = adapter_of(path, search.ours)
+    if own is not None and search.ours[own].mixer.kind != "dense":
+        return already(own, search.ours[own])
+    latent = read_latent(item.core)
+    if latent is not None:
+        return RefusedSite(own or path, latent.reason, latent)
+    return RefusedSite(own or path, item.reason)
+
+
+def never_fused(search: Search) -> list[RefusedSite]:
+    """What looked like a core and was not taken by the passes that normalise cores."""
+    nodes = {n.name: n for n in search.gm.graph.nodes}
+    return [
+        RefusedSite(owner_of([nodes[name]]) if name in nodes else name, reason)
+        for step in search.passes
+        if step.name in ("fuse-sdpa", "fuse-eager")
+        for name, reason in step.refused
+    ]
+
+
+def already(path: str, block: Adapter) -> RefusedSite:
+    """A block that an earlier conversion replaced."""
+    return RefusedSite(path, f"already {block.mixer.kind}")
+
+
+def already_converted(search: Search, refused: list[RefusedSite]) -> list[RefusedSite]:
+    """The cores of one converted block (head groups) are one refusal."""
+    ours = search.ours
+    return [r for i, r in enumerate(refused) if r.path not in ours or r not in refused[:i]]

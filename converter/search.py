@@ -1,0 +1,60 @@
+"""What the steps of `find_attention` share: the normalised capture, and runs of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from reattend.capture import capture, tokens_first
+from reattend.frame import dropouts
+from reattend.inputs import is_hf
+from reattend.install.adapter import Adapter
+from reattend.locate import Place, locate
+from reattend.ownercheck import Watched
+from reattend.passes.find.sites import Found
+from reattend.passes.normalize import normalize
+from reattend.passes.normalize.forms import attention, is_op
+
+
+class Search:
+    """One model, captured and normalised.
+
+    Attributes:
+        captured: the graph and the inputs it was captured with.
+        passes: what each normalising pass did.
+        ours: blocks that an earlier conversion replaced, by path.
+        whole: the graph cannot take the model's place, so every block needs an owning module.
+        watched: calls of the owners; filled by `locate`.
+    """
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any] | None) -> None:
+        self.captured = capture(model, inputs)
+        self._drops = dropouts(self.gm)
+        self.passes = normalize(self.gm)
+        first = next((n for n in self.gm.graph.nodes if is_op(n, attention)), None)
+        if first is not None:
+            tokens_first(self.captured, first)
+        self.ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
+        self.whole = is_hf(model) or bool(self.captured.left_out)
+        self.watched = Watched(self.captured, set())
+        self._places: dict[int, Place] = {}
+
+    @property
+    def gm(self) -> fx.GraphModule:
+        """The normalised graph."""
+        return self.captured.gm
+
+    def inputs_at(self, length: int | None, padded: bool) -> dict[fx.Node, Any]:
+        """Placeholder values at another length, padded on the left or not."""
+        return self.captured.placeholders(self.captured.probe(length, padded))
+
+    def locate(self, found: list[Found]) -> None:
+        """Find the owner of every block."""
+        self._places = locate(self.captured, found, self._drops)
+        owners = {p.path for p in self._places.values() if p.binding is not None}
+        self.watched = Watched(self.captured, owners)
+
+    def place(self, item: Found) -> Place:
+        """Where a block lives."""
+        return self._places[id(item)]
