@@ -118,7 +118,7 @@ def bind(
         cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
         layer_shift=cache.shift or None, output=output,
         extras=extras, mask_hides=hides, mask_window=window,
-        absent=_absent(captured, path, arguments),
+        absent=_absent(captured, item, path, arguments),
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def bind_around(
         cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
         layer_shift=cache.shift or None, output=output,
         around=done.config, extras=_extras(item, place.path, arguments, values, cache),
-        absent=_absent(captured, place.path, arguments),
+        absent=_absent(captured, item, place.path, arguments),
     )  # fmt: skip
     return binding, done
 
@@ -200,9 +200,14 @@ def _extras(
     return tuple(found)
 
 
-def _absent(captured: Capture, path: str, arguments: dict[str, Any]) -> tuple[str, ...]:
-    """Parameters that the call leaves out; transformers' own have meanings that are known."""
-    if is_hf(captured.model):
+def _absent(
+    captured: Capture, item: Found, path: str, arguments: dict[str, Any]
+) -> tuple[str, ...]:
+    """Parameters that the call leaves out; transformers' own have meanings that are known.
+
+    Not so where the block computes its own scores: XLNet's memories make them wider.
+    """
+    if is_hf(captured.model) and not isinstance(item.spec.core.bias, Added):
         return ()
     spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = signature_of(captured.model.get_submodule(path)).parameters

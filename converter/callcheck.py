@@ -63,13 +63,18 @@ def call_check(
         return ""  # the model's own numbers overflow: nothing can be learned from them
     gap = float((y.double() - expected.double())[rows].abs().max())
     scale = max(float(expected.double()[rows].abs().max()), 1e-30)
-    limit = max(_FLOAT32, _UNITS * torch.finfo(expected.dtype).eps)
+    limit = rounding_limit(expected.dtype)
     if gap <= limit * scale:
         return ""
     return (
         f"{place.path} called as the model does differs by {gap / scale:.1e} from its block "
         f"(limit {limit:.0e}): an argument is not what it seems"
     )
+
+
+def rounding_limit(dtype: torch.dtype) -> float:
+    """How far a block in its normal form may be from the model's own, relative to its largest."""
+    return max(_FLOAT32, _UNITS * torch.finfo(dtype).eps)
 
 
 def _only_y(shape: Any, output: Any) -> list[Tensor]:

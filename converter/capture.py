@@ -140,18 +140,6 @@ def tokens_first(captured: Capture, core: fx.Node) -> None:
             return
 
 
-def one_length(captured: Capture, hidden: fx.Node) -> int:
-    """The number of tokens a block is fixed at though the model takes others; 0 where it is not."""
-    length = hidden.meta["val"].shape[1]
-    for node, value in captured.placeholders().items():
-        known = node.meta.get("val")
-        if not isinstance(known, Tensor) or known.dim() != 2 or known.is_floating_point():
-            continue
-        if isinstance(length, int) and length > 1 and value.shape[1] == length:
-            return length
-    return 0
-
-
 def _sizes(inputs: dict[str, Any]) -> dict[str, int]:
     """B and N of the first tensor with two axes or more."""
     for value in inputs.values():

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reattend.callcheck import call_check, mask_of
-from reattend.capture import one_length
 from reattend.found import AttentionSite, RefusedSite, cores_of
 from reattend.locate import Place
 from reattend.missed import already
@@ -17,6 +16,7 @@ from reattend.passes.find.latent import read_latent
 from reattend.passes.find.sites import Found
 from reattend.search import Search
 from reattend.selfcheck import SelfCheck, self_check
+from reattend.sizecheck import size_check
 from reattend.spec import Added, Joined, Opaque
 
 
@@ -97,16 +97,12 @@ def proven(case: Case) -> RefusedSite | None:
 
 
 def any_length(case: Case) -> RefusedSite | None:
-    """What the model's own steps do is known at more lengths than one."""
-    if case.place.binding is None or not case.carries_steps:
+    """What the model's own steps do at the captured length they do at another one too."""
+    if case.place.binding is None or case.place.number or not case.carries_steps:
         return None
-    length = one_length(case.search.captured, case.item.region.hidden)
-    if not length:
-        return None
-    return case.refused(
-        f"torch.export follows this model at one length only ({length} tokens), so what the block "
-        f"does beside attention is not known at others"
-    )
+    call = case.search.elsewhere(case.place.path)
+    reason = "" if call is None else size_check(case.search.captured, case.item, case.place, call)
+    return case.refused(reason) if reason else None
 
 
 def owner_proven(case: Case) -> RefusedSite | None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from reattend.capture import capture, tokens_first
+from reattend.capture import Call, capture, tokens_first, watch
+from reattend.errors import CaptureError
 from reattend.frame import dropouts
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
@@ -39,6 +40,7 @@ class Search:
         self.whole = is_hf(model) or bool(self.captured.left_out)
         self.watched = Watched(self.captured, set())
         self._places: dict[int, Place] = {}
+        self._elsewhere: dict[str, Call] | None = None
 
     @property
     def gm(self) -> fx.GraphModule:
@@ -54,6 +56,19 @@ class Search:
         self._places = locate(self.captured, found, self._drops)
         owners = {p.path for p in self._places.values() if p.binding is not None}
         self.watched = Watched(self.captured, owners)
+
+    def elsewhere(self, path: str) -> Call | None:
+        """The call of the module at `path` at a length that the graph was not captured at.
+
+        None if the model does not run there, or the module does not.
+        """
+        if self._elsewhere is None:
+            try:
+                inputs = self.captured.probe(self.captured.sizes.get("N", 0) + 6)
+                self._elsewhere = watch(self.captured.model, self.watched.paths, inputs)
+            except (CaptureError, RuntimeError, AssertionError):
+                self._elsewhere = {}
+        return self._elsewhere.get(path)
 
     def place(self, item: Found) -> Place:
         """Where a block lives."""

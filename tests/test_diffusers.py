@@ -42,6 +42,29 @@ def dit() -> tuple[Any, dict[str, Any], dict[str, Any], int]:
     return model, inputs, {"timestep": torch.tensor([1, 4, 7])}, 2
 
 
+def test_a_single_stream_block_converts_and_a_double_stream_block_is_refused() -> None:
+    """Flux (tiny): text and image attend together; the last block's text is read by nothing."""
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": drawn(2, 16, 4), "encoder_hidden_states": drawn(2, 7, 32),
+        "pooled_projections": drawn(2, 32), "timestep": torch.tensor([0.5, 0.7]),
+        "img_ids": drawn(16, 3).round(), "txt_ids": torch.zeros(7, 3), "return_dict": False,
+    }  # fmt: skip
+    result = convert(model, plan="identity", inputs=inputs)
+    done = {s.path: s.action for s in result.report.sites if s.action == "converted"}
+    assert list(done) == [f"single_transformer_blocks.{i}" for i in range(2)]
+    change = {"encoder_hidden_states": drawn(2, 5, 32), "txt_ids": torch.zeros(5, 3)}
+    for given in (inputs, inputs | change):
+        with torch.no_grad():
+            gap = result.model(**given)[0] - model(**given)[0]
+        assert float(gap.abs().max()) <= 1e-5
+
+
 @pytest.mark.parametrize("make", [unet, dit])
 def test_every_block_is_found_and_equal(make: Any) -> None:
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ values do not.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,6 +89,18 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from leaves(item, (*path, index))
     else:
         yield path, value
+
+
+def shared_tensors(got: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What two results both hold, in order: a converted block leaves out what nothing reads."""
+    if isinstance(got, Tensor) and isinstance(expected, Tensor):
+        yield got, expected
+    elif isinstance(got, Mapping) and isinstance(expected, Mapping):
+        for key in got:
+            yield from shared_tensors(got[key], expected.get(key))
+    elif isinstance(got, list | tuple) and isinstance(expected, list | tuple):
+        for a, b in zip(got, expected, strict=False):
+            yield from shared_tensors(a, b)
 
 
 def read(arguments: dict[str, Any], path: Path | None) -> Any:

@@ -17,6 +17,7 @@ from reattend.capture import Call, watch
 from reattend.host import device_of
 from reattend.inputs import without_cache
 from reattend.install.adapter import Adapter
+from reattend.install.binding import shared_tensors
 from reattend.report.evidence import ParityCheck
 from reattend.running import evaluation
 
@@ -49,8 +50,8 @@ def block_errors(
     with evaluation(converted), torch.no_grad():
         for path in paths:
             call: Call = calls[path]
-            y = _main(converted.get_submodule(path)(*call.args, **call.kwargs))
-            expected = _main(call.output)
+            result = converted.get_submodule(path)(*call.args, **call.kwargs)
+            y, expected = next(shared_tensors(result, call.output))
             if real is not None and y.shape[:2] == real.shape:
                 y, expected = y[real], expected[real]
             gap = (y.double() - expected.double()).norm()
@@ -62,12 +63,6 @@ def real_positions(inputs: dict[str, Any]) -> Tensor | None:
     """[B, N] bool from a 2-D attention mask; None where every position counts."""
     mask = inputs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _main(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return next(o for o in output if isinstance(o, Tensor))
 
 
 def exact_check(original: nn.Module, converted: nn.Module, inputs: dict[str, Any]) -> ParityCheck:
