@@ -130,7 +130,7 @@ def output_bound(
         return None
     error, size = 0.0, 0.0
     for row in range(before.q.shape[0]):
-        bound_N, norm_N = _row(before, after, row, form.o_proj, converted.mixer.o_proj)  # type: ignore[arg-type]
+        bound_N, norm_N = _row(before, after, row, form.o_proj, converted.mixer.o_proj)
         fits = real is not None and real.shape == before.q.shape[::2][:2]
         kept = real[row].to(bound_N.device) if fits else slice(None)
         error += float(bound_N[kept].square().sum())
