@@ -71,7 +71,7 @@ class MinMaxLayer(QuantizedLayer):
     `residual_length` - 1 newest tokens stay in the model's dtype.
     """
 
-    def _quantize(self, tensor: Tensor, axis: int) -> Packed:
+    def _quantize(self, tensor: Tensor, axis: int) -> Packed:  # type: ignore[override]
         return Packed(tensor, self.nbits, self.q_group_size)
 
     def _dequantize(self, q_tensor: Packed) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers.cache_utils import Cache
 
 from reattend.errors import RefusedError
 from reattend.kernels.attention import attention as _attention  # noqa: F401  (registered here)
