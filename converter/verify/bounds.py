@@ -18,6 +18,7 @@ Layout letters: B batch, N queries, M keys, H heads, D outputs, e value width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def output_bound(
         kept = real[row].to(bound_N.device) if fits else slice(None)
         error += float(bound_N[kept].square().sum())
         size += float(norm_N[kept].square().sum())
-    return (error / max(size, 1e-300)) ** 0.5
+    return math.sqrt(error / max(size, 1e-300))
 
 
 def _row(

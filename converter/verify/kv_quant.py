@@ -54,9 +54,9 @@ class Packed:
     def dequantise(self) -> Tensor:
         """The tensor again, `(B, G, N, d)` in its own dtype."""
         codes = _unpack(self.codes, self.bits).float()
-        flat = (codes * self.scale.float() + self.zero.float()).flatten(-2)
+        flat: Tensor = (codes * self.scale.float() + self.zero.float()).flatten(-2)
         wanted = self.shape[-2] * self.shape[-1]
-        return flat[..., :wanted].unflatten(-1, tuple(self.shape[-2:])).to(self.dtype)
+        return flat[..., :wanted].reshape(self.shape).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
