@@ -271,6 +271,7 @@ def _added(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> Tensor
     n = values[region.hidden].shape[1]
     m = n if region.memory is None else values[region.memory].shape[1]
     if not isinstance(core.bias, RelativeBias):
-        return values[region.hidden].new_zeros(1, core.heads, n, m)
+        zeros: Tensor = values[region.hidden].new_zeros(1, core.heads, n, m)
+        return zeros
     table = attribute(captured.gm, core.bias.weight).detach()
     return relative_bias(table, core.bias.buckets, n, m)

@@ -130,7 +130,7 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
 
 def tokens_first(captured: Capture, core: fx.Node) -> None:
     """Note where the model's inputs have tokens before the batch, [N, B, ..], as a core shows."""
-    q = core.args[0].meta["val"]  # type: ignore[union-attr]
+    q = core.args[0].meta["val"]
     for node in captured.gm.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() >= 2:

@@ -32,7 +32,7 @@ class _Watch(TorchDispatchMode):
     """Follows every softmax result; one that enters a matrix product is an attention core."""
 
     def __init__(self, running: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.running = running
         self.fused: list[str] = []
         self.paths: list[str] = []  # of every softmax

@@ -113,4 +113,5 @@ def _starts(config: Any, sequences: int, seed: int) -> Tensor:
 
 def _first(token: Any) -> int | None:
     """Configs hold one id, a list of ids or None."""
-    return token[0] if isinstance(token, list) else token
+    first: int | None = token[0] if isinstance(token, list) else token
+    return first

@@ -161,7 +161,7 @@ def _tensors(file: Path, error: type[ArgumentError | ModelError]) -> dict[str, A
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(file)
+        tensors: dict[str, Any] = load_file(file)
     except (SafetensorError, OSError, ValueError) as problem:
         raise error(
             "this is not a readable safetensors file",

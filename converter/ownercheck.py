@@ -143,7 +143,7 @@ def _tables(
     region = found.region
     if region.rotation is None or (binding.cos is not None and binding.cos.path[0] != BEFORE):
         return None, {}
-    here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
+    here = read_stream(gm, region.core.args[0], given).rotation
     assert here is not None
     run = Evaluator(gm).run(region.externals, given)
     nodes = dict(zip(region.externals, run, strict=True))

@@ -82,4 +82,5 @@ def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
 
 def rows_of(tensor: Tensor, heads: Sequence[int], total: int) -> Tensor:
     """The rows [heads x width, ...] of some of `total` heads, a copy."""
-    return tensor.unflatten(0, (total, -1))[list(heads)].flatten(0, 1)
+    by_head: Tensor = tensor.unflatten(0, (total, -1))
+    return by_head[list(heads)].flatten(0, 1)

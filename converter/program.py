@@ -105,7 +105,7 @@ def _call_name(node: fx.Node) -> str:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
             return str(node.target)
         if node.target in _NAMES:
-            return _NAMES[node.target]  # type: ignore[index]
+            return _NAMES[node.target]
     raise Uncuttable(f"{node.name} ({node.target}) is not a plain tensor operation", node)
 
 

@@ -160,4 +160,5 @@ def _graph_with(
         replace_region(found.capture.gm, site.path, site.region, mixer, given, site.follows_padding)
     drop_unused(found.capture.gm)
     found.capture.gm.meta["reattend_class"] = type(model).__name__
-    return found.capture.gm
+    rewritten: nn.Module = found.capture.gm
+    return rewritten

@@ -225,8 +225,8 @@ def _both(
     run = Evaluator(gm, weights=weights).run(outside, given)
     values = dict(zip(outside, run, strict=True))
     if isinstance(found.spec.core.bias, Alibi) and promote is not None:  # slopes are not rounded
-        wide = Evaluator(gm, weights=weights, promote=promote).run([region.mask], given)  # type: ignore[list-item]
-        values[region.mask] = wide[0]  # type: ignore[index]
+        wide = Evaluator(gm, weights=weights, promote=promote).run([region.mask], given)
+        values[region.mask] = wide[0]
     values[region.hidden] = x
     if region.memory is not None:
         values[region.memory] = memory
@@ -256,10 +256,10 @@ def _context(
     if x.dtype == torch.float64:
         extras = tuple(t.double() if t.is_floating_point() else t for t in extras)
     own = region.mask is None or isinstance(found.spec.core.bias, Added)
-    mask = None if own else Evaluator(gm).run([region.mask], given)[0]  # type: ignore[list-item]
+    mask = None if own else Evaluator(gm).run([region.mask], given)[0]
     rotation = None
     if region.rotation is not None:
-        here = read_stream(gm, region.core.args[0], given).rotation  # type: ignore[arg-type]
+        here = read_stream(gm, region.core.args[0], given).rotation
         assert here is not None
         rotation = (here.cos_NP[None].to(x.dtype), here.sin_NP[None].to(x.dtype))
     if mask is not None and _opaque(found):

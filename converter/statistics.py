@@ -21,6 +21,7 @@ from reattend.install.around import Around
 from reattend.install.binding import Binding, bound, read
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.norm import normed_heads
 from reattend.parts import query_heads
 from reattend.running import evaluation
 
@@ -142,12 +143,8 @@ def keys(dense: DenseAttention, source: Tensor) -> Tensor:
     weight = dense.k_proj.weight
     if dense.k_norm is None:
         return torch.nn.functional.linear(source, weight)
-    y = dense.k_proj(source)
-    if dense.k_norm.config.scope == "full":
-        return dense.k_norm(y)
     groups = dense.config.core.kv_heads
-    normed: Tensor = dense.k_norm(y.unflatten(-1, (groups, -1))).flatten(-2)
-    return normed
+    return normed_heads(dense.k_proj(source), groups, dense.k_norm).flatten(-2)
 
 
 def values(dense: DenseAttention, source: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def closes(node: fx.Node) -> bool:
 @contextmanager
 def balanced() -> Iterator[None]:
     """Close the levels that an error inside left open, or every later call would be vmapped."""
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    functorch = torch._C._functorch
     before = functorch.maybe_current_level() or 0
     try:
         yield

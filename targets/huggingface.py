@@ -14,7 +14,8 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -25,7 +26,7 @@ from reattend.install.stored import FORMAT, check_format, describe, install_empt
 MODEL_TYPE = "reattend"
 
 
-class ReattendConfig(PreTrainedConfig):  # type: ignore[misc]
+class ReattendConfig(PreTrainedConfig):
     """What `AutoConfig` finds for `model_type: reattend`; becomes the base's dynamic subclass."""
 
     model_type = MODEL_TYPE
@@ -66,14 +67,14 @@ def model_class(base: Any) -> Any:
     """`Reattend<Base>`: the base with the mixers of `config.reattend` in place."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        base.__init__(self, config, *args, **kwargs)
         larger = [s["path"] for s in config.reattend["sites"] if s["binding"].get("around")]
         keep_recording(self, larger)
         install_empty(self, config.reattend["sites"])
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_attention_weights(self.config, kwargs)
-        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return base.forward(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return type(
@@ -82,7 +83,7 @@ def model_class(base: Any) -> Any:
         {
             "__init__": __init__,
             "forward": forward,
-            "config_class": config_class(base.config_class),  # type: ignore[attr-defined]
+            "config_class": config_class(base.config_class),
             "__module__": __name__,
         },
     )

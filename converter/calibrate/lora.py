@@ -44,7 +44,7 @@ def inject(working: Working, rank: int) -> None:
         parameter.requires_grad_(False)
     for parameter in factors.values():
         parameter.requires_grad_(True)
-    working.masters.update(factors)  # type: ignore[arg-type]
+    working.masters.update(factors)
 
 
 def merge(working: Working) -> None:

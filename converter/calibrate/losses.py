@@ -47,7 +47,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None
 
@@ -67,5 +67,7 @@ def divergence(student_BNV: Tensor, teacher_BNV: Tensor, real_BN: Tensor | None)
         student_BNV, teacher_BNV, real_BN = student_BNV[:, None], teacher_BNV[:, None], None
     if real_BN is None:
         real_BN = torch.ones(student_BNV.shape[:2], dtype=torch.bool, device=student_BNV.device)
-    total: Tensor = _Divergence.apply(student_BNV, teacher_BNV.detach(), real_BN)
+    total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        student_BNV, teacher_BNV.detach(), real_BN
+    )
     return total

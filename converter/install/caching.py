@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from reattend.capture import Call, watch
 from reattend.install.binding import bound, leaves, read
@@ -92,11 +92,11 @@ def _recorded(record: Callable[[Any, int], None]) -> Iterator[None]:
         record(self, layer_idx)
         return update(self, keys, values, layer_idx, *a, **k)
 
-    Cache.update = told
+    Cache.update = told  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Cache.update = update
+        Cache.update = update  # type: ignore[method-assign]
 
 
 def _placed(calls: list[tuple[CacheAt, dict[str, Any]]]) -> CacheAt:

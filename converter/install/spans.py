@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticCache, StaticLayer
 
 from reattend.errors import ArgumentError
 from reattend.install.adapter import StockState
@@ -28,14 +27,20 @@ class SpanState(StockState):
 
     def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Append on the token axis; returns the whole capacity."""
-        self.fresh = not self.cache.layers[self.layer_idx].is_initialized
+        self.fresh = not self._layer().is_initialized
         return super().update(first, second)
 
     def span(self) -> tuple[Tensor, Tensor] | None:
         """(kv_start_B, kv_len_B) after `update`."""
-        layer = self.cache.layers[self.layer_idx]
+        layer = self._layer()
+        assert layer.keys is not None, "span is asked after update"
         batch, device = layer.keys.shape[0], layer.keys.device
         return self.cache.first_rows(batch, device), layer.cumulative_length.expand(batch)
+
+    def _layer(self) -> StaticLayer:
+        layer = self.cache.layers[self.layer_idx]
+        assert isinstance(layer, StaticLayer), type(layer)  # `reattend_state` asked
+        return layer
 
 
 class SpanCache(StaticCache):

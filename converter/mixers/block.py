@@ -52,8 +52,10 @@ def projection(config: StreamConfig, inside: int, outside: int) -> nn.Module:
 def project(module: nn.Module, x_BND: Tensor, ctx: Context) -> Tensor:
     """Run a stream's projection."""
     if isinstance(module, OpaqueProjection):
-        return module(x_BND, ctx.extras)  # type: ignore[no-any-return]
-    return module(x_BND)  # type: ignore[no-any-return]
+        y: Tensor = module(x_BND, ctx.extras)
+    else:
+        y = module(x_BND)
+    return y
 
 
 class BlockMixer(Mixer):
@@ -90,7 +92,8 @@ class BlockMixer(Mixer):
         row, so slope x key position is slope x distance, and left padding cancels.
         """
         if self.relative is not None:
-            return self.relative(n, m, offset)  # type: ignore[no-any-return]
+            bias: Tensor = self.relative(n, m, offset)
+            return bias
         if self.config.alibi is None:
             return None
         like = next(p for p in self.parameters() if p.is_floating_point())
@@ -132,7 +135,8 @@ class BlockMixer(Mixer):
             order = self.config.join.heads
             if order != tuple(range(len(order))):
                 heads = heads.index_select(1, torch.tensor(order, device=heads.device))
-            return self.joint(heads, x_BND)  # type: ignore[no-any-return]
+            y: Tensor = self.joint(heads, x_BND)
+            return y
         y = heads.transpose(1, 2)
         if self.g_proj is not None:
             assert self.config.gate is not None

@@ -82,10 +82,10 @@ class DenseAttention(BlockMixer):
             return attend(q, k, v, c.core, mask, bias, per_head(self.sinks))
         self._plain_scores()
         refuse_opaque(c.core)
-        y_BHNe, _ = torch.ops.reattend.attention(
+        y_BHNe: Tensor = torch.ops.reattend.attention(
             q, k, v, *span, scale=c.core.scale, causal=c.core.causal,
             sliding_window=c.core.window, softcap=c.core.softcap,
-        )  # fmt: skip
+        )[0]  # fmt: skip
         return y_BHNe
 
 
@@ -108,7 +108,7 @@ def stream(
     spec: NormConfig | None = config.norm
     if norm is not None and spec is not None and spec.scope == "full":
         y_BNp = norm(y_BNp)
-    y = y_BNp.unflatten(-1, (heads, -1)).transpose(1, 2)
+    y: Tensor = y_BNp.unflatten(-1, (heads, -1)).transpose(1, 2)
     if norm is not None and spec is not None and spec.scope == "head" and not spec.after_rotary:
         y = norm(y)
     y = rotate(y, turn, pairs)

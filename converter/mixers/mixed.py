@@ -213,4 +213,5 @@ def _packed(new: Sequence[Rows], which: int) -> Tensor:
 
 def _heads(part_BMp: Tensor, heads: int, width: int) -> Tensor:
     """[B, M, heads x w] -> [B, heads, M, w], a view."""
-    return part_BMp.unflatten(-1, (heads, width)).transpose(1, 2)
+    split: Tensor = part_BMp.unflatten(-1, (heads, width))
+    return split.transpose(1, 2)

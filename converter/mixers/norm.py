@@ -41,5 +41,7 @@ def normed_heads(y_BNp: Tensor, heads: int, norm: StreamNorm | None) -> Tensor:
     """[B, N, heads, d], normalised per head or over the full width."""
     if norm is not None and norm.config.scope == "full":
         y_BNp = norm(y_BNp)
-    y = y_BNp.unflatten(-1, (heads, -1))
-    return norm(y) if norm is not None and norm.config.scope == "head" else y
+    y: Tensor = y_BNp.unflatten(-1, (heads, -1))
+    if norm is not None and norm.config.scope == "head":
+        y = norm(y)
+    return y

@@ -18,6 +18,7 @@ Layout letters: B batch, N queries, M keys, H heads, D outputs, e value width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,12 +131,12 @@ def output_bound(
         return None
     error, size = 0.0, 0.0
     for row in range(before.q.shape[0]):
-        bound_N, norm_N = _row(before, after, row, form.o_proj, converted.mixer.o_proj)  # type: ignore[arg-type]
+        bound_N, norm_N = _row(before, after, row, form.o_proj, converted.mixer.o_proj)
         fits = real is not None and real.shape == before.q.shape[::2][:2]
         kept = real[row].to(bound_N.device) if fits else slice(None)
         error += float(bound_N[kept].square().sum())
         size += float(norm_N[kept].square().sum())
-    return (error / max(size, 1e-300)) ** 0.5
+    return math.sqrt(error / max(size, 1e-300))
 
 
 def _row(

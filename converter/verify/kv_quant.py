@@ -54,9 +54,9 @@ class Packed:
     def dequantise(self) -> Tensor:
         """The tensor again, `(B, G, N, d)` in its own dtype."""
         codes = _unpack(self.codes, self.bits).float()
-        flat = (codes * self.scale.float() + self.zero.float()).flatten(-2)
+        flat: Tensor = (codes * self.scale.float() + self.zero.float()).flatten(-2)
         wanted = self.shape[-2] * self.shape[-1]
-        return flat[..., :wanted].unflatten(-1, tuple(self.shape[-2:])).to(self.dtype)
+        return flat[..., :wanted].reshape(self.shape).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +71,7 @@ class MinMaxLayer(QuantizedLayer):
     `residual_length` - 1 newest tokens stay in the model's dtype.
     """
 
-    def _quantize(self, tensor: Tensor, axis: int) -> Packed:
+    def _quantize(self, tensor: Tensor, axis: int) -> Packed:  # type: ignore[override]
         return Packed(tensor, self.nbits, self.q_group_size)
 
     def _dequantize(self, q_tensor: Packed) -> Tensor:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from reattend.errors import ArgumentError
 
+#: sizes of a tensor, as torch's FLOP counter gives them to a formula
+Shape = tuple[int, ...]
+
 
 def same_size(op: str, a: Any, b: Any, what: str) -> None:
     """Require two sizes to be equal; symbolic sizes become a runtime assertion of the graph."""

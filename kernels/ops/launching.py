@@ -48,7 +48,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def next_power_of_two(width: int) -> int:
     """Tile width that holds ``width`` (at least 16, the smallest matrix tile)."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def unit_stride(x: Tensor) -> Tensor:

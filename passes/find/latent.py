@@ -127,7 +127,7 @@ def _behind(start: fx.Node, stop: Callable[[fx.Node], bool] = is_projection) -> 
 
 def _inner(projection: fx.Node) -> int:
     """Input features."""
-    return int(projection.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+    return int(projection.args[0].meta["val"].shape[-1])
 
 
 def _outer(projection: fx.Node) -> int:

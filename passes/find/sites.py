@@ -110,7 +110,7 @@ def _read(
 ) -> Found:
     q_node, k_node, v_node, mask, scale, softcap, is_causal, sinks = core.args
     streams = {
-        name: read_stream(gm, node, given)  # type: ignore[arg-type]
+        name: read_stream(gm, node, given)
         for name, node in (("q", q_node), ("k", k_node), ("v", v_node))
     }
     sources, streams = read_sources(gm, core, streams)
@@ -121,7 +121,7 @@ def _read(
     rotation = _shared_rotation(q, k)
     added: Added | None = None
     try:
-        found_mask = mask_of(mask, bool(is_causal))  # type: ignore[arg-type]
+        found_mask = mask_of(mask, bool(is_causal))
         if memory is not None and found_mask.bias is not None:
             raise NotUnderstood("a relative bias in cross-attention")
     except NotUnderstood as why:
@@ -141,8 +141,8 @@ def _read(
             "hidden" if memory is None else "encoder", stored_steps(gm, v.projection, v.steps)
         ),
         core=replace(
-            _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),  # type: ignore[arg-type]
-            sinks=None if sinks is None else str(sinks.target),  # type: ignore[union-attr]
+            _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),
+            sinks=None if sinks is None else str(sinks.target),
             bias=found_mask.bias if added is None else added,
         ),
         out=None,
@@ -151,7 +151,7 @@ def _read(
     spec = replace(spec, out=exit_.out, join=exit_.join)
     externals = {e for s in streams.values() for e in s.externals}
     region = Region(
-        core, hidden, memory, mask, exit_, streams, rotation,  # type: ignore[arg-type]
+        core, hidden, memory, mask, exit_, streams, rotation,
         sorted(externals, key=list(gm.graph.nodes).index), sources.extras,
     )  # fmt: skip
     return Found(spec, region, found_mask.follows_padding)

@@ -244,13 +244,13 @@ def _norm_steps(gm: fx.GraphModule, norms: list[fx.Node], proj: Proj | Opaque) -
     else:
         raise NotUnderstood(f"a norm over {size} dimensions, neither a head nor the stream")
     if is_op(node, rms_norm):
-        gain, eps = node.args[1], float(node.args[2])  # type: ignore[arg-type]
+        gain, eps = node.args[1], float(node.args[2])
         name, offset = _gain(gm, gain)
         return [Norm("rms", scope, eps, name, offset)]  # type: ignore[arg-type]
     arguments = list(node.args) + [None] * 5
     name, _ = _gain(gm, arguments[2])
     bias, _ = _gain(gm, arguments[3])
-    eps = float(arguments[4]) if arguments[4] is not None else 1e-5  # type: ignore[arg-type]
+    eps = float(arguments[4]) if arguments[4] is not None else 1e-5
     return [Norm("layer", scope, eps, name, 0.0, bias)]  # type: ignore[arg-type]
 
 

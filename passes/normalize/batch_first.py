@@ -54,7 +54,7 @@ def _turned(gm: fx.GraphModule, x: fx.Node, reader: fx.Node) -> fx.Node:
     """x with its first two axes exchanged; a turn in the code of the core's module is undone."""
     owner = reader.meta[_OWNER]
     if _turns(x) and _path(x) == owner:
-        return x.args[0]  # type: ignore[return-value]
+        return x.args[0]
     for user in x.users:
         if _turns(user) and user < reader and owner in (_path(user), user.meta.get(_OWNER)):
             return user

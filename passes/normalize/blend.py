@@ -51,18 +51,18 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     for kept, other in (node.args[:2], node.args[1::-1]):
         if not is_op(kept, aten.mul) or not is_op(other, aten.mul):
             continue
-        rest, number = other.args[:2]  # type: ignore[union-attr]
+        rest, number = other.args[:2]
         if not isinstance(number, int | float):
             rest, number = number, rest
         if not isinstance(number, int | float) or not is_op(rest, aten.rsub):
             continue
-        switch = rest.args[0]  # type: ignore[union-attr]
-        if rest.args[1:] not in ((1,), (1.0,)) or rest.kwargs:  # type: ignore[union-attr]
+        switch = rest.args[0]
+        if rest.args[1:] not in ((1,), (1.0,)) or rest.kwargs:
             continue
-        for value, factor in (kept.args[:2], kept.args[1::-1]):  # type: ignore[union-attr]
+        for value, factor in (kept.args[:2], kept.args[1::-1]):
             tensor = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
             if tensor and isinstance(factor, fx.Node) and equivalent(factor, switch):
-                return value, factor, float(number)  # type: ignore[return-value]
+                return value, factor, float(number)
     return None
 
 

@@ -33,7 +33,7 @@ class FuseSdpa(GraphPass):
         a = _sdpa_arguments(node)
         scale = a["scale"]
         if scale is None:
-            scale = 1.0 / math.sqrt(int(a["query"].meta["val"].shape[-1]))  # type: ignore[attr-defined]
+            scale = 1.0 / math.sqrt(int(a["query"].meta["val"].shape[-1]))
         with gm.graph.inserting_before(node):
             if a["enable_gqa"]:
                 _repeat_heads(gm, a)

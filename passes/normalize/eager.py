@@ -85,7 +85,7 @@ class FuseEager(GraphPass):
             if not is_op(node, aten.softmax, aten._softmax):
                 continue
             product = _forward_to_product(node, (*CASTS, *_SHAPES))
-            if product is not None and not parameter_only(product.args[1]):  # type: ignore[arg-type]
+            if product is not None and not parameter_only(product.args[1]):
                 yield node
 
     def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
@@ -176,7 +176,7 @@ def _term_axes(term: Term) -> int:
 def _unfolded(gm: fx.GraphModule, node: Any, heads: int) -> fx.Node:
     """[B H, N, d] -> [B, H, N, d]."""
     if node.meta["val"].dim() == 4:
-        return node  # type: ignore[no-any-return]
+        return node
     return call(gm, aten.unflatten.int, node, 0, [-1, heads])
 
 

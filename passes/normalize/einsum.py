@@ -41,7 +41,7 @@ class ToMatmul(GraphPass):
         found = _letters(node)
         if isinstance(found, str):
             return Refusal(found)
-        a, b = node.args[1]  # type: ignore[misc]
+        a, b = node.args[1]
         weights = parameter_only(a) or parameter_only(b)
         single = len(found.rows) == len(found.columns) == len(found.inner) == 1
         if not single and (not weights or found.batch):
@@ -52,7 +52,7 @@ class ToMatmul(GraphPass):
         """The product, its axes in the order the einsum gives them."""
         at = _letters(node)
         assert isinstance(at, _Letters)
-        a, b = node.args[1]  # type: ignore[misc]
+        a, b = node.args[1]
         with gm.graph.inserting_before(node):
             if not at.batch and (parameter_only(a) or parameter_only(b)):
                 if parameter_only(a) and not parameter_only(b):
@@ -88,7 +88,7 @@ def _letters(node: fx.Node) -> _Letters | str:
     equation = str(node.args[0]).replace(" ", "")
     inputs, arrow, out = equation.partition("->")
     left, _, right = inputs.partition(",")
-    sizes = [n.meta["val"].dim() for n in node.args[1]]  # type: ignore[union-attr]
+    sizes = [n.meta["val"].dim() for n in node.args[1]]
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
     dots = [size - len(s.replace("...", "")) for s, size in zip((left, right), sizes, strict=True)]
     if "..." in inputs:
@@ -109,7 +109,7 @@ def _letters(node: fx.Node) -> _Letters | str:
         return "an einsum that sums one of its tensors alone"
     if not inner:
         return "an einsum without a sum"
-    shapes = [n.meta["val"].shape for n in node.args[1]]  # type: ignore[union-attr]
+    shapes = [n.meta["val"].shape for n in node.args[1]]
     for c in batch + inner:
         pair = [shapes[0][left.index(c)], shapes[1][right.index(c)]]
         if str(pair[0]) != str(pair[1]) and 1 in pair:

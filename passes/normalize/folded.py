@@ -76,7 +76,7 @@ def _unfolds(node: fx.Node) -> bool:
 
 def _lead(reader: fx.Node) -> list[Any]:
     """The sizes that a reader gives the first axes."""
-    return list(reader.args[1][:2])  # type: ignore[index, arg-type]
+    return list(reader.args[1][:2])
 
 
 def _source(folded: fx.Node, reader: fx.Node) -> fx.Node | None:
@@ -86,7 +86,7 @@ def _source(folded: fx.Node, reader: fx.Node) -> fx.Node | None:
         inner: Any = folded.args[0]
         shape = [str(s) for s in inner.meta["val"].shape]
         if len(shape) == 3 and shape[:2] == wanted and _last(inner) == _last(folded):
-            return inner  # type: ignore[no-any-return]
+            return inner
     again = [n for n in folded.users if is_op(n, aten.reshape) and _axes(n) == 3 and n < reader]
     for other in again:
         lead = [str(s) for s in other.meta["val"].shape[:2]]

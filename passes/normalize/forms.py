@@ -5,6 +5,8 @@ They are ordinary Python functions used as graph targets, so a normalised graph 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, fx
 
@@ -54,7 +56,7 @@ def attention(
     return torch.matmul(torch.nan_to_num(probs, nan=0.0).to(v_BHMe.dtype), v_BHMe)
 
 
-def is_op(node: object, *targets: object) -> bool:
+def is_op(node: object, *targets: object) -> TypeGuard[fx.Node]:
     """Whether `node` calls one of these operators (a packet matches all its overloads)."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
@@ -64,4 +66,4 @@ def is_op(node: object, *targets: object) -> bool:
 
 def is_projection(node: fx.Node) -> bool:
     """A linear layer whose weight does not depend on an input."""
-    return is_op(node, aten.linear) and parameter_only(node.args[1])  # type: ignore[arg-type]
+    return is_op(node, aten.linear) and parameter_only(node.args[1])

@@ -48,7 +48,7 @@ class ToFunctional(GraphPass):
         changed = node.args[0]
         if not isinstance(changed, fx.Node) or changed.op in ("placeholder", "get_attr"):
             return Refusal("an input or a stored tensor is changed in place")
-        if is_op(changed, *_VIEWS) and any(u is not changed for u in changed.args[0].users):  # type: ignore[union-attr]
+        if is_op(changed, *_VIEWS) and any(u is not changed for u in changed.args[0].users):
             return Refusal("a view of a tensor that others read is changed in place")
         if any(is_op(u, *_VIEWS) and u < node for u in changed.users):
             return Refusal("a tensor is changed in place under a view of it")

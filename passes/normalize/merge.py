@@ -56,10 +56,10 @@ class MergeValues(GraphPass):
         first = _earlier(node)
         if first is None:
             return Refusal("its twin was merged with another core")
-        a, b = (n.args[2].meta["val"].shape for n in (first, node))  # type: ignore[union-attr]
+        a, b = (n.args[2].meta["val"].shape for n in (first, node))
         if [str(s) for s in a[:-1]] != [str(s) for s in b[:-1]]:
             return Refusal("the values of two equal cores differ in heads or tokens")
-        if first in ancestors([node.args[2]]):  # type: ignore[list-item]
+        if first in ancestors([node.args[2]]):
             return Refusal("the values of one core are made of the other's result")
         return None
 
@@ -101,5 +101,5 @@ def _earlier(node: fx.Node) -> fx.Node | None:
         if is_op(other, attention) and len(other.args) == len(node.args):
             pairs = zip(other.args, node.args, strict=True)
             if all(i == 2 or equivalent(x, y) for i, (x, y) in enumerate(pairs)):
-                return other  # type: ignore[no-any-return]
+                return other
     return None

@@ -36,7 +36,7 @@ def _same_value(node: fx.Node) -> bool:
             and before.device == after.device
         )
     if is_op(node, aten.cat):
-        kept = [n for n in node.args[0] if not _zero_width(n)]  # type: ignore[union-attr]
+        kept = [n for n in node.args[0] if not _zero_width(n)]
         return len(kept) == 1
     return _neutral(node)
 
@@ -82,7 +82,7 @@ class DropNoops(GraphPass):
         if node.users:
             source = node.args[0]
             if is_op(node, aten.cat):
-                source = next(n for n in node.args[0] if not _zero_width(n))  # type: ignore[union-attr]
+                source = next(n for n in node.args[0] if not _zero_width(n))
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
         gm.graph.erase_node(node)

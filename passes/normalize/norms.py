@@ -13,15 +13,15 @@ from reattend.passes.normalize.forms import aten, is_op, rms_norm
 
 def _uncast(node: object) -> object:
     while is_op(node, aten.to, aten._to_copy, aten.type_as):
-        node = node.args[0]  # type: ignore[attr-defined]
+        node = node.args[0]
     return node
 
 
 def _mean_square(node: object) -> fx.Node | None:
     """x in mean(x^2, -1, keepdim)."""
-    if not (is_op(node, aten.mean) and node.args[1:] in (([-1], True), (-1, True))):  # type: ignore[attr-defined]
+    if not (is_op(node, aten.mean) and node.args[1:] in (([-1], True), (-1, True))):
         return None
-    square = node.args[0]  # type: ignore[attr-defined]
+    square = node.args[0]
     if is_op(square, aten.pow) and square.args[1] in (2, 2.0):
         return square.args[0]
     if is_op(square, aten.square):

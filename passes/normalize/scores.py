@@ -110,12 +110,12 @@ def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
         ):
             if not _low(gm, node.args[2]):
                 return None
-            way = replace(way, terms=(Term(node.args[1], hidden=True), *way.terms))  # type: ignore[arg-type]
+            way = replace(way, terms=(Term(node.args[1], hidden=True), *way.terms))
             node = node.args[0]
         elif is_op(node, aten.where) and not way.capped and way.outer == 1.0:
             if not _low(gm, node.args[2]):
                 return None
-            hidden = Term(node.args[0], hidden=True, inverted=True)  # type: ignore[arg-type]
+            hidden = Term(node.args[0], hidden=True, inverted=True)
             way = replace(way, terms=(hidden, *way.terms))
             node = node.args[1]
         elif is_op(node, aten.add, aten.add_, aten.sub) and not (way.capped or node.kwargs):
@@ -177,7 +177,7 @@ def _scaled(gm: fx.GraphModule, node: fx.Node, way: _Way) -> tuple[fx.Node, _Way
     if factor is None:
         if way.capped or not _per_row(other):
             return None
-        return below, replace(way, factors=((other, divides), *way.factors))  # type: ignore[arg-type]
+        return below, replace(way, factors=((other, divides), *way.factors))
     factor = 1.0 / factor if divides else factor
     if not is_op(below, aten.tanh):
         return below, replace(way, outer=way.outer * factor)
@@ -249,11 +249,11 @@ def _low(gm: fx.GraphModule, value: object) -> bool:
 def _is_max_of(node: object, scores: object) -> bool:
     """max(scores, -1, keepdim): softmax does not see the shift."""
     while is_op(node, *CASTS):
-        node = node.args[0]  # type: ignore[attr-defined]
+        node = node.args[0]
     if isinstance(node, fx.Node) and node.op == "call_function":
         if "getitem" in str(node.target) and node.args[1] == 0:
             node = node.args[0]
-        if is_op(node, aten.amax, aten.max) and node.args[0] is scores:  # type: ignore[union-attr, attr-defined]
+        if is_op(node, aten.amax, aten.max) and node.args[0] is scores:
             return True
     return False
 

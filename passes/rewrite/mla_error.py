@@ -25,7 +25,7 @@ class Sample:
         like = dense.k_proj.weight
         self.rows = [row.to(like.device, like.dtype)[None] for row in rows]
         with torch.no_grad():
-            self.expected = [dense(x, Context()).double() for x in self.rows]
+            self.expected: list[Tensor] = [dense(x, Context()).double() for x in self.rows]
 
     def size(self) -> float:
         """Mean over tokens of |expected|^2."""

@@ -48,7 +48,7 @@ def shrunk_root(statistics: SiteStatistics, shrinkage: float) -> Tensor:
     gram = statistics.input_gram
     scaled = gram / (torch.diagonal(gram).mean().clamp_min(1e-300))
     values, vectors = torch.linalg.eigh(scaled)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
     return (1 - shrinkage) * root + shrinkage * torch.eye(len(root), dtype=root.dtype)
 
 

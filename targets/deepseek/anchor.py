@@ -48,7 +48,7 @@ def row_bound(weight_rD: Tensor, gain_D: Tensor, offset_r: Tensor | None = None)
     gram = wide @ wide.t() if wide.shape[0] <= wide.shape[1] else wide.t() @ wide
     largest = float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
     offset = 0.0 if offset_r is None else float(offset_r.double().norm())
-    return largest * float(weight_rD.shape[1]) ** 0.5 + offset
+    return largest * math.sqrt(weight_rD.shape[1]) + offset
 
 
 def anchor(bound: float, rank: int, dtype: torch.dtype) -> Anchor:

@@ -134,7 +134,7 @@ def fitted(model: nn.Module, version: Version, pad: str | None) -> Ready:
     assert shape is not None and host is not None
     refuse(host_obstacles(host, version), version)
     mixers = dict(wide.named_modules())
-    return Ready({p: mixers[p].mixer for p in blocks}, shape, host, wide)  # type: ignore[misc]
+    return Ready({p: mixers[p].mixer for p in blocks}, shape, host, wide)
 
 
 def _write(

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers.cache_utils import Cache
 
 from reattend.errors import RefusedError
 from reattend.kernels.attention import attention as _attention  # noqa: F401  (registered here)
@@ -39,13 +39,11 @@ class FixedState:
         if past is None:  # a rotary part of width 0
             capacity = self.given[self.layout.first.input].shape[-2]
             return new.new_zeros(new.shape[0], new.shape[1], capacity, 0)
-        if past.dim() == 3:
-            kept = cache_put(past, new.squeeze(1), self.cache.past_B, 1)
-            self.written[name] = kept
-            return kept.unsqueeze(1)
-        kept = cache_put(past, new, self.cache.past_B, 2)
+        one_head = past.dim() == 3
+        rows, axis = (new.squeeze(1), 1) if one_head else (new, 2)
+        kept: Tensor = cache_put(past, rows, self.cache.past_B, axis)
         self.written[name] = kept
-        return kept
+        return kept.unsqueeze(1) if one_head else kept
 
     def seen(self) -> int:
         """Tokens before this call."""

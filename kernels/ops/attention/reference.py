@@ -14,7 +14,8 @@ from reattend.kernels.masking import gather_pages, query_positions, scatter_page
 
 
 def _grouped(q_BHNd: Tensor, groups: int) -> Tensor:
-    return q_BHNd.unflatten(1, (groups, q_BHNd.shape[1] // groups))
+    grouped: Tensor = q_BHNd.unflatten(1, (groups, q_BHNd.shape[1] // groups))
+    return grouped
 
 
 def attention(

@@ -12,6 +12,7 @@ from reattend.errors import ArgumentError
 from reattend.kernels.attention import reference
 from reattend.kernels.autocast import register_autocast
 from reattend.kernels.checks import (
+    Shape,
     check_float,
     check_rows,
     check_scalars,
@@ -115,7 +116,8 @@ def _cuda(
     config = launch.config_for(q, v) if scale > 0 else None
     if config is None:  # fp64, very wide heads, a GPU no kernel is shipped for, a scale of 0
         return reference.forward(*inputs, rule)
-    return launch.launch(*inputs, rule, config)
+    done: tuple[Tensor, Tensor] = launch.launch(*inputs, rule, config)
+    return done
 
 
 @attention.register_fake
@@ -204,7 +206,14 @@ register_autocast("attention")
 
 @register_flop_formula(torch.ops.reattend.attention)
 def attention_flops(
-    q: Any, k: Any, v: Any, start: Any, length: Any, table: Any = None, *args: Any, **kwargs: Any
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    start: Shape,
+    length: Shape,
+    table: Shape | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     """2 H N M (d + e) per row, over the whole capacity: like torch's own, masks do not count."""
     b, h, n, d = q
@@ -214,16 +223,16 @@ def attention_flops(
 
 @register_flop_formula(torch.ops.reattend.attention_backward)
 def attention_backward_flops(
-    dy: Any,
-    dlse: Any,
-    y: Any,
-    lse: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    start: Any,
-    length: Any,
-    table: Any = None,
+    dy: Shape,
+    dlse: Shape,
+    y: Shape,
+    lse: Shape,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    start: Shape,
+    length: Shape,
+    table: Shape | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> int:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from reattend.errors import ArgumentError
 from reattend.kernels.autocast import register_autocast
 from reattend.kernels.checks import (
+    Shape,
     check_float,
     check_rows,
     check_scalars,
@@ -115,7 +116,8 @@ def _cuda(
     config = launch.config_for(q_nope, q_rope) if scale > 0 else None
     if config is None:  # fp64, very wide rows, or a GPU no kernel is shipped for
         return reference.forward(*inputs, rule)
-    return launch.launch(*inputs, rule, config)
+    done: tuple[Tensor, Tensor] = launch.launch(*inputs, rule, config)
+    return done
 
 
 @latent_attention.register_fake
@@ -211,13 +213,13 @@ register_autocast("latent_attention")
 
 @register_flop_formula(torch.ops.reattend.latent_attention)
 def latent_attention_flops(
-    q_nope: Any,
-    q_rope: Any,
-    latent: Any,
-    rope: Any,
-    start: Any,
-    length: Any,
-    table: Any = None,
+    q_nope: Shape,
+    q_rope: Shape,
+    latent: Shape,
+    rope: Shape,
+    start: Shape,
+    length: Shape,
+    table: Shape | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> int:
@@ -229,11 +231,21 @@ def latent_attention_flops(
 
 @register_flop_formula(torch.ops.reattend.latent_attention_backward)
 def latent_attention_backward_flops(
-    du: Any, dlse: Any, u: Any, lse: Any, *inputs: Any, **kwargs: Any
+    du: Shape,
+    dlse: Shape,
+    u: Shape,
+    lse: Shape,
+    q_nope: Shape,
+    q_rope: Shape,
+    latent: Shape,
+    rope: Shape,
+    start: Shape,
+    length: Shape,
+    table: Shape | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     """Recomputed scores, dp, du-to-latent, dq, dk: 2 H N M (5 r + 3 R) per row."""
-    q_nope, q_rope, latent = inputs[:3]
-    table = inputs[6] if len(inputs) > 6 else None
     b, h, n, r = q_nope
     m = latent[1] if table is None else table[1] * latent[1]
     return 2 * b * h * n * m * (5 * r + 3 * q_rope[3])
