@@ -15,11 +15,11 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("reattend", "FRAGMENT")
 
 
-def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def to_autocast_dtype(*arguments: Any) -> tuple[Any, ...]:
     """Cast float tensors (fp64 excepted) to the dtype of the active autocast region."""
-    done: list[Tensor | None] = []
-    for x in tensors:
-        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
+    done: list[Any] = []
+    for x in arguments:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
             done.append(x)
         else:
             done.append(x.to(torch.get_autocast_dtype(x.device.type)))

@@ -72,3 +72,22 @@ def check_float(op: str, **tensors: Tensor) -> None:
                 why=f"{first.dtype} and {tensors[name].dtype}",
                 next_step="cast the queries to the dtype of the cache, or use autocast",
             )
+
+
+def check_cache(op: str, q_BHNd: Tensor, k_BGMd: Tensor, v_BGMe: Tensor) -> None:
+    """Queries, keys and values have 4 dimensions, one dtype and sizes that fit."""
+    if not q_BHNd.dim() == k_BGMd.dim() == v_BGMe.dim() == 4:
+        raise ArgumentError(
+            f"{op}: q, k and v must have 4 dimensions",
+            why=f"they have {q_BHNd.dim()}, {k_BGMd.dim()} and {v_BGMe.dim()}",
+        )
+    check_float(op, q_BHNd=q_BHNd, k_BGMd=k_BGMd, v_BGMe=v_BGMe)
+    same_size(op, q_BHNd.shape[3], k_BGMd.shape[3], "the widths of q and k")
+    same_size(op, k_BGMd.shape[1], v_BGMe.shape[1], "the heads of k and v")
+    same_size(op, k_BGMd.shape[2], v_BGMe.shape[2], "the lengths of k and v")
+    same_size(op, k_BGMd.shape[0], v_BGMe.shape[0], "the batches (pages) of k and v")
+    if q_BHNd.shape[1] % k_BGMd.shape[1]:
+        raise ArgumentError(
+            f"{op}: the query heads must be a multiple of the KV heads",
+            why=f"{q_BHNd.shape[1]} query heads, {k_BGMd.shape[1]} KV heads",
+        )

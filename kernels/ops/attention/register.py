@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from reattend.errors import ArgumentError
 from reattend.kernels.attention import reference
 from reattend.kernels.autocast import register_autocast
 from reattend.kernels.checks import (
     Shape,
-    check_float,
+    check_cache,
     check_rows,
     check_scalars,
     check_table,
@@ -39,23 +38,9 @@ def check(
     softcap: float = 0.0,
 ) -> None:
     """Raise ArgumentError where shapes or dtypes break the contract of the op."""
-    if not q_BHNd.dim() == k_BGMd.dim() == v_BGMe.dim() == 4:
-        raise ArgumentError(
-            f"{NAME}: q, k and v must have 4 dimensions",
-            why=f"they have {q_BHNd.dim()}, {k_BGMd.dim()} and {v_BGMe.dim()}",
-        )
-    check_float(NAME, q_BHNd=q_BHNd, k_BGMd=k_BGMd, v_BGMe=v_BGMe)
-    same_size(NAME, q_BHNd.shape[3], k_BGMd.shape[3], "the widths of q and k")
-    same_size(NAME, k_BGMd.shape[1], v_BGMe.shape[1], "the heads of k and v")
-    same_size(NAME, k_BGMd.shape[2], v_BGMe.shape[2], "the lengths of k and v")
-    same_size(NAME, k_BGMd.shape[0], v_BGMe.shape[0], "the batches (pages) of k and v")
+    check_cache(NAME, q_BHNd, k_BGMd, v_BGMe)
     if block_table_BP is None:
         same_size(NAME, q_BHNd.shape[0], k_BGMd.shape[0], "the batches of q and k")
-    if q_BHNd.shape[1] % k_BGMd.shape[1]:
-        raise ArgumentError(
-            f"{NAME}: the query heads must be a multiple of the KV heads",
-            why=f"{q_BHNd.shape[1]} query heads, {k_BGMd.shape[1]} KV heads",
-        )
     check_rows(NAME, q_BHNd, kv_start_B, kv_len_B)
     check_table(NAME, q_BHNd.shape[0], block_table_BP)
     check_scalars(NAME, sliding_window, softcap)
