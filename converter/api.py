@@ -134,6 +134,7 @@ def export(
     out: str | Path,
     dtype: str | None = None,
     pad: str | None = None,
+    flavour: str | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Any:
@@ -148,6 +149,9 @@ def export(
             Runtime); a checkpoint keeps the model's where None.
         pad: DeepSeek targets only: `max` pads layers of several sizes to the largest, `512+64`
             to at least that latent rank and rotary width.
+        flavour: ONNX only: `portable` (the default: any runtime), `ort` (ONNX Runtime's own
+            operators where they win), `custom` (the portable file, checked with and run by the
+            kernels of reattend's own library).
         tokenizer: saved beside the model; found in the model's folder when None.
         overwrite: replace another export in `out`.
 
@@ -167,6 +171,10 @@ def export(
             where=f"pad={pad!r}",
             next_step="leave it out: ONNX files take layers of any size",
         )
+    if flavour is not None and target != "onnx":
+        raise ArgumentError(
+            "flavour is for the target onnx", where=f"flavour={flavour!r}", next_step="leave it out"
+        )
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or _folder_tokenizer(Path(model))
         model = load(model)
@@ -175,8 +183,9 @@ def export(
         from reattend.targets.onnx import export_onnx
 
         return export_onnx(
-            model, Path(out), dtype=dtype or "float32", tokenizer=tokenizer, overwrite=overwrite
-        )
+            model, Path(out), dtype=dtype or "float32", flavour=flavour or "portable",
+            tokenizer=tokenizer, overwrite=overwrite,
+        )  # fmt: skip
     from reattend.targets.deepseek import export_deepseek
 
     return export_deepseek(

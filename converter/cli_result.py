@@ -86,6 +86,10 @@ def export(
         str | None,
         typer.Option(help="deepseek: max, or 512+64: zeros that make all layers one size."),
     ] = None,
+    flavour: Annotated[
+        str | None,
+        typer.Option(help="onnx: portable (default), ort (ONNX Runtime's operators) or custom."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another export of reattend in OUT.")
     ] = False,
@@ -101,7 +105,9 @@ def export(
     from reattend.report.numbers import size
 
     check_claimable(out.expanduser().absolute())
-    made = lower(folder, target, out=out, dtype=dtype, pad=pad, overwrite=overwrite)
+    made = lower(
+        folder, target, out=out, dtype=dtype, pad=pad, flavour=flavour, overwrite=overwrite
+    )
     weight = sum(f.stat().st_size for f in made.path.iterdir() if f.is_file())
     text = f"{made.path}: {size(weight)}, relative difference from torch {made.max_error:.1e}"
     console().print(text, markup=False, soft_wrap=True)

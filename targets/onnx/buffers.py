@@ -34,20 +34,42 @@ class StateSpec:
 
 
 class StateBuffers:
-    """Zero-initialised state tensors of one batch.
+    """State tensors of one batch.
 
     Args:
         specs: what the manifest lists.
         dtype: numpy dtype of the states.
         batch: rows.
         capacity: tokens that fit.
+        arrays: memory to use; new and filled with zeros if not given.
     """
 
     def __init__(
-        self, specs: list[StateSpec], dtype: np.dtype[Any], batch: int, capacity: int
+        self,
+        specs: list[StateSpec],
+        dtype: np.dtype[Any],
+        batch: int,
+        capacity: int,
+        arrays: list[np.ndarray[Any, Any]] | None = None,
     ) -> None:
         self.specs, self.dtype, self.batch, self.capacity = specs, dtype, batch, capacity
-        self.values = [self._new(np.zeros(s.sizes(batch, capacity), dtype)) for s in specs]
+        self._hold(arrays or [np.zeros(s.sizes(batch, capacity), dtype) for s in specs])
+
+    def _hold(self, arrays: list[np.ndarray[Any, Any]]) -> None:
+        self.arrays, self.values = arrays, [self._new(array) for array in arrays]
+        self._binding: Any = None
+        self._rows: list[StateBuffers] = []
+
+    def rows(self) -> list[StateBuffers]:
+        """Every row of the batch as a batch of one, in the same memory."""
+        if not self._rows:
+            self._rows = [
+                StateBuffers(
+                    self.specs, self.dtype, 1, self.capacity, [a[b : b + 1] for a in self.arrays]
+                )
+                for b in range(self.batch)
+            ]
+        return self._rows
 
     @staticmethod
     def _new(array: np.ndarray[Any, Any]) -> Any:
@@ -64,11 +86,17 @@ class StateBuffers:
         items = sum(int(np.prod(s.sizes(self.batch, self.capacity))) for s in self.specs)
         return items * self.dtype.itemsize
 
-    def bind(self, binding: Any) -> None:
-        """Bind every state as the input and the output of a run."""
-        for spec, value in zip(self.specs, self.values, strict=True):
-            binding.bind_ortvalue_input(spec.input, value)
-            binding.bind_ortvalue_output(spec.output, value)
+    def binding(self, session: Any) -> Any:
+        """A binding of `session` with every state as input and as output; made once, then reused.
+
+        Binding a state takes longer than many an operator of a decode step.
+        """
+        if self._binding is None:
+            self._binding = session.io_binding()
+            for spec, value in zip(self.specs, self.values, strict=True):
+                self._binding.bind_ortvalue_input(spec.input, value)
+                self._binding.bind_ortvalue_output(spec.output, value)
+        return self._binding
 
     def grow(self, needed: int, used: int) -> None:
         """Move to larger buffers if `needed` tokens do not fit: at least 1.5 times as large.
@@ -80,9 +108,10 @@ class StateBuffers:
         wanted = max(needed, self.capacity + self.capacity // 2)
         capacity = -(-wanted // GROWTH) * GROWTH
         grown = []
-        for spec, value in zip(self.specs, self.values, strict=True):
+        for spec, held in zip(self.specs, self.arrays, strict=True):
             array = np.zeros(spec.sizes(self.batch, capacity), self.dtype)
             rows = (slice(None),) * spec.row_axis + (slice(0, used),)
-            array[rows] = value.numpy()[rows]
-            grown.append(self._new(array))
-        self.values, self.capacity = grown, capacity
+            array[rows] = held[rows]
+            grown.append(array)
+        self.capacity = capacity
+        self._hold(grown)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from reattend.errors import ArgumentError
+from reattend.targets.onnx.flavours import Flavour, check_flavour
 from reattend.targets.onnx.layout import layout
 from reattend.targets.onnx.manifest import (
     DATA,
@@ -57,6 +58,7 @@ def export_onnx(
     out: str | Path,
     *,
     dtype: str = "float32",
+    flavour: str = "portable",
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Artifact:
@@ -72,11 +74,12 @@ def export_onnx(
         model: a model of `convert` or `load`; every attention layer must be converted.
         out: folder to create.
         dtype: "float32" or "float16".
+        flavour: which operators the attention layers become; `reattend.targets.onnx.flavours`.
         tokenizer: saved beside the model.
         overwrite: replace another export in `out`.
 
     Raises:
-        ArgumentError: dtype is something else, or the model is not a decoder-only language model.
+        ArgumentError: dtype or flavour is something else, or the model is not a decoder-only language model.
         MissingExtraError: the packages of the extra `onnx` are not installed.
         RefusedError: a layer has no ONNX form; the message names it.
         CaptureError: torch cannot export the model.
@@ -90,6 +93,7 @@ def export_onnx(
             why=why,
             next_step='use dtype="float32" (or "float16")',
         )
+    kind = check_flavour(flavour)
     need_exporter()
     from reattend.targets.onnx.wrapper import check_language_model
 
@@ -98,13 +102,15 @@ def export_onnx(
     asked = {
         "weights": weights_sha256(model),
         "model": digest(_config(model)),
-        "target": f"onnx {dtype}",
+        "target": f"onnx {dtype} {flavour}",
         "tokenizer": type(tokenizer).__name__,
         "versions": digest(_versions()),
     }
     with Workdir.open(out, asked, overwrite) as work:
         if work.state != "complete":
-            _write(model, work, cast("Literal['float32', 'float16']", dtype), tokenizer, asked)
+            _write(
+                model, work, cast("Literal['float32', 'float16']", dtype), kind, tokenizer, asked
+            )
             work.finish()
     return Artifact(work.out, read_manifest(work.out))
 
@@ -113,6 +119,7 @@ def _write(
     model: nn.Module,
     work: Workdir,
     dtype: Literal["float32", "float16"],
+    flavour: Flavour,
     tokenizer: Any,
     asked: dict[str, str],
 ) -> None:
@@ -123,11 +130,11 @@ def _write(
 
     copied = evaluation_copy(model, _DTYPES[dtype])
     layers = layout(copied)
-    graph = build(Step(copied, layers), _DTYPES[dtype])
+    graph, forms = build(Step(copied, layers), _DTYPES[dtype], flavour)
     work.publish_folder(_graph_writer(graph))
     check_file(work.path(MODEL))
-    fields = describe(graph, layers, model, dtype)
-    fields |= {"model_sha256": asked["weights"], "versions": _versions()}
+    fields = describe(graph, layers, forms, model, dtype)
+    fields |= {"flavour": flavour, "model_sha256": asked["weights"], "versions": _versions()}
     # The session reads the manifest for its states, so a first one without checks is published.
     work.publish_json(MANIFEST, Manifest(**fields, checks=[]).model_dump(mode="json"))
     vocabulary = int(cast("Any", model).config.vocab_size)

@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 from reattend.errors import CaptureError, ReattendError
+from reattend.targets.onnx.contrib import Form
+from reattend.targets.onnx.flavours import Flavour, choose_forms
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, function_proto
 from reattend.targets.onnx.layout import LayerLayout
+from reattend.targets.onnx.rotary import fuse_rotary
 from reattend.targets.onnx.simplify import cancel_squeezes, fuse_norms
 from reattend.targets.onnx.translate import translation_table
 from reattend.targets.onnx.wrapper import Step
@@ -26,8 +29,11 @@ from reattend.targets.onnx.wrapper import Step
 _EXAMPLE = {"batch": 3, "new": 5, "past": 7, "capacity": 17}
 
 
-def build(step: Step, dtype: torch.dtype) -> Any:
+def build(step: Step, dtype: torch.dtype, flavour: Flavour) -> tuple[Any, dict[str, Form]]:
     """The `onnx_ir.Model` of a wrapper: named inputs and outputs, functions attached.
+
+    Returns:
+        The model, and what the node of each head group is, by its first state output.
 
     Raises:
         CaptureError: torch cannot trace or translate the model; the reason is torch's.
@@ -60,8 +66,11 @@ def build(step: Step, dtype: torch.dtype) -> Any:
     _forget_the_trace(model)
     cancel_squeezes(model)
     fuse_norms(model)
+    fuse_rotary(model)
+    _check_nodes(model, step.layers)
+    forms = choose_forms(model, flavour)
     _attach(model, step.layers)
-    return model
+    return model, forms
 
 
 def _capture(step: Step, dtype: torch.dtype) -> Any:
@@ -116,22 +125,29 @@ def _forget_the_trace(model: Any) -> None:
 
 
 def _attach(model: Any, layers: list[LayerLayout]) -> None:
-    """Add the function bodies and check that every head group became exactly one node."""
+    """Add the function bodies of the nodes that are left in our domain."""
     import onnx_ir as ir
 
-    groups = [group for layer in layers for group in layer.groups]
-    wanted = Counter(group.op for group in groups)
+    used = {n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN}
+    if used:
+        model.opset_imports[DOMAIN] = VERSION
+    else:
+        model.opset_imports.pop(DOMAIN, None)
+    empty = any(not group.second.width for layer in layers for group in layer.groups)
+    for name in sorted(used):
+        function = ir.serde.deserialize_function(function_proto(name, rope_may_be_empty=empty))
+        model.functions[function.identifier()] = function
+
+
+def _check_nodes(model: Any, layers: list[LayerLayout]) -> None:
+    """Check that every head group became exactly one node."""
+    wanted = Counter(group.op for layer in layers for group in layer.groups)
     found = Counter(n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN)
     if wanted != found:
         raise CaptureError(
             "the exported graph does not have one node per head group of a converted layer",
             why=f"expected {dict(wanted)}, found {dict(found)}",
         )
-    model.opset_imports[DOMAIN] = VERSION
-    empty = any(not group.second.width for group in groups)
-    for name in sorted(wanted):
-        function = ir.serde.deserialize_function(function_proto(name, rope_may_be_empty=empty))
-        model.functions[function.identifier()] = function
 
 
 def _first_line(error: BaseException) -> str:

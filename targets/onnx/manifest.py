@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from reattend.errors import ModelError
-from reattend.targets.onnx.layout import LayerLayout, StateTensor
+from reattend.targets.onnx.contrib import CONTRIB, Form
+from reattend.targets.onnx.flavours import Flavour
+from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -42,11 +44,20 @@ class StateEntry(_Part):
 
 
 class LayerEntry(_Part):
-    """A node, and the converted layer it belongs to: one per head group, in their order."""
+    """A head group of a converted layer: one node each, in their order.
+
+    Attributes:
+        path, layer: the module and the number of the layer.
+        op: what it is in our words, `Attention` or `LatentAttention`.
+        form: the operator that stands in the graph, as `domain::name`.
+        reason: why it is not the operator that the flavour prefers; empty where it is.
+    """
 
     path: str
     layer: int
     op: str
+    form: str = ""
+    reason: str = ""
 
 
 class Generation(_Part):
@@ -80,10 +91,11 @@ class CheckEntry(_Part):
 class Manifest(_Part):
     """The file as a whole; `schema_version` rises when a reader must change."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     file: str = MODEL
     data: str = DATA
     dtype: Literal["float32", "float16"]
+    flavour: Flavour = "portable"
     opset: int
     domains: dict[str, int]
     functions: list[str]
@@ -94,13 +106,21 @@ class Manifest(_Part):
     outputs: list[TensorEntry]
     states: list[StateEntry]
     cache_bytes_per_token: int
+    chunk_rows: int | None = Field(
+        default=None,
+        description="rows of a call that feeds several tokens on top of others; no limit if null",
+    )
     generation: Generation
     checks: list[CheckEntry]
     versions: dict[str, str]
 
 
 def describe(
-    graph: Any, layers: list[LayerLayout], model: nn.Module, dtype: Literal["float32", "float16"]
+    graph: Any,
+    layers: list[LayerLayout],
+    forms: dict[str, Form],
+    model: nn.Module,
+    dtype: Literal["float32", "float16"],
 ) -> dict[str, Any]:
     """The fields of a `Manifest` that follow from the graph and the model."""
     tensors = [t for layer in layers for t in layer.tensors]
@@ -112,13 +132,13 @@ def describe(
         "domains": dict(sorted(graph.opset_imports.items())),
         "functions": sorted(f"{key[0]}::{key[1]}" for key in graph.functions),
         "model_class": type(model).__name__,
-        "layers": [
-            LayerEntry(path=x.path, layer=x.layer, op=g.op) for x in layers for g in x.groups
-        ],
+        "layers": [_layer(x, g, forms[g.first.output]) for x in layers for g in x.groups],
         "inputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.inputs],
         "outputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.outputs],
         "states": [_state(t) for t in tensors],
         "cache_bytes_per_token": size * sum(max(t.heads, 1) * t.width for t in tensors),
+        # ONNX Runtime's GroupQueryAttention takes a later chunk of one row only.
+        "chunk_rows": 1 if any(f.op.startswith(CONTRIB) for f in forms.values()) else None,
         "generation": generation(model),
     }
 
@@ -129,6 +149,12 @@ def _entry(value: Any, dtype: str, vocabulary: int) -> TensorEntry:
     if value.name == "logits":
         shape = ["B", "N", vocabulary if not isinstance(shape[-1], int) else shape[-1]]
     return TensorEntry(name=value.name, dtype=kind, shape=shape)
+
+
+def _layer(layer: LayerLayout, group: GroupLayout, form: Form) -> LayerEntry:
+    return LayerEntry(
+        path=layer.path, layer=layer.layer, op=group.op, form=form.op, reason=form.reason
+    )
 
 
 def _state(tensor: StateTensor) -> StateEntry:

@@ -10,6 +10,7 @@ import numpy as np
 
 from reattend.errors import ArgumentError, MissingExtraError
 from reattend.targets.onnx.buffers import StateBuffers, StateSpec
+from reattend.targets.onnx.feeds import Progress
 from reattend.targets.onnx.manifest import Manifest, read_manifest
 from reattend.targets.onnx.requirements import need
 
@@ -67,9 +68,11 @@ class Session:
             )
         self.capacity, self.prefill_chunk = capacity, prefill_chunk
         self._specs = [StateSpec(s.input, s.output, tuple(s.shape)) for s in self.manifest.states]
+        self._given = [v.name for v in self.ort.get_inputs() if not v.name.startswith("state.")]
+        shapes = {entry.name: entry.shape for entry in self.manifest.outputs}
+        self._vocabulary = int(shapes["logits"][-1])
         self._states: StateBuffers | None = None
-        self._mask: Array = np.zeros((0, 0), np.int64)
-        self.seen = 0
+        self._progress = Progress(np.ones((0, 0), np.int64))
 
     @property
     def states(self) -> StateBuffers:
@@ -81,6 +84,11 @@ class Session:
         if self._states is None:
             raise ArgumentError("no batch is in progress", next_step="call prefill(ids) first")
         return self._states
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the batch in progress that were read, padding included."""
+        return self._progress.seen
 
     def prefill(self, input_ids: Ids, attention_mask: Ids | None = None, reserve: int = 0) -> Array:
         """Start a new batch and read the prompt.
@@ -107,11 +115,9 @@ class Session:
             or (self._states.capacity < capacity)
         ):
             self._states = StateBuffers(self._specs, dtype, ids.shape[0], capacity)
-        self.seen, self._mask = 0, np.zeros((ids.shape[0], 0), np.int64)
-        pieces = [
-            self._run(ids[:, at : at + self.prefill_chunk], mask[:, at : at + self.prefill_chunk])
-            for at in range(0, ids.shape[1], self.prefill_chunk)
-        ]
+        self._progress = Progress(mask)
+        size = self.prefill_chunk
+        pieces = [self._run(ids[:, at : at + size]) for at in range(0, ids.shape[1], size)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
 
     def step(self, input_ids: Ids) -> Array:
@@ -123,7 +129,7 @@ class Session:
                 why=f"they have shape {list(ids.shape)}, the batch has {states.batch} rows",
             )
         states.grow(self.seen + ids.shape[1], self.seen)
-        return self._run(ids, np.ones_like(ids))
+        return self._run(ids)
 
     def logits(self, input_ids: Ids, attention_mask: Ids | None = None) -> Array:
         """Logits [B, N, V] of whole sequences."""
@@ -171,21 +177,27 @@ class Session:
             return list(self.manifest.generation.eos_token_id)
         return [given] if isinstance(given, int) else list(given)
 
-    def _run(self, ids: Array, mask: Array) -> Array:
-        self._mask = np.concatenate([self._mask, mask], 1)
-        position = np.maximum(self._mask.cumsum(1) - 1, 0)[:, self.seen :]
-        binding = self.ort.io_binding()
-        feeds = {"input_ids": ids, "attention_mask": self._mask, "position_ids": position}
-        names = {value.name for value in self.ort.get_inputs()}
-        for name, array in feeds.items():
-            if name in names:  # a model without positions does not have that input
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output("logits", "cpu")  # first bound, first of get_outputs
-        self.states.bind(binding)
-        self.ort.run_with_iobinding(binding)
-        self.seen += ids.shape[1]
-        logits: Array = binding.get_outputs()[0].numpy()
+    def _run(self, ids: Array) -> Array:
+        logits = np.empty((*ids.shape, self._vocabulary), self.states.dtype)
+        feeds = self._progress.feeds(np.ascontiguousarray(ids))
+        later_chunk = self._progress.seen > 0 and ids.shape[1] > 1
+        limit = self.manifest.chunk_rows
+        if limit is None or len(ids) <= limit or not later_chunk:
+            self._call(self.states, feeds, logits)
+        else:
+            for row, states in enumerate(self.states.rows()):
+                part = {name: array[row : row + 1] for name, array in feeds.items()}
+                self._call(states, part, logits[row : row + 1])
+        self._progress.seen += ids.shape[1]
         return logits
+
+    def _call(self, states: StateBuffers, feeds: dict[str, Array], logits: Array) -> None:
+        """One run of the graph, which writes into `logits` and the states."""
+        binding = states.binding(self.ort)
+        for name in self._given:  # a model without positions does not have that input
+            binding.bind_cpu_input(name, feeds[name])
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        self.ort.run_with_iobinding(binding)
 
 
 def _ids(given: Ids) -> Array:
