@@ -1,8 +1,4 @@
-"""The cache matrix: every way transformers decodes, on every mix of converted layers.
-
-Each cell equals uncached greedy decoding (or the original's own beams), or raises a named
-error; it never silently differs.
-"""
+"""The cache matrix on every mix of converted layers, and what an adapter refuses."""
 
 from __future__ import annotations
 
@@ -10,19 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from cache_matrix import CHOSEN, CacheMatrix
 from decoder_models import MODELS, decoder, prompts
-from torch import Tensor
-from transformers import (
-    DynamicCache,
-    StaticCache,
-)
 
 from reattend import convert
 from reattend.errors import ArgumentError
 from reattend.sharing import address
-
-CHOSEN = {"first": [0], "middle": [1], "all": [0, 1, 2]}
-NEW = 24
 
 
 def build(name: str) -> Any:
@@ -37,116 +26,16 @@ def converted(name: str, which: str, to: str = "mla") -> Any:
     return convert(build(name), plan={"rules": [rule]}, data=data).model
 
 
-def greedy_without_cache(model: Any, ids: Tensor, mask: Tensor, new: int = NEW) -> Tensor:
-    return model.generate(
-        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=False
-    )
-
-
-def first_difference_is_a_tie(model: Any, a: Tensor, b: Tensor, mask: Tensor) -> bool:
-    """Whether sequences part only where two logits are within rounding of each other."""
-    for row in range(len(a)):
-        differs = (a[row] != b[row]).nonzero()
-        if not len(differs):
-            continue
-        at = int(differs[0])
-        full = torch.cat([mask, torch.ones(len(a), a.shape[1] - mask.shape[1]).long()], 1)
-        position = (full.cumsum(-1) - 1).clamp_min(0)
-        with torch.no_grad():
-            logits = model(
-                a[:, :at], attention_mask=full[:, :at], position_ids=position[:, :at],
-                use_cache=False,
-            ).logits[row, -1]  # fmt: skip
-        gap = float((logits[a[row, at]] - logits[b[row, at]]).abs())
-        if gap > 1e-4:
-            return False
-    return True
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[tuple[str, str], Any]:
-    return {}
-
-
-def cached_model(models: dict[tuple[str, str], Any], name: str, which: str) -> Any:
-    if (name, which) not in models:
-        models[name, which] = converted(name, which)
-    return models[name, which]
+_MADE: dict[tuple[str, str], Any] = {}
 
 
 @pytest.mark.parametrize("which", CHOSEN)
 @pytest.mark.parametrize("name", MODELS)
-class TestMatrix:
-    @pytest.mark.smoke
-    def test_greedy_left_padded(self, models: Any, name: str, which: str) -> None:
-        model = cached_model(models, name, which)
-        ids, mask = prompts()
-        expected = greedy_without_cache(model, ids, mask)
-        got = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
-        assert first_difference_is_a_tie(model, expected, got, mask)
-
-    def test_beams(self, models: Any, name: str, which: str) -> None:
-        model = cached_model(models, name, which)
-        ids, mask = prompts()
-        run = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False}
-        expected = model.generate(ids, attention_mask=mask, use_cache=False, **run)
-        got = model.generate(ids, attention_mask=mask, **run)
-        assert bool((expected == got).all())
-
-    def test_chunked_prefill(self, models: Any, name: str, which: str) -> None:
-        model = cached_model(models, name, which)
-        ids, mask = prompts()
-        position = (mask.cumsum(-1) - 1).clamp_min(0)
-        cache = DynamicCache(config=model.config)
-        parts = []
-        with torch.no_grad():
-            whole = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
-            for start, end in ((0, 5), (5, 6), (6, 13)):
-                out = model(
-                    ids[:, start:end], attention_mask=mask[:, :end],
-                    position_ids=position[:, start:end], past_key_values=cache, use_cache=True,
-                )  # fmt: skip
-                parts.append(out.logits)
-        real = mask.bool()
-        gap = (torch.cat(parts, 1) - whole)[real].abs().max()
-        assert gap <= 2e-5 * whole[real].abs().max()
-
-    def test_static(self, models: Any, name: str, which: str) -> None:
-        model = cached_model(models, name, which)
-        ids, mask = prompts()
-        expected = greedy_without_cache(model, ids, mask)
-        cache = StaticCache(config=model.config, max_cache_len=64)
-        got = model.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, past_key_values=cache
-        )
-        assert first_difference_is_a_tie(model, expected, got, mask)
-
-    def test_prompt_lookup(self, models: Any, name: str, which: str) -> None:
-        model = cached_model(models, name, which)
-        ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])
-        mask = torch.ones_like(ids)
-        expected = greedy_without_cache(model, ids, mask)
-        got = model.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
-            prompt_lookup_num_tokens=3,
-        )  # fmt: skip
-        assert first_difference_is_a_tie(model, expected, got, mask)
-
-    def test_second_generate_on_a_returned_cache(self, models: Any, name: str, which: str) -> None:
-        model = cached_model(models, name, which)
-        ids, mask = prompts()
-        ids, mask = ids[:1], mask[:1]
-        expected = greedy_without_cache(model, ids, mask, NEW)
-        first = model.generate(
-            ids, attention_mask=mask, max_new_tokens=9, do_sample=False,
-            return_dict_in_generate=True,
-        )  # fmt: skip
-        full = torch.cat([mask, torch.ones(1, 9).long()], 1)
-        got = model.generate(
-            first.sequences, attention_mask=full, past_key_values=first.past_key_values,
-            max_new_tokens=NEW - 9, do_sample=False,
-        )  # fmt: skip
-        assert first_difference_is_a_tie(model, expected, got, mask)
+class TestMatrix(CacheMatrix):
+    def model(self, name: str, which: str) -> Any:
+        if (name, which) not in _MADE:
+            _MADE[name, which] = converted(name, which)
+        return _MADE[name, which]
 
 
 @pytest.mark.smoke

@@ -177,7 +177,11 @@ class Adapter(nn.Module):
             )
         if part == "cross_attention_cache":
             return CrossState(cache, number, filled_only)
-        state = StockState(layer, number, filled_only)
+        state: StockState = StockState(layer, number, filled_only)
+        if self.mixer.keeps:
+            from reattend.install.kept import KeptState
+
+            state = KeptState(layer, number)
         around = self.binding.around
         if around is not None and not around.stepwise and state.seen():
             raise UnsupportedCacheError(

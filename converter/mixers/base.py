@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -80,6 +80,35 @@ class GroupedState(State, Protocol):
 
     def group(self, index: int) -> State:
         """The state of one group, by its place in `Mixer.head_groups`."""
+        ...
+
+
+class Kept(NamedTuple):
+    """Rows that some heads may still see: keys [B, g, M, d] and values [B, g, M, e].
+
+    `place_BM`: position of each row in its sequence, -1 for none; `query_place_BN`: of each query.
+    """
+
+    keys: Tensor
+    values: Tensor
+    place_BM: Tensor
+    query_place_BN: Tensor
+
+
+@runtime_checkable
+class KeepingState(State, Protocol):
+    """A state that keeps for each class of heads the rows that later queries may see."""
+
+    def keep(
+        self, keys: Tensor, values: Tensor, valid_BN: Tensor | None, config: Any
+    ) -> list[Kept]:
+        """Append new rows and return, per class, all that the new queries may see.
+
+        Args:
+            keys, values: of the new tokens, [B, G, N, d] and [B, G, N, e].
+            valid_BN: which new tokens are real; None: all.
+            config: the block's `SparseConfig`.
+        """
         ...
 
 
@@ -187,6 +216,11 @@ class Mixer(nn.Module, ABC):
         return int(config.core.heads * config.core.v_head_dim)
 
     @property
+    def keeps(self) -> bool:
+        """Whether its state is a `KeepingState`: it chooses which rows stay."""
+        return False
+
+    @property
     def cross(self) -> bool:
         """Whether keys and values come from another stream."""
         return bool(getattr(self.config, "cross", False))
@@ -220,8 +254,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     """An empty mixer from what a checkpoint stores.
 
     Args:
-        kind: `dense`, `latent`, `mixed`, or the name of an entry point of group `reattend.mixers`
-            that a third party's package registers for its `Mixer` subclass.
+        kind: `dense`, `latent`, `mixed`, `sparse`, or the name of an entry point of group
+            `reattend.mixers` that a third party's package registers for its `Mixer` subclass.
         config: fields of that class's config; third parties implement `from_config(mapping)`.
 
     Raises:
@@ -231,6 +265,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     from reattend.mixers.latent import LatentAttention
     from reattend.mixers.latent_config import LatentConfig
     from reattend.mixers.mixed import MixedAttention, MixedConfig
+    from reattend.mixers.sparse import SparseAttention
+    from reattend.mixers.sparse_config import SparseConfig
 
     if kind == DenseAttention.kind:
         return DenseAttention(DenseConfig.model_validate(config))
@@ -238,6 +274,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
         return LatentAttention(LatentConfig.model_validate(config))
     if kind == MixedAttention.kind:
         return MixedAttention(MixedConfig.model_validate(config))
+    if kind == SparseAttention.kind:
+        return SparseAttention(SparseConfig.model_validate(config))
     for entry in entry_points(group="reattend.mixers", name=kind):
         made: Mixer = entry.load().from_config(config)
         return made

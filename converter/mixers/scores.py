@@ -139,12 +139,21 @@ def _pattern(core: CoreConfig, n: int, m: int, device: torch.device) -> Tensor |
         return None
     i = torch.arange(m - n, m, device=device)[:, None]
     j = torch.arange(m, device=device)[None, :]
+    return own_pattern(core, i, j)[None, None]
+
+
+def own_pattern(core: CoreConfig, i: Tensor, j: Tensor) -> Tensor:
+    """What the block's own pattern lets queries at positions i see of keys at j; they broadcast."""
+    if not core.causal:
+        return torch.ones((), dtype=torch.bool, device=i.device).expand(
+            torch.broadcast_shapes(i.shape, j.shape)
+        )
     seen = j <= i
     if core.pattern == "sliding":
         seen = seen & (j > i - core.window)
     elif core.pattern == "chunked":
         seen = seen & (j // core.chunk == i // core.chunk)
-    return seen[None, None]
+    return seen
 
 
 def attend_rows(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _OWN = {
     "dense": "reattend.passes.rewrite.dense:ToDense",
     "mla": "reattend.passes.rewrite.mla:ToMla",
+    "sparse": "reattend.passes.rewrite.sparse:ToSparse",
 }
 GROUP = "reattend.conversions"
 

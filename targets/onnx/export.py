@@ -79,7 +79,8 @@ def export_onnx(
         overwrite: replace another export in `out`.
 
     Raises:
-        ArgumentError: dtype or flavour is something else, or the model is not a decoder-only language model.
+        ArgumentError: dtype or flavour is something else, or the model is not a decoder-only
+            language model.
         MissingExtraError: the packages of the extra `onnx` are not installed.
         RefusedError: a layer has no ONNX form; the message names it.
         CaptureError: torch cannot export the model.

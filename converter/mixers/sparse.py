@@ -1,0 +1,145 @@
+"""SparseAttention: softmax attention in which every KV head has a pattern of its own.
+
+Layout letters: B batch, N new tokens, M cached tokens, H query heads, G key/value heads, d and e
+key and value head widths.
+
+Patterns speak of positions counted from the first real token of each sequence, so padding moves
+nothing. A cache keeps, per class of heads, the rows that a later query may see and their positions
+(`KeepingState`); for patterns that never look back at what they dropped, that is a bounded number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reattend.errors import ArgumentError, UnsupportedCacheError
+from reattend.mixers.base import Context, KeepingState, Kept, State
+from reattend.mixers.dense import DenseAttention
+from reattend.mixers.places import places, usual, valid_tokens
+from reattend.mixers.scores import attend, per_head, shown
+from reattend.mixers.sparse_blocks import Layouts, by_blocks
+from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.parts import query_heads
+
+
+class New(NamedTuple):
+    """Rows of new tokens: keys [B, G, N, d], values [B, G, N, e], which are real [B, N]."""
+
+    keys: Tensor
+    values: Tensor
+    valid_BN: Tensor | None
+
+
+class SparseAttention(DenseAttention):
+    """The weights of a DenseAttention; each class of heads attends by its own pattern."""
+
+    kind = "sparse"
+    config: SparseConfig  # type: ignore[assignment]
+
+    def __init__(self, config: SparseConfig) -> None:
+        super().__init__(config)  # type: ignore[arg-type]
+        self.layouts = Layouts()
+
+    def project(
+        self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
+    ) -> tuple[Any, Any]:
+        """Queries; keys, values and which tokens are real."""
+        query, rows = super().project(x_BND, source_BMD, ctx, state)
+        assert rows is not None  # never a cross-attention block
+        return query[0], New(*rows, valid_tokens(ctx.mask, *x_BND.shape[:2]))
+
+    @property
+    def keeps(self) -> bool:
+        """Each class keeps rows of its own."""
+        return True
+
+    def store(self, new: New, state: State) -> list[Kept]:
+        """Each class keeps what later queries may see.
+
+        Raises:
+            UnsupportedCacheError: the cache has no place for rows and their positions.
+        """
+        if not isinstance(state, KeepingState):
+            raise UnsupportedCacheError(
+                "a block with sparse attention was given a cache that cannot forget",
+                why="it keeps, for each class of heads, rows of its own and their positions",
+                next_step="pass transformers' DynamicCache, or none (use_cache=False)",
+            )
+        return state.keep(new.keys, new.values, new.valid_BN, self.config)
+
+    def attend(
+        self, query: Any, rows: Any, ctx: Context, span: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """See `Mixer.attend`."""
+        q_BHNd: Tensor = query
+        mask = ctx.mask if ctx.mask is not None and ctx.mask.dim() == 4 else None
+        if isinstance(rows, New):
+            place = places(rows.valid_BN, q_BHNd.shape[2], q_BHNd.device)
+            kept = [
+                Kept(_heads(rows.keys, c), _heads(rows.values, c), place, place)
+                for c in self.config.classes
+            ]
+            if mask is not None and usual(mask, place, self.config.core):
+                mask = None
+        else:
+            self._known(mask, rows[0])
+            kept, mask = rows, None
+        outputs = [
+            self._class(q_BHNd, c, part, mask)
+            for c, part in zip(self.config.classes, kept, strict=True)
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        order = [h for c in self.config.classes for h in query_heads(self.config.core, c.kv_heads)]
+        back = torch.tensor(order, device=q_BHNd.device).argsort()
+        return torch.cat(outputs, 1).index_select(1, back)
+
+    def _known(self, mask: Tensor | None, kept: Kept) -> None:
+        """The cache knows the block's own pattern and padding, nothing else a mask may say."""
+        place = kept.query_place_BN
+        if mask is None or place.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        if not usual(mask, place, self.config.core):
+            raise ArgumentError(
+                "a sparse block with a cache was given a mask that hides more than padding",
+                why="its cache keeps rows by their positions, and cannot tell packed texts apart",
+                next_step="pass a 2-D attention_mask, or use_cache=False",
+            )
+
+    def _class(self, q_BHNd: Tensor, head_class: HeadClass, kept: Kept, mask: Any) -> Tensor:
+        """The output of one class' query heads, [B, heads, N, e]."""
+        core = self.config.core
+        heads = query_heads(core, head_class.kv_heads)
+        whole = len(heads) == core.heads
+        q = q_BHNd if whole else _pick(q_BHNd, heads)
+        if mask is None and self.sinks is None:
+            y = by_blocks(q, kept, head_class.pattern, core, self.layouts)
+            if y is not None:
+                return y
+        i, j = kept.query_place_BN[:, None, :, None], kept.place_BM[:, None, None, :]
+        visible = head_class.pattern.sees(i, j, core) | (i < 0)  # a padded row stays finite
+        if mask is not None:
+            given = shown(mask[..., : j.shape[-1]])
+            if given.shape[1] == core.heads > 1 and not whole:
+                given = _pick(given, heads)
+            visible = visible & given
+        sinks = per_head(self.sinks)
+        if sinks is not None and not whole:
+            sinks = sinks[heads]
+        own = core.model_copy(update={"heads": len(heads), "kv_heads": len(head_class.kv_heads)})
+        return attend(q, kept.keys, kept.values, own, visible, None, sinks)
+
+
+def _heads(x_BGNd: Tensor, head_class: HeadClass) -> Tensor:
+    return (
+        x_BGNd
+        if len(head_class.kv_heads) == x_BGNd.shape[1]
+        else _pick(x_BGNd, head_class.kv_heads)
+    )
+
+
+def _pick(x: Tensor, heads: Any) -> Tensor:
+    return x.index_select(1, torch.tensor(heads, device=x.device))

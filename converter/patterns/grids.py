@@ -1,0 +1,133 @@
+"""Terms over a grid of image or video tokens, with text tokens before or behind it.
+
+Every query sees all text, and text sees everything. Layout letters: i query positions, j key
+positions, any shapes that broadcast.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from reattend.patterns.terms import Term
+
+
+class Grid(Term):
+    """A grid of tokens, rows last: (height, width) or (frames, height, width).
+
+    `text_before`: tokens of the sequence before the grid; what lies behind it is text too.
+    """
+
+    shape: tuple[int, ...] = Field(min_length=1, max_length=3)
+    text_before: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> Grid:
+        if min(self.shape) < 1:
+            raise ValueError("a grid needs at least one token along every axis")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the grid, text left out."""
+        return prod(self.shape)
+
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        """Text on either side, or near in the grid."""
+        a, b = i - self.text_before, j - self.text_before
+        text = (a < 0) | (a >= self.tokens) | (b < 0) | (b >= self.tokens)
+        return text | self.near(self._places(a), self._places(b))
+
+    def near(self, query: list[Tensor], key: list[Tensor]) -> Tensor:
+        """Whether a query's place in the grid sees a key's; a coordinate per axis."""
+        raise NotImplementedError
+
+    def _places(self, index: Tensor) -> list[Tensor]:
+        found, rest = [], index
+        for size in reversed(self.shape):
+            found.append(rest % size)
+            rest = torch.div(rest, size, rounding_mode="floor")
+        return found[::-1]
+
+
+class GridWindow(Grid):
+    """Places around the query's own, in grid units.
+
+    `box`: no axis differs by more than `radius`. `circle`: the squared distance is below radius^2
+    (CLEAR, arXiv 2412.16112). `neighborhood`: as `box`, but a window at the border moves inside, so
+    that every query sees the same number (NATTEN, arXiv 2204.07143).
+    """
+
+    radius: int = Field(gt=0)
+    norm: Literal["box", "circle", "neighborhood"] = "box"
+
+    def near(self, query: list[Tensor], key: list[Tensor]) -> Tensor:
+        """See the class."""
+        if self.norm == "circle":
+            apart = sum((a - b) ** 2 for a, b in zip(query, key, strict=True))
+            assert isinstance(apart, Tensor)
+            return apart < self.radius**2
+        inside = torch.ones((), dtype=torch.bool, device=query[0].device)
+        for a, b, size in zip(query, key, self.shape, strict=True):
+            if self.norm == "neighborhood":
+                a = a.clamp(self.radius, max(size - 1 - self.radius, self.radius))
+            inside = inside & ((a - b).abs() <= self.radius)
+        return inside
+
+
+class GridTiles(Grid):
+    """The grid in tiles; a query sees tiles within `radius` of its own, whole.
+
+    Sliding tile attention, arXiv 2502.04507. `tile`: grid places along every axis.
+    """
+
+    tile: tuple[int, ...]
+    radius: int = Field(default=1, ge=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> GridTiles:
+        if len(self.tile) != len(self.shape) or any(
+            t < 1 or n % t for t, n in zip(self.tile, self.shape, strict=True)
+        ):
+            raise ValueError(f"tile {self.tile} does not divide the grid {self.shape}")
+        return self
+
+    def near(self, query: list[Tensor], key: list[Tensor]) -> Tensor:
+        """Tiles apart along every axis."""
+        inside = torch.ones((), dtype=torch.bool, device=query[0].device)
+        for a, b, size in zip(query, key, self.tile, strict=True):
+            inside = inside & ((a // size - b // size).abs() <= self.radius)
+        return inside
+
+
+class Radial(Grid):
+    """Frames of a video: the further apart two frames, the narrower the window between them.
+
+    Radial attention, arXiv 2506.19852: with D frames between, places of a frame (counted along its
+    rows) see each other when less than (tokens of a frame) / 2^floor(log2 D) apart; where that is
+    narrower than `block`, only every (block / width)-th frame is seen, in a window of `block`. The
+    first frame is seen by all.
+    """
+
+    block: int = Field(default=128, gt=0)
+
+    def near(self, query: list[Tensor], key: list[Tensor]) -> Tensor:
+        """By the distance of frames, then inside the frame."""
+        inner = prod(self.shape[1:])
+        frames = (query[0] - key[0]).abs()
+        apart = (self._flat(query) - self._flat(key)).abs()
+        halvings = frames.clamp_min(1).double().log2().floor().long()
+        width = torch.div(inner, 2**halvings, rounding_mode="floor").clamp_min(1)
+        every = torch.div(self.block, width, rounding_mode="floor").clamp_min(1)
+        sparse = (frames % every == 0) & (apart < self.block)
+        return (key[0] == 0) | torch.where(width >= self.block, apart < width, sparse)
+
+    def _flat(self, place: list[Tensor]) -> Tensor:
+        index = torch.zeros_like(place[0])
+        for value, size in zip(place[1:], self.shape[1:], strict=True):
+            index = index * size + value
+        return index

@@ -1,0 +1,133 @@
+"""HeadPattern: what one head sees, as plan files write it and checkpoints store it."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from reattend.mixers.config import CoreConfig, Frozen
+from reattend.mixers.scores import own_pattern
+from reattend.patterns.grids import Grid, GridTiles, GridWindow, Radial
+from reattend.patterns.terms import (
+    Columns,
+    Powers,
+    Sinks,
+    Slashes,
+    Spans,
+    Stride,
+    Term,
+    Window,
+)
+
+
+class HeadPattern(Frozen):
+    """The union of its terms, cut by the block's own pattern (causal, sliding ...).
+
+    Attributes:
+        full: every key; then nothing else is given.
+        sinks: first tokens of the sequence.
+        window: last tokens, the query itself included; 0: none.
+        window_slope: tokens that the window grows by per token of the sequence (MoA).
+        stride, powers, columns, slashes: see `reattend.patterns.terms`.
+        grid, tiles, radial: see `reattend.patterns.grids`.
+    """
+
+    full: bool = False
+    sinks: int = Field(default=0, ge=0)
+    window: int = 0
+    window_slope: float = Field(default=0.0, ge=0.0, le=1.0)
+    stride: Stride | None = None
+    powers: Powers | None = None
+    columns: tuple[int, ...] = ()
+    slashes: tuple[int, ...] = ()
+    grid: GridWindow | None = None
+    tiles: GridTiles | None = None
+    radial: Radial | None = None
+
+    @model_validator(mode="after")
+    def _sees_something(self) -> HeadPattern:
+        if self.full and self.terms:
+            raise ValueError("`full` sees every key: give no other term beside it")
+        if not self.full and not self.terms:
+            raise ValueError("a pattern needs a term, for example `window: 256`, or `full: true`")
+        return self
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The union's parts; empty where every key is seen."""
+        found: list[Term | None] = [Sinks(tokens=self.sinks) if self.sinks else None]
+        if self.window or self.window_slope:
+            found.append(Window(base=self.window, slope=self.window_slope))
+        found += [self.stride, self.powers]
+        found.append(Columns(at=self.columns) if self.columns else None)
+        found.append(Slashes(distances=self.slashes) if self.slashes else None)
+        found += [self.grid, self.tiles, self.radial]
+        return tuple(t for t in found if t is not None)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The terms that lay tokens out on a grid."""
+        return tuple(t for t in self.terms if isinstance(t, Grid))
+
+    @property
+    def monotone(self) -> bool:
+        """KV-monotone: what a causal query does not see, no later one will; caches may forget."""
+        return not self.full and all(t.monotone for t in self.terms)
+
+    def sees(self, i: Tensor, j: Tensor, core: CoreConfig) -> Tensor:
+        """Boolean, for positions that broadcast; negative ones are padding, which nobody sees.
+
+        A query always sees itself.
+        """
+        seen = own_pattern(core, i, j)
+        if not self.full:
+            union = i == j
+            for term in self.terms:
+                union = union | term.sees(i, j)
+            seen = seen & union
+        return seen & (i >= 0) & (j >= 0)
+
+    def touches(self, spans: Spans, core: CoreConfig) -> tuple[Tensor, Tensor]:
+        """(some, every) of the pairs of two blocks [P, Q], as `Term.touches`."""
+        some, every = _own_spans(core, spans)
+        if self.full:
+            return some, every
+        near = (spans.q0 <= spans.k1) & (spans.k0 <= spans.q1)  # a query sees itself
+        whole = torch.zeros_like(near)
+        for term in self.terms:
+            a, b = term.touches(spans)
+            near, whole = near | a, whole | b
+        return some & near, every & whole
+
+    def reads(self, length: int, core: CoreConfig) -> int:
+        """Keys that the last of `length` tokens sees."""
+        last, keys = torch.tensor([[length - 1]]), torch.arange(length)[None]
+        return int(self.sees(last, keys, core).sum())
+
+    def for_head(self, head: int, heads: int) -> HeadPattern:
+        """This pattern for one of several KV heads: strides start at places of their own.
+
+        S2-Attention: head h is shifted by h x max(1, period // heads) blocks, so that the heads of
+        a layer see all blocks together.
+        """
+        if self.stride is None:
+            return self
+        shift = head * max(1, self.stride.period // heads)
+        offset = (self.stride.offset + shift) % self.stride.period
+        return self.model_copy(update={"stride": self.stride.model_copy(update={"offset": offset})})
+
+
+def _own_spans(core: CoreConfig, s: Spans) -> tuple[Tensor, Tensor]:
+    """(some, every) of the pairs of two blocks that the block's own pattern shows."""
+    some = torch.ones(torch.broadcast_shapes(s.q0.shape, s.k0.shape), dtype=torch.bool)
+    every = some
+    if core.causal:
+        some, every = some & (s.k0 <= s.q1), every & (s.k1 <= s.q0)
+    if core.pattern == "sliding":
+        some, every = some & (s.q0 - s.k1 < core.window), every & (s.q1 - s.k0 < core.window)
+    elif core.pattern == "chunked":
+        c = core.chunk
+        some = some & (s.k1 // c >= s.q0 // c) & (s.k0 // c <= s.q1 // c)
+        every = every & (s.k0 // c == s.q1 // c) & (s.k1 // c == s.q0 // c)
+    return some, every

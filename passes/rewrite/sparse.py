@@ -1,0 +1,147 @@
+"""`to: sparse`: every KV head sees only part of the keys, by a pattern of its own.
+
+The block keeps its weights; what changes is which keys a head reads and which rows its cache keeps.
+Exact with `full: true`. One conversion serves all static patterns; presets name them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+from torch import nn
+
+from reattend.mixers.config import Frozen
+from reattend.mixers.dense import DenseAttention, DenseConfig
+from reattend.mixers.sparse import SparseAttention
+from reattend.mixers.sparse_blocks import Layouts
+from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.passes.base import Refusal
+from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost
+from reattend.patterns.pattern import HeadPattern
+
+
+class SparseOptions(Frozen):
+    """What the heads see.
+
+    Attributes:
+        pattern: of every KV head that `heads` does not name. A stride starts at a place of its own
+            in each head.
+        heads: patterns of single KV heads.
+        evict: whether caches forget what no later query sees; None: where the pattern allows it.
+    """
+
+    pattern: HeadPattern = HeadPattern(full=True)
+    heads_full: tuple[int, ...] = ()
+    heads: tuple[HeadClass, ...] = ()
+    evict: bool | None = None
+
+    @model_validator(mode="after")
+    def _names_heads_once(self) -> SparseOptions:
+        named = [*self.heads_full, *(h for c in self.heads for h in c.kv_heads)]
+        if len(named) != len(set(named)) or min(named, default=0) < 0:
+            raise ValueError("heads_full and heads must name every KV head at most once, from 0")
+        return self
+
+
+class ToSparse(Conversion):
+    """Static patterns per KV head."""
+
+    name = "sparse"
+    Options = SparseOptions
+
+    def check(self, config: DenseConfig, options: SparseOptions) -> Refusal | None:
+        """Reads no weight."""
+        core = config.core
+        if config.cross:
+            return Refusal("cross-attention: its keys have no place in the sequence of its queries")
+        if core.pattern == "opaque":
+            return Refusal("the mask has no fixed pattern that a sparse one could be laid over")
+        if config.added is not None or config.relative is not None or config.alibi is not None:
+            return Refusal("a position bias is added to the scores, which needs every key's place")
+        named = [*options.heads_full, *(h for c in options.heads for h in c.kv_heads)]
+        if max(named, default=0) >= core.kv_heads:
+            return Refusal(
+                f"KV head {max(named)} is named, and the block has {core.kv_heads} (from 0)"
+            )
+        classes = head_classes(config, options)
+        grids = [g for c in classes for g in c.pattern.grids]
+        if grids and core.causal:
+            return Refusal("a grid of image tokens is laid over a causal block")
+        if options.evict and not any(c.pattern.monotone for c in classes):
+            return Refusal(
+                "evict: true, but no pattern is KV-monotone: a later query may see again what an "
+                "earlier one did not, so nothing can be forgotten (powers, slashes, grids)"
+            )
+        if options.evict and not core.causal:
+            return Refusal("evict: true, but a block that is not causal has no cache to shrink")
+        return None
+
+    def outcome(self, config: DenseConfig, options: SparseOptions) -> SparseConfig:
+        """The mixer's description."""
+        return SparseConfig.model_validate(
+            {
+                **config.model_dump(exclude={"kind"}),
+                "kind": "sparse",
+                "classes": head_classes(config, options),
+                "evict": config.core.causal and options.evict is not False,
+            }
+        )
+
+    def exact_setting(self, config: DenseConfig) -> SparseOptions:
+        """Every head sees every key."""
+        return SparseOptions()
+
+    def cost(self, config: DenseConfig, options: SparseOptions) -> Cost:
+        """Rows kept and read at the context of the original's cost."""
+        before = dense_cost(config)
+        core, made = config.core, self.outcome(config, options)
+        each = core.qk_head_dim + core.v_head_dim
+        group = core.heads // core.kv_heads
+        kept = read = 0.0
+        for c in made.classes:
+            seen = c.pattern.reads(before.context, core)
+            read += len(c.kv_heads) * group * each * seen
+            kept += (
+                len(c.kv_heads)
+                * each
+                * (seen if made.evict and c.pattern.monotone else before.context)
+            )
+        attention = core.heads * each * before.context
+        flops = before.flops_per_token - 2 * attention + 2 * round(read)
+        return Cost(-(-round(kept) // before.context), before.parameters, flops, before.context)
+
+    def build(self, dense: DenseAttention, statistics: Any, options: SparseOptions) -> Built:
+        """The same weights; nothing is computed."""
+        mixer = sparse_like(dense, self.outcome(dense.config, options))
+        exact = all(c.pattern.full for c in mixer.config.classes)
+        evidence = {
+            "classes": [
+                c.model_dump(mode="json", exclude_defaults=True) for c in mixer.config.classes
+            ],
+        }
+        return Built(mixer, "exact" if exact else "learned", evidence)
+
+
+def sparse_like(dense: DenseAttention, config: SparseConfig) -> SparseAttention:
+    """A SparseAttention with the modules of `dense`."""
+    mixer = SparseAttention.__new__(SparseAttention)
+    nn.Module.__init__(mixer)
+    mixer.__dict__.update({k: v for k, v in dense.__dict__.items() if not k.startswith("_")})
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        getattr(mixer, name).update(getattr(dense, name))
+    mixer.config = config
+    mixer.layouts = Layouts()
+    return mixer.train(dense.training)
+
+
+def head_classes(config: DenseConfig, options: SparseOptions) -> tuple[HeadClass, ...]:
+    """KV heads by pattern, heads of one pattern together."""
+    heads = config.core.kv_heads
+    found: dict[HeadPattern, list[int]] = {}
+    given = {h: c.pattern for c in options.heads for h in c.kv_heads}
+    given |= dict.fromkeys(options.heads_full, HeadPattern(full=True))
+    for h in range(heads):
+        pattern = given[h] if h in given else options.pattern.for_head(h, heads)
+        found.setdefault(pattern, []).append(h)
+    return tuple(HeadClass(kv_heads=tuple(v), pattern=p) for p, v in found.items())
