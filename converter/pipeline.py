@@ -12,6 +12,7 @@ import torch
 
 from reattend.allocation import allocate
 from reattend.api import Result
+from reattend.at_once import rows_at_once
 from reattend.calibrate.ranks import agreed
 from reattend.data import Dataset
 from reattend.events import Event, OnEvent
@@ -137,7 +138,6 @@ class Job:
         done = self._stage(
             "rewrite", lambda: self._rewrite(source, found, choices, moments, materials)
         )
-        moments.clear()
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
             stages = self._calibrate(source, done, materials, work)
@@ -229,7 +229,7 @@ class Job:
 
         return rewrite(
             source.model, choices, moments, capture=found.capture, inplace=self.inplace,
-            owned=source.owned, progress=progress,
+            owned=source.owned, spend=True, progress=progress,
         )  # fmt: skip
 
     def _calibrate(
@@ -276,7 +276,9 @@ class Job:
     def _sample(self, source: Source, materials: Materials) -> dict[str, Any]:
         data: Dataset | None = materials.held_out or materials.statistics
         if data is not None:
-            return beside(source.model, next(iter(data.batches(4))))
+            length = next(iter(data.blocks[0].values())).shape[-1]
+            rows = rows_at_once(source.model, length, most=4)
+            return beside(source.model, next(iter(data.batches(rows))))
         assert not isinstance(self.inputs, Path)
         given = self.inputs if self.inputs is not None else made_up(source.model)
         return beside(source.model, given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from reattend.plan_text import Section
 
@@ -26,6 +26,8 @@ class Calibrate(Section):
             `self` for sequences sampled from the original. `convert(data=...)` wins over it.
         seed: of sampling and training; None takes the seed given to `convert`.
         statistics_tokens: tokens whose second moments are collected.
+        loss: `distill`, the distance to the original, or `lm`, the next-token loss of the text
+            (TransMLA's way; end-to-end only, because a block alone has no next token).
         lora_rank: train LoRA factors of this rank in place of full weights; None: full weights.
     """
 
@@ -37,7 +39,15 @@ class Calibrate(Section):
     data: str | None = None
     seed: int | None = None
     statistics_tokens: Annotated[int, Field(ge=1)] = 65536
+    loss: Literal["distill", "lm"] = "distill"
     lora_rank: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_blocks(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("loss") == "lm":
+            return {"stages": ("end-to-end",), **given}
+        return given
 
     @field_validator("stages", mode="before")
     @classmethod
@@ -49,6 +59,12 @@ class Calibrate(Section):
         ):
             raise ValueError("a stage is listed twice")
         return value
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> Calibrate:
+        if self.loss == "lm" and "layerwise" in self.stages:
+            raise ValueError("loss: lm has no layerwise stage; write stages: [end-to-end]")
+        return self
 
     @property
     def trains(self) -> bool:

@@ -10,10 +10,11 @@ keeps freed blocks of up to 32 MiB, so a run shows more than this while it train
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
+from reattend.at_once import rows_within, tokens_at_once, vocabulary_of, without_logits
 from reattend.materials import HELD_ROWS, HELD_SHARE
 from reattend.plan import Plan
 from reattend.predict_statistics import (
@@ -46,6 +47,7 @@ class Sizes:
     element: int
     parameters: int
     vocabulary: int
+    spared: bool  # whether the model can leave out all logits but the last token's
     widest: int  # output features of the widest layer below the head
     hidden: int
     layers: int
@@ -64,9 +66,7 @@ class Sizes:
 def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
     """Read off the model; `saved` from `reattend.probe`."""
     parameters = list(model.parameters())
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+    vocabulary = vocabulary_of(model)
     outputs = [m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Linear)]
     return Sizes(
         weights=sum(p.numel() * p.element_size() for p in parameters),
@@ -74,6 +74,7 @@ def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
         element=parameters[0].element_size(),
         parameters=sum(p.numel() for p in parameters),
         vocabulary=vocabulary,
+        spared=bool(without_logits(model)),
         widest=max((n for n in outputs if n != vocabulary), default=0),
         hidden=max((c.config.hidden_size for c in choices), default=0),
         layers=len(choices),
@@ -123,13 +124,15 @@ def memory(
     found["data"] = base + TOKENISING * text + (2 * own if rows is None and width else 0)
     base += RUNNING + TOKENISING * text // 2
     moments = sum(moments_bytes(c) for c in converted)
-    running = sizes.logits(batch) + sizes.activations(batch)
+    scored = calibrate.batch_size if sizes.spared else batch
+    running = sizes.logits(scored) + sizes.activations(batch)
     tokens = 2 * 8 * batch * width + 8 * width**2
     length = batch // calibrate.batch_size
     tokens += spreading_bytes(converted, length)
     found["statistics"] = base + (running + moments + tokens if width else 0)
     sharing = sharing_bytes(sizes.vocabulary, converted, length)
-    found["rewrite"] = base + moments + new + 8 * 8 * width**2 + sharing
+    # moments go as new weights come
+    found["rewrite"] = base + max(moments, new) + 8 * 8 * width**2 + sharing
     base += new
     if calibrate.trains:
         trained = _training(sizes, converted, batch, plan)
@@ -179,11 +182,12 @@ def _training(sizes: Sizes, converted: list[Choice], batch: int, plan: Plan) -> 
 
 
 def _verifying(sizes: Sizes, held: int, seq_len: int, generates: bool) -> float:
-    """Logits of both models for a batch, the next batch's first ones, and one row five times."""
-    rows = min(8, held) if held else 4
-    batches = -(-held // 8)
+    """Logits of both models for a batch, the next batch's first ones, and some five times."""
+    rows = rows_within(sizes.logits(seq_len), min(8, held) if held else 4)
+    batches = -(-held // rows)
     logits = (1 if not held else 3 if batches > 1 else 2) * sizes.logits(rows * seq_len)
-    row = 4 * seq_len * sizes.vocabulary * (5 if held else 1)
+    copied = min(seq_len, tokens_at_once(sizes.vocabulary)) if held else seq_len
+    row = 4 * copied * sizes.vocabulary * (5 if held else 1)
     decode = 6 * sizes.logits(3 * 53) if generates else 0
     scores = 8 * rows * sizes.heads * seq_len**2  # where torch's own kernel does not fit
     return max(logits + row, decode) + scores + sizes.activations(rows * seq_len)

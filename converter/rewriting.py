@@ -101,6 +101,7 @@ def rewrite(
     capture: Capture | None = None,
     inplace: bool = False,
     owned: bool = False,
+    spend: bool = False,
     progress: Callable[[Choice, int, int], None] | None = None,
 ) -> Rewritten:
     """Build every mixer and swap its owner.
@@ -113,6 +114,8 @@ def rewrite(
             the captured graph becomes the model.
         inplace: change `model` itself.
         owned: nobody else will ever see `model`, so nothing need be copied on write.
+        spend: take every site's statistics out of `statistics` once they are used, so that new
+            weights take their place in memory.
         progress: (choice, done, total) after each site.
     """
     converted = [c for c in choices if c.action == "converted"]
@@ -136,7 +139,9 @@ def rewrite(
     for number, choice in enumerate(converted, 1):
         path = choice.site.path
         assert choice.conversion is not None
-        built = choice.conversion.build(forms.pop(path), statistics.get(path), choice.options)
+        known = statistics.pop(path, None) if spend else statistics.get(path)
+        built = choice.conversion.build(forms.pop(path), known, choice.options)
+        del known
         if graph:
             assert capture is not None and isinstance(target, fx.GraphModule)
             opaque = choice.site.spec.core.pattern.kind == "opaque"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from reattend.at_once import without_logits
 from reattend.attention_moments import AttentionMoments
 from reattend.errors import ModelError
 from reattend.host import beside
@@ -205,7 +206,7 @@ def collect(
             found[path].add(dense, x, read(arguments, binding.memory), real)
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    tokens = 0
+    tokens, spared = 0, without_logits(model)
     try:
         with evaluation(model), torch.no_grad():
             for given in batches:
@@ -213,7 +214,7 @@ def collect(
                 mask = batch.get("attention_mask")
                 valid = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
                 if len(handles) > 0:
-                    model(**batch)
+                    model(**{**batch, **spared})
                 if inside is not None and len(handles) < len(sites):
                     for path, (x, memory) in inside(batch).items():
                         found[path].add(sites[path][0], x, memory, valid)

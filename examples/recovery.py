@@ -4,7 +4,8 @@
         --out examples/results/recovery.json
 
 Students: the presets `transmla` and `transmla-paper` at several cache sizes, and the dense model
-itself (plan `identity`) put through the very same call. Every finished row is written at once and
+itself (plan `identity`) put through the very same call. Trained by distillation, and, as TransMLA
+does, on the plain next-token loss of the same text (`lm`). Finished rows are written at once and
 training checkpoints lie beside the file (`recovery.work`), so the same command continues after an
 interruption. Other inputs than those of the file are refused; `--fresh` starts again. `--table`
 prints the Markdown table of an existing file and computes nothing.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import shutil
 import sys
 import time
@@ -31,17 +33,24 @@ STUDENTS: dict[str, tuple[str, float] | None] = {
     },
 }
 TOKENS = (0, 50_000, 200_000, 1_000_000)
+#: what is trained on: the distance to the original, or TransMLA's loss
+LOSSES = ("distill", "lm")
 SEQ_LEN, RECALL_LEN, STATISTICS = 256, 512, 32_768
 _PLAIN = str.maketrans("", "", " ,%")
 
 
-def row_names(tokens: tuple[int, ...] = TOKENS) -> list[tuple[str, int]]:
-    """Every (student, tokens) of the campaign, cheap ones first."""
-    return [(student, count) for count in tokens for student in STUDENTS]
+def row_names(tokens: tuple[int, ...] = TOKENS) -> list[tuple[str, int, str]]:
+    """Every (student, tokens, loss) of the campaign, cheap ones first; 0 tokens have no loss."""
+    return [
+        (student, count, loss)
+        for count in tokens
+        for loss in (LOSSES if count else LOSSES[:1])
+        for student in STUDENTS
+    ]
 
 
 class Campaign:
-    """Model and data, loaded once; `row(student, tokens)` trains and measures one row."""
+    """Model and data, loaded once; `row(student, tokens, loss)` trains and measures one row."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
@@ -66,6 +75,7 @@ class Campaign:
     def inputs(self) -> dict[str, Any]:
         """What the rows depend on; a results file of other inputs is not continued."""
         from reattend.calibrate import run
+        from reattend.calibrate.language_model import LanguageModel
 
         return {
             "weights": campaign.sha256(self.args.model / "model.safetensors"),
@@ -74,7 +84,10 @@ class Campaign:
             "heldout_512": self.long.fingerprint,
             "rows": self.args.rows,
             "seed": self.args.seed,
-            "lr": {name: stage.lr for name, stage in run.STAGES.items()},
+            "lr": {
+                **{name: stage.lr for name, stage in run.STAGES.items()},
+                "lm": LanguageModel.lr,
+            },
             "far": {name: stage.far for name, stage in run.STAGES.items()},
             "share": dict(run.SHARE),
         }
@@ -97,7 +110,7 @@ class Campaign:
             self.converted[name] = result.model
         return copy.deepcopy(self.converted[name])
 
-    def row(self, name: str, tokens: int) -> dict[str, Any]:
+    def row(self, name: str, tokens: int, loss: str) -> dict[str, Any]:
         """Convert, calibrate, and measure perplexity, agreement and recall."""
         from reattend.calibrate import calibrate
         from reattend.plan_sections import Calibrate
@@ -107,9 +120,9 @@ class Campaign:
         student = self.student(name)
         start, stages, resumed = time.perf_counter(), [], False
         if tokens:
-            settings = Calibrate(tokens=tokens, seq_len=SEQ_LEN)
-            folder = self.work / f"{name.translate(_PLAIN)}-{tokens}"
-            key = digest([self.inputs(), name, tokens])
+            settings = Calibrate(tokens=tokens, seq_len=SEQ_LEN, loss=loss)
+            folder = self.work / f"{name.translate(_PLAIN)}-{tokens}-{loss}"
+            key = digest([self.inputs(), name, tokens, loss])
             with Workdir.open(folder, {"row": key}) as workdir:
                 resumed = workdir.state == "resumed"
                 stages = calibrate(
@@ -126,6 +139,7 @@ class Campaign:
         return {
             "student": name,
             "tokens": tokens,
+            "loss": loss,
             "cache": round(numbers),
             "seconds": None if resumed else round(seconds, 1),  # resumed: only the rest was timed
             "stages": {
@@ -154,48 +168,54 @@ def _show(event: Any) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown: one line per student, one column per budget."""
-    rows = {(row["student"], row["tokens"]): row for row in results["rows"]}
+    rows = {(row["student"], row["loss"], row["tokens"]): row for row in results["rows"]}
     if len(rows) < len(results["rows"]):
-        raise ValueError("two rows of one student and one budget")
-    budgets = sorted({tokens for _, tokens in rows})
+        raise ValueError("two rows of one student, one loss and one budget")
+    budgets = sorted({tokens for *_, tokens in rows})
     heads = [f"{tokens:,} tokens" for tokens in budgets]
     lines = [
-        f"| student | cache, numbers/token/layer | {' | '.join(heads)} |",
-        f"|---|---|{'---|' * len(budgets)}",
+        f"| student | trained on | cache, numbers/token/layer | {' | '.join(heads)} |",
+        f"|---|---|---|{'---|' * len(budgets)}",
     ]
-    for student in STUDENTS:
-        found = [rows.get((student, tokens)) for tokens in budgets]
-        if any(found):
+    for student, loss in [(student, loss) for student in STUDENTS for loss in LOSSES]:
+        # untrained, a student is the same under both losses
+        found = [rows.get((student, loss if n else LOSSES[0], n)) for n in budgets]
+        if any(row for row, n in zip(found, budgets, strict=True) if n):
             cache = next(row["cache"] for row in found if row)
             cells = " | ".join(_cell(row) for row in found)
-            lines.append(f"| {student} | {cache} | {cells} |")
-    share, lr = results["inputs"]["share"], results["inputs"]["lr"]
-    stages = ", ".join(f"{n} {100 * share[n]:g} % at lr {lr[n]:g}" for n in share)
+            lines.append(f"| {student} | {loss} | {cache} | {cells} |")
+    inputs = results["inputs"]
+    stages = ", ".join(
+        f"{n} {100 * share:g} % at lr {inputs['lr'][n]:g}, less for a start nearer than "
+        f"{inputs['far'][n]:g}"
+        for n, share in inputs["share"].items()
+    )
     lines += [
         "",
         f"{results['model']}, {results['date']}, {results['device']}. Each cell: held-out "
         f"perplexity (KL to the original in nats per token; copy recall right), "
         f"{results['inputs']['rows']} x {SEQ_LEN} tokens; copy at {RECALL_LEN}. Training text: "
-        f"calibration.txt, never the held-out one. Stages: {stages}. The dense model under the "
-        f"same call stays where it is: the loss is the distance to the original, so the text "
-        f"itself teaches nothing. {_worse(rows, budgets)}0 tokens is the conversion alone, from "
+        f"calibration.txt, never the held-out one. distill: {stages}. The dense model then stays "
+        f"where it is: the loss is the distance to the original, so the text itself teaches "
+        f"nothing. lm: the next-token loss alone, end to end at lr {inputs['lr']['lm']:g}, the "
+        f"same parameters trained. {_worse(rows)}0 tokens is the conversion alone, from "
         f"statistics over {STATISTICS:,} tokens in the checkpoint's dtype; the table of presets "
         f"has its own statistics, hence slightly other numbers. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 
 
-def _worse(rows: dict[tuple[str, int], dict[str, Any]], budgets: list[int]) -> str:
+def _worse(rows: dict[tuple[str, str, int], dict[str, Any]]) -> str:
     """The students that a training left worse than it found them."""
-    cells = [
-        f"{student} goes from {before:.2f} to {after:.2f} after {tokens:,} tokens"
-        for student in STUDENTS
-        if (student, 0) in rows
-        for tokens in budgets[1:]
-        if (student, tokens) in rows
-        for before, after in [[rows[student, n]["quality"]["perplexity"] for n in (0, tokens)]]
-        if round(after, 2) > round(before, 2)
-    ]
+    cells = []
+    for (student, loss, tokens), row in rows.items():
+        start = rows.get((student, LOSSES[0], 0))
+        if tokens and start:
+            before, after = (found["quality"]["perplexity"] for found in (start, row))
+            if round(after, 2) > round(before, 2):
+                cells.append(
+                    f"{student} ({loss}) from {before:.2f} to {after:.2f} after {tokens:,} tokens"
+                )
     return f"Training can also lose: {'; '.join(cells)}. " if cells else ""
 
 
@@ -209,7 +229,9 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = campaign.arguments(str(__doc__), "examples/results/recovery.json")
-    parser.add_argument("--only", default="", help="students whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="students whose name contains this; several: with |"
+    )
     parser.add_argument("--max-tokens", type=int, default=200_000, help="skip larger budgets")
     return campaign.run(parser.parse_args(argv), table, _run)
 
@@ -220,17 +242,21 @@ def _run(args: argparse.Namespace) -> int:
     results = campaign.begun("recovery.py", args, subject.inputs())
     if results is None:
         return 2
-    done = {(row["student"], row["tokens"]) for row in results["rows"]}
+    done = {(row["student"], row["tokens"], row["loss"]) for row in results["rows"]}
     todo = [
-        (student, tokens)
-        for student, tokens in row_names()
-        if (student, tokens) not in done and args.only in student and tokens <= args.max_tokens
+        (student, tokens, loss)
+        for student, tokens, loss in row_names()
+        if (student, tokens, loss) not in done
+        and any(part in student for part in args.only.split("|"))
+        and tokens <= args.max_tokens
     ]
-    reached = max([args.max_tokens, *(tokens for _, tokens in done)])
+    reached = max([args.max_tokens, *(tokens for _, tokens, _ in done)])
     results["command"] += f" --max-tokens {reached}"
-    for student, tokens in todo:
-        print(f"{student}, {tokens} tokens ...", file=sys.stderr, flush=True)
-        row = subject.row(student, tokens)
+    if args.only:
+        results["command"] += f" --only {shlex.quote(args.only)}"
+    for student, tokens, loss in todo:
+        print(f"{student}, {tokens} tokens, {loss} ...", file=sys.stderr, flush=True)
+        row = subject.row(student, tokens, loss)
         print(file=sys.stderr)
         campaign.add(results, row, args.out)
     if results["rows"]:

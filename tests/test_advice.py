@@ -11,9 +11,11 @@ import torch
 import transformers as tf
 from typer.testing import CliRunner
 
-from reattend import find_attention
+from reattend import Plan, find_attention
 from reattend.advice import Fit, advise, loading
 from reattend.cli import app
+from reattend.errors import RefusedError
+from reattend.preflight import preflight
 
 
 def model(kv_heads: int, width: int, kind: str = "Llama", **own: Any) -> Any:
@@ -69,3 +71,12 @@ def test_the_command(tmp_path: Path, json_asked: bool) -> None:
     else:
         assert "512 + 64 = 576 of 8 x (128 + 128) = 2048" in told.output
         assert "saves 72 %" in told.output and "can carry it: yes" in told.output
+
+
+def test_a_shape_that_grows_the_cache_is_refused_with_the_command_that_finds_others() -> None:
+    found = find_attention(model(2, 128))  # 512 numbers
+    whole = {"sites": "*", "to": "mla", "kv_lora_rank": 448, "qk_rope_head_dim": 64}
+    for plan, words in (("mla-512-64", "larger than possible"), ({"rules": [whole]}, "not shrink")):
+        with pytest.raises(RefusedError, match="`reattend plans fit MODEL`") as caught:
+            preflight(found, Plan.load(plan))
+        assert words in str(caught.value)

@@ -76,22 +76,25 @@ def script(name):
 
 
 @pytest.mark.parametrize(
-    ("mark", "name", "document"),
+    ("mark", "name", "file", "document"),
     [
-        ("results", "quality", "README.md"),
-        ("recovery", "recovery", "README.md"),
-        ("mla", "mla_table", "README.md"),
-        ("latent-norm", "latent_norm", "docs/deepseek.md"),
-        ("coverage", "coverage", "README.md"),
+        ("results", "quality", "quality", "README.md"),
+        ("recovery", "recovery", "recovery", "README.md"),
+        ("mla", "mla_table", "mla_table", "README.md"),
+        ("mla-qwen2", "mla_table", "mla_table_qwen2", "README.md"),
+        ("mla-qwen3", "mla_table", "mla_table_qwen3", "README.md"),
+        ("scale", "scale", "scale", "README.md"),
+        ("latent-norm", "latent_norm", "latent_norm", "docs/deepseek.md"),
+        ("coverage", "coverage", "coverage", "README.md"),
     ],
 )
-def test_a_committed_table_is_that_of_its_json(mark, name, document, monkeypatch):
+def test_a_committed_table_is_that_of_its_json(mark, name, file, document, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as when run as a script
     begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
     page = (ROOT / document).read_text("utf-8")
     assert page.count(begin) == page.count(end) == 1
     shown = page.partition(begin)[2].partition(end)[0].strip()
-    file = ROOT / "examples" / "results" / f"{name}.json"
+    file = ROOT / "examples" / "results" / f"{file}.json"
     if not file.exists():
         assert not re.search(r"\d", shown), "numbers without the results they come from"
         return

@@ -10,6 +10,7 @@ from torch import nn
 
 from reattend.calibrate.checkpoint import Saver
 from reattend.calibrate.end_to_end import EndToEnd
+from reattend.calibrate.language_model import LanguageModel
 from reattend.calibrate.layerwise import Layerwise
 from reattend.calibrate.loop import Loop
 from reattend.calibrate.ranks import Ranks
@@ -42,7 +43,9 @@ def calibrate(
     on_event: OnEvent | None = None,
     around: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> list[StageResult]:
-    """Distil `teacher` into `student`; the student's mixers change, nothing else does.
+    """Train `student`, on its distance to `teacher` unless `settings.loss` says otherwise.
+
+    The student's mixers change, nothing else does.
 
     All computation is in float32 (float64 where the models are), whatever dtype they are stored
     in; at the end the trained weights are rounded to the student's dtype, as new parameters.
@@ -50,7 +53,7 @@ def calibrate(
     data, settings, seed and thread count give the same bytes on one machine type, also when the
     run was killed and resumed in between.
 
-    The dense model is calibrated by the same call with an identity-converted student; as the
+    The dense model is calibrated by the same call with an identity-converted student; where the
     loss is the distance to the teacher, it starts and stays at zero.
 
     Args:
@@ -72,8 +75,9 @@ def calibrate(
         TrainingError: NaN or infinity in a loss, gradient or weight; names stage, step, site.
         ModelError: the teacher itself produces NaN or infinity.
         DataError: the data has no token.
-        ArgumentError: no mixer in the student, the models do not belong together, or the
-            environment asks for a form of FSDP that is not supported.
+        ArgumentError: no mixer in the student, the models do not belong together, `loss: lm`
+            for a model that is no causal language model, or the environment asks for a form of
+            FSDP that is not supported.
         MissingExtraError: `lora_rank` without peft.
         OutputError: a checkpoint cannot be written or read.
     """
@@ -102,7 +106,8 @@ def calibrate(
         for name, budget in budgets(settings).items():
             with around(name):
                 working = working or _prepared(teacher, student, settings)
-                stage = STAGES[name](working, ranks)
+                made = LanguageModel if settings.loss == "lm" else STAGES[name]
+                stage: Stage = made(working, ranks)
                 saver = Saver(workdir, name, digest([key, name, budget]))
                 loop = Loop(stage, stream, budget, settings.lr, saver, on_event)
                 results.append(loop.run(position))

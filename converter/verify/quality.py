@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.at_once import spans
 from reattend.data import Dataset
 from reattend.errors import DataError, GateError
 from reattend.verify.recall import RecallScore, probes, score
@@ -152,10 +153,12 @@ def agreement(
         student_BNV = ask_student(ids_BN, mask_BN).to(teacher_BNV.device)
         real_BN = mask_BN.bool().to(teacher_BNV.device)
         for teacher_NV, student_NV, real_N in zip(teacher_BNV, student_BNV, real_BN, strict=True):
-            target_RV = teacher_NV[real_N].float().log_softmax(-1)
-            guess_RV = student_NV[real_N].float().log_softmax(-1)
-            kl += float((target_RV.exp() * (target_RV - guess_RV)).sum(-1).double().sum())
-            same += int((target_RV.argmax(-1) == guess_RV.argmax(-1)).sum())
+            for part in spans(*teacher_NV.shape):
+                real = real_N[part]
+                target_RV = teacher_NV[part][real].float().log_softmax(-1)
+                guess_RV = student_NV[part][real].float().log_softmax(-1)
+                kl += float((target_RV.exp() * (target_RV - guess_RV)).sum(-1).double().sum())
+                same += int((target_RV.argmax(-1) == guess_RV.argmax(-1)).sum())
             tokens += int(real_N.sum())
     if tokens == 0:
         raise DataError("The data has no real token.", where=dataset.description)

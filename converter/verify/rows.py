@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from reattend.at_once import rows_at_once
 from reattend.errors import ReattendError
 from reattend.materials import Materials
 from reattend.preflight import Choice
@@ -36,7 +37,11 @@ def measured_rows(
         return [], []
     ids, mask = data.packed
     lacks = lacking(ids[mask.bool().all(-1)])
-    settings: dict[str, Any] = {"seed": seed, "with_recall": not lacks}
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "with_recall": not lacks,
+        "batch_size": rows_at_once(source.model, ids.shape[1], most=8),
+    }
     original = measure(source.model, data, **settings)
     ours = measure(converted, data, source.model, **settings)
     size = next(source.model.parameters()).element_size()

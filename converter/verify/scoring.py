@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from reattend.at_once import spans
 from reattend.errors import ArgumentError, GateError
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -138,9 +140,14 @@ def token_nll(logits_BNV: Tensor, ids_BN: Tensor, mask_BN: Tensor) -> tuple[Tens
     real_BM = mask_BN[:, :-1] & mask_BN[:, 1:]
     nll, right = [], []
     for logits_NV, ids_N in zip(logits_BNV, ids_BN, strict=True):
-        logits_MV = logits_NV[:-1].float()
-        nll.append(nn.functional.cross_entropy(logits_MV, ids_N[1:], reduction="none"))
-        right.append(logits_MV.argmax(-1) == ids_N[1:])
+        wanted_M, parts = ids_N[1:], list(spans(len(ids_N) - 1, logits_NV.shape[-1]))
+        losses, hits = [], []
+        for part in parts:
+            logits_RV = logits_NV[part].float()
+            losses.append(cross_entropy(logits_RV, wanted_M[part], reduction="none"))
+            hits.append(logits_RV.argmax(-1) == wanted_M[part])
+        nll.append(torch.cat(losses))
+        right.append(torch.cat(hits))
     nll_BM = torch.stack(nll)
     if bool(nll_BM[real_BM].isnan().any()):
         raise GateError("The model's logits are not numbers.", why="NaN in the loss")

@@ -28,7 +28,7 @@ from reattend.passes.rewrite.mla_budget import allocate
 from reattend.passes.rewrite.mla_error import best_norm, best_ratio
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_select import planned_columns
-from reattend.passes.rewrite.mla_sizes import is_exact, resolve
+from reattend.passes.rewrite.mla_sizes import FIT, is_exact, resolve
 from reattend.passes.rewrite.mla_solve import assemble, mixer_config, solve
 from reattend.statistics import Need, SiteStatistics
 
@@ -97,7 +97,8 @@ class ToMla(Conversion):
                 f"the cache would not shrink: {sizes.kv_lora_rank} + {sizes.qk_rope_head_dim} = "
                 f"{cached} numbers per token against {before} "
                 f"({config.core.kv_heads} kv heads x ({config.core.qk_head_dim} + "
-                f"{config.core.v_head_dim})); lower kv_lora_rank or set allow_growth: true"
+                f"{config.core.v_head_dim})); lower kv_lora_rank or set allow_growth: true "
+                f"({FIT})"
             )
         return None
 

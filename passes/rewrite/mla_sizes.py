@@ -8,6 +8,9 @@ from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_rotary import smallest_fold
 
+#: where a shape that does not fit is answered with those that do
+FIT = "`reattend plans fit MODEL` says what server shapes keep of a model's cache"
+
 
 class Sizes(Frozen):
     """r, R and fold as they will be used."""
@@ -50,7 +53,7 @@ def resolve(config: DenseConfig, options: MlaOptions) -> Sizes | Refusal:
     if rank > full:
         return Refusal(
             f"kv_lora_rank {rank} is larger than possible: {groups} kv heads x "
-            f"({core.qk_head_dim} + {core.v_head_dim}) - {cache - full} rotary = {full}"
+            f"({core.qk_head_dim} + {core.v_head_dim}) - {cache - full} rotary = {full} ({FIT})"
         )
     fold = _fold(config, options, rope // 2)
     return fold if isinstance(fold, Refusal) else Sizes(

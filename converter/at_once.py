@@ -1,0 +1,52 @@
+"""How much of a model's output is formed at once: logits of a large vocabulary outweigh its layers.
+
+Layout letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+#: Bytes of logits formed at once where a model's vocabulary allows it (one row at least), and of
+#: the float32 copies that losses take from them.
+LOGITS_BYTES, COPY_BYTES = 32 << 20, 16 << 20
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """V of a language model; 0 for other models."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return int(getattr(text, "vocab_size", 0) or 0)
+
+
+def rows_within(row_bytes: int, most: int) -> int:
+    """Rows of that many bytes of logits each that are formed at once, 1 to `most`."""
+    return max(1, min(most, LOGITS_BYTES // max(1, row_bytes)))
+
+
+def rows_at_once(model: nn.Module, length: int, most: int) -> int:
+    """Rows of `length` tokens whose logits are formed at once, 1 to `most`."""
+    size = next(model.parameters()).element_size()
+    return rows_within(length * vocabulary_of(model) * size, most)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Tokens whose logits are copied to float32 at once, 1 or more."""
+    return max(1, COPY_BYTES // (4 * max(1, vocabulary)))
+
+
+def spans(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """The tokens of one row, as many at a time as `tokens_at_once`."""
+    step = tokens_at_once(vocabulary)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def without_logits(model: nn.Module) -> dict[str, int]:
+    """Arguments that spare a language model's logits but those of the last token."""
+    known = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
