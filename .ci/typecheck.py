@@ -1,9 +1,10 @@
-"""Run mypy on the package under its import names.
+"""Run mypy on the package under its import names, and on the scripts beside it.
 
 The folders of this repository are not named as they are imported (`converter/` is `reattend`),
 and mypy cannot follow the hook that an editable install uses for that. So this makes a tree of
 links with the import names, from the `package-dir` table of pyproject.toml, and runs
-`mypy -p reattend` on it; messages are printed with the repository's own paths.
+`mypy -p reattend` on it; messages are printed with the repository's own paths. Scripts import the
+files beside them, so each folder of scripts is a run of its own.
 
     python .ci/typecheck.py [mypy arguments]
 """
@@ -18,6 +19,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("examples", "examples/conversion_package/reattend_gqa", "kernels/bench")
 
 
 def link_tree(root: Path, tree: Path) -> dict[str, str]:
@@ -42,9 +44,24 @@ def main() -> int:
     """Link, run mypy, print its messages with paths of the repository."""
     tree = ROOT / "build" / "typecheck"
     folders = link_tree(ROOT, tree)
-    command = [sys.executable, "-m", "mypy", "-p", "reattend", *sys.argv[1:]]
+    failed = mypy(["-p", "reattend"], [tree], folders)
+    for folder in SCRIPTS:
+        files = [str(f.relative_to(ROOT)) for f in sorted((ROOT / folder).glob("*.py"))]
+        beside = ROOT / folder
+        if (beside / "__init__.py").is_file():
+            beside = beside.parent
+        failed |= mypy(files, [tree, beside], folders)
+    return failed
+
+
+def mypy(what: list[str], path: list[Path], folders: dict[str, str]) -> int:
+    """Run mypy on `what` with `path` to import from; returns its exit status."""
     run = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "MYPYPATH": str(tree)}, text=True, capture_output=True
+        [sys.executable, "-m", "mypy", *what, *sys.argv[1:]],
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": os.pathsep.join(map(str, path))},
+        text=True,
+        capture_output=True,
     )
     text = run.stdout
     for link in sorted(folders, key=len, reverse=True):

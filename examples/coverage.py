@@ -89,14 +89,14 @@ def identity(model: Any, task: str) -> dict[str, Any]:
     gaps: dict[str, float] = {}
     for label, batch, length, padded in (("a", 2, 23, 0), ("b", 4, 31, 0), ("padded", 2, 23, 5)):
         inputs = made_up(model, batch, length)
-        mask = inputs.get("attention_mask")
-        if padded and mask is None:
-            continue
+        mask: torch.Tensor | None = inputs.get("attention_mask")
         if padded:
+            if mask is None:
+                continue
             mask[0, -padded:] = 0
         with torch.no_grad():
             want, got = first(model(**inputs)), first(converted(**inputs))
-        if padded and want.shape[:2] == mask.shape:
+        if padded and mask is not None and want.shape[:2] == mask.shape:
             want, got = want[mask.bool()], got[mask.bool()]
         scale = float(want[torch.isfinite(want)].abs().max())
         gap = float((want - got).nan_to_num(0.0).abs().max()) / max(scale, 1e-9)

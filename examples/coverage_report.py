@@ -34,7 +34,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def total(row: dict[str, Any]) -> int:
     """Cores of a model: what ran, or what was seen in the graph, whichever is more."""
-    return max(row.get("cores", 0), verified(row) + sum(row.get("refused", {}).values()))
+    refused: dict[str, int] = row.get("refused", {})
+    return max(int(row.get("cores", 0)), verified(row) + sum(refused.values()))
 
 
 def verified(row: dict[str, Any]) -> int:

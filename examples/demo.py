@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -61,7 +62,7 @@ def main() -> None:
 
     # 2. Export: one ONNX file for prefill and decode, checked against torch as it is written.
     console.rule("Writing ONNX")
-    artifact = export(result.out, target="onnx", out=OUT / "onnx", overwrite=True)
+    artifact = export(OUT / "converted", target="onnx", out=OUT / "onnx", overwrite=True)
     console.print(f"largest relative difference from torch: {artifact.max_error:.1e}")
 
     # 3. The same prompt, continued greedily by all three.
@@ -69,9 +70,10 @@ def main() -> None:
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     original = AutoModelForCausalLM.from_pretrained(MODEL)
+    converted: Any = result.model
     continued = {
         "original": original.generate(ids, **settings),
-        "converted": result.model.generate(ids, **settings),
+        "converted": converted.generate(ids, **settings),
         "converted, in ONNX Runtime": Session(artifact.path).generate(
             ids, max_new_tokens=NEW_TOKENS
         ),

@@ -9,7 +9,7 @@ machine has cores, because nearly all of the time is compiling.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -24,6 +24,7 @@ from reattend.kernels.attention import reference as attention_reference
 from reattend.kernels.latent_attention import latent_attention
 from reattend.kernels.latent_attention import reference as latent_reference
 
+Op = Callable[..., tuple[Tensor, Tensor]]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -97,6 +98,13 @@ def paged(caches: tuple[Tensor, ...], page: int = 16) -> tuple[tuple[Tensor, ...
     return tuple(found), order.view(b, count).to(torch.int32)
 
 
+def ops_of(case: Case) -> tuple[Op, Op]:
+    """The op and its reference."""
+    if case.op == "latent_attention":
+        return latent_attention, latent_reference.latent_attention
+    return attention, attention_reference.attention
+
+
 def rows_of(case: Case, device: str) -> tuple[Tensor, Tensor]:
     """First and past-the-last key of each row; the third row of a batch is empty."""
     start = torch.arange(case.b, device=device) * 3
@@ -122,8 +130,7 @@ def error_of(case: Case, dtype: torch.dtype, device: str, options: dict[str, Any
             cache[b, ..., : int(start[b]), :] = float("nan")
             cache[b, ..., int(length[b]) :, :] = float("nan")
     scale = (case.d + case.rope) ** -0.5
-    op = latent_attention if latent else attention
-    reference = latent_reference.latent_attention if latent else attention_reference.attention
+    op, reference = ops_of(case)
     given, table = inputs, None
     if layout == "transposed":
         given = tuple(transposed(x) for x in inputs)
@@ -155,8 +162,7 @@ def huge_error(case: Case) -> float:
     end = torch.full((1,), case.m, device="cuda")
     scale = (case.d + case.rope) ** -0.5
     latent = case.op == "latent_attention"
-    op = latent_attention if latent else attention
-    reference = latent_reference.latent_attention if latent else attention_reference.attention
+    op, reference = ops_of(case)
     y, lse = op(*inputs, end - seen, end, scale=scale)
     new = 2 if latent else 1
     small = (*inputs[:new], *(x[..., -seen:, :] for x in inputs[new:]))

@@ -67,7 +67,7 @@ class SdpaDecode(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: StaticCache,
-        **_: Any,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
         """Same call as the block it stands for."""
         b, n, _ = hidden_states.shape
@@ -98,13 +98,12 @@ def latent_block(block: Any) -> nn.Module:
         ),
         kv_lora_rank=RANK, qk_rope_head_dim=ROPE, rope_columns=tuple(range(ROPE // 2)),
     )  # fmt: skip
-    tables = {
-        name: TableRef(path=("position_embeddings", i), part="all", columns=pairs)
-        for i, name in enumerate(("cos", "sin"))
-    }
+    cos, sin = (
+        TableRef(path=("position_embeddings", i), part="all", columns=pairs) for i in (0, 1)
+    )
     binding = Binding(
         hidden=("hidden_states",), mask=("attention_mask",), cache=("past_key_values",),
-        layer_idx=block.layer_idx, output={"tuple": ["y", None]}, **tables,
+        layer_idx=block.layer_idx, output={"tuple": ["y", None]}, cos=cos, sin=sin,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -140,7 +139,8 @@ def step_ms(model: Any, cache: Any, batch: int, length: int) -> float:
         for layer in body.layers:
             x = layer(x, attention_mask=None, position_embeddings=turn, past_key_values=cache)
             x = x[0] if isinstance(x, tuple) else x
-        return model.lm_head(body.norm(x)[:, -1]).argmax(-1)
+        logits: Tensor = model.lm_head(body.norm(x)[:, -1])
+        return logits.argmax(-1)
 
     with torch.inference_mode():
         return replay_ms([step], rounds=10, repeats=1)
@@ -150,7 +150,7 @@ def bytes_per_token(model: Any, latent: bool) -> int:
     """Cache bytes of one token in all layers."""
     config = model.config
     row = RANK + ROPE if latent else 2 * config.num_key_value_heads * 128
-    return 2 * row * config.num_hidden_layers
+    return 2 * row * int(config.num_hidden_layers)
 
 
 def main() -> int:

@@ -142,7 +142,7 @@ def main() -> int:
         refused = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
     sys.stdout.write(f"{len(jobs)} programs in {time.perf_counter() - began:.0f} s\n")
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in cases:
         sets = [full_inputs(case, seed) for seed in range(input_sets(bytes_of(case)))]
         best: list[tuple[float, str]] = []

@@ -50,7 +50,7 @@ def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS, repeats: int | None =
                 call()
     graph.replay()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
         begin.record()
         graph.replay()
@@ -62,7 +62,7 @@ def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS, repeats: int | None =
 
 def eager_ms(calls: Sequence[Call], rounds: int = 5) -> float:
     """Milliseconds of one call launched from Python, host and device together."""
-    times = []
+    times: list[float] = []
     for _ in range(rounds + 1):  # the first warms up
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -80,7 +80,7 @@ def call_ms(call: Call, rounds: int = ROUNDS) -> float:
     engine, which is slower.
     """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
+    times: list[float] = []
     for _ in range(rounds + 1):
         begin.record()
         call()

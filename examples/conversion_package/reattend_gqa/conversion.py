@@ -80,6 +80,6 @@ def _mean(rows: Tensor, before: int, after: int) -> Tensor:
     """Average neighbouring heads: [before * d, ...] to [after * d, ...], in at least float32."""
     if before == after:
         return rows
-    heads = rows.unflatten(0, (after, before // after, -1))
+    heads: Tensor = rows.unflatten(0, (after, before // after, -1))
     wide = heads if heads.dtype == torch.float64 else heads.float()
     return wide.mean(1).flatten(0, 1).to(rows.dtype)
