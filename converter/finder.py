@@ -23,13 +23,15 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
 
     Args:
         model: any module torch.export can capture; not changed. One that is not on the CPU is
-            read through a copy there.
+            read through a copy there. One without weights (parameters on the meta device) is read
+            and not proven: its sites are `deferred`.
         inputs: example keyword arguments, batch and length >= 2 and distinct; None makes them
             up for transformers models.
 
     Raises:
         CaptureError: the model cannot be captured.
         ArgumentError: inputs are needed.
+        ModelError: a buffer has no data.
     """
     search = Search(on_host(model), inputs_on_host(inputs))
     seen = find(search.gm, search.captured.placeholders(), search.inputs_at)

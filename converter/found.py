@@ -31,6 +31,7 @@ class AttentionSite:
         surrounding: what the owner does besides the block, None where it is exactly the block.
         cores: softmax cores of one run of the model that it stands for: two where a block weighs
             its values in two calls, and those of every call of the module.
+        deferred: why it was not proven though nothing speaks against it: the model has no weights.
     """
 
     path: str
@@ -45,6 +46,7 @@ class AttentionSite:
     follows_padding: bool = False
     surrounding: Surrounding | None = field(default=None, repr=False)
     cores: int = 1
+    deferred: str = ""
 
 
 @dataclass

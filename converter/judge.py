@@ -5,6 +5,7 @@ A gate returns why the block is refused, or None. The first refusal is the one t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from reattend.callcheck import call_check, mask_of
@@ -47,13 +48,15 @@ class Case:
 
     def understood(self) -> bool:
         """Whether it passes the self-check, for blocks that are refused for something else."""
+        if self.search.deferred:
+            return False
         return not self_check(self.search.gm, self.item, self.search.inputs_at).reason
 
 
 def judged(search: Search, item: Found) -> tuple[Case, RefusedSite | None]:
     """The block after its trial, and the refusal of the gate it failed, if any."""
     case = Case(search, item, search.place(item))
-    for gate in GATES:
+    for gate in READ if search.deferred else READ + PROVEN:
         refusal = gate(case)
         if refusal is not None:
             return case, refusal
@@ -130,25 +133,28 @@ def call_proven(case: Case) -> RefusedSite | None:
     return case.refused(reason) if reason else None
 
 
-GATES = (not_latent, not_converted, owned, proven, any_length, owner_proven, call_proven)
+#: what the graph says
+READ = (not_latent, not_converted)
+#: what is proven by running, which takes weights
+PROVEN = (owned, proven, any_length, owner_proven, call_proven)
 
 
 def site_of(case: Case) -> AttentionSite:
     """A block that passed every gate."""
-    item, place = case.item, case.place
-    assert case.proof is not None
+    item, place, deferred = case.item, case.place, case.search.deferred
     memory = item.region.memory
     return AttentionSite(
         path=place.path,
         spec=item.spec,
-        verified=True,
-        error=case.proof.error,
+        verified=case.proof is not None,
+        error=math.nan if case.proof is None else case.proof.error,
         hidden_size=int(item.region.hidden.meta["val"].shape[-1]),
         memory_size=0 if memory is None else int(memory.meta["val"].shape[-1]),
-        owner="module" if place.binding is not None else "graph",
+        owner="module" if deferred or place.binding is not None else "graph",
         binding=place.binding,
         surrounding=place.surrounding,
         region=item.region,
         follows_padding=item.follows_padding,
         cores=cores_of(item),
+        deferred=deferred,
     )

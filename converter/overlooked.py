@@ -12,7 +12,6 @@ from collections.abc import Collection
 from reattend.capture import Capture
 from reattend.corewatch import cores_by_module
 from reattend.found import FoundAttention, RefusedSite
-from reattend.host import device_of
 from reattend.passes.evaluate import ancestors
 from reattend.passes.find.owners import path_of
 from reattend.running import evaluation
@@ -27,7 +26,7 @@ def overlooked(search: Search, result: FoundAttention) -> list[RefusedSite]:
         result: cores found or refused so far.
     """
     captured, told, ours = search.captured, _told(result), search.ours
-    if device_of(captured.model).type == "meta":
+    if search.deferred:
         return []  # nothing runs without data
     with evaluation(captured.model):
         ran = cores_by_module(captured.model, captured.inputs)

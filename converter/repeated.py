@@ -13,7 +13,7 @@ def accept(result: FoundAttention, verdict: tuple[Case, RefusedSite | None]) -> 
     case, refusal = verdict
     if refusal is not None:
         result.refused.append(refusal)
-    elif case.place.number and case.place.binding is not None:
+    elif case.place.number and (case.place.binding is not None or case.search.deferred):
         _again(result, case)
     else:
         result.sites.append(site_of(case))

@@ -8,14 +8,19 @@ from torch import fx, nn
 
 from reattend.capture import Call, capture, tokens_first, watch
 from reattend.errors import CaptureError
-from reattend.frame import dropouts
+from reattend.frame import call_number, dropouts
+from reattend.hollow import hollow, is_meta
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.locate import Place, locate
 from reattend.ownercheck import Watched
+from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import attention, is_op
+
+#: what is told of a block that was read from a model without weights
+DEFERRED = "the weights are not here (meta device): its proof waits for them"
 
 
 class Search:
@@ -27,9 +32,12 @@ class Search:
         ours: blocks that an earlier conversion replaced, by path.
         whole: the graph cannot take the model's place, so every block needs an owning module.
         watched: calls of the owners; filled by `locate`.
+        deferred: why nothing can be proven now: the model has no weights. Empty if it has.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any] | None) -> None:
+        self.deferred = DEFERRED if is_meta(model) else ""
+        model = hollow(model) if self.deferred else model
         self.captured = capture(model, inputs)
         self._drops = dropouts(self.gm)
         self.passes = normalize(self.gm)
@@ -52,7 +60,13 @@ class Search:
         return self.captured.placeholders(self.captured.probe(length, padded))
 
     def locate(self, found: list[Found]) -> None:
-        """Find the owner of every block."""
+        """Find the owner of every block; without weights nothing runs, and the graph has to say."""
+        if self.deferred:
+            for item in found:
+                path = owner_of(item.region.nodes)
+                number = call_number(item.region.core, path)
+                self._places[id(item)] = Place(path, number=number)
+            return
         self._places = locate(self.captured, found, self._drops)
         owners = {p.path for p in self._places.values() if p.binding is not None}
         self.watched = Watched(self.captured, owners)

@@ -26,6 +26,26 @@ def load_source(
     """
     folder = Path(given)
     local = folder.is_dir()
+    architecture = read_architecture(given, trust_remote_code)
+    if local:
+        check_files(folder)
+    model = _from_pretrained(given, local, architecture, device_map, dtype, trust_remote_code)
+    if device is not None:
+        model = _moved(model, device)
+    if tokenizer is None:
+        tokenizer = find_tokenizer(given, local, trust_remote_code)
+    return model.eval(), tokenizer, folder if local else None
+
+
+def read_architecture(given: str, trust_remote_code: bool) -> str | None:
+    """The class that the config of a folder or id names; None where it is the model's own code.
+
+    Raises:
+        ModelError: no such folder, no config, remote code that was not asked for, or quantised
+            weights.
+    """
+    folder = Path(given)
+    local = folder.is_dir()
     if not local and (folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1):
         raise ModelError(
             "no such model folder", where=given, next_step="give a folder that holds config.json"
@@ -37,15 +57,7 @@ def load_source(
             next_step="give the folder that save_pretrained wrote",
         )
     file = folder / "config.json" if local else _cached_config(given)
-    architecture = _architecture(file, given, trust_remote_code) if file else None
-    if local:
-        check_files(folder)
-    model = _from_pretrained(given, local, architecture, device_map, dtype, trust_remote_code)
-    if device is not None:
-        model = _moved(model, device)
-    if tokenizer is None:
-        tokenizer = find_tokenizer(given, local, trust_remote_code)
-    return model.eval(), tokenizer, folder if local else None
+    return _architecture(file, given, trust_remote_code) if file else None
 
 
 def _cached_config(given: str) -> Path | None:

@@ -16,6 +16,7 @@ from reattend.passes.find.rotary import Rotation
 from reattend.passes.find.sources import read_added, read_sources
 from reattend.passes.find.stored import stored_steps
 from reattend.passes.find.streams import FoundStream, read_stream
+from reattend.passes.find.twins import twin
 from reattend.passes.normalize.forms import attention, is_op
 from reattend.spec import Added, AttentionSpec, Core, Pattern, Rotary, Stream
 
@@ -48,11 +49,12 @@ class Region:
 
 @dataclass
 class Found:
-    """One block that was understood."""
+    """One block that was understood. `twin`: because its graph equals one that was read."""
 
     spec: AttentionSpec
     region: Region
     follows_padding: bool
+    twin: bool = False
 
 
 @dataclass
@@ -92,6 +94,11 @@ def find(
 
     for node in list(gm.graph.nodes):
         if is_op(node, attention):
+            read = (r for r in results if isinstance(r, Found) and not r.twin)
+            again = next(filter(None, (twin(gm, r, node) for r in read)), None)
+            if again is not None:
+                results.append(again)
+                continue
             try:
                 results.append(_read(gm, node, given, mask_of))
             except NotUnderstood as reason:
