@@ -56,7 +56,8 @@ def stand_in(like: Tensor, seed: int) -> Tensor:
     row = torch.randn(length, generator=generator) * scale
     if like.dim() == 1:
         row = 1 + row / 10
-    return row.to(like.dtype).as_strided(like.shape, [1] * like.dim())
+    stand: Tensor = row.to(like.dtype).as_strided(like.shape, [1] * like.dim())
+    return stand
 
 
 def _filled_buffers(model: nn.Module) -> dict[str, Tensor]:
