@@ -113,7 +113,7 @@ class Adapter(nn.Module):
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self.rotation(arguments),
             position_BN=read(arguments, b.position),
-            extras=tuple(read(arguments, path) for path in b.extras),
+            extras=self._extras(arguments, x),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
         if b.mask_window is not None and mask is not None and state is not None:
@@ -123,6 +123,24 @@ class Adapter(nn.Module):
         if self.around is not None:
             arguments = self.around.finish(arguments, y)
         return pack(b.output, y, arguments, added)
+
+    def _extras(self, arguments: dict[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """What the block's own steps read beside."""
+        found = []
+        spare = dict(enumerate(self.binding.extras_spare))
+        for number, path in enumerate(self.binding.extras):
+            value = read(arguments, path)
+            if value is None:
+                dtype = spare.get(number)
+                if not dtype:
+                    raise ArgumentError(
+                        f"a converted layer needs the argument {path[0]!r}",
+                        why="the module it replaced was captured with it",
+                        next_step=f"call the model so that {path[0]!r} is passed again",
+                    )
+                value = x.new_ones(x.shape[:2], dtype=getattr(torch, dtype))
+            found.append(value)
+        return tuple(found)
 
     def _mask(self, arguments: dict[str, Any], n: int) -> Tensor | None:
         mask = read(arguments, self.binding.mask)
@@ -182,12 +200,11 @@ class Adapter(nn.Module):
             from reattend.install.kept import KeptState
 
             state = KeptState(layer, number)
-        around = self.binding.around
-        if around is not None and not around.stepwise and state.seen():
+        if not self.binding.stepwise and state.seen():
             raise UnsupportedCacheError(
                 "a converted layer cannot continue from a cache",
                 where=f"layer {number}",
-                why="what the original module does around its attention mixes tokens or counts "
+                why="what the original module does besides attention mixes tokens or counts "
                 "them, so it needs the whole sequence",
                 next_step="pass use_cache=False",
             )
