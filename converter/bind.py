@@ -37,6 +37,7 @@ from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import Added, Alibi, RelativeBias
 from reattend.surround import Surround, Surrounding
+from reattend.unwieldy import held
 from reattend.weights import head_order
 
 
@@ -120,6 +121,10 @@ def bind(
         layer_shift=cache.shift or None, output=output,
         extras=extras, extras_spare=spare, mask_hides=hides, mask_window=window,
         absent=_absent(captured, item, path, arguments),
+        fixed=held(captured.gm, arguments, [
+            (hidden, region.hidden), (memory, region.memory), (mask, region.mask),
+            *zip(extras, region.extras, strict=True),
+        ]),
     )  # fmt: skip
 
 
@@ -175,6 +180,7 @@ def bind_around(
         layer_shift=cache.shift or None, output=output,
         around=done.config, extras=_extras(item, place.path, arguments, values, cache),
         absent=_absent(captured, item, place.path, arguments),
+        fixed=held(captured.gm, arguments, [(at, n) for n, at in cutter.arguments.items()]),
     )  # fmt: skip
     return binding, done
 

@@ -21,6 +21,7 @@ from reattend.install.binding import (
     signature_of,
 )
 from reattend.install.masking import within
+from reattend.install.pieces import FixedLeaf
 from reattend.mixers.base import Context, Mixer, State
 from reattend.mixers.scores import shown
 
@@ -105,6 +106,8 @@ class Adapter(nn.Module):
                     where=type(self.mixer).__name__,
                     next_step=f"convert again with inputs that reach {name!r}, or leave it out",
                 )
+        for leaf in b.fixed:
+            _as_captured(leaf, read(arguments, leaf.path))
         if self.around is not None:
             arguments = self.around.prepare(arguments)
         x, memory = read(arguments, b.hidden), read(arguments, b.memory)
@@ -209,6 +212,20 @@ class Adapter(nn.Module):
                 next_step="pass use_cache=False",
             )
         return state
+
+
+def _as_captured(leaf: FixedLeaf, value: Any) -> None:
+    """A model that was captured at one size of image computes nothing else."""
+    sizes = tuple(value.shape) if isinstance(value, Tensor) and leaf.sizes else ()
+    differs = any(n not in (None, size) for n, size in zip(leaf.sizes, sizes, strict=False))
+    if differs or (leaf.number is not None and value != leaf.number):
+        raise ArgumentError(
+            "a converted layer was given an image of another size",
+            where=".".join(map(str, leaf.path)),
+            why="the sizes inside this model were too tangled to capture, so it was converted for "
+            "images of the example's height and width",
+            next_step="pass images of that size, or convert again with inputs of the other",
+        )
 
 
 def _ends_with(mask: Tensor, tokens: int, layer: int) -> None:

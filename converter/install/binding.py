@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.install.pieces import AroundConfig, Path
+from reattend.install.pieces import AroundConfig, FixedLeaf, Path
 from reattend.mixers.config import Frozen
 
 
@@ -38,6 +38,7 @@ class Binding(Frozen):
     `absent`: parameters that the captured call left out, so what a tensor there does is not known.
     `layer_shift`: a number that each call adds to `layer_idx` (a module called several times).
     `whole`: the block's own steps need all tokens of a sequence in one call.
+    `fixed`: arguments that must be as they were at capture, where it was of one size of image.
     """
 
     hidden: Path
@@ -59,6 +60,7 @@ class Binding(Frozen):
     extras_spare: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     whole: bool = False
+    fixed: tuple[FixedLeaf, ...] = ()
 
     @property
     def stepwise(self) -> bool:

@@ -73,7 +73,7 @@ def _reads_more(stream: FoundStream, owner: str) -> bool:
     """Whether own steps read more that the call hands over, as factors by position."""
     if not isinstance(stream.steps[0], Opaque):
         return False
-    return any(n is not stream.hidden for n in from_outside(stream.projection, owner))
+    return bool(from_outside(stream.projection, owner, (stream.hidden,)))
 
 
 def _based(
