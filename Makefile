@@ -1,6 +1,7 @@
 # make demo       convert, calibrate, export and run the model in examples/models: the first look
 # make test       the test suite for every day (needs no GPU)
 # make test-all   what CI runs: lint, types, oldest versions, the whole suite
+# make onnx-library   our own kernels for ONNX Runtime on CPUs (g++ and its C++ headers)
 #
 # Each makes the environment it needs in $(VENV), once, and again when pyproject.toml or
 # constraints.txt change.
@@ -22,7 +23,7 @@ WORKERS := -n 2 --dist worksteal
 SETTINGS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format smoke-min suite clean
+.PHONY: help demo test test-all lint format smoke-min suite onnx-library clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -49,6 +50,9 @@ lint: $(VENV)/.ready-dev
 	else \
 		$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python .ci/typecheck.py; \
 	fi
+
+onnx-library:
+	$(PYTHON) kernels/csrc/build.py
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .

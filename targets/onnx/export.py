@@ -14,6 +14,7 @@ from torch import nn
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.flavours import Flavour, check_flavour
 from reattend.targets.onnx.layout import layout
+from reattend.targets.onnx.library import find_library
 from reattend.targets.onnx.manifest import (
     DATA,
     MANIFEST,
@@ -81,7 +82,8 @@ def export_onnx(
     Raises:
         ArgumentError: dtype or flavour is something else, or the model is not a decoder-only
             language model.
-        MissingExtraError: the packages of the extra `onnx` are not installed.
+        MissingExtraError: the packages of the extra `onnx` are not installed, or, for flavour
+            `custom`, the library is not built.
         RefusedError: a layer has no ONNX form; the message names it.
         CaptureError: torch cannot export the model.
         GateError: the exported file does not give torch's logits.
@@ -96,6 +98,8 @@ def export_onnx(
         )
     kind = check_flavour(flavour)
     need_exporter()
+    if kind == "custom":
+        find_library()
     from reattend.targets.onnx.wrapper import check_language_model
 
     check_language_model(model)
@@ -139,7 +143,10 @@ def _write(
     # The session reads the manifest for its states, so a first one without checks is published.
     work.publish_json(MANIFEST, Manifest(**fields, checks=[]).model_dump(mode="json"))
     vocabulary = int(cast("Any", model).config.vocab_size)
-    checks = check_logits(lambda: Session(work.partial), copied, dtype, vocabulary)
+    checks = check_logits(lambda: Session(work.partial, library=False), copied, dtype, vocabulary)
+    if flavour == "custom":
+        name = "onnxruntime with ai.reattend kernels"
+        checks += check_logits(lambda: Session(work.partial), copied, dtype, vocabulary, name)
     work.publish_json(MANIFEST, Manifest(**fields, checks=checks).model_dump(mode="json"))
     generation = getattr(model, "generation_config", None)
     if generation is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from reattend.errors import ArgumentError, MissingExtraError
 from reattend.targets.onnx.buffers import StateBuffers, StateSpec
 from reattend.targets.onnx.feeds import Progress
+from reattend.targets.onnx.library import CPU, find_library, register
 from reattend.targets.onnx.manifest import Manifest, read_manifest
 from reattend.targets.onnx.requirements import need
 
@@ -32,10 +33,14 @@ class Session:
         threads: compute threads; ONNX Runtime's choice when not given.
         prefill_chunk: long prompts run in pieces of this many tokens, which bounds the memory of
             the attention scores ([B, H, chunk, C] per layer).
+        library: reattend's own kernels (`reattend.targets.onnx.library`): a path, True for the
+            built one, False for none. By default files of flavour `custom` use the built one.
 
     Raises:
         ModelError: the folder is not such an export.
-        MissingExtraError: onnxruntime is not installed, or a provider did not start.
+        MissingExtraError: onnxruntime is not installed, a provider did not start, or the library
+            is not there.
+        ArgumentError: the library with another provider than the CPU's.
     """
 
     def __init__(
@@ -46,15 +51,19 @@ class Session:
         *,
         threads: int | None = None,
         prefill_chunk: int = 512,
+        library: str | Path | bool | None = None,
     ) -> None:
         ort = need("onnxruntime", "running an exported model")
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        wanted = list(providers or ["CPUExecutionProvider"])
+        wanted = list(providers or [CPU])
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if self.manifest.flavour == "custom" if library is None else library:
+            path = library if isinstance(library, str | Path) else None
+            register(options, find_library(path), wanted)
         self.ort = ort.InferenceSession(
             str(self.folder / self.manifest.file), options, providers=wanted
         )

@@ -36,7 +36,11 @@ def check_file(path: Path) -> None:
 
 
 def check_logits(
-    open_session: Callable[[], Session], model: nn.Module, dtype: str, vocabulary: int
+    open_session: Callable[[], Session],
+    model: nn.Module,
+    dtype: str,
+    vocabulary: int,
+    runtime: str = "onnxruntime",
 ) -> list[CheckEntry]:
     """ONNX Runtime against torch without a cache: a padded prompt, then single steps.
 
@@ -45,6 +49,7 @@ def check_logits(
         model: the torch model in the export's dtype.
         dtype: the export's dtype; decides the limit.
         vocabulary: number of token ids to draw from.
+        runtime: what the entries call the runtime.
 
     Raises:
         GateError: a difference is above the limit or not finite.
@@ -60,7 +65,7 @@ def check_logits(
         got += [session.step(ids[:, i : i + 1].numpy()) for i in range(prompt, prompt + steps)]
         error = difference(np.concatenate(got, 1), expected, mask)
         entry = CheckEntry(
-            runtime="onnxruntime", batch=batch, prefill=prompt, padding=padding, steps=steps,
+            runtime=runtime, batch=batch, prefill=prompt, padding=padding, steps=steps,
             error=error, limit=LIMITS[dtype],
         )  # fmt: skip
         if not error <= entry.limit:
