@@ -123,6 +123,11 @@ class KeptLayer(DynamicLayer):
         """What code that knows layers by `keys` and `values` looks at."""
         self.keys, self.values = self.parts[0][:2] if self.parts else (None, None)
 
+    @property
+    def rows(self) -> list[Tensor]:
+        """The keys and values of every class."""
+        return [t for part in self.parts for t in part[:2]]
+
     def get_seq_length(self) -> int:
         """Tokens so far, kept or not."""
         return self.total
