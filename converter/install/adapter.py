@@ -179,9 +179,7 @@ class Adapter(nn.Module):
             return CrossState(cache, number, filled_only)
         state: StockState = StockState(layer, number, filled_only)
         if self.mixer.keeps:
-            from reattend.install.kept import KeptState
-
-            state = KeptState(layer, number)
+            state = _keeping(self.mixer, layer, number)
         around = self.binding.around
         if around is not None and not around.stepwise and state.seen():
             raise UnsupportedCacheError(
@@ -192,6 +190,15 @@ class Adapter(nn.Module):
                 next_step="pass use_cache=False",
             )
         return state
+
+
+def _keeping(mixer: Mixer, cache: Any, layer_idx: int) -> StockState:
+    """The state of a mixer that chooses which rows stay."""
+    from reattend.install.kept import KeptState
+    from reattend.install.kept_groups import GroupedKeptState
+
+    kind = KeptState if len(mixer.head_groups) == 1 else GroupedKeptState
+    return kind(cache, layer_idx)
 
 
 def _ends_with(mask: Tensor, tokens: int, layer: int) -> None:
