@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoder_models import decoder
 from mla_blocks import config, dense
+from pydantic import ValidationError
 
 from reattend import convert
 from reattend.errors import PlanError
@@ -46,6 +47,48 @@ def test_a_pattern_that_hides_nothing_cannot_choose() -> None:
         ToSparse().allocate(sites, lambda path, mixer: 0.0)
     with pytest.raises(PlanError, match="heads_full"):
         ToSparse().allocate(sites, lambda path, mixer: None)
+
+
+def test_candidates_share_one_budget() -> None:
+    """Wide windows go where they save most; the sum of what is read keeps to the budget."""
+    narrow, wide = ({"window": w} for w in (8, 32))
+    loss = {("a", 0): (9.0, 1.0), ("a", 1): (0.2, 0.1), ("b", 0): (3.0, 2.5), ("b", 1): (8.0, 0.5)}
+
+    def measure(path: str, mixer: Mixer) -> float:
+        assert isinstance(mixer, SparseAttention)
+        (one,) = [c for c in mixer.config.classes if not c.pattern.full]
+        return loss[path, one.kv_heads[0]][one.pattern.window == 32]
+
+    given = SparseOptions(candidates=(narrow, wide), kv_density=20 / 64, density_at=64)
+    sites: list[Any] = [Subject(p, dense(config()), None, given) for p in ("a", "b")]
+    chosen = ToSparse().allocate(sites, measure)
+    windows = [[c.pattern.window for c in o.heads] for o in chosen]
+    assert windows == [[32, 8], [8, 32]]
+    small = given.model_copy(update={"kv_density": 0.1})
+    with pytest.raises(PlanError, match="no candidate is small enough"):
+        ToSparse().allocate([Subject("a", dense(config()), None, small)], measure)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"candidates": [{"window": 4}]}, "go together"),
+        ({"kv_density": 0.5}, "go together"),
+        ({"keep_full": 0.5}, "one `pattern`"),
+        ({"keep_full": 0.5, "pattern": {"window": 4}, "heads_full": [0]}, "name no heads"),
+        (
+            {"candidates": [{"window": 4}], "kv_density": 0.5, "pattern": {"window": 4}},
+            "no pattern beside",
+        ),
+        (
+            {"heads_full": [0], "heads": [{"kv_heads": [0], "pattern": {"window": 1}}]},
+            "at most once",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        SparseOptions(**given)
 
 
 def test_rows_repeat_their_first_half() -> None:

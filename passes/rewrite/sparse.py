@@ -6,12 +6,13 @@ Exact with `full: true`. One conversion serves all static patterns; presets name
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
 from torch import nn
 
-from reattend.mixers.config import Frozen
+from reattend.mixers.config import CoreConfig, Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_blocks import Layouts
@@ -27,11 +28,15 @@ class SparseOptions(Frozen):
     """What the heads see.
 
     Attributes:
-        pattern: of every KV head that `heads` does not name. A stride starts at a place of its own
+        pattern: of every KV head that nothing below names. A stride starts at a place of its own
             in each head.
+        heads_full: KV heads that see every key.
         heads: patterns of single KV heads.
-        keep_full: share of the KV heads of all sites together that see every key, chosen by
-            measuring what the model loses without each (`sparse_search`); None: those named.
+        keep_full: share of the KV heads of all sites together that see every key; the others have
+            `pattern`. Chosen by measuring what the model loses (`sparse_search`).
+        candidates: patterns that each head may get, chosen by the same measurements.
+        kv_density: share of the keys that all heads together may read and keep, for `candidates`.
+        density_at: the length in tokens where that share is counted.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
     """
 
@@ -39,21 +44,33 @@ class SparseOptions(Frozen):
     heads_full: tuple[int, ...] = ()
     heads: tuple[HeadClass, ...] = ()
     keep_full: float | None = Field(default=None, ge=0.0, le=1.0)
+    candidates: tuple[HeadPattern, ...] = ()
+    kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
+    density_at: int = Field(default=4096, gt=0)
     evict: bool | None = None
 
-    def decided(self, full: tuple[int, ...]) -> SparseOptions:
-        """With the heads that stay named."""
-        return self.model_copy(update={"keep_full": None, "heads_full": full})
+    @property
+    def searches(self) -> bool:
+        """Whether heads are chosen by measuring."""
+        return self.keep_full is not None or bool(self.candidates)
+
+    def decided(self, patterns: Mapping[int, HeadPattern]) -> SparseOptions:
+        """With the pattern of each KV head."""
+        full = tuple(h for h, p in patterns.items() if p.full)
+        rest = tuple(HeadClass(kv_heads=(h,), pattern=p) for h, p in patterns.items() if not p.full)
+        return SparseOptions(heads_full=full, heads=rest, evict=self.evict)
 
     @model_validator(mode="after")
-    def _names_heads_once(self) -> SparseOptions:
+    def _are_consistent(self) -> SparseOptions:
         named = [*self.heads_full, *(h for c in self.heads for h in c.kv_heads)]
         if len(named) != len(set(named)) or min(named, default=0) < 0:
             raise ValueError("heads_full and heads must name every KV head at most once, from 0")
-        if self.keep_full is not None and (named or self.pattern.full):
-            raise ValueError(
-                "keep_full chooses among heads of one `pattern`: name no heads beside it"
-            )
+        if self.keep_full is not None and (named or self.candidates or self.pattern.full):
+            raise ValueError("keep_full chooses heads for one `pattern`: name no heads beside it")
+        if bool(self.candidates) != (self.kv_density is not None):
+            raise ValueError("candidates and kv_density go together")
+        if self.candidates and (named or not self.pattern.full):
+            raise ValueError("candidates are chosen for every head: give no pattern beside them")
         return self
 
 
@@ -92,7 +109,7 @@ class ToSparse(Conversion):
 
     def undecided(self, options: SparseOptions) -> bool:
         """Whether heads are to be chosen."""
-        return options.keep_full is not None
+        return options.searches
 
     def wants(self, config: DenseConfig, options: SparseOptions) -> frozenset[Need]:
         """The rows of statistics are where heads are measured."""
@@ -129,9 +146,13 @@ class ToSparse(Conversion):
         """Rows kept and read at the context of the original's cost."""
         before = dense_cost(config)
         core = config.core
-        if options.keep_full is not None:  # which heads is not known yet: their share is
-            whole, part = before, self.cost(config, options.decided(()))
-            share = options.keep_full
+        if options.searches:  # which heads is not known yet, only what they sum to
+            whole, part = before, Cost(0, 0, before.flops_per_token - _attention(before, core))
+            share = options.kv_density
+            if options.keep_full is not None:
+                share = options.keep_full
+                part = self.cost(config, SparseOptions(pattern=options.pattern))
+            assert share is not None
             cache = round(share * whole.cache + (1 - share) * part.cache)
             flops = round(share * whole.flops_per_token + (1 - share) * part.flops_per_token)
             return Cost(cache, before.parameters, flops, before.context)
@@ -147,8 +168,7 @@ class ToSparse(Conversion):
                 * each
                 * (seen if made.evict and c.pattern.monotone else before.context)
             )
-        attention = core.heads * each * before.context
-        flops = before.flops_per_token - 2 * attention + 2 * round(read)
+        flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
         return Cost(-(-round(kept) // before.context), before.parameters, flops, before.context)
 
     def build(self, dense: DenseAttention, statistics: Any, options: SparseOptions) -> Built:
@@ -156,6 +176,11 @@ class ToSparse(Conversion):
         mixer = sparse_like(dense, self.described(dense.config, options))
         exact = all(c.pattern.full for c in mixer.config.classes)
         return Built(mixer, "exact" if exact else "learned", _evidence(mixer.config))
+
+
+def _attention(cost: Cost, core: CoreConfig) -> int:
+    """FLOPs of one token's scores and sums against every cached key."""
+    return 2 * core.heads * (core.qk_head_dim + core.v_head_dim) * cost.context
 
 
 def _evidence(config: SparseConfig) -> dict[str, Any]:
