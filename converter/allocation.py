@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.at_once import vocabulary_of, without_logits
 from reattend.calibrate.stage import finite_or_raise
 from reattend.data import Dataset
-from reattend.host import beside
+from reattend.host import beside, device_of
 from reattend.install.adapter import install, replace_module
 from reattend.mixers.base import Mixer
 from reattend.passes.rewrite.base import Measure, Subject
@@ -21,7 +22,7 @@ from reattend.running import evaluation
 from reattend.statistics import SiteStatistics
 
 #: Rows a divergence is measured on, and the most bytes of outputs kept for it.
-ROWS, OUTPUT_BYTES = 4, 256 << 20
+ROWS, OUTPUT_BYTES = 4, 64 << 20
 
 
 def allocate(
@@ -88,13 +89,24 @@ def divergence(
     """
     target = shared_copy(model)
     batch = beside(model, rehearsal(next(iter(data.batches(ROWS)))))
+    mask = batch.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    tokens = next(v for v in batch.values() if isinstance(v, Tensor)).shape[:2]
+    if without_logits(model) and len(tokens) == 2:
+        # evenly spaced tokens of all rows rather than few rows: they share less context
+        places = kept_places(*tokens, vocabulary_of(model)).to(device_of(model))
+        if len(places) < tokens[1]:
+            batch = {**batch, "logits_to_keep": places}
+            real = None if real is None else real[:, places.to(real.device)]
     reference = _outputs(model, batch)
     fits = max(1, OUTPUT_BYTES // max(1, reference[:1].numel() * 4))
     if fits < len(reference):
-        batch = {k: v[:fits] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = {
+            k: v[:fits] if isinstance(v, Tensor) and k != "logits_to_keep" else v
+            for k, v in batch.items()
+        }
         reference = reference[:fits].clone()
-    mask = batch.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        real = None if real is None else real[:fits]
     finite_or_raise(reference, "the model's output", real)
     logits = _has_logits(model, batch)
     if logits:
@@ -118,13 +130,26 @@ def divergence(
     return measure
 
 
+def kept_places(rows: int, length: int, vocabulary: int) -> Tensor:
+    """Positions whose logits are compared: all, or as many, evenly spaced, as `OUTPUT_BYTES`
+    of float32 hold for all rows.
+
+    The last token is among them; the first ones, which see little, come last in line.
+    """
+    most = max(1, OUTPUT_BYTES // max(1, 4 * rows * vocabulary))
+    count = min(length, most)
+    return length - 1 - torch.arange(count).flip(0) * length // count
+
+
 def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
     with evaluation(model), torch.no_grad():
         return model(**batch)
 
 
 def _has_logits(model: nn.Module, batch: dict[str, Any]) -> bool:
-    one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    one = {
+        k: v[:1] if isinstance(v, Tensor) and k != "logits_to_keep" else v for k, v in batch.items()
+    }
     return isinstance(getattr(_run(model, one), "logits", None), Tensor)
 
 

@@ -29,7 +29,7 @@ from reattend.install.binding import (
 )
 from reattend.install.masking import adds_bias, match_hiding, match_mask, match_wider
 from reattend.install.pieces import CacheAt, Path
-from reattend.install.unmasked import unmasked
+from reattend.install.unmasked import stands_for_ones, unmasked
 from reattend.mixers.relative import relative_bias
 from reattend.mixers.scores import shown
 from reattend.passes.evaluate import attribute
@@ -37,6 +37,7 @@ from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
 from reattend.spec import Added, Alibi, RelativeBias
 from reattend.surround import Surround, Surrounding
+from reattend.unwieldy import held
 from reattend.weights import head_order
 
 
@@ -103,11 +104,12 @@ def bind(
         does = "decides what is seen" if opaque else "hides padding"
         raise NotUnderstood(f"{path} does not receive the mask that {does}")
     if opaque and mask is not None and not hides:
-        owner = captured.model.get_submodule(path)
-        kind = unmasked(owner, call, mask, values[exit_node])
+        kind = unmasked(captured.model.get_submodule(path), call, mask, values[exit_node])
         pattern = replace(item.spec.core.pattern, unmasked=kind)
         item.spec = replace(item.spec, core=replace(item.spec.core, pattern=pattern))
     extras = _extras(item, path, arguments, values, cache)
+    owner = captured.model.get_submodule(path)
+    spare = tuple(stands_for_ones(owner, call, at, values[exit_node]) for at in extras)
     cos = sin = position = None
     if region.rotation is not None:
         cos, sin, position = bind_rotation(captured, item, arguments)
@@ -117,8 +119,12 @@ def bind(
         cos=cos, sin=sin, position=position,
         cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
         layer_shift=cache.shift or None, output=output,
-        extras=extras, mask_hides=hides, mask_window=window,
+        extras=extras, extras_spare=spare, mask_hides=hides, mask_window=window,
         absent=_absent(captured, item, path, arguments),
+        fixed=held(captured.gm, arguments, [
+            (hidden, region.hidden), (memory, region.memory), (mask, region.mask),
+            *zip(extras, region.extras, strict=True),
+        ]),
     )  # fmt: skip
 
 
@@ -174,6 +180,7 @@ def bind_around(
         layer_shift=cache.shift or None, output=output,
         around=done.config, extras=_extras(item, place.path, arguments, values, cache),
         absent=_absent(captured, item, place.path, arguments),
+        fixed=held(captured.gm, arguments, [(at, n) for n, at in cutter.arguments.items()]),
     )  # fmt: skip
     return binding, done
 

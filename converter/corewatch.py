@@ -26,14 +26,22 @@ _PASS_ON = (
     "masked_fill", "constant_pad_nd", "sub", "select", "split", "alias", "detach", "contiguous",
     "_reshape_alias", "split_with_sizes", "unbind", "lift_fresh", "copy",
 )  # fmt: skip
+#: products with a weight end what scores are
+_LAYERS = (*_PRODUCT, aten.addmm.default, aten.convolution.default)
 
 
 class _Watch(TorchDispatchMode):
-    """Follows every softmax result; one that enters a matrix product is an attention core."""
+    """Follows every softmax of scores; a result that enters a matrix product is an attention core.
 
-    def __init__(self, running: list[str]) -> None:
+    Scores are made of a product of two activations, not of a layer: a softmax over what a layer
+    says (the kernel of a dynamic convolution, the weights of a pooling) is no attention.
+    """
+
+    def __init__(self, running: list[str], weights: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.running = running
+        self.running, self.weights = running, weights
+        self.scores: set[int] = set()
+        self.shifts: set[int] = set()  # made of a logsumexp: their exp is a softmax
         self.fused: list[str] = []
         self.paths: list[str] = []  # of every softmax
         self.roots: dict[int, int] = {}
@@ -43,13 +51,25 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        scored = any(id(a) in self.scores for a in given)
+        if func in _LAYERS:
+            scored = func in _PRODUCT and not any(_storage(a) in self.weights for a in given)
+        shifted = name == "logsumexp" or (
+            name in _PASS_ON and any(id(a) in self.shifts for a in given)
+        )
+        for made in tree_leaves(out) if scored or shifted else ():
+            if isinstance(made, Tensor):
+                self.alive.append(made)
+                self.scores |= {id(made)} if scored else set()
+                self.shifts |= {id(made)} if shifted else set()
         if name in _FUSED:
             self.fused.append(self._path())
-        elif func in _SOFTMAX:
-            self._mark(out, len(self.paths))
-            self.paths.append(self._path())
+        elif func in _SOFTMAX or (name == "exp" and id(given[0]) in self.shifts):
+            if id(given[0]) in self.scores:
+                self._mark(out, len(self.paths))
+                self.paths.append(self._path())
         else:
-            given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             roots = {self.roots[id(a)] for a in given if id(a) in self.roots}
             if roots and func in _PRODUCT:
                 self.averaged |= roots
@@ -67,13 +87,18 @@ class _Watch(TorchDispatchMode):
         self.roots[id(tensor)] = root
 
 
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 @torch.no_grad()
 def cores_by_module(model: nn.Module, inputs: dict[str, Any]) -> Counter[str]:
     """Attention cores of one call, by the path of the smallest module that computes each.
 
-    A core is a fused call, or a softmax result that averages values. A router's softmax scales or
-    selects and is none; a linear attention has no softmax.
+    A core is a fused call, or a softmax of scores that averages values. A router's softmax scales
+    or selects and is none; a linear attention has no softmax.
     """
-    with running_modules(model) as running, _Watch(running) as seen:
+    weights = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    with running_modules(model) as running, _Watch(running, weights) as seen:
         model(**inputs)
     return Counter([*seen.fused, *(seen.paths[i] for i in seen.averaged)])

@@ -89,10 +89,9 @@ def owned(case: Case) -> RefusedSite | None:
 
 def proven(case: Case) -> RefusedSite | None:
     """Rebuilt from its spec it gives the same."""
-    binding, search = case.place.binding, case.search
-    cached = binding is not None and binding.cache is not None
+    search = case.search
     try:
-        case.proof = self_check(search.gm, case.item, search.inputs_at, cached)
+        case.proof = self_check(search.gm, case.item, search.inputs_at)
     except RuntimeError as problem:
         first_line = (str(problem).splitlines() or [""])[0][:120]
         return case.refused(f"not understood: the rebuilt block cannot be run: {first_line}")
@@ -142,7 +141,9 @@ PROVEN = (owned, proven, any_length, owner_proven, call_proven)
 def site_of(case: Case) -> AttentionSite:
     """A block that passed every gate."""
     item, place, deferred = case.item, case.place, case.search.deferred
-    memory = item.region.memory
+    memory, binding = item.region.memory, place.binding
+    if binding is not None and item.spec.whole:
+        binding = binding.model_copy(update={"whole": True})
     return AttentionSite(
         path=place.path,
         spec=item.spec,
@@ -150,8 +151,8 @@ def site_of(case: Case) -> AttentionSite:
         error=math.nan if case.proof is None else case.proof.error,
         hidden_size=int(item.region.hidden.meta["val"].shape[-1]),
         memory_size=0 if memory is None else int(memory.meta["val"].shape[-1]),
-        owner="module" if deferred or place.binding is not None else "graph",
-        binding=place.binding,
+        owner="module" if deferred or binding is not None else "graph",
+        binding=binding,
         surrounding=place.surrounding,
         region=item.region,
         follows_padding=item.follows_padding,

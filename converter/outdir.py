@@ -14,6 +14,8 @@ from reattend.errors import OutputError
 from reattend.weight_files import hash_file
 
 FINGERPRINT = "fingerprint.json"
+#: of that file; the first ones were written without a number
+VERSION = 1
 State = Literal["new", "resumed", "complete"]
 
 
@@ -123,9 +125,32 @@ def aside_of(out: Path) -> Path:
 
 
 def inputs_of(folder: Path) -> dict[str, str] | None:
-    """The fingerprint in a folder that reattend made; None for any other folder."""
+    """The fingerprint in a folder that reattend made; None for any other folder.
+
+    Raises:
+        OutputError: a newer reattend made it.
+    """
     known = read_json(folder / FINGERPRINT)
-    return known["inputs"] if known and known.get("made_by") == "reattend" else None
+    if not known or known.get("made_by") != "reattend":
+        return None
+    version = known.get("version", VERSION)
+    if version != VERSION:
+        raise OutputError(
+            f"{FINGERPRINT} has version {version!r}, which is not known here",
+            where=str(folder),
+            why=f"this reattend reads version {VERSION}",
+            next_step="pip install -U reattend, or choose another --out",
+        )
+    inputs = known.get("inputs")
+    return inputs if isinstance(inputs, dict) else None
+
+
+def fingerprint_of(
+    inputs: Mapping[str, str], files: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """The content of `fingerprint.json`: what a run was made from and, when done, its files."""
+    done = {} if files is None else {"files": dict(files)}
+    return {"made_by": "reattend", "version": VERSION, "inputs": dict(inputs), **done}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

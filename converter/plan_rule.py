@@ -73,7 +73,7 @@ class Rule(Section):
             k: data.pop(k) for k in ("sites", "layers", "heads", "to") if k in data
         }
         if "to" not in own:
-            close = [k for k in data if nearest(k, ["to"])]
+            close = [k for k in data if nearest(str(k), ["to"])]
             raise PlanError(
                 "a rule must say what its sites become",
                 where=where,

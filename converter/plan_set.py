@@ -68,7 +68,11 @@ def _put(
             known = keys if depth == 0 else []
             raise unknown_name("key", ".".join(path[: depth + 1]), known, where)
     if isinstance(here, list):
-        raise PlanError("a setting changes one key of a rule, not a whole rule", where=where)
+        raise PlanError(
+            "a setting changes one key of a rule, not a whole rule",
+            where=where,
+            next_step="write for example --set rules.0.kv_keep=0.25",
+        )
     if value is None:
         here.pop(path[-1], None)
     else:
@@ -78,6 +82,9 @@ def _put(
 def _item(rules: list[Any], part: str, where: str) -> Any:
     if not part.isdecimal() or int(part) >= len(rules):
         raise PlanError(
-            "no such rule", where=where, why=f"the plan has {len(rules)} rules, counted from 0"
+            "no such rule",
+            where=where,
+            why=f"the plan has {len(rules)} rules, counted from 0",
+            next_step="`reattend plans show` prints the rules of a plan",
         )
     return rules[int(part)]

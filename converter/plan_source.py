@@ -60,7 +60,12 @@ def extended(data: dict[str, Any], where: str, base: Path, seen: tuple[str, ...]
     if source is None:
         return data
     if not isinstance(source, str):
-        raise PlanError("`extends` must be a preset or a path", where=where, why=f"got {source!r}")
+        raise PlanError(
+            "`extends` must be a preset or a path",
+            where=where,
+            why=f"got {source!r}",
+            next_step=f"name one plan: {', '.join(preset_names())}, or the path of a file",
+        )
     check_version(data, where)
     parent, parent_where, parent_base = fetch(source, base)
     mark = parent_where if source in preset_names() else str((base / source).resolve())

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from reattend.errors import PlanError
+from reattend.plan_words import complaints, not_switches
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -50,10 +51,18 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PlanError("the plan file is not UTF-8 text", where=where, why=str(error)) from error
+        raise PlanError(
+            "the plan file is not UTF-8 text",
+            where=where,
+            why=str(error),
+            next_step="pass a YAML file; `reattend plans show transmla > plan.yaml` writes one",
+        ) from error
     except OSError as error:
         raise PlanError(
-            "the plan file cannot be read", where=where, why=error.strerror or str(error)
+            "the plan file cannot be read",
+            where=where,
+            why=error.strerror or str(error),
+            next_step="check the path and its permissions",
         ) from error
     return as_mapping(parse_yaml(text, where), where)
 
@@ -83,26 +92,18 @@ def unknown_name(kind: str, name: Any, known: Iterable[str], where: str) -> Plan
     """The error for a name that is not in a closed set; names the nearest one that is."""
     known = sorted(known)
     close = nearest(str(name), known)
+    use = "use one of those" if known else "see `reattend plans show transmla`"
+    use = f"leave it out, or {use}" if kind == "key" else use
     return PlanError(
         f"unknown {kind} {str(name)!r}",
         where=where,
         why=f"known here: {', '.join(known) or 'none'}",
-        next_step=f"did you mean {close[0]!r}?" if close else "",
+        next_step=f"did you mean {close[0]!r}?" if close else use,
     )
 
 
-def explain(error: ValidationError, where: str) -> PlanError:
-    """Turn pydantic's list of complaints into one `PlanError` that names each key and value."""
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            lines.append(f"{key} is missing")
-        elif not key:
-            lines.append(message)
-        else:
-            lines.append(f"{key}: {message} (got {item['input']!r})")
+def not_allowed(lines: Iterable[str], where: str) -> PlanError:
+    """The error for values that are not allowed, one sentence each."""
     return PlanError(
         "a value of the plan is not allowed",
         where=where,
@@ -121,10 +122,12 @@ def build(kind: type[BaseModel], data: Mapping[str, Any], where: str) -> Any:
     for key in data:
         if key not in names:
             raise unknown_name("key", key, names, where)
+    if wrong := list(not_switches(kind, data)):
+        raise not_allowed(wrong, where)
     try:
         return kind.model_validate(dict(data))
     except ValidationError as error:
-        raise explain(error, where) from error
+        raise not_allowed(complaints(error, kind, data), where) from error
 
 
 class Section(BaseModel):
@@ -146,10 +149,12 @@ class Section(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     raise unknown_name("key", key, cls.known_keys(data), where)
+            if wrong := list(not_switches(cls, data)):
+                raise not_allowed(wrong, where)
         try:
             return handler(data)
         except ValidationError as error:
-            raise explain(error, where) from error
+            raise not_allowed(complaints(error, cls, data), where) from error
 
     @classmethod
     def prepare(cls, data: dict[str, Any], where: str) -> dict[str, Any]:

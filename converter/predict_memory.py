@@ -130,7 +130,7 @@ def memory(
     length = batch // calibrate.batch_size
     tokens += spreading_bytes(converted, length)
     found["statistics"] = base + (running + moments + tokens if width else 0)
-    sharing = sharing_bytes(sizes.vocabulary, converted, length)
+    sharing = sharing_bytes(sizes.vocabulary, converted, length, sizes.spared)
     # moments go as new weights come
     found["rewrite"] = base + max(moments, new) + 8 * 8 * width**2 + sharing
     base += new

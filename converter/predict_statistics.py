@@ -35,12 +35,18 @@ def spreading_bytes(converted: list[Choice], length: int) -> int:
     return 5 * 4 * max(heads, default=0) * length**2
 
 
-def sharing_bytes(vocabulary: int, converted: list[Choice], length: int) -> int:
-    """Bytes of measuring what each site does to the output: four times a few rows' logits."""
+def sharing_bytes(vocabulary: int, converted: list[Choice], length: int, spared: bool) -> int:
+    """Bytes of measuring what each site does to the output: four times a few rows' logits.
+
+    Args:
+        spared: logits of some tokens can be left out, so that all rows fit.
+    """
     undecided = [c for c in converted if c.conversion and c.conversion.undecided(c.options)]
     if not undecided:
         return 0
     row = 4 * length * max(vocabulary, 1)
+    if spared:
+        return 5 * min(ROWS * row, max(OUTPUT_BYTES, ROWS * row // length))
     return 5 * row * max(1, min(ROWS, OUTPUT_BYTES // row))
 
 

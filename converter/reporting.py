@@ -145,11 +145,11 @@ def _lacks(site: AttentionSite, graph: bool) -> tuple[str, ...]:
     """What the converted block cannot do that the original could."""
     if graph:
         return LACKS
-    around = site.binding.around if site.binding is not None else None
-    if around is None:
+    if site.binding is None:
         return ()
-    found = () if around.stepwise else ("KV cache",)
-    return (*found, "dropout while training") if around.dropout else found
+    found = ("KV cache",) if site.binding.cache is not None and not site.binding.stepwise else ()
+    dropout = site.binding.around is not None and site.binding.around.dropout
+    return (*found, "dropout while training") if dropout else found
 
 
 def _evidence(

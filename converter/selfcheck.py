@@ -71,16 +71,15 @@ def self_check(
     gm: fx.GraphModule,
     found: Found,
     inputs_at: Callable[[int | None, bool], dict[fx.Node, Any]],
-    cached: bool = True,
 ) -> SelfCheck:
     """Compare the rebuilt block with the region at two lengths, unpadded and padded.
+
+    Where the model's own steps mix tokens or count them, the spec is marked `whole`.
 
     Args:
         gm: normalised graph.
         found: the site.
         inputs_at: placeholder values, (length or None, padded).
-        cached: its tokens may come in parts. Without a cache they all come in one call, and the
-            model's own steps may mix them: the spec is then marked `whole`.
     """
     generator = torch.Generator().manual_seed(1)
     weights = random_weights(gm, found.spec, generator)
@@ -98,7 +97,7 @@ def self_check(
         worst = max(worst, gap / max(scale, 1e-30))
     native, floor, scale, dtype = _native(gm, found, inputs_at(None, False), generator)
     parts = _alone(gm, found, inputs_at, weights)
-    if parts and not cached:
+    if parts:
         parts = _alone(gm, found, inputs_at, weights, True)
         found.spec = replace(found.spec, whole=True)
     return SelfCheck(worst, native, floor, scale, dtype, parts)

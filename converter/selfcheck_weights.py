@@ -164,10 +164,13 @@ def _splits(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], fixed: 
 
 
 def _piece(t: Tensor, sizes: torch.Size, axis: int, start: int, stop: int) -> Tensor:
-    """Part of a tensor along an axis, whole where it has that axis not (or only one of it)."""
-    if t.dim() <= axis or t.shape[axis] != sizes[axis]:
-        return t
-    return t.narrow(axis, start, stop - start)
+    """Part of a tensor along an axis, whole where nothing in it is as long.
+
+    Beside the first input, tokens may be another axis (a factor [B, 1, N, 1]).
+    """
+    axes = [0] if axis == 0 else range(1, t.dim())
+    at = next((i for i in axes if i < t.dim() and t.shape[i] == sizes[axis]), None)
+    return t if at is None else t.narrow(at, start, stop - start)
 
 
 def validity(mask: Tensor | None, x: Tensor, memory: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from io import StringIO
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from reattend.corewatch import cores_by_module
 from reattend.errors import CaptureError
@@ -22,6 +22,7 @@ from reattend.holes import Hole, Openings, Sizes, Unshaped, fill
 from reattend.host import device_of
 from reattend.install.binding import signature_of
 from reattend.running import running_modules
+from reattend.unwieldy import FIXED, has_images, noticing, symbolic_axes
 
 #: classes of modules that are left out at most
 _ATTEMPTS = 8
@@ -48,11 +49,22 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, dic
 
 
 def _export(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
-    auto = torch.export.Dim.AUTO
-    shapes = {
-        name: (dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None)
-        for name, v in inputs.items()
-    }
+    images = has_images(inputs)
+    if images:
+        with noticing() as seen:
+            try:
+                return _exported(model, inputs, True)
+            except Exception:
+                if not seen.unwieldy:
+                    raise
+    gm = _exported(model, inputs, False)
+    gm.meta[FIXED] = images
+    return gm
+
+
+def _exported(model: nn.Module, inputs: dict[str, Any], images: bool) -> fx.GraphModule:
+    """The graph; `images`: heights and widths are symbolic too."""
+    shapes = {name: symbolic_axes(v, images) for name, v in inputs.items()}
     quiet = redirect_stderr(StringIO())  # it prints the graph of a failure
     with _named(model, inputs), _settled(), quiet:
         program = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)

@@ -27,6 +27,7 @@ from reattend.outdir import (
     FINGERPRINT,
     State,
     aside_of,
+    fingerprint_of,
     foreign,
     inputs_of,
     partial_of,
@@ -90,7 +91,7 @@ class Workdir:
                 shutil.rmtree(out / WORK, ignore_errors=True)
                 return work
             work._claim()
-        work.publish_json(FINGERPRINT, {"made_by": "reattend", "inputs": work.fingerprint})
+        work.publish_json(FINGERPRINT, fingerprint_of(work.fingerprint))
         return work
 
     def __enter__(self) -> Self:
@@ -216,9 +217,7 @@ class Workdir:
         results = sorted(n for n in self._kept - {FINGERPRINT} if not n.startswith(f"{WORK}/"))
         with os_errors_explained(self.out):
             sums = {n: None if n in VOLATILE else hash_file(self.path(n)) for n in results}
-        self.publish_json(
-            FINGERPRINT, {"made_by": "reattend", "inputs": self.fingerprint, "files": sums}
-        )
+        self.publish_json(FINGERPRINT, fingerprint_of(self.fingerprint, sums))
         with os_errors_explained(self.out):
             aside = aside_of(self.out)
             if self.out.exists() and any(self.out.iterdir()):

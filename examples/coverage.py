@@ -23,6 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,13 @@ NO_ATTENTION = (
 )  # fmt: skip
 
 
-def measure(task: str, kind: str, name: str) -> dict[str, Any]:
-    """One architecture: what was found, and how far `identity` is from the original."""
+def measure(
+    task: str, kind: str, name: str, tell: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """One architecture: what was found, and how far `identity` is from the original.
+
+    `tell` hears the row as it grows, so that what is known outlives a crash.
+    """
     row: dict[str, Any] = {"task": task, "kind": kind, "class": name}
     try:
         model = tiny_models.build(kind, name)
@@ -53,6 +59,7 @@ def measure(task: str, kind: str, name: str) -> dict[str, Any]:
     from reattend.inputs import made_up
 
     row["cores"] = count_cores(model, made_up(model))
+    tell(row)
     try:
         found = find_attention(model)
     except ReattendError as error:
@@ -64,8 +71,18 @@ def measure(task: str, kind: str, name: str) -> dict[str, Any]:
         reasons_of = [r.reason[:160] for r in found.refused if r.verified is proven]
         row[name] = dict(Counter(reasons_of))
     if found.sites:
-        row["identity"] = identity(model, task)
+        tell(row | {"identity": {"error": "it ended without an answer"}})
+        try:
+            row["identity"] = identity(model, task)
+        except Exception as problem:
+            row["identity"] = {"error": crashed(problem)}
     return row
+
+
+def crashed(problem: BaseException) -> str:
+    """An error that is none of reattend's, where it arose."""
+    last = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"crash: {type(problem).__name__} in {last.name}: {str(problem)[:160]}"
 
 
 def why(error: Any) -> str:
@@ -149,35 +166,46 @@ def isolated(task: str, kind: str, name: str) -> dict[str, Any]:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
+        row: dict[str, Any] = {"task": task, "kind": kind, "class": name}
+
+        def tell(known: dict[str, Any]) -> None:
+            row.update(known)
+            os.write(write, json.dumps(known).encode() + b"\n")
+
         try:
-            row = measure(task, kind, name)
+            tell(measure(task, kind, name, tell))
         except BaseException as problem:
-            last = traceback.extract_tb(problem.__traceback__)[-1]
-            row = {
-                "task": task, "kind": kind, "class": name,
-                "crash": f"{type(problem).__name__} in {last.name}: {str(problem)[:160]}",
-            }  # fmt: skip
-        with os.fdopen(write, "wb") as pipe:
-            pipe.write(json.dumps(row).encode())
+            tell(row | {"crash": crashed(problem).removeprefix("crash: ")})
         os._exit(0)
     os.close(write)
-    data = b""
+    data, over = b"", False
     while (left := LIMIT_S - (time.monotonic() - began)) > 0:
         if not select.select([read], [], [], left)[0]:
             break
         part = os.read(read, 1 << 16)
         if not part:
+            over = True
             break
         data += part
     os.close(read)
-    if not data:
+    if not over:
         os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    over = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     seconds = round(time.monotonic() - began, 1)
-    if data:
-        return {**json.loads(data), "seconds": seconds}
-    reason = f"no answer within {LIMIT_S} s" if seconds >= LIMIT_S else "the process died"
-    return {"task": task, "kind": kind, "class": name, "crash": reason, "seconds": seconds}
+    lines = data.decode().splitlines()
+    row = json.loads(lines[-1]) if lines else {"task": task, "kind": kind, "class": name}
+    if not over:
+        late = seconds >= LIMIT_S
+        reason = f"no answer within {LIMIT_S} s" if late else "the process died"
+        row = _cut_short(row, reason)
+    return {**row, "seconds": seconds}
+
+
+def _cut_short(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """What is known of a model whose measurement did not end."""
+    if "identity" in row:
+        return {**row, "identity": {"error": reason}}
+    return {**row, "crash": reason}
 
 
 def main() -> int:

@@ -140,10 +140,11 @@ def table(results: dict[str, Any]) -> str:
             f"| {100 * one['accuracy']:.1f} % ({one['gain']:.2f}) "
             f"| {100 * many['accuracy']:.1f} % ({many['gain']:.2f}) |"
         )
+    dates = ", ".join(sorted({row.get("date", results["date"]) for row in results["rows"]}))
     rows, backend = results["inputs"]["rows"], results["inputs"]["kv_backend"]
     lines += [
         "",
-        f"{results['model']}, {results['date']}, {results['device']}, no training. Perplexity, KL "
+        f"{results['model']}, {dates}, {results['device']}, no training. Perplexity, KL "
         f"to the original and top-1 agreement: {rows} x {PPL_TOKENS} held-out tokens; recall: "
         f"{rows} x {RECALL_TOKENS}; gain: nats per key token over the same key never shown. Cache "
         f"at {PPL_TOKENS} tokens, 2 bytes per number; quantised caches (`{backend}`) with scales, "

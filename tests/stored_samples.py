@@ -8,6 +8,7 @@ sample that exists is never written again: it stands for the files that users al
     plan-1.yaml        every key of a plan (written by hand)
     report-1.json      a report; every number in it is made up
     run-1.json         times and memory
+    out-1/             a finished output folder with its fingerprint.json; the hashes are made up
     checkpoint-1/      a Llama with mixed and with latent layers
     around-1/          a Llama whose layer is written out: programs around the mixer
     graph-1/           a module that is not from transformers, rewritten as a graph
@@ -108,6 +109,18 @@ def write_run(path: Path) -> None:
     path.write_bytes(run.to_json().encode())
 
 
+INPUTS = {"weights": "0" * 64, "plan": "1" * 64, "data": "none", "seed": "0", "reattend": "0.1.0"}
+
+
+def write_out(folder: Path) -> None:
+    from reattend.workdir import Workdir
+
+    with Workdir.open(folder, INPUTS) as work:
+        work.publish_bytes("plan.json", b"{}\n")
+        work.publish_bytes("run.json", b"{}\n")
+        work.finish()
+
+
 def write_checkpoint(name: str, folder: Path, number: int) -> None:
     from reattend.publishing import write_checkpoint as write
 
@@ -135,12 +148,15 @@ def stored_logits(folder: Path, name: str) -> Tensor:
 
 def main() -> None:
     from reattend.install.stored import FORMAT
+    from reattend.outdir import VERSION
     from reattend.report.run import SCHEMA as RUN
     from reattend.targets.onnx.manifest import SCHEMA as MANIFEST
 
     torch.set_num_threads(1)
     if not (run := DATA / f"run-{RUN}.json").exists():
         write_run(run)
+    if not (out := DATA / f"out-{VERSION}").exists():
+        write_out(out)
     for name in CHECKPOINTS:
         if not (folder := DATA / f"{name}-{FORMAT}").exists():
             write_checkpoint(name, folder, FORMAT)

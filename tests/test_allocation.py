@@ -8,9 +8,9 @@ import pytest
 import torch
 import zoo_models
 
-from reattend import convert, find_attention, load
-from reattend.allocation import divergence
-from reattend.data import load_data
+from reattend import allocation, convert, find_attention, load
+from reattend.allocation import divergence, kept_places
+from reattend.data import Dataset, load_data
 from reattend.plan import Plan
 from reattend.preflight import preflight
 from reattend.rewriting import normal_forms
@@ -62,3 +62,32 @@ def test_an_unchanged_block_does_not_diverge_and_a_broken_one_does() -> None:
     worse = measure(path, broken)
     assert worse > 1e-4
     assert abs(measure(path, forms[path])) < 1e-5  # the broken one is gone again
+
+
+def test_of_a_large_vocabulary_some_tokens_of_every_row_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = zoo_models.build("llama")
+    monkeypatch.setattr(allocation, "OUTPUT_BYTES", 4 * 4 * model.config.vocab_size * 5)
+    places = kept_places(4, 40, model.config.vocab_size)
+    assert places.tolist() == [7, 15, 23, 31, 39]
+    assert kept_places(4, 5, model.config.vocab_size).tolist() == [0, 1, 2, 3, 4]
+    choices = preflight(find_attention(model), Plan.load({"rules": [AUTO]}))
+    ids, mask = data()[:4], torch.ones(4, 40, dtype=torch.long)
+    mask[1, 20:] = 0  # three of five places of this row are padding
+    rows = Dataset([{"input_ids": ids, "attention_mask": mask}], description="random")
+    path = choices[1].site.path
+    broken = normal_forms(model, choices)[path]
+    broken.v_proj.weight = torch.nn.Parameter(torch.zeros_like(broken.v_proj.weight))
+    found = divergence(model, {c.site.path: c for c in choices}, rows)(path, broken)
+
+    other = zoo_models.build("llama")
+    torch.nn.init.zeros_(other.get_submodule(path).v_proj.weight)  # type: ignore[arg-type]
+    with torch.no_grad():
+        before, after = (
+            m(input_ids=ids, attention_mask=mask).logits[:, places].log_softmax(-1)
+            for m in (model, other)
+        )
+    gap = (before.exp() * (before - after)).sum(-1)[mask[:, places].bool()]
+    assert len(gap) == 17
+    assert found == pytest.approx(float(gap.mean()), rel=1e-4)

@@ -102,6 +102,57 @@ class OwnValues(nn.Module):
         return self.attn(shared, shared * 0.5, self.second(x), shared)
 
 
+class Cooled(nn.Module):
+    """Queries are multiplied with a factor by position that the call brings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(q * factor, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class CooledModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Cooled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[1], device=x.device)
+        return x + self.attn(x, (1 + 0.1 * (1 + place).log())[None, None, :, None])
+
+
+class Zeroed(nn.Module):
+    """Tokens that are not real are zeroed before the keys; no mask says that all are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        keys = x if real is None else x * real[:, :, None]
+        q, k, v = (
+            f(t).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for f, t in ((self.q, x), (self.k, keys.clamp(-1, 1)), (self.v, x))
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class ZeroedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Zeroed()
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        return x + self.attn(x, real)
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -117,6 +168,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Tensor]]]] = {
             {"x": randn(3, 7, 32), "memory": randn(3, 5, 32)},
         ],
     ),
+    "cooled": (CooledModel, [{"x": randn(2, 11, 32)}, {"x": randn(3, 7, 32)}]),
     "own values": (OwnValues, [{"x": randn(2, 11, 32)}, {"x": randn(3, 7, 32)}]),
 }
 
@@ -148,6 +200,30 @@ def test_what_was_read() -> None:
     spec = found("detr cross")[2].sites[0].spec
     assert spec.kind == "cross"
     assert [isinstance(s.proj, Opaque) for s in (spec.q, spec.k, spec.v)] == [True, True, False]
+
+
+def test_a_factor_that_the_call_brings_is_read_from_it() -> None:
+    site = found("cooled")[2].sites[0]
+    assert isinstance(site.spec.q.proj, Opaque)
+    assert site.binding is not None
+    assert site.binding.extras == (("factor",),)
+    assert not site.spec.whole  # the factor knows the position, the block does not
+
+
+def test_an_argument_left_out_means_what_the_original_makes_of_it() -> None:
+    torch.manual_seed(4)
+    model = ZeroedModel().eval()
+    x, real = randn(2, 11, 32), torch.ones(2, 11)
+    real[0, :4] = 0
+    seen = find_attention(model, {"x": x, "real": real})
+    (site,) = seen.sites
+    assert site.binding is not None
+    assert site.binding.extras_spare == ("float32",)
+    converted = convert(model, plan="identity", inputs={"x": x, "real": real}).model
+    for given in ({"x": x, "real": real}, {"x": randn(3, 7, 32)}):
+        with torch.no_grad():
+            gap = converted(**given) - model(**given)
+        assert float(gap.abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["shifted", "detr"])

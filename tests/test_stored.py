@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import around_models
 import pytest
 import stored_samples
-from stored_samples import CHECKPOINTS, DATA, IDS
+from stored_samples import CHECKPOINTS, DATA, IDS, INPUTS
 
 from reattend import load
-from reattend.errors import EXIT_BAD_INPUT, ModelError
-from reattend.install.stored import FORMAT
+from reattend.errors import EXIT_BAD_INPUT, ModelError, OutputError
+from reattend.install.stored import FORMAT, check_format
+from reattend.outdir import VERSION, state_of_out
 
+Change = Callable[[dict[str, Any]], Any]
 STORED = [
     pytest.param(name, number, id=f"{name}-{number}")
     for name in CHECKPOINTS
@@ -47,6 +50,72 @@ def test_the_samples_hold_what_their_names_say() -> None:
     assert all(site["binding"]["around"]["after"] for site in around)
     graph = json.loads((DATA / "graph-1" / "reattend.json").read_text())
     assert [site["binding"] for site in graph["sites"]] == [None]
+
+
+@pytest.mark.parametrize("number", ["1", 0, -1, True, 1.5, None, [1]])
+def test_a_format_that_is_no_number_is_named(number: Any) -> None:
+    with pytest.raises(ModelError, match="no format number") as caught:
+        check_format({"format": number, "sites": []}, "config.json")
+    assert caught.value.next_step
+    with pytest.raises(ModelError, match="got None"):
+        check_format({"sites": []}, "config.json")
+
+
+def without(part: str) -> Change:
+    return lambda site: site.pop(part)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        *((without(part), part) for part in ("path", "kind", "config", "binding")),
+        (lambda site: site["config"]["core"].update(heads="many"), "core.heads"),
+        (lambda site: site["binding"].update(cache=3), "cache"),
+    ],
+    ids=str,
+)
+def test_a_site_that_cannot_be_read_is_named(change: Change, part: str, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(DATA / f"checkpoint-{FORMAT}", folder)
+    content = json.loads((folder / "config.json").read_text())
+    change(content["reattend"]["sites"][1])
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="converted blocks cannot be read") as caught:
+        load(folder)
+    assert part in caught.value.why
+    assert caught.value.next_step
+
+
+def versioned(folder: Path, version: Any) -> Path:
+    shutil.copytree(DATA / f"out-{VERSION}", folder)
+    file = folder / "fingerprint.json"
+    content = json.loads(file.read_text())
+    assert content.pop("version") == VERSION
+    file.write_text(json.dumps(content if version is None else {**content, "version": version}))
+    return folder
+
+
+@pytest.mark.parametrize("version", [None, *range(1, VERSION + 1)])
+def test_a_stored_fingerprint_is_recognised(version: int | None, tmp_path: Path) -> None:
+    """None: as written before fingerprints had a number."""
+    out = versioned(tmp_path / "out", version)
+    assert state_of_out(out, INPUTS, overwrite=False) == "complete"
+    with pytest.raises(OutputError, match="made with another seed"):
+        state_of_out(out, {**INPUTS, "seed": "1"}, overwrite=False)
+    (out / "plan.json").write_text("[]")
+    with pytest.raises(OutputError, match=r"damaged: plan.json"):
+        state_of_out(out, INPUTS, overwrite=False)
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, "1", 0])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_fingerprint_of_another_version_is_refused(
+    version: Any, overwrite: bool, tmp_path: Path
+) -> None:
+    out = versioned(tmp_path / "out", version)
+    with pytest.raises(OutputError, match="not known here") as caught:
+        state_of_out(out, INPUTS, overwrite)
+    assert caught.value.next_step
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

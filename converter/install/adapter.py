@@ -21,6 +21,7 @@ from reattend.install.binding import (
     signature_of,
 )
 from reattend.install.masking import within
+from reattend.install.pieces import FixedLeaf
 from reattend.mixers.base import Context, Mixer, State
 from reattend.mixers.scores import shown
 
@@ -105,6 +106,8 @@ class Adapter(nn.Module):
                     where=type(self.mixer).__name__,
                     next_step=f"convert again with inputs that reach {name!r}, or leave it out",
                 )
+        for leaf in b.fixed:
+            _as_captured(leaf, read(arguments, leaf.path))
         if self.around is not None:
             arguments = self.around.prepare(arguments)
         x, memory = read(arguments, b.hidden), read(arguments, b.memory)
@@ -113,7 +116,7 @@ class Adapter(nn.Module):
             mask=shown(mask) if b.mask_adds_bias and mask is not None else mask,
             rotation=self.rotation(arguments),
             position_BN=read(arguments, b.position),
-            extras=tuple(read(arguments, path) for path in b.extras),
+            extras=self._extras(arguments, x),
         )
         state: State | None = self._state(arguments, mask is None or mask.dim() != 4)
         if b.mask_window is not None and mask is not None and state is not None:
@@ -123,6 +126,24 @@ class Adapter(nn.Module):
         if self.around is not None:
             arguments = self.around.finish(arguments, y)
         return pack(b.output, y, arguments, added)
+
+    def _extras(self, arguments: dict[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """What the block's own steps read beside."""
+        found = []
+        spare = dict(enumerate(self.binding.extras_spare))
+        for number, path in enumerate(self.binding.extras):
+            value = read(arguments, path)
+            if value is None:
+                dtype = spare.get(number)
+                if not dtype:
+                    raise ArgumentError(
+                        f"a converted layer needs the argument {path[0]!r}",
+                        why="the module it replaced was captured with it",
+                        next_step=f"call the model so that {path[0]!r} is passed again",
+                    )
+                value = x.new_ones(x.shape[:2], dtype=getattr(torch, dtype))
+            found.append(value)
+        return tuple(found)
 
     def _mask(self, arguments: dict[str, Any], n: int) -> Tensor | None:
         mask = read(arguments, self.binding.mask)
@@ -180,12 +201,11 @@ class Adapter(nn.Module):
         state: StockState = StockState(layer, number, filled_only)
         if self.mixer.keeps:
             state = _keeping(self.mixer, layer, number)
-        around = self.binding.around
-        if around is not None and not around.stepwise and state.seen():
+        if not self.binding.stepwise and state.seen():
             raise UnsupportedCacheError(
                 "a converted layer cannot continue from a cache",
                 where=f"layer {number}",
-                why="what the original module does around its attention mixes tokens or counts "
+                why="what the original module does besides attention mixes tokens or counts "
                 "them, so it needs the whole sequence",
                 next_step="pass use_cache=False",
             )
@@ -199,6 +219,20 @@ def _keeping(mixer: Mixer, cache: Any, layer_idx: int) -> StockState:
 
     kind = KeptState if len(mixer.head_groups) == 1 else GroupedKeptState
     return kind(cache, layer_idx)
+
+
+def _as_captured(leaf: FixedLeaf, value: Any) -> None:
+    """A model that was captured at one size of image computes nothing else."""
+    sizes = tuple(value.shape) if isinstance(value, Tensor) and leaf.sizes else ()
+    differs = any(n not in (None, size) for n, size in zip(leaf.sizes, sizes, strict=False))
+    if differs or (leaf.number is not None and value != leaf.number):
+        raise ArgumentError(
+            "a converted layer was given an image of another size",
+            where=".".join(map(str, leaf.path)),
+            why="the sizes inside this model were too tangled to capture, so it was converted for "
+            "images of the example's height and width",
+            next_step="pass images of that size, or convert again with inputs of the other",
+        )
 
 
 def _ends_with(mask: Tensor, tokens: int, layer: int) -> None:

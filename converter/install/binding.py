@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.install.pieces import AroundConfig, Path
+from reattend.install.pieces import AroundConfig, FixedLeaf, Path
 from reattend.mixers.config import Frozen
 
 
@@ -33,9 +33,12 @@ class Binding(Frozen):
     `mask_hides`: it is bool and True where a key is hidden (MPT), not where it is seen.
     `mask_window`: beside what it hides, the block hides later keys, and those this many tokens back
     (GPT-Neo; 0: as far back as there are). None: the mask is all that hides.
-    `extras`: what the block's own steps read beside (`Context.extras`).
+    `extras`: what the block's own steps read beside (`Context.extras`). `extras_spare`: for each
+    the dtype of the ones [B, N] that it means where a call leaves it out; empty: it must be there.
     `absent`: parameters that the captured call left out, so what a tensor there does is not known.
     `layer_shift`: a number that each call adds to `layer_idx` (a module called several times).
+    `whole`: the block's own steps need all tokens of a sequence in one call.
+    `fixed`: arguments that must be as they were at capture, where it was of one size of image.
     """
 
     hidden: Path
@@ -54,7 +57,15 @@ class Binding(Frozen):
     output: Any = "y"
     around: AroundConfig | None = None
     extras: tuple[Path, ...] = ()
+    extras_spare: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    whole: bool = False
+    fixed: tuple[FixedLeaf, ...] = ()
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether a call may bring new tokens only, beside a cache of those before."""
+        return not self.whole and (self.around is None or self.around.stepwise)
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

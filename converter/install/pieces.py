@@ -38,6 +38,14 @@ class Feed(Frozen):
     axis: int | None = None
 
 
+class FixedLeaf(Frozen):
+    """An argument that is as it was at capture: a number, or a tensor of these sizes."""
+
+    path: Path
+    number: int | None = None
+    sizes: tuple[int | None, ...] = ()
+
+
 class Piece(Frozen):
     """A program and where its inputs come from, in order."""
 

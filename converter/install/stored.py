@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from reattend.errors import ModelError
@@ -18,17 +19,31 @@ FORMAT = 1
 
 
 def check_format(stored: Mapping[str, Any], where: str) -> None:
-    """Refuse a checkpoint that a newer reattend wrote.
+    """Refuse a checkpoint that a newer reattend wrote, or whose sites are not described.
 
     Raises:
-        ModelError: its format number is above ours.
+        ModelError: its format is above ours or no number, or a site lacks a part.
     """
-    if int(stored.get("format", 0)) > FORMAT:
+    number = stored.get("format")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ModelError(
-            f"this checkpoint has format {stored['format']}; this reattend reads up to {FORMAT}",
+            "this checkpoint has no format number",
+            where=where,
+            why=f"`format` must be a whole number from 1 to {FORMAT}, got {number!r}",
+            next_step="copy or download the folder again, or convert the model again",
+        )
+    if number > FORMAT:
+        raise ModelError(
+            f"this checkpoint has format {number}; this reattend reads up to {FORMAT}",
             where=where,
             next_step="pip install -U reattend",
         )
+    sites = stored.get("sites")
+    parts = {"path", "kind", "config", "binding"}
+    if not isinstance(sites, list) or not all(
+        isinstance(s, Mapping) and parts <= s.keys() for s in sites
+    ):
+        raise _unreadable(where, f"every entry of `sites` must have {', '.join(sorted(parts))}")
 
 
 def describe(model: nn.Module) -> list[dict[str, Any]]:
@@ -54,10 +69,23 @@ def install_empty(model: nn.Module, sites: list[dict[str, Any]]) -> None:
         path = local_path(model, site["path"], prefix)
         if path is None:
             continue
-        mixer = build_mixer(site["kind"], site["config"])
-        binding = Binding.model_validate(site["binding"])
+        try:
+            mixer = build_mixer(site["kind"], site["config"])
+            binding = Binding.model_validate(site["binding"])
+        except ValidationError as problem:
+            said = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors()]
+            raise _unreadable(site["path"], "; ".join(said[:3])) from problem
         around = None if binding.around is None else Around(binding.around)
         replace_module(model, path, install(model.get_submodule(path), mixer, binding, around))
+
+
+def _unreadable(where: str, why: str) -> ModelError:
+    return ModelError(
+        "what this checkpoint says about its converted blocks cannot be read",
+        where=where,
+        why=why,
+        next_step="copy or download the folder again, or convert the model again",
+    )
 
 
 def local_path(model: nn.Module, path: str, prefix: str) -> str | None:

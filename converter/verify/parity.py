@@ -156,8 +156,7 @@ def _generates(model: nn.Module) -> bool:
 
 def _needs_the_whole(model: nn.Module) -> bool:
     """Whether a converted layer refuses to continue from a cache."""
-    arounds = [m.binding.around for m in model.modules() if isinstance(m, Adapter)]
-    return any(around is not None and not around.stepwise for around in arounds)
+    return any(not m.binding.stepwise for m in model.modules() if isinstance(m, Adapter))
 
 
 def _own_gap(model: nn.Module, ids: Tensor, mask: Tensor) -> float | None:

@@ -13,13 +13,13 @@ import torch
 
 
 def head(command: str, *packages: str) -> dict[str, Any]:
-    """Command, date, device and versions; `packages` beside torch and triton."""
+    """Command, date, device (a GPU, or "cpu") and versions; `packages` beside torch and triton."""
     names = ("torch", "triton", *packages)
     found = {name: torch.__version__ if name == "torch" else version(name) for name in names}
     return {
         "command": command,
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {"python": platform.python_version(), **found},
     }
 

@@ -126,3 +126,26 @@ def decode_verdict(results: dict[str, Any]) -> str:
             f" slower ({worst})"
         )
     return f"Not good yet: with its smaller cache MLA is faster {', '.join(parts)}."
+
+
+def sparse_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/sparse_cpu.py` as Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    peers = ("sdpa-mask", "sdpa-causal", "flex")
+    lines = [
+        f"CPU, {results['threads']} thread, {results['date']}, {versions},"
+        f" `{results['command']}`: processor ms of `reattend::sparse_attention`, batch 1, float32,"
+        " 8 heads of 64, 4 sinks and a window of 256 (dense heads where the name says so); in"
+        " brackets how many times faster ours is.",
+        "",
+        f"| problem | density | ours | {' | '.join(peers)} |",
+        "|---|" + "---:|" * (len(peers) + 2),
+    ]
+    for row in results["rows"]:
+        ms, ratio = row["ms"], row["times_faster"]
+        shown = [
+            f"{ms[name]['cpu_ms']:.2f} (x{ratio[name]:.2f})" if name in ms else "" for name in peers
+        ]
+        first = f"| {row['case']} | {row['density']:.1%} | {ms['ours']['cpu_ms']:.2f} | "
+        lines.append(first + " | ".join(shown) + " |")
+    return "\n".join(lines)

@@ -26,15 +26,20 @@ from triton.compiler import ASTSource
 from reattend.kernels.attention import triton_kernel as attention_kernels
 from reattend.kernels.configs import MEASURED, KernelConfig, shipped
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
+from reattend.kernels.sparse_attention import triton_backward as sparse_backward_kernels
+from reattend.kernels.sparse_attention import triton_kernel as sparse_kernels
 from reattend.kernels.targets import SMALL_SHARED_LIMIT, Target
 
 ROPE_WIDTH = 64
 SPILL_LIMIT = 64  # bytes of stack per thread: a few slots differ between compiler versions
 MEASURED_SPILL_LIMIT = 448  # of a configuration that was fastest on the device in spite of it
 VARIANTS = ("plain", "full")
+SPARSE_BLOCK = 64
 _POINTERS = {"lse": "fp32", "kv_start": "i64", "kv_len": "i64", "table": "i32"}
+_POINTERS |= dict.fromkeys(("row_ptr", "col", "tile", "head_layout", "col_ptr", "rows"), "i32")
+_POINTERS |= {"tiles": "i64", "shift": "fp32"}
 _FLOATS = ("scale", "softcap")
-_DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope")
+_DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope", "dy", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Compiled:
         kernel: name of the kernel.
         width: head width, or latent rank (with a rotary part of `ROPE_WIDTH`).
         element_bytes: 2 (bf16) or 4 (fp32).
-        variant: ``plain`` (causal only) or ``full`` (window, softcap and pages as well).
+        variant: ``plain`` (causal only) or ``full`` (window, softcap and pages as well); of
+            sparse kernels, without and with softcap.
         config: tile sizes.
         shared: bytes of shared memory per program.
         registers: registers per thread (AMD: vector registers).
@@ -71,23 +77,27 @@ class Compiled:
 
 
 def _kernel(name: str) -> Any:
-    module = attention_kernels if name.startswith("attention") else latent_kernels
+    modules = {"attention": attention_kernels, "latent": latent_kernels, "sparse": sparse_kernels}
+    module = modules[name.partition("_")[0]]
+    if name.startswith("sparse_d") and not name.endswith("decode"):
+        module = sparse_backward_kernels
     return getattr(module, name.removesuffix("_wide").removesuffix("_tall"))
 
 
 def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dict[str, Any]:
     block = triton.next_power_of_2(width)
     constants: dict[str, Any] = {
-        "CAUSAL": True,
-        "HAS_WINDOW": full,
         "HAS_SOFTCAP": full,
-        "PAGED": full,
         "UPCAST": False,
         "PRECISION": "ieee",
         "BLOCK_ROWS": config.rows,
         "BLOCK_KEYS": config.keys,
     }
-    if kernel.startswith("attention"):
+    if not kernel.startswith("sparse"):
+        constants |= {"CAUSAL": True, "HAS_WINDOW": full, "PAGED": full}
+    else:
+        constants |= {"BLOCK": SPARSE_BLOCK}
+    if not kernel.startswith("latent"):
         constants |= {"D": width, "E": width, "BLOCK_D": block, "BLOCK_E": block}
     else:
         constants |= {"RANK": width, "ROPE": ROPE_WIDTH, "SPREAD": config.spread}

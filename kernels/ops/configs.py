@@ -1,8 +1,8 @@
 """Tile sizes of every shipped kernel: the one table, no autotuning.
 
-Key: (target, kernel, width class, bytes per element). The width class is the smallest listed
-width that holds max(d, e) for `attention` and r for `latent`. A shape the table does not hold
-runs the torch implementation. Every entry is compiled ahead of time for its target by
+Key: (target, kernel, width class, bytes per element). The width class is the smallest listed width
+that holds max(d, e) for `attention` and `sparse`, and r for `latent`. A shape the table does not
+hold runs the torch implementation. Every entry is compiled ahead of time for its target by
 `reattend.kernels.aot`, which checks shared memory, registers and spill. Entries of `MEASURED` are
 the fastest of a sweep on that device (`kernels/bench/sweep.py`); all others were chosen by the
 compiler's report: the largest tiles that fit without spill. `latent_decode_wide` and
@@ -68,6 +68,14 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
     ("latent_prefill", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
     ("latent_decode", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+    ("sparse_decode", 2): _heads((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2)),
+    ("sparse_dq", 2): _heads((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("sparse_dkv", 2): _heads((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ("sparse_prefill", 4): _heads((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    ("sparse_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)),
+    ("sparse_dq", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("sparse_dkv", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 _SM_90: Rows = {
     **_SM_80,
@@ -95,6 +103,14 @@ _GFX942: Rows = {
     ("attention_decode", 4): _heads((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     ("latent_prefill", 4): _ranks((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     ("latent_decode", 4): _ranks((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("sparse_prefill", 2): _heads((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    ("sparse_decode", 2): _heads((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    ("sparse_dq", 2): _heads((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+    ("sparse_dkv", 2): _heads((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+    ("sparse_prefill", 4): _heads((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+    ("sparse_decode", 4): _heads((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("sparse_dq", 4): _heads((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("sparse_dkv", 4): _heads((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 # fmt: on
 MEASURED: dict[str, Rows] = {"sm_90": _H200}

@@ -92,13 +92,10 @@ def best_splits(slots: int, programs: int, tiles: int) -> int:
     return min(range(1, max(min(tiles, MAX_SPLITS), 1) + 1), key=cost)
 
 
-def common_options(rule: Rule, config: KernelConfig, paged: bool, x: Tensor) -> dict[str, Any]:
-    """Compile-time and launch options that every attention kernel takes."""
+def tile_options(softcap: float, config: KernelConfig, x: Tensor) -> dict[str, Any]:
+    """Compile-time and launch options that every kernel with tiles takes."""
     return {
-        "CAUSAL": rule.causal,
-        "HAS_WINDOW": rule.sliding_window > 0,
-        "HAS_SOFTCAP": rule.softcap > 0,
-        "PAGED": paged,
+        "HAS_SOFTCAP": softcap > 0,
         # the interpreter holds bf16 as integers: compute in fp32 there
         "UPCAST": interpreting() and x.dtype == torch.bfloat16,
         "PRECISION": "ieee",
@@ -107,6 +104,15 @@ def common_options(rule: Rule, config: KernelConfig, paged: bool, x: Tensor) -> 
         "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
+    }
+
+
+def common_options(rule: Rule, config: KernelConfig, paged: bool, x: Tensor) -> dict[str, Any]:
+    """Options of the kernels whose mask is a rule."""
+    return tile_options(rule.softcap, config, x) | {
+        "CAUSAL": rule.causal,
+        "HAS_WINDOW": rule.sliding_window > 0,
+        "PAGED": paged,
     }
 
 

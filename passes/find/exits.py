@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reattend.passes.base import call, owned
 from reattend.passes.evaluate import Evaluator, concrete_shape
 from reattend.passes.find.joins import inverse_columns, projection_after, read_join
 from reattend.passes.find.reasons import NotUnderstood
@@ -32,12 +33,45 @@ class FoundExit:
 
 
 def read_exit(
-    gm: fx.GraphModule, core: fx.Node, hidden: fx.Node, given: dict[fx.Node, Any]
+    gm: fx.GraphModule, core: fx.Node, hidden: fx.Node, given: dict[fx.Node, Any], owner: str
 ) -> FoundExit:
     """Follow a core to its output projection, through layout, a gate or the model's own steps.
 
+    Where something else follows (two cores that meet, tokens that are regrouped), the block ends
+    with its joined heads.
+    """
+    try:
+        return _projected(gm, core, hidden, given, owner)
+    except NotUnderstood:
+        joined = _joined(gm, core)
+        return FoundExit(joined, joined, None)
+
+
+def _joined(gm: fx.GraphModule, core: fx.Node) -> fx.Node:
+    """[B, N, H e], made right behind a core [B, H, N, e]; whoever reads the core reads it there."""
+    readers = [u for u in core.users if not is_op(u, aten.sym_size)]
+    heads, width = (int(core.meta["val"].shape[axis]) for axis in (1, 3))
+    with gm.graph.inserting_after(core):
+        turned = call(gm, aten.transpose.int, core, 1, 2)
+    with gm.graph.inserting_after(turned):
+        joined = call(gm, aten.flatten.using_ints, turned, 2, -1)
+    with gm.graph.inserting_after(joined):
+        apart = call(gm, aten.unflatten.int, joined, -1, [heads, width])
+    with gm.graph.inserting_after(apart):
+        back = call(gm, aten.transpose.int, apart, 1, 2)
+    owned(back, core)
+    for reader in readers:
+        reader.replace_input_with(core, back)
+    return joined
+
+
+def _projected(
+    gm: fx.GraphModule, core: fx.Node, hidden: fx.Node, given: dict[fx.Node, Any], owner: str
+) -> FoundExit:
+    """The exit of a block that ends in a projection, or right before something else.
+
     Raises:
-        NotUnderstood: what follows is none of these (two cores that meet).
+        NotUnderstood: what follows is none of these.
     """
     node: fx.Node = core
     while True:
@@ -55,7 +89,7 @@ def read_exit(
             raise
     after = projection_after(core)
     if after is not None:
-        join, columns = read_join(gm, core, hidden, after, given)
+        join, columns = read_join(gm, core, hidden, after, given, owner)
         joined = after.args[0]
         assert isinstance(joined, fx.Node)
         return FoundExit(after, joined, _out(after, columns), join)

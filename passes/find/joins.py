@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from reattend.passes.evaluate import Evaluator, ancestors, concrete_shape
+from reattend.passes.find.owners import from_outside
 from reattend.passes.find.programs import cut_out
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.stored import weight_of
@@ -42,7 +43,12 @@ def projection_after(core: fx.Node) -> fx.Node | None:
 
 
 def read_join(
-    gm: fx.GraphModule, core: fx.Node, hidden: fx.Node, after: fx.Node, given: dict[fx.Node, Any]
+    gm: fx.GraphModule,
+    core: fx.Node,
+    hidden: fx.Node,
+    after: fx.Node,
+    given: dict[fx.Node, Any],
+    owner: str,
 ) -> tuple[Gate | Joined, tuple[int, ...]]:
     """What happens between `core` and the projection `after`, and the columns `after` reads.
 
@@ -52,6 +58,7 @@ def read_join(
         hidden: where the queries come from, [B, N, D].
         after: the output projection.
         given: placeholder values.
+        owner: path of the module that the block lies in.
 
     Raises:
         NotUnderstood: it depends on other values than the core's output and the hidden state.
@@ -64,8 +71,20 @@ def read_join(
     found = _gate(gm, core, hidden, joined, given)
     if found is not None:
         return found
+    beside = from_outside(joined, owner, (core, hidden))
+    if beside:
+        raise NotUnderstood(f"what follows the core reads {beside[0].name}")
+    return own_join(gm, core, hidden, joined), tuple(range(shape[-1]))
+
+
+def own_join(gm: fx.GraphModule, core: fx.Node, hidden: fx.Node, joined: fx.Node) -> Joined:
+    """The model's own steps from `core` [B, H, N, e] to `joined` [B, N, width].
+
+    Raises:
+        NotUnderstood: they read more than the core's output and the hidden state.
+    """
     part = cut_out(gm, joined, {core: "y", hidden: "x"}, "what follows the core")
-    return Joined(part.program, part.sources, shape[-1]), tuple(range(shape[-1]))
+    return Joined(part.program, part.sources, int(joined.meta["val"].shape[-1]))
 
 
 def _gate(

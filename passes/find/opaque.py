@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from reattend.passes.evaluate import ancestors
 from reattend.passes.find.programs import cut_out, then
 from reattend.passes.find.reasons import NotUnderstood
-from reattend.passes.normalize.forms import aten, is_projection
+from reattend.passes.normalize.forms import aten, is_op, is_projection
 from reattend.spec import Opaque
 
 #: values tried as the end of the program
@@ -29,8 +29,19 @@ def common_input(core_input: fx.Node) -> fx.Node | None:
         if isinstance(node, fx.Node):
             rest = [o for o in found if o is not node]
             if all(node in ancestors([o]) for o in rest if isinstance(o, fx.Node)):
-                return node
+                return _unfolded(node)
     return None
+
+
+def _unfolded(node: fx.Node) -> fx.Node:
+    """[B, N, D] where a value is its fold [B N, D], as routers of experts read it."""
+    while is_op(node, aten.reshape, aten.view, aten.flatten) and node.meta["val"].dim() == 2:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if str(source.meta["val"].shape[-1]) != str(node.meta["val"].shape[-1]):
+            break
+        node = source
+    return node
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, fx
 
 from reattend.passes.evaluate import ancestors, parameter_only
@@ -25,19 +27,25 @@ def owner_of(nodes: list[fx.Node]) -> str:
     return ".".join(common)
 
 
-def from_outside(wanted: fx.Node, owner: str) -> list[fx.Node]:
+def from_outside(wanted: fx.Node, owner: str, known: Collection[fx.Node] = ()) -> list[fx.Node]:
     """Tensors computed outside of `owner` that `wanted` is computed from, in graph order.
 
-    Values of weights alone count as the block's own, wherever they are computed.
+    Values of weights alone count as the block's own, wherever they are computed. What `known`
+    values are computed from is not looked at.
     """
 
     def ends(node: fx.Node) -> bool:
+        if node in known:
+            return True
         return is_op(node, aten.sym_size) or (_outside(node, owner) and not parameter_only(node))
 
     found = {
         n
         for n in ancestors([wanted], stop=ends)
-        if _outside(n, owner) and not parameter_only(n) and isinstance(n.meta.get("val"), Tensor)
+        if n not in known
+        and _outside(n, owner)
+        and not parameter_only(n)
+        and isinstance(n.meta.get("val"), Tensor)
     }
     return [n for n in wanted.graph.nodes if n in found]
 

@@ -45,7 +45,7 @@ def cut_out(
             continue
         if size(node):
             given[node] = f"n{len(prefix)}"
-            prefix.append(_size(node, inputs, given[node], what))
+            prefix += _size(node, inputs, given[node], what)
         elif node.op == "get_attr" and (number := _constant(gm, str(node.target))) is not None:
             given[node] = f"n{len(prefix)}"
             value, dtype = number
@@ -80,19 +80,41 @@ def _axis(node: fx.Node, inputs: Mapping[fx.Node, str]) -> tuple[str, int] | Non
     if not isinstance(wanted, torch.SymInt):
         return None
     for source, label in inputs.items():
-        for axis, size in enumerate(source.meta["val"].shape):
+        for axis, size in enumerate(_shape(source)):
             if str(size) == str(wanted):
                 return label, axis
     return None
 
 
-def _size(node: fx.Node, inputs: Mapping[fx.Node, str], name: str, what: str) -> Step:
+def _multiple(node: fx.Node, inputs: Mapping[fx.Node, str]) -> tuple[str, int, int] | None:
+    """The input, its axis and how many times this size it has (windows of every image)."""
+    wanted = node.meta["val"]
+    for source, label in inputs.items():
+        for axis, size in enumerate(_shape(source)):
+            if isinstance(size, torch.SymInt) and isinstance(wanted, torch.SymInt):
+                times = size.node.expr / wanted.node.expr
+                if times.is_Integer and times > 1:
+                    return label, axis, int(times)
+    return None
+
+
+def _shape(source: fx.Node) -> tuple[Any, ...]:
+    value = source.meta["val"]
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _size(node: fx.Node, inputs: Mapping[fx.Node, str], name: str, what: str) -> list[Step]:
     """A size of the model's inputs, read off one of the program's."""
     found = _axis(node, inputs)
-    if found is None:
+    if found is not None:
+        label, axis = found
+        return [Step(name=name, call="aten.sym_size.int", args=({"value": label}, axis))]
+    folded = _multiple(node, inputs)
+    if folded is None:
         raise NotUnderstood(f"{what} depends on a size ({node.name}) that its inputs do not have")
-    label, axis = found
-    return Step(name=name, call="aten.sym_size.int", args=({"value": label}, axis))
+    label, axis, times = folded
+    whole = Step(name=f"{name}f", call="aten.sym_size.int", args=({"value": label}, axis))
+    return [whole, Step(name=name, call="floordiv", args=({"value": whole.name}, times))]
 
 
 def _constant(gm: fx.GraphModule, target: str) -> tuple[bool | int | float, str] | None:

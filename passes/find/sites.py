@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from reattend.passes.find.exits import FoundExit, read_exit
+from reattend.passes.find.joins import own_join
 from reattend.passes.find.masks import FoundMask, read_mask
+from reattend.passes.find.owners import owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation
 from reattend.passes.find.sources import read_added, read_sources
@@ -154,7 +156,10 @@ def _read(
         ),
         out=None,
     )
-    exit_ = read_exit(gm, core, hidden, given)
+    owner = owner_of([*(s.projection for s in streams.values()), core])
+    exit_ = read_exit(gm, core, hidden, given, owner)
+    if exit_.out is None and list(spec.core.kv_head_of) != sorted(spec.core.kv_head_of):
+        exit_.join = own_join(gm, core, hidden, exit_.joined)  # heads leave in the model's order
     spec = replace(spec, out=exit_.out, join=exit_.join)
     externals = {e for s in streams.values() for e in s.externals}
     region = Region(

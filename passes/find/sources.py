@@ -43,22 +43,37 @@ def read_sources(
     """
     q, k, v = (streams[n] for n in "qkv")
     plain = all(s.hidden.meta["val"].dim() == 3 for s in (q, k, v))
-    if k.hidden is v.hidden and plain:
-        return Sources(q.hidden, None if k.hidden is q.hidden else k.hidden), streams
     owner = owner_of([*(s.projection for s in streams.values()), core])
-    behind = {n: from_outside(s.hidden, owner) for n, s in streams.items()}
+    alone = not any(_reads_more(s, owner) for s in streams.values())
+    if k.hidden is v.hidden and plain and alone:
+        return Sources(q.hidden, None if k.hidden is q.hidden else k.hidden), streams
+    behind = {n: from_outside(_end(s), owner) for n, s in streams.items()}
     if not all(behind.values()):
         raise NotUnderstood("keys and values come from different tensors")
     shared = [n for n in behind["q"] if n in behind["v"]]
-    hidden = (shared or behind["q"])[-1]
+    hidden = q.hidden if q.hidden in behind["q"] else (shared or behind["q"])[-1]
     both = [n for n in behind["k"] if n in behind["v"]]
-    memory = hidden if shared else (both or behind["k"])[-1]
+    memory = hidden
+    if hidden not in behind["v"]:
+        memory = k.hidden if k.hidden in behind["k"] else (both or behind["k"])[-1]
     sources = Sources(hidden, None if memory is hidden else memory)
     made = {
         name: _based(gm, stream, hidden if name == "q" else memory, behind[name], sources)
         for name, stream in streams.items()
     }
     return sources, made
+
+
+def _end(stream: FoundStream) -> fx.Node:
+    """What a stream's sources are looked for behind: its input, or the end of its own steps."""
+    return stream.projection if isinstance(stream.steps[0], Opaque) else stream.hidden
+
+
+def _reads_more(stream: FoundStream, owner: str) -> bool:
+    """Whether own steps read more that the call hands over, as factors by position."""
+    if not isinstance(stream.steps[0], Opaque):
+        return False
+    return bool(from_outside(stream.projection, owner, (stream.hidden,)))
 
 
 def _based(
@@ -69,7 +84,9 @@ def _based(
     sources: Sources,
 ) -> FoundStream:
     """The stream as it begins at `source`."""
-    if stream.hidden is source:
+    if stream.hidden is source and behind == [source]:
+        return stream
+    if stream.hidden is source and not isinstance(stream.steps[0], Opaque):
         return stream
     extras = [n for n in behind if n is not source]
     places = tuple(sources.place(n) for n in extras)

@@ -116,8 +116,8 @@ def _check(path: str, config: object, binding: Binding) -> None:
     why = ""
     if config.cross:
         why = "it attends to another stream (cross-attention)"
-    elif binding.around is not None and not binding.around.stepwise:
-        why = "what the original module does around its attention needs the whole sequence"
+    elif not binding.stepwise:
+        why = "what the original module does besides attention needs the whole sequence"
     elif binding.cache is None:
         why = "it keeps no cache; only decoders that generate token by token are exported"
     elif config.core.pattern == "chunked":

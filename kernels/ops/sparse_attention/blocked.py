@@ -15,6 +15,7 @@ from reattend.kernels.core import Rule, average, average_backward, compute_dtype
 from reattend.kernels.sparse_attention.schedule import schedule
 
 SCORES_PER_STEP = 1 << 18  # 1 MiB of fp32 scores: they stay in the processor's cache
+SCORES_OF_A_RUN = 1 << 16  # from here on one pair is a step: its keys need no gathering
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class Step:
     Attributes:
         query: places (J, h, queries) in q_BHNd, counted over its first three axes.
         key: places (J, K) in k_BGMd, likewise; keys that do not exist name others.
+        run: there is one pair, and its keys follow each other.
         hidden: (first column, bools (1 or J, 1, 1, queries or 1, columns)): scores to hide.
     """
 
     query: Tensor
     key: Tensor
+    run: bool
     hidden: list[tuple[int, Tensor]]
 
 
@@ -73,7 +76,9 @@ def _steps(x: Inputs) -> Iterator[Step]:
         key_IK = batch.key_IK + start_B[row_I, None]
         hidden = [(column, pairs[:, None, None]) for column, pairs in batch.hidden]
         beyond_IK = key_IK > last_B[row_I, None]
+        run = bool((key_IK[:, -1] - key_IK[:, 0] == key_IK.shape[1] - 1).all())
         if bool(beyond_IK.any()):
+            run = False
             key_IK = key_IK.minimum(last_B[row_I, None])
             hidden.append((0, beyond_IK[:, None, None, None]))
         query_IN = batch.query_I[:, None] + torch.arange(batch.queries)
@@ -85,19 +90,24 @@ def _steps(x: Inputs) -> Iterator[Step]:
             key = key.flatten(0, 1)
             many = len(kv_head)
             scores_each = query.shape[1] * query.shape[2] * key.shape[1]
-            size = max(SCORES_PER_STEP // scores_each, 1)
+            alone = run and scores_each >= SCORES_OF_A_RUN
+            size = 1 if alone else max(SCORES_PER_STEP // scores_each, 1)
             for i in range(0, len(key), size):
                 j = min(i + size, len(key))
                 part = [
                     (c, pairs if len(pairs) == 1 else pairs[torch.arange(i, j) // many])
                     for c, pairs in hidden
                 ]
-                yield Step(query[i:j], key[i:j], part)
+                yield Step(query[i:j], key[i:j], alone, part)
 
 
-def _gather(x: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of the last axis at places counted over the other axes."""
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, place.flatten().to(x.device))
+def _gather(x: Tensor, place: Tensor, dtype: torch.dtype, run: bool = False) -> Tensor:
+    """Rows of the last axis at places counted over the other axes; a run of them is a view."""
+    rows = x.reshape(-1, x.shape[-1])
+    if run:
+        rows = rows.narrow(0, int(place.flatten()[0]), place.numel())
+    else:
+        rows = rows.index_select(0, place.flatten().to(x.device))
     return rows.view(*place.shape, x.shape[-1]).to(dtype)
 
 
@@ -105,8 +115,8 @@ def _read(x: Inputs, step: Step, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Te
     """Masked scores (J, 1, h, rows, keys), queries (J, 1, h, rows, d), keys and values."""
     dtype = compute_dtype(x.q_BHNd.dtype)
     q = _gather(x.q_BHNd, step.query, dtype)[:, None]
-    k = _gather(x.k_BGMd, step.key, dtype)[:, None]
-    v = _gather(x.v_BGMe, step.key, dtype)[:, None]
+    k = _gather(x.k_BGMd, step.key, dtype, step.run)[:, None]
+    v = _gather(x.v_BGMe, step.key, dtype, step.run)[:, None]
     s = products((q,), (k,), rule)
     for column, hidden in step.hidden:
         part = s[..., column : column + hidden.shape[-1]]

@@ -62,7 +62,7 @@ def visible_pairs(
     cell = cell.index_put(place, torch.where(tile < 0, everything, tile.long()))
     cell = cell.view(layouts, blocks, columns + 1)
     row_BN = torch.div(pos_BN, block, rounding_mode="floor") - first
-    is_row_BN = (pos_BN >= 0) & (row_BN >= 0) & (row_BN < blocks)
+    is_row_BN = (row_BN >= 0) & (row_BN < blocks)
     cell_LBNC = cell[:, row_BN.clamp(0, blocks - 1).long()]
     bits_LBNC = bits[cell_LBNC, (pos_BN % block)[..., None].long()]
     key_block_BM = torch.div(key_BM, block, rounding_mode="floor").clamp(0, columns).long()

@@ -12,6 +12,7 @@ from reattend.errors import ArgumentError
 from reattend.kernels.autocast import register_autocast
 from reattend.kernels.checks import Shape, check_cache, check_rows, check_scalars, same_size
 from reattend.kernels.core import Rule, compute_dtype
+from reattend.kernels.lazy_triton import load_launch
 from reattend.kernels.sparse_attention import blocked
 from reattend.kernels.sparse_attention.blocked import Inputs
 from reattend.kernels.sparse_attention.layout import check_layout
@@ -22,6 +23,13 @@ _ARGUMENTS = (
     " Tensor tiles, Tensor head_layout, Tensor kv_start_B, Tensor kv_len_B, int block,"
     " SymInt first, float scale, float softcap=0.0"
 )
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Inputs, Rule]:
+    """Positional arguments of the op, put together; softcap may be missing."""
+    *tensors, block, first, scale, softcap = (*rest, 0.0) if len(rest) == 10 else rest
+    x = Inputs(q, k, v, tuple(tensors[:5]), (tensors[5], tensors[6]), block, first)
+    return x, Rule(scale, False, 0, softcap)
 
 
 def check(
@@ -80,6 +88,18 @@ def sparse_attention(
     return blocked.forward(x, Rule(scale, False, 0, softcap))
 
 
+@sparse_attention.register_kernel("cuda")
+def _cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    x, rule = _inputs(q, k, v, *rest)
+    check(q, k, v, x.layout, x.rows, x.block, x.first, rule.softcap)
+    launch = load_launch("reattend.kernels.sparse_attention.launch")
+    config = launch.config_for(x, "forward") if rule.scale > 0 else None
+    if config is None:  # fp64, very wide heads, a GPU no kernel is shipped for, a scale of 0
+        return blocked.forward(x, rule)
+    result: tuple[Tensor, Tensor] = launch.launch(x, rule, config)
+    return result
+
+
 @sparse_attention.register_fake
 def _fake(
     q: Tensor,
@@ -135,6 +155,21 @@ def sparse_attention_backward(
     x = Inputs(q_BHNd, k_BGMd, v_BGMe, layout, rows, block, first)
     grads, outputs = (dy_BHNe, dlse_BHN), (y_BHNe, lse_BHN)
     return blocked.backward(grads, outputs, x, Rule(scale, False, 0, softcap))
+
+
+@sparse_attention_backward.register_kernel("cuda")
+def _cuda_backward(
+    dy: Tensor, dlse: Tensor, y: Tensor, lse: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, rule = _inputs(*inputs)
+    launch = load_launch("reattend.kernels.sparse_attention.launch")
+    configs = (launch.config_for(x, "dq"), launch.config_for(x, "dkv"))
+    if None in configs:
+        return blocked.backward((dy, dlse), (y, lse), x, rule)
+    result: tuple[Tensor, Tensor, Tensor] = launch.launch_backward(
+        (dy, dlse), (y, lse), x, rule, configs
+    )
+    return result
 
 
 @sparse_attention_backward.register_fake

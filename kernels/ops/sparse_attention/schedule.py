@@ -72,17 +72,14 @@ def _together(tiles: Any, tile_W: Any, block: int) -> tuple[Any, list[tuple[int,
         tile_W: tile of each entry, or -1.
         block: tokens per block.
     """
-    columns, hidden, at = [], [], 0
-    for w, number in enumerate(tile_W):
-        kept = np.arange(block)
-        if number >= 0:
-            seen = _unpack(tiles[number], block)
-            kept = np.flatnonzero(seen.any(0))
-            if not seen[:, kept].all():
-                hidden.append((at, torch.from_numpy(~seen[None][..., kept])))
-        columns.append(w * block + kept)
-        at += len(kept)
-    return np.concatenate(columns), hidden
+    kept, edges = np.ones((len(tile_W), block), bool), []
+    for w in np.flatnonzero(tile_W >= 0):
+        seen = _unpack(tiles[tile_W[w]], block)
+        kept[w] = seen.any(0)
+        if not seen[:, kept[w]].all():
+            edges.append((w, seen[:, kept[w]]))
+    hidden = [(int(kept[:w].sum()), torch.from_numpy(~seen[None])) for w, seen in edges]
+    return np.flatnonzero(kept), hidden
 
 
 def _apart(tiles: Any, tile_IW: Any, block: int) -> list[tuple[int, Tensor]]:
@@ -96,6 +93,9 @@ def _apart(tiles: Any, tile_IW: Any, block: int) -> list[tuple[int, Tensor]]:
 
 def _groups(labels: Any) -> Iterator[Any]:
     """Indices of equal rows of an array (items, labels), at most `ITEMS` at once."""
+    if len(labels) == 1:
+        yield np.zeros(1, np.int64)
+        return
     _, kind = np.unique(labels, axis=0, return_inverse=True)
     order = np.argsort(kind.reshape(-1), kind="stable")
     ends = np.flatnonzero(np.diff(kind.reshape(-1)[order])) + 1
