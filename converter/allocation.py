@@ -49,35 +49,46 @@ def allocate(
             groups.setdefault(key, []).append(c)
     if not groups:
         return
-    owned = all(c.site.owner != "graph" for group in groups.values() for c in group)
     forms = normal_forms(model, [c for group in groups.values() for c in group])
-    measure: Measure | None = None
-    if owned and data is not None:
-        measure = divergence(model, {c.site.path: c for g in groups.values() for c in g}, data)
+    for group in groups.values():
+        conversion = group[0].conversion
+        assert conversion is not None
+        measure: Measure | None = None
+        if data is not None and all(c.site.owner != "graph" for c in group):
+            chosen = {c.site.path: c for c in group}
+            measure = divergence(model, chosen, data, conversion.rehearsal)
+        subjects = [
+            Subject(c.site.path, forms[c.site.path], moments[c.site.path], c.options) for c in group
+        ]
+        told = _told(measure, progress)
+        for choice, options in zip(group, conversion.allocate(subjects, told), strict=True):
+            choice.options = options
+
+
+def _told(measure: Measure | None, progress: Callable[[str], None] | None) -> Measure:
+    """`measure`, telling of every site."""
 
     def told(path: str, mixer: Mixer) -> float | None:
         if progress is not None:
             progress(path)
         return None if measure is None else measure(path, mixer)
 
-    for group in groups.values():
-        conversion = group[0].conversion
-        assert conversion is not None
-        subjects = [
-            Subject(c.site.path, forms[c.site.path], moments[c.site.path], c.options) for c in group
-        ]
-        for choice, options in zip(group, conversion.allocate(subjects, told), strict=True):
-            choice.options = options
+    return told
 
 
-def divergence(model: nn.Module, choices: dict[str, Choice], data: Dataset) -> Measure:
+def divergence(
+    model: nn.Module,
+    choices: dict[str, Choice],
+    data: Dataset,
+    rehearsal: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Measure:
     """How far the model's output moves when one site is replaced.
 
     Mean KL(original || changed) over real tokens for models with logits, else the mean squared
-    difference of the first output.
+    difference of the first output. `rehearsal` makes the rows it is measured on from the data's.
     """
     target = shared_copy(model)
-    batch = beside(model, next(iter(data.batches(ROWS))))
+    batch = beside(model, rehearsal(next(iter(data.batches(ROWS)))))
     mask = batch.get("attention_mask")
     real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     tokens = next(v for v in batch.values() if isinstance(v, Tensor)).shape[:2]

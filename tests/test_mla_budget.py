@@ -11,8 +11,9 @@ import torch
 from mla_blocks import PAPER, config, dense, moments
 
 from reattend.passes.rewrite.base import Subject
+from reattend.passes.rewrite.knapsack import Curve, knapsack
 from reattend.passes.rewrite.mla import MlaOptions, ToMla
-from reattend.passes.rewrite.mla_budget import Curve, allocate, by_energy, curve, knapsack
+from reattend.passes.rewrite.mla_budget import allocate, by_energy, curve
 from reattend.passes.rewrite.mla_error import RATIOS, Sample, best_ratio
 from reattend.passes.rewrite.mla_sizes import resolve
 

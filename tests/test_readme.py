@@ -86,6 +86,7 @@ def script(name):
         ("scale", "scale", "scale", "README.md"),
         ("latent-norm", "latent_norm", "latent_norm", "docs/deepseek.md"),
         ("coverage", "coverage", "coverage", "README.md"),
+        ("sparse", "sparse_table", "sparse_table", "README.md"),
     ],
 )
 def test_a_committed_table_is_that_of_its_json(mark, name, file, document, monkeypatch):

@@ -121,3 +121,30 @@ def test_a_filled_layer_is_not_taken_over() -> None:
     cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
     with pytest.raises(UnsupportedCacheError, match="filled before"):
         model(torch.randint(3, 97, (1, 4)), past_key_values=cache)
+
+
+MIXED = [
+    {"sites": "*", "heads": [0], "to": "sparse", "pattern": {"sinks": 1, "window": 6}},
+    {"sites": "*", "heads": [1], "to": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 4},
+]
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_sparse_and_latent_heads_share_a_layer(name: str) -> None:
+    """One head forgets, the other compresses; greedy and beams equal decoding without a cache."""
+    data = torch.randint(3, 97, (8, 40))
+    model = convert(decoder(name, layers=3, groups=2), plan={"rules": MIXED}, data=data).model
+    ids, mask = prompts()
+    expected = greedy_without_cache(model, ids, mask)
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    assert bool((expected == got).all())
+    run = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False}
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **run)
+    assert bool((expected == model.generate(ids, attention_mask=mask, **run)).all())
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.randint(3, 97, (1, 40)), past_key_values=cache)
+        model(torch.randint(3, 97, (1, 1)), past_key_values=cache)
+    kept, latent = cache.layers[1].groups.values()  # a layer without a window of its own
+    assert kept.rows[0].shape[2] == 1 + 5
+    assert latent.keys.shape[1:] == (1, 41, 8)

@@ -200,9 +200,7 @@ class Adapter(nn.Module):
             return CrossState(cache, number, filled_only)
         state: StockState = StockState(layer, number, filled_only)
         if self.mixer.keeps:
-            from reattend.install.kept import KeptState
-
-            state = KeptState(layer, number)
+            state = _keeping(self.mixer, layer, number)
         if not self.binding.stepwise and state.seen():
             raise UnsupportedCacheError(
                 "a converted layer cannot continue from a cache",
@@ -212,6 +210,15 @@ class Adapter(nn.Module):
                 next_step="pass use_cache=False",
             )
         return state
+
+
+def _keeping(mixer: Mixer, cache: Any, layer_idx: int) -> StockState:
+    """The state of a mixer that chooses which rows stay."""
+    from reattend.install.kept import KeptState
+    from reattend.install.kept_groups import GroupedKeptState
+
+    kind = KeptState if len(mixer.head_groups) == 1 else GroupedKeptState
+    return kind(cache, layer_idx)
 
 
 def _as_captured(leaf: FixedLeaf, value: Any) -> None:

@@ -10,7 +10,7 @@ Layout letters: B batch, N new tokens, M kept rows, G key/value heads, d and e w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 #: tokens of one call that `crop` may take back: assisted decoding tries candidates that way, and
 #: does not say so before the first call
 ROLLBACK = 64
+
+Layer = TypeVar("Layer", bound="KeptLayer")
 
 
 class KeptLayer(DynamicLayer):
@@ -123,6 +125,11 @@ class KeptLayer(DynamicLayer):
         """What code that knows layers by `keys` and `values` looks at."""
         self.keys, self.values = self.parts[0][:2] if self.parts else (None, None)
 
+    @property
+    def rows(self) -> list[Tensor]:
+        """The keys and values of every class."""
+        return [t for part in self.parts for t in part[:2]]
+
     def get_seq_length(self) -> int:
         """Tokens so far, kept or not."""
         return self.total
@@ -193,37 +200,44 @@ class KeptLayer(DynamicLayer):
         self._show()
 
 
-class KeptState(StockState):
-    """One layer of a transformers DynamicCache, for a mixer that chooses which rows stay.
+def take_layer(cache: Any, layer_idx: int, kind: type[Layer]) -> Layer:
+    """The cache's layer of this kind, put in the place of an empty one at the first call.
 
     Raises:
         UnsupportedCacheError: the cache is of another kind, or holds this layer's rows already.
     """
+    layers: Any = getattr(cache, "layers", None)
+    replicated = getattr(cache, "layer_class_to_replicate", None)
+    while layers is not None and replicated is not None and len(layers) <= layer_idx:
+        layers.append(replicated())
+    layer: Any = None
+    if layers is not None and layer_idx < len(layers):
+        layer = layers[layer_idx]
+    if type(layer) is kind:
+        return layer
+    known = type(layer) in _REPLACEABLE
+    if not known or layer.is_initialized:
+        what = "that was filled before" if known else f"of type {type(layer).__name__}"
+        raise UnsupportedCacheError(
+            f"a block with sparse attention was given a cache with a layer {what}",
+            where=f"layer {layer_idx}",
+            why="it keeps, for each class of heads, rows of its own and their positions",
+            next_step="pass a new DynamicCache of transformers, or use_cache=False",
+        )
+    layers[layer_idx] = made = kind(layer)
+    return made
+
+
+class KeptState(StockState):
+    """One layer of a transformers DynamicCache, for a mixer that chooses which rows stay.
+
+    Raises:
+        UnsupportedCacheError: see `take_layer`.
+    """
 
     def __init__(self, cache: Any, layer_idx: int) -> None:
         super().__init__(cache, layer_idx)
-        layers: Any = getattr(cache, "layers", None)
-        replicated = getattr(cache, "layer_class_to_replicate", None)
-        while layers is not None and replicated is not None and len(layers) <= layer_idx:
-            layers.append(replicated())
-        layer: Any = None
-        if layers is not None and layer_idx < len(layers):
-            layer = layers[layer_idx]
-        if isinstance(layer, KeptLayer):
-            return
-        if type(layer) not in _REPLACEABLE or layer.is_initialized:
-            what = (
-                "a layer that was filled before"
-                if type(layer) in _REPLACEABLE
-                else (f"a layer of type {type(layer).__name__}")
-            )
-            raise UnsupportedCacheError(
-                f"a block with sparse attention was given a cache with {what}",
-                where=f"layer {layer_idx}",
-                why="it keeps, for each class of heads, rows of its own and their positions",
-                next_step="pass a new DynamicCache of transformers, or use_cache=False",
-            )
-        layers[layer_idx] = KeptLayer(layer)
+        take_layer(cache, layer_idx, KeptLayer)
 
     def keep(
         self, keys: Tensor, values: Tensor, valid_BN: Tensor | None, config: SparseConfig

@@ -94,6 +94,11 @@ class MixedAttention(Mixer):
         return sum(group.joined_width for group in self.head_groups)
 
     @property
+    def keeps(self) -> bool:
+        """Whether any group chooses which of its rows stay."""
+        return any(group.keeps for group in self.head_groups)
+
+    @property
     def cross(self) -> bool:
         """Groups of one block read the same streams."""
         return any(group.cross for group in self.head_groups)

@@ -75,6 +75,18 @@ class HeadPattern(Frozen):
         """KV-monotone: what a causal query does not see, no later one will; caches may forget."""
         return not self.full and all(t.monotone for t in self.terms)
 
+    def words(self) -> str:
+        """For people: `sinks 4, window 256`."""
+        given = self.model_dump(mode="json", exclude_defaults=True)
+        return ", ".join(
+            f"{name} {' '.join(f'{k} {v}' for k, v in value.items())}"
+            if isinstance(value, dict)
+            else name
+            if value is True
+            else f"{name} {value}"
+            for name, value in given.items()
+        )
+
     def sees(self, i: Tensor, j: Tensor, core: CoreConfig) -> Tensor:
         """Boolean, for positions that broadcast; negative ones are padding, which nobody sees.
 

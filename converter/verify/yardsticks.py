@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from reattend.data import Dataset
 from reattend.errors import ArgumentError
+from reattend.mixers.base import Mixer
 from reattend.verify.kv_quant import GROUP, new_quantised_cache
 from reattend.verify.quality import Quality, measure, perplexity, recall
 from reattend.verify.recall import RecallScore
@@ -79,20 +80,26 @@ class Yardstick:
 def cache_elements_per_token(model: nn.Module, *, tokens: int = 16) -> float:
     """Numbers that the model's own cache holds per token, all layers, counted on a real forward.
 
+    Args:
+        model: any with a transformers cache.
+        tokens: how many are read; it matters where a layer keeps some of them only.
+
     Raises:
         ArgumentError: the model returns no cache of known form.
     """
     device = next(model.parameters()).device
     with evaluating(model):
-        ids_BN = torch.arange(1, tokens + 1, device=device)[None]
-        cache = model(ids_BN, use_cache=True).past_key_values
+        ids_BN = torch.arange(1, tokens + 1, device=device)[None] % 16 + 1
+        cache = model(ids_BN[:, :-1], use_cache=True).past_key_values
+        if getattr(cache, "layers", None):  # what a call of several tokens keeps beside, is gone
+            cache = model(ids_BN[:, -1:], past_key_values=cache, use_cache=True).past_key_values
     layers = getattr(cache, "layers", None)
     if not layers:
         raise ArgumentError("The model returns no KV cache.", where=type(model).__name__)
     held = sum(
         value.numel()
         for layer in layers
-        for value in (layer.keys, layer.values)
+        for value in getattr(layer, "rows", (layer.keys, layer.values))
         if isinstance(value, Tensor)
     )
     return held / tokens
@@ -100,7 +107,8 @@ def cache_elements_per_token(model: nn.Module, *, tokens: int = 16) -> float:
 
 def original(model: nn.Module, *, context: int, element_bytes: int = 2) -> Yardstick:
     """The model as it is: the row that all others are compared with."""
-    held = cache_elements_per_token(model) * element_bytes
+    keeps = any(isinstance(m, Mixer) and m.keeps for m in model.modules())
+    held = cache_elements_per_token(model, tokens=context if keeps else 16) * element_bytes
     return Yardstick("original", context, held, 1.0, full_scorer(model), model)
 
 

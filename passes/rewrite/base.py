@@ -80,6 +80,10 @@ class Conversion(ABC):
         """Whether `allocate` has something to choose."""
         return False
 
+    def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The calibration rows on which `Measure` compares, changed to ask what matters here."""
+        return batch
+
     def allocate(self, sites: list[Subject], measure: Measure) -> list[Any]:
         """Final options of sites that share options, once there are statistics."""
         return [site.options for site in sites]

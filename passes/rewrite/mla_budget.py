@@ -9,7 +9,6 @@ of the sum under the budget, by dynamic programming.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from reattend.mixers.dense import DenseAttention
 from reattend.mixers.latent import LatentAttention
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Measure, Subject
+from reattend.passes.rewrite.knapsack import Curve, knapsack
 from reattend.passes.rewrite.mla_error import Sample
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_sizes import Sizes, full_rank, resolve
@@ -27,19 +27,6 @@ from reattend.passes.rewrite.mla_solve import assemble, solve
 STEPS = 16
 #: Ranks measured per rotary width, as shares of an even share of the budget.
 RANKS = (0.0625, 0.125, 0.25, 0.5, 0.8, 1.2, 1.8, 2.5)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a site costs at every cache size.
-
-    Attributes:
-        error: [b] for b cached numbers, weighted; infinite where no size fits.
-        sizes: (R, r) that reaches it.
-    """
-
-    error: np.ndarray
-    sizes: dict[int, tuple[int, int]]
 
 
 def allocate(sites: list[Subject], measure: Measure) -> list[MlaOptions]:
@@ -67,7 +54,7 @@ def allocate(sites: list[Subject], measure: Measure) -> list[MlaOptions]:
     ]
 
 
-def curve(site: Subject, even: Sizes, measure: Measure) -> Curve:
+def curve(site: Subject, even: Sizes, measure: Measure) -> Curve[tuple[int, int]]:
     """The weighted error of one site by cache size."""
     assert site.statistics.samples
     dense = _wide(site.dense)
@@ -102,33 +89,7 @@ def curve(site: Subject, even: Sizes, measure: Measure) -> Curve:
         for rank, error in zip(fine.tolist(), np.exp(logs).tolist(), strict=True):
             if error < best.get(rope + rank, (np.inf, None))[0]:
                 best[rope + rank] = (error, (rope, rank))
-    error = np.full(max(best) + 1, np.inf)
-    for size, (value, _) in best.items():
-        error[size] = weight * value
-    return Curve(error, {size: widths for size, (_, widths) in best.items()})
-
-
-def knapsack(curves: list[Curve], budget: int) -> list[tuple[int, int]]:
-    """The (R, r) of every site with the least total error at no more than `budget` numbers."""
-    total = np.full(budget + 1, np.inf)
-    total[0] = 0.0
-    taken = []
-    for one in curves:
-        new, pick = np.full(budget + 1, np.inf), np.zeros(budget + 1, dtype=np.int64)
-        for size in one.sizes:
-            if size > budget:
-                continue
-            reached = np.full(budget + 1, np.inf)
-            reached[size:] = total[: budget + 1 - size] + one.error[size]
-            better = reached < new
-            new[better], pick[better] = reached[better], size
-        total = new
-        taken.append(pick)
-    left, sizes = int(np.argmin(total)), []
-    for one, pick in zip(reversed(curves), reversed(taken), strict=True):
-        sizes.append(one.sizes[int(pick[left])])
-        left -= int(pick[left])
-    return sizes[::-1]
+    return Curve.of({size: (weight * e, widths) for size, (e, widths) in best.items()})
 
 
 def by_energy(sites: list[Subject], even: list[Sizes], budget: int) -> list[tuple[int, int]]:

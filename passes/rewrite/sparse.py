@@ -6,41 +6,71 @@ Exact with `full: true`. One conversion serves all static patterns; presets name
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
-from reattend.mixers.config import Frozen
+from reattend.mixers.config import CoreConfig, Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_blocks import Layouts
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost
+from reattend.passes.rewrite.base import Built, Conversion, Cost, Measure, Subject, dense_cost
+from reattend.passes.rewrite.sparse_search import repeated, search
 from reattend.patterns.pattern import HeadPattern
+from reattend.statistics import Need
 
 
 class SparseOptions(Frozen):
     """What the heads see.
 
     Attributes:
-        pattern: of every KV head that `heads` does not name. A stride starts at a place of its own
+        pattern: of every KV head that nothing below names. A stride starts at a place of its own
             in each head.
+        heads_full: KV heads that see every key.
         heads: patterns of single KV heads.
+        keep_full: share of the KV heads of all sites together that see every key; the others have
+            `pattern`. Chosen by measuring what the model loses (`sparse_search`).
+        candidates: patterns that each head may get, chosen by the same measurements.
+        kv_density: share of the keys that all heads together may read and keep, for `candidates`.
+        density_at: the length in tokens where that share is counted.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
     """
 
     pattern: HeadPattern = HeadPattern(full=True)
     heads_full: tuple[int, ...] = ()
     heads: tuple[HeadClass, ...] = ()
+    keep_full: float | None = Field(default=None, ge=0.0, le=1.0)
+    candidates: tuple[HeadPattern, ...] = ()
+    kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
+    density_at: int = Field(default=4096, gt=0)
     evict: bool | None = None
 
+    @property
+    def searches(self) -> bool:
+        """Whether heads are chosen by measuring."""
+        return self.keep_full is not None or bool(self.candidates)
+
+    def decided(self, patterns: Mapping[int, HeadPattern]) -> SparseOptions:
+        """With the pattern of each KV head."""
+        full = tuple(h for h, p in patterns.items() if p.full)
+        rest = tuple(HeadClass(kv_heads=(h,), pattern=p) for h, p in patterns.items() if not p.full)
+        return SparseOptions(heads_full=full, heads=rest, evict=self.evict)
+
     @model_validator(mode="after")
-    def _names_heads_once(self) -> SparseOptions:
+    def _are_consistent(self) -> SparseOptions:
         named = [*self.heads_full, *(h for c in self.heads for h in c.kv_heads)]
         if len(named) != len(set(named)) or min(named, default=0) < 0:
             raise ValueError("heads_full and heads must name every KV head at most once, from 0")
+        if self.keep_full is not None and (named or self.candidates or self.pattern.full):
+            raise ValueError("keep_full chooses heads for one `pattern`: name no heads beside it")
+        if bool(self.candidates) != (self.kv_density is not None):
+            raise ValueError("candidates and kv_density go together")
+        if self.candidates and (named or not self.pattern.full):
+            raise ValueError("candidates are chosen for every head: give no pattern beside them")
         return self
 
 
@@ -77,7 +107,27 @@ class ToSparse(Conversion):
             return Refusal("evict: true, but a block that is not causal has no cache to shrink")
         return None
 
-    def outcome(self, config: DenseConfig, options: SparseOptions) -> SparseConfig:
+    def undecided(self, options: SparseOptions) -> bool:
+        """Whether heads are to be chosen."""
+        return options.searches
+
+    def wants(self, config: DenseConfig, options: SparseOptions) -> frozenset[Need]:
+        """The rows of statistics are where heads are measured."""
+        return frozenset({"gram"}) if self.undecided(options) else frozenset()
+
+    def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Text that repeats itself."""
+        return repeated(batch)
+
+    def allocate(self, sites: list[Subject], measure: Measure) -> list[Any]:
+        """Heads by what the model loses without them."""
+        return search(self, sites, measure)
+
+    def outcome(self, config: DenseConfig, options: SparseOptions) -> SparseConfig | None:
+        """The mixer's description; None where heads are to be chosen."""
+        return None if self.undecided(options) else self.described(config, options)
+
+    def described(self, config: DenseConfig, options: SparseOptions) -> SparseConfig:
         """The mixer's description."""
         return SparseConfig.model_validate(
             {
@@ -95,7 +145,18 @@ class ToSparse(Conversion):
     def cost(self, config: DenseConfig, options: SparseOptions) -> Cost:
         """Rows kept and read at the context of the original's cost."""
         before = dense_cost(config)
-        core, made = config.core, self.outcome(config, options)
+        core = config.core
+        if options.searches:  # which heads is not known yet, only what they sum to
+            whole, part = before, Cost(0, 0, before.flops_per_token - _attention(before, core))
+            share = options.kv_density
+            if options.keep_full is not None:
+                share = options.keep_full
+                part = self.cost(config, SparseOptions(pattern=options.pattern))
+            assert share is not None
+            cache = round(share * whole.cache + (1 - share) * part.cache)
+            flops = round(share * whole.flops_per_token + (1 - share) * part.flops_per_token)
+            return Cost(cache, before.parameters, flops, before.context)
+        made = self.described(config, options)
         each = core.qk_head_dim + core.v_head_dim
         group = core.heads // core.kv_heads
         kept = read = 0.0
@@ -107,20 +168,27 @@ class ToSparse(Conversion):
                 * each
                 * (seen if made.evict and c.pattern.monotone else before.context)
             )
-        attention = core.heads * each * before.context
-        flops = before.flops_per_token - 2 * attention + 2 * round(read)
+        flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
         return Cost(-(-round(kept) // before.context), before.parameters, flops, before.context)
 
     def build(self, dense: DenseAttention, statistics: Any, options: SparseOptions) -> Built:
         """The same weights; nothing is computed."""
-        mixer = sparse_like(dense, self.outcome(dense.config, options))
+        mixer = sparse_like(dense, self.described(dense.config, options))
         exact = all(c.pattern.full for c in mixer.config.classes)
-        evidence = {
-            "classes": [
-                c.model_dump(mode="json", exclude_defaults=True) for c in mixer.config.classes
-            ],
-        }
-        return Built(mixer, "exact" if exact else "learned", evidence)
+        return Built(mixer, "exact" if exact else "learned", _evidence(mixer.config))
+
+
+def _attention(cost: Cost, core: CoreConfig) -> int:
+    """FLOPs of one token's scores and sums against every cached key."""
+    return 2 * core.heads * (core.qk_head_dim + core.v_head_dim) * cost.context
+
+
+def _evidence(config: SparseConfig) -> dict[str, Any]:
+    """What the report shows: which heads see what."""
+    full = [h for c in config.classes if c.pattern.full for h in c.kv_heads]
+    words = list(dict.fromkeys(c.pattern.words() for c in config.classes if not c.pattern.full))
+    found: dict[str, Any] = {"heads_full": ", ".join(map(str, sorted(full))) or "none"}
+    return {**found, "pattern": "; ".join(words)} if words else found
 
 
 def sparse_like(dense: DenseAttention, config: SparseConfig) -> SparseAttention:
