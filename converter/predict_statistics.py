@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reattend.allocation import OUTPUT_BYTES, ROWS
+from reattend.divergence import OUTPUT_BYTES, ROWS
 from reattend.preflight import Choice
 from reattend.statistics import SAMPLE_ROWS, SAMPLE_TOKENS
 

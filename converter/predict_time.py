@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from reattend.allocation import ROWS
+from reattend.divergence import ROWS
 from reattend.plan import Plan
 from reattend.predict_memory import OWN_BATCH, OWN_LENGTH, OWN_ROWS, Sizes, held_rows
 from reattend.predict_statistics import gram_width, solves

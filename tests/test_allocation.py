@@ -8,9 +8,9 @@ import pytest
 import torch
 import zoo_models
 
-from reattend import allocation, convert, find_attention, load
-from reattend.allocation import divergence, kept_places
+from reattend import convert, divergence, find_attention, load
 from reattend.data import Dataset, load_data
+from reattend.divergence import Divergence, kept_places
 from reattend.plan import Plan
 from reattend.preflight import preflight
 from reattend.rewriting import normal_forms
@@ -53,7 +53,7 @@ def test_an_unchanged_block_does_not_diverge_and_a_broken_one_does() -> None:
     plan = Plan.load({"rules": [AUTO]})
     choices = preflight(find_attention(model), plan)
     rows = load_data(data(), None, seq_len=40, seed=0)
-    measure = divergence(model, {c.site.path: c for c in choices}, rows)
+    measure = Divergence(model, {c.site.path: c for c in choices}, rows)
     forms = normal_forms(model, choices)
     path = choices[1].site.path
     assert abs(measure(path, forms[path])) < 1e-5
@@ -68,7 +68,7 @@ def test_of_a_large_vocabulary_some_tokens_of_every_row_are_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = zoo_models.build("llama")
-    monkeypatch.setattr(allocation, "OUTPUT_BYTES", 4 * 4 * model.config.vocab_size * 5)
+    monkeypatch.setattr(divergence, "OUTPUT_BYTES", 4 * 4 * model.config.vocab_size * 5)
     places = kept_places(4, 40, model.config.vocab_size)
     assert places.tolist() == [7, 15, 23, 31, 39]
     assert kept_places(4, 5, model.config.vocab_size).tolist() == [0, 1, 2, 3, 4]
@@ -79,7 +79,7 @@ def test_of_a_large_vocabulary_some_tokens_of_every_row_are_compared(
     path = choices[1].site.path
     broken = normal_forms(model, choices)[path]
     broken.v_proj.weight = torch.nn.Parameter(torch.zeros_like(broken.v_proj.weight))
-    found = divergence(model, {c.site.path: c for c in choices}, rows)(path, broken)
+    found = Divergence(model, {c.site.path: c for c in choices}, rows)(path, broken)
 
     other = zoo_models.build("llama")
     torch.nn.init.zeros_(other.get_submodule(path).v_proj.weight)  # type: ignore[arg-type]

@@ -7,11 +7,13 @@ One file per conversion in this folder. Third parties add theirs by the entry po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from reattend.mixers.base import Mixer
 from reattend.mixers.config import Frozen
@@ -44,9 +46,20 @@ class Subject:
     options: Any
 
 
-#: (path, mixer) -> divergence of the model's output if only this site is converted. Its unit is
-#: the same for all sites, and only ratios count; None where no site can be measured.
-Measure = Callable[[str, Mixer], float | None]
+#: The divergence on the next rows, differentiable.
+Gap = Callable[[], Tensor]
+
+
+class Measure(Protocol):
+    """What the model loses by a change. Its unit is the same for all sites; only ratios count."""
+
+    def __call__(self, path: str, mixer: Mixer) -> float | None:
+        """Divergence of the model's output if only this site is converted; None: unknown."""
+        ...
+
+    def trial(self, mixers: Mapping[str, Mixer]) -> AbstractContextManager[Gap] | None:
+        """The model with these sites converted, to be trained; None: it cannot be run so."""
+        ...
 
 
 class Conversion(ABC):

@@ -7,18 +7,18 @@ Exact with `full: true`. One conversion serves all static patterns; presets name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from reattend.mixers.config import CoreConfig, Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.sparse import SparseAttention
-from reattend.mixers.sparse_blocks import Layouts
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Conversion, Cost, Measure, Subject, dense_cost
+from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
+from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_search import repeated, search
 from reattend.patterns.pattern import HeadPattern
 from reattend.statistics import Need
@@ -33,10 +33,12 @@ class SparseOptions(Frozen):
         heads_full: KV heads that see every key.
         heads: patterns of single KV heads.
         keep_full: share of the KV heads of all sites together that see every key; the others have
-            `pattern`. Chosen by measuring what the model loses (`sparse_search`).
-        candidates: patterns that each head may get, chosen by the same measurements.
+            `pattern`.
+        candidates: patterns that each head may get, chosen by measuring (`sparse_search`).
         kv_density: share of the keys that all heads together may read and keep, for `candidates`.
         density_at: the length in tokens where that share is counted.
+        finder: how `keep_full` chooses: `search` measures every head once, `alpha` trains a number
+            for each as DuoAttention does (`sparse_alpha`), in `steps` steps.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
     """
 
@@ -47,6 +49,8 @@ class SparseOptions(Frozen):
     candidates: tuple[HeadPattern, ...] = ()
     kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
     density_at: int = Field(default=4096, gt=0)
+    finder: Literal["search", "alpha"] = "search"
+    steps: int = Field(default=2000, gt=0)
     evict: bool | None = None
 
     @property
@@ -69,6 +73,8 @@ class SparseOptions(Frozen):
             raise ValueError("keep_full chooses heads for one `pattern`: name no heads beside it")
         if bool(self.candidates) != (self.kv_density is not None):
             raise ValueError("candidates and kv_density go together")
+        if self.finder == "alpha" and self.keep_full is None:
+            raise ValueError("finder: alpha chooses by keep_full")
         if self.candidates and (named or not self.pattern.full):
             raise ValueError("candidates are chosen for every head: give no pattern beside them")
         return self
@@ -120,8 +126,15 @@ class ToSparse(Conversion):
         return repeated(batch)
 
     def allocate(self, sites: list[Subject], measure: Measure) -> list[Any]:
-        """Heads by what the model loses without them."""
-        return search(self, sites, measure)
+        """Heads by what the model loses without them, or by a number trained for each."""
+        options: SparseOptions = sites[0].options
+        if options.finder == "search":
+            return search(self, sites, measure)
+        assert options.keep_full is not None
+        plain = SparseOptions(pattern=options.pattern)
+        mixers = {s.path: self.made(s.dense, plain) for s in sites}
+        full = by_alpha(sites, alphas(mixers, measure, options.steps), options.keep_full)
+        return [plain.model_copy(update={"heads_full": heads}) for heads in full]
 
     def outcome(self, config: DenseConfig, options: SparseOptions) -> SparseConfig | None:
         """The mixer's description; None where heads are to be chosen."""
@@ -171,9 +184,13 @@ class ToSparse(Conversion):
         flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
         return Cost(-(-round(kept) // before.context), before.parameters, flops, before.context)
 
+    def made(self, dense: DenseAttention, options: SparseOptions) -> SparseAttention:
+        """The mixer, around the modules of `dense`."""
+        return sparse_like(dense, self.described(dense.config, options), SparseAttention)
+
     def build(self, dense: DenseAttention, statistics: Any, options: SparseOptions) -> Built:
         """The same weights; nothing is computed."""
-        mixer = sparse_like(dense, self.described(dense.config, options))
+        mixer = self.made(dense, options)
         exact = all(c.pattern.full for c in mixer.config.classes)
         return Built(mixer, "exact" if exact else "learned", _evidence(mixer.config))
 
@@ -189,18 +206,6 @@ def _evidence(config: SparseConfig) -> dict[str, Any]:
     words = list(dict.fromkeys(c.pattern.words() for c in config.classes if not c.pattern.full))
     found: dict[str, Any] = {"heads_full": ", ".join(map(str, sorted(full))) or "none"}
     return {**found, "pattern": "; ".join(words)} if words else found
-
-
-def sparse_like(dense: DenseAttention, config: SparseConfig) -> SparseAttention:
-    """A SparseAttention with the modules of `dense`."""
-    mixer = SparseAttention.__new__(SparseAttention)
-    nn.Module.__init__(mixer)
-    mixer.__dict__.update({k: v for k, v in dense.__dict__.items() if not k.startswith("_")})
-    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        getattr(mixer, name).update(getattr(dense, name))
-    mixer.config = config
-    mixer.layouts = Layouts()
-    return mixer.train(dense.training)
 
 
 def head_classes(config: DenseConfig, options: SparseOptions) -> tuple[HeadClass, ...]:

@@ -1,0 +1,26 @@
+"""A sparse mixer around the modules of a dense one."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from reattend.mixers.dense import DenseAttention
+from reattend.mixers.sparse import SparseAttention
+from reattend.mixers.sparse_blocks import Layouts
+from reattend.mixers.sparse_config import SparseConfig
+
+Made = TypeVar("Made", bound=SparseAttention)
+
+
+def sparse_like(dense: DenseAttention, config: SparseConfig, kind: type[Made]) -> Made:
+    """A SparseAttention, or a subclass of it, that holds the modules of `dense`."""
+    mixer = kind.__new__(kind)
+    nn.Module.__init__(mixer)
+    mixer.__dict__.update({k: v for k, v in dense.__dict__.items() if not k.startswith("_")})
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        getattr(mixer, name).update(getattr(dense, name))
+    mixer.config = config
+    mixer.layouts = Layouts()
+    return mixer.train(dense.training)
