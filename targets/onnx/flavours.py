@@ -32,7 +32,7 @@ def check_flavour(name: str) -> Flavour:
         raise ArgumentError(
             f"unknown ONNX flavour {name!r}",
             why="; ".join(f"{known}: {what}" for known, what in FLAVOURS.items()),
-            next_step=f"did you mean {close[0]!r}?" if close else "",
+            next_step=f"did you mean {close[0]!r}?" if close else "use one of those",
         )
     return cast("Flavour", name)
 
