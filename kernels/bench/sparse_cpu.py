@@ -87,7 +87,8 @@ def ways(case: Case) -> tuple[dict[str, Call], float]:
     gqa = case.h != case.g
 
     def ours() -> Tensor:
-        return sparse_attention(q, k, v, *layout.tensors, *rows, BLOCK, first, SCALE)[0]
+        y: Tensor = sparse_attention(q, k, v, *layout.tensors, *rows, BLOCK, first, SCALE)[0]
+        return y
 
     def sdpa_mask() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask_BHNM, scale=SCALE, enable_gqa=gqa)
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
