@@ -11,6 +11,7 @@ from torch import fx
 from reattend.capture import Capture
 from reattend.passes.find.exits import read_exit
 from reattend.passes.find.masks import read_mask
+from reattend.passes.find.owners import owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found, Missed
 from reattend.passes.find.streams import read_stream
@@ -95,6 +96,7 @@ def parts_of(captured: Capture, item: Found | Missed) -> dict[str, str]:
     gm, given, core = captured.gm, captured.placeholders(), item.core
     told = {}
     hidden: fx.Node | None = None
+    read = [core]
     for name, node in zip("qkv", core.args[:3], strict=True):
         assert isinstance(node, fx.Node)
         try:
@@ -104,9 +106,10 @@ def parts_of(captured: Capture, item: Found | Missed) -> dict[str, str]:
             continue
         told[name] = described(Stream("hidden", stream.steps))
         hidden = hidden or stream.hidden
+        read.append(stream.projection)
     told["mask"] = _mask_text(captured, core)
     try:
-        exit_ = read_exit(gm, core, hidden or core, given)
+        exit_ = read_exit(gm, core, hidden or core, given, owner_of(read))
         told["out"] = "outside of the block" if exit_.out is None else exit_.out.weight
     except (NotUnderstood, RuntimeError) as why:
         told["out"] = f"not understood: {_line(why)}"
