@@ -176,8 +176,9 @@ def export(
             "flavour is for the target onnx", where=f"flavour={flavour!r}", next_step="leave it out"
         )
     if not isinstance(model, nn.Module):
-        tokenizer = tokenizer or _folder_tokenizer(Path(model))
-        model = load(model)
+        folder = Path(model)
+        model = load(folder)  # first: its errors name the folder
+        tokenizer = tokenizer or _folder_tokenizer(folder)
     assert isinstance(model, nn.Module)
     if target == "onnx":
         from reattend.targets.onnx import export_onnx

@@ -95,13 +95,14 @@ class Capture:
         return inputs
 
 
-def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
+def capture(model: nn.Module, inputs: dict[str, Any] | None = None, images: bool = True) -> Capture:
     """Export `model` without cache, sizes symbolic where the model allows.
 
     Args:
         model: any module; not changed.
         inputs: example keyword arguments; None makes them up for transformers models. Batch
             and length must be at least 2 and distinct, or sizes freeze.
+        images: heights and widths of images are symbolic too, where that is feasible.
 
     Raises:
         CaptureError: torch.export cannot follow the model.
@@ -120,7 +121,7 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None) -> Capture:
     elif is_hf(model):
         inputs = without_cache(model, inputs)
     with evaluation(model), uncached(model), torch.no_grad():
-        gm, left_out = trace(model, inputs)
+        gm, left_out = trace(model, inputs, images)
     WritesToScatter()(gm)
     for node in gm.graph.nodes:
         node.meta[CAPTURED] = node.name

@@ -11,9 +11,10 @@ import typer
 
 from reattend import __version__
 from reattend.cli_convert import convert
+from reattend.cli_find import find
 from reattend.cli_fit import fit
 from reattend.cli_guard import DEBUG
-from reattend.cli_look import find, plans
+from reattend.cli_look import plans
 from reattend.cli_result import export, report, verify
 
 __all__ = ["app", "main"]
@@ -22,6 +23,8 @@ EXAMPLES = """
 [bold]Examples[/bold]
 
   reattend find MODEL
+
+  reattend find MODEL --why model.layers.0.self_attn
 
   reattend plans show transmla > my-plan.yaml
 

@@ -1,18 +1,14 @@
-"""Commands that change nothing: `find` and `plans`."""
+"""Commands that change nothing: `plans`, and the arguments they share with `find`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from reattend.cli_guard import console, dumped, emit, guarded, quiet
-from reattend.errors import ArgumentError, NothingFoundError
-
-if TYPE_CHECKING:
-    from reattend.finder import FoundAttention
+from reattend.cli_guard import console, dumped, emit, guarded
+from reattend.errors import ArgumentError
 
 Model = Annotated[
     str,
@@ -40,38 +36,6 @@ plans = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
-@guarded
-def find(
-    model: Model,
-    json: Json = False,
-    trust_remote_code: Trust = False,
-    weights: Weights = None,
-    inputs: Inputs = None,
-) -> None:
-    """List the attention blocks of a model, what they compute, and which cannot be converted.
-
-    A block is verified when, rebuilt from its description, it gives the original's output to
-    1e-12 in float64.
-    """
-    quiet()
-    from reattend.finder import find_attention
-    from reattend.source import open_source
-
-    source = open_source(opened_model(model, weights), trust_remote_code=trust_remote_code)
-    found = find_attention(source.model, example_inputs(inputs, source.model))
-    if json:
-        emit(dumped(_found(found)))
-    else:
-        _show(found)
-    if not found.sites:
-        raise NothingFoundError(
-            "no attention block was found that could be converted",
-            where=model,
-            why="; ".join(f"{r.path}: {r.reason}" for r in found.refused[:5])
-            or "the graph has no softmax attention",
-        )
 
 
 def opened_model(model: str, weights: Path | None) -> Any:
@@ -104,55 +68,6 @@ def example_inputs(file: Path | None, model: Any) -> dict[str, Any] | None:
             "forward, batch and length >= 2 and distinct",
         )
     return None
-
-
-def _found(found: FoundAttention) -> dict[str, Any]:
-    from reattend.reporting import spec_summary
-
-    return {
-        "sites": [
-            {
-                "path": s.path,
-                "kind": s.spec.kind,
-                "spec": spec_summary(s).model_dump(mode="json"),
-                "verified": s.verified,
-                "error": s.error,
-            }
-            for s in found.sites
-        ],
-        "refused": [asdict(r) for r in found.refused],
-    }
-
-
-def _show(found: FoundAttention) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from reattend.reporting import spec_summary
-
-    out = console()
-    if found.sites:
-        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        for head in ("Block", "Attention", "Verified"):
-            table.add_column(head, overflow="fold")
-        for s in found.sites:
-            spec = Text(spec_summary(s).text() + (", cross" if s.spec.kind == "cross" else ""))
-            table.add_row(Text(s.path), spec, Text(f"✓ {s.error:.0e}" if s.verified else "no"))
-        out.print(table)
-    latent = [r for r in found.refused if r.latent is not None]
-    missed = [r for r in found.refused if r.latent is None]
-    for title, rows in (("Already latent", latent), ("Not understood", missed)):
-        if rows:
-            table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-            for head in (title, "Reason"):
-                table.add_column(head, overflow="fold")
-            for r in rows:
-                reason = f"{r.reason} ✓" if r.verified else r.reason
-                table.add_row(Text(r.path or "(model)"), Text(reason))
-            out.print(table)
-    already = f"{len(latent)} already latent, " if latent else ""
-    told = f"{len(found.sites)} found, {already}{len(missed)} not understood"
-    out.print(Text(told, style="bold"))
 
 
 @plans.command("list")

@@ -14,6 +14,7 @@ from reattend.overlooked import overlooked
 from reattend.passes.find.sites import Found, Missed, find
 from reattend.repeated import accept, numbered
 from reattend.search import Search
+from reattend.unwieldy import FIXED, has_images
 
 __all__ = ["AttentionSite", "FoundAttention", "RefusedSite", "find_attention"]
 
@@ -33,8 +34,7 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
         ArgumentError: inputs are needed.
         ModelError: a buffer has no data.
     """
-    search = Search(on_host(model), inputs_on_host(inputs))
-    seen = find(search.gm, search.captured.placeholders(), search.inputs_at)
+    search, seen = _read(on_host(model), inputs_on_host(inputs))
     search.locate([item for item in seen if isinstance(item, Found)])
     result = FoundAttention(search.captured)
     for item in seen:
@@ -47,3 +47,19 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     result.refused = already_converted(search, result.refused)
     numbered(result.sites)
     return result
+
+
+def _read(model: nn.Module, inputs: dict[str, Any] | None) -> tuple[Search, list[Found | Missed]]:
+    """The captured model and its cores; of one size of image if more can be read then."""
+    search = Search(model, inputs)
+    seen = find(search.gm, search.captured.placeholders(), search.inputs_at)
+    symbolic = has_images(search.captured.inputs) and not search.gm.meta.get(FIXED)
+    if not symbolic or not _missed(seen):
+        return search, seen
+    fixed = Search(model, inputs, images=False)
+    again = find(fixed.gm, fixed.captured.placeholders(), fixed.inputs_at)
+    return (fixed, again) if _missed(again) < _missed(seen) else (search, seen)
+
+
+def _missed(seen: list[Found | Missed]) -> int:
+    return sum(isinstance(item, Missed) for item in seen)

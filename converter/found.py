@@ -9,9 +9,23 @@ from reattend.capture import Capture
 from reattend.install.binding import Binding
 from reattend.passes.base import CORES
 from reattend.passes.find.latent import LatentForm
-from reattend.passes.find.sites import Found, Region
+from reattend.passes.find.sites import Found, Missed, Region
 from reattend.spec import AttentionSpec
 from reattend.surround import Surrounding
+
+#: what a block has to pass, in order
+STEPS = {
+    "normalise": "its core becomes one attention node",
+    "read": "its streams, mask and exit are of known forms",
+    "new": "it is no latent attention, and no earlier conversion replaced it",
+    "own": "a module of the model carries it",
+    "prove": "rebuilt from what was read, it gives the same in float64",
+    "lengths": "it does so at lengths it was not captured at",
+    "owner": "with what its owner does besides, it gives the same",
+    "call": "called as the model calls its owner, it gives the same",
+    "calls": "every call of its module does the same",
+    "watch": "every softmax that averages values while the model runs was seen in the graph",
+}
 
 
 @dataclass
@@ -56,12 +70,19 @@ class RefusedSite:
     `latent` holds the sizes of a block that already is multi-head latent attention. `verified`: it
     was understood and passed the self-check (a latent one read as keys and values of full width),
     and is refused for where it lives or what it is.
+
+    `step` is what failed: one of `STEPS`. `node`: where in the graph, by name; the core if nothing
+    nearer is known. `nearest`: the understood form that comes closest. `item`: what was read.
     """
 
     path: str
     reason: str
     latent: LatentForm | None = None
     verified: bool = False
+    step: str = ""
+    node: str = ""
+    nearest: str = ""
+    item: Found | Missed | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass

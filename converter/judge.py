@@ -6,12 +6,13 @@ A gate returns why the block is refused, or None. The first refusal is the one t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from reattend.callcheck import call_check, mask_of
 from reattend.found import AttentionSite, RefusedSite, cores_of
 from reattend.locate import Place
-from reattend.missed import already
+from reattend.missed import already, located_at
 from reattend.ownercheck import owner_check
 from reattend.passes.find.latent import read_latent
 from reattend.passes.find.sites import Found
@@ -42,9 +43,9 @@ class Case:
         own = self.own_steps or isinstance(spec.q.proj, Opaque) or isinstance(spec.join, Joined)
         return own or isinstance(spec.core.bias, Added) or self.place.surrounding is not None
 
-    def refused(self, reason: str) -> RefusedSite:
+    def refused(self, reason: str, verified: bool = False) -> RefusedSite:
         """This block, refused."""
-        return RefusedSite(self.place.path, reason)
+        return RefusedSite(self.place.path, reason, verified=verified)
 
     def understood(self) -> bool:
         """Whether it passes the self-check, for blocks that are refused for something else."""
@@ -56,10 +57,10 @@ class Case:
 def judged(search: Search, item: Found) -> tuple[Case, RefusedSite | None]:
     """The block after its trial, and the refusal of the gate it failed, if any."""
     case = Case(search, item, search.place(item))
-    for gate in READ if search.deferred else READ + PROVEN:
+    for gate in (not_latent, not_converted) if search.deferred else STEP_OF:
         refusal = gate(case)
         if refusal is not None:
-            return case, refusal
+            return case, located_at(refusal, STEP_OF[gate], item)
     return case, None
 
 
@@ -84,7 +85,7 @@ def owned(case: Case) -> RefusedSite | None:
     place = case.place
     if place.binding is not None or not case.search.whole:
         return None
-    return RefusedSite(place.path, place.reason, verified=case.understood())
+    return case.refused(place.reason, case.understood())
 
 
 def proven(case: Case) -> RefusedSite | None:
@@ -132,10 +133,11 @@ def call_proven(case: Case) -> RefusedSite | None:
     return case.refused(reason) if reason else None
 
 
-#: what the graph says
-READ = (not_latent, not_converted)
-#: what is proven by running, which takes weights
-PROVEN = (owned, proven, any_length, owner_proven, call_proven)
+#: the gates in order, and the step of `reattend.found.STEPS` that each is
+STEP_OF: dict[Callable[[Case], RefusedSite | None], str] = {
+    not_latent: "new", not_converted: "new", owned: "own", proven: "prove", any_length: "lengths",
+    owner_proven: "owner", call_proven: "call",
+}  # fmt: skip
 
 
 def site_of(case: Case) -> AttentionSite:

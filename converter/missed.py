@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from reattend.found import RefusedSite
 from reattend.install.adapter import Adapter
 from reattend.locate import adapter_of
+from reattend.nearest import CORE_FORM, nearest_form
 from reattend.passes.find.latent import read_latent
 from reattend.passes.find.owners import owner_of
-from reattend.passes.find.sites import Missed
+from reattend.passes.find.sites import Found, Missed
 from reattend.search import Search
 
 
@@ -16,22 +19,39 @@ def missed(search: Search, item: Missed) -> RefusedSite:
     path = owner_of([item.core])
     own = adapter_of(path, search.ours)
     if own is not None and search.ours[own].mixer.kind != "dense":
-        return already(own, search.ours[own])
+        return located_at(already(own, search.ours[own]), "new", item)
     latent = read_latent(item.core)
     if latent is not None:
-        return RefusedSite(own or path, latent.reason, latent)
-    return RefusedSite(own or path, item.reason)
+        return located_at(RefusedSite(own or path, latent.reason, latent), "new", item)
+    return located_at(RefusedSite(own or path, item.reason), "read", item)
+
+
+def located_at(refusal: RefusedSite, step: str, item: Found | Missed) -> RefusedSite:
+    """The refusal with what failed, where, and the understood form that comes closest."""
+    core = item.region.core if isinstance(item, Found) else item.core
+    named = {n.name for n in core.graph.nodes}
+    words = re.findall(r"\w+", refusal.reason)
+    refusal.step, refusal.item = step, item
+    refusal.node = next((w for w in words if w in named), core.name)
+    if isinstance(item, Found):
+        refusal.nearest = item.spec.summary()
+    elif step == "read":
+        refusal.nearest = nearest_form(refusal.reason, core)
+    return refusal
 
 
 def never_fused(search: Search) -> list[RefusedSite]:
     """What looked like a core and was not taken by the passes that normalise cores."""
     nodes = {n.name: n for n in search.gm.graph.nodes}
     return [
-        RefusedSite(owner_of([nodes[name]]) if name in nodes else name, reason)
+        RefusedSite(
+            owner_of([nodes[name]]) if name in nodes else name, reason, step="normalise", node=name,
+            nearest=CORE_FORM,
+        )
         for step in search.passes
         if step.name in ("fuse-sdpa", "fuse-eager")
         for name, reason in step.refused
-    ]
+    ]  # fmt: skip
 
 
 def already(path: str, block: Adapter) -> RefusedSite:

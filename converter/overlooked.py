@@ -12,6 +12,7 @@ from collections.abc import Collection
 from reattend.capture import Capture
 from reattend.corewatch import cores_by_module
 from reattend.found import FoundAttention, RefusedSite
+from reattend.nearest import CORE_FORM
 from reattend.passes.evaluate import ancestors
 from reattend.passes.find.owners import path_of
 from reattend.running import evaluation
@@ -40,7 +41,8 @@ def overlooked(search: Search, result: FoundAttention) -> list[RefusedSite]:
         if path not in read and not _around(path, captured.left_out):
             continue  # nothing reads what it computes
         known = sum(told[p] for p in _around(path, told))
-        found += [RefusedSite(path, _why(captured, path))] * (count - known)
+        refusal = RefusedSite(path, _why(captured, path), step="watch", nearest=CORE_FORM)
+        found += [refusal] * (count - known)
     return found
 
 

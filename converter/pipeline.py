@@ -26,6 +26,7 @@ from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.moments import site_moments
 from reattend.outdir import check_claimable
 from reattend.plan import Plan
+from reattend.plan_target import target_name
 from reattend.predict import Prediction, predict
 from reattend.preflight import Choice, check_inplace, choose, preflight
 from reattend.processes import is_main
@@ -156,7 +157,8 @@ class Job:
 
             self._stage("publish", lambda: publish_result(result, work, source))
             for target in self.plan.targets:
-                self._stage(f"lower to {target}", lambda name=target: lower(result, work, name))
+                stage = f"lower to {target_name(target)}"
+                self._stage(stage, lambda target=target: lower(result, work, target))
             result.out = work.out
         result.run = self.log.finish(source, self.out)
         if work is not None:

@@ -21,6 +21,7 @@ from reattend.plan_rule import Rule, layer_of
 from reattend.plan_sections import Calibrate, Verify
 from reattend.plan_set import apply_settings
 from reattend.plan_source import PLAN_VERSION, check_version, extended, fetch
+from reattend.plan_target import Target
 from reattend.plan_text import Section, nearest, unknown_name
 from reattend.plans import preset_names
 
@@ -39,7 +40,8 @@ class Plan(Section):
         on_refusal: `error` stops when a site cannot take its conversion; `keep` leaves it.
         calibrate: data and training.
         verify: quality gates.
-        targets: what to lower to after a successful conversion (for example `onnx`).
+        targets: what to lower to after a successful conversion: names, for example `onnx`, or
+            a name with options, `{onnx: {flavour: ort}}`.
     """
 
     version: int = PLAN_VERSION
@@ -48,7 +50,7 @@ class Plan(Section):
     on_refusal: Literal["error", "keep"] = "error"
     calibrate: Calibrate = Calibrate()
     verify: Verify = Verify()
-    targets: tuple[str, ...] = ()
+    targets: tuple[str | Target, ...] = ()
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any] | Plan) -> Plan:
@@ -92,6 +94,10 @@ class Plan(Section):
             Rule.model_validate(rule, context={"where": f"{where}: rules.{i}"})
             for i, rule in enumerate(rules)
         )
+        if isinstance(targets := data.get("targets"), list | tuple):
+            data["targets"] = tuple(
+                Target.read(t, f"{where}: targets.{i}") for i, t in enumerate(targets)
+            )
         for name, kind in (("calibrate", Calibrate), ("verify", Verify)):
             value = {} if data.get(name) is None else data[name]
             data[name] = kind.model_validate(value, context={"where": f"{where}: {name}"})
@@ -136,7 +142,7 @@ class Plan(Section):
             if given := getattr(self, name).model_dump(mode="json", exclude_unset=True):
                 out[name] = given
         if self.targets:
-            out["targets"] = list(self.targets)
+            out["targets"] = [t if isinstance(t, str) else t.to_dict() for t in self.targets]
         return out
 
     def to_yaml(self) -> str:

@@ -34,7 +34,8 @@ def fetch(source: str | Path, base: Path) -> tuple[dict[str, Any], str, Path]:
     if path.is_file():
         return read_mapping(path, name), name, path.parent
     if isinstance(source, Path) or path.suffix in (".yaml", ".yml") or len(Path(name).parts) > 1:
-        why = "it is a folder" if path.is_dir() else "there is no such file"
+        why = "it is no ordinary file" if path.exists() else "there is no such file"
+        why = "it is a folder" if path.is_dir() else why
         raise PlanError(
             "the plan file cannot be read",
             where=name,

@@ -99,7 +99,14 @@ def load_folder(
     from reattend.targets.huggingface import checked_section, load_model
 
     config = read_config(config_file)
-    checked_section(config)
+    checked_section(config, str(folder))
+    if not config.get("architectures"):
+        raise ModelError(
+            "config.json does not name the model's class",
+            where=str(folder),
+            why="`architectures` is missing or empty",
+            next_step="copy or download the folder again, or convert the model again",
+        )
     check_files(folder)
     kwargs["output_loading_info"] = True
     loaded: Any = load_model(str(folder), config["architectures"], **kwargs)

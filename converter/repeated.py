@@ -6,6 +6,7 @@ from collections import Counter
 
 from reattend.found import AttentionSite, FoundAttention, RefusedSite, cores_of
 from reattend.judge import Case, site_of
+from reattend.missed import located_at
 
 
 def accept(result: FoundAttention, verdict: tuple[Case, RefusedSite | None]) -> None:
@@ -27,7 +28,7 @@ def _again(result: FoundAttention, case: Case) -> None:
     if reason:
         result.sites = [s for s in result.sites if s not in same]
         calls = sum(s.cores for s in same) + cores
-        result.refused += [RefusedSite(path, reason)] * calls
+        result.refused += [located_at(RefusedSite(path, reason), "calls", case.item)] * calls
         return
     for site in same:
         site.cores += cores

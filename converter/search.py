@@ -35,10 +35,12 @@ class Search:
         deferred: why nothing can be proven now: the model has no weights. Empty if it has.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any] | None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: dict[str, Any] | None, images: bool = True
+    ) -> None:
         self.deferred = DEFERRED if is_meta(model) else ""
         model = hollow(model) if self.deferred else model
-        self.captured = capture(model, inputs)
+        self.captured = capture(model, inputs, images)
         self._drops = dropouts(self.gm)
         self.passes = normalize(self.gm)
         first = next((n for n in self.gm.graph.nodes if is_op(n, attention)), None)

@@ -113,8 +113,8 @@ def _alone(
     """Why the model's own steps in this block cannot run row by row, or token by token."""
     region, given = found.region, inputs_at(None, False)
     generator = torch.Generator().manual_seed(5)
-    x = _random_like(region.hidden, given, generator)
-    memory = None if region.memory is None else _random_like(region.memory, given, generator)
+    x = random_like(region.hidden, given, generator)
+    memory = None if region.memory is None else random_like(region.memory, given, generator)
     width = 0 if memory is None else memory.shape[-1]
     mixer = build_dense(found.spec, weights.__getitem__, x.shape[-1], width)
     fixed = whole or str(region.hidden.meta["val"].shape[1]).isdigit()  # symbols are not
@@ -146,10 +146,10 @@ def _native(
     read = {n: attribute(gm, n) for n in weight_names(found.spec)}
     dtype = _dtype(read, found)
     region = found.region
-    x = _random_like(region.hidden, given, generator).to(dtype)
-    memory = None if region.memory is None else _random_like(region.memory, given, generator)
+    x = random_like(region.hidden, given, generator).to(dtype)
+    memory = None if region.memory is None else random_like(region.memory, given, generator)
     memory = None if memory is None else memory.to(dtype)
-    expected, y, rows = _both(gm, found, given, None, read, x, memory)
+    expected, y, rows = both(gm, found, given, None, read, x, memory)
     ctx = _context(gm, found, given, x, memory)
     floor = float((_reordered(found, read, x, memory, ctx, generator) - y)[rows].abs().max())
     gap = float((y.double() - expected.double())[rows].abs().max())
@@ -199,15 +199,15 @@ def _compare(
 ) -> tuple[float, float]:
     """(largest difference, largest output) in promoted float64 with random weights."""
     region = found.region
-    x = _random_like(region.hidden, given, generator)
-    memory = None if region.memory is None else _random_like(region.memory, given, generator)
-    expected, y, rows = _both(gm, found, given, torch.float64, weights, x, memory)
+    x = random_like(region.hidden, given, generator)
+    memory = None if region.memory is None else random_like(region.memory, given, generator)
+    expected, y, rows = both(gm, found, given, torch.float64, weights, x, memory)
     if y.shape != expected.shape:
         return float("inf"), 1.0
     return float((y - expected)[rows].abs().max()), float(expected[rows].abs().max())
 
 
-def _both(
+def both(
     gm: fx.GraphModule,
     found: Found,
     given: dict[fx.Node, Any],
@@ -284,6 +284,7 @@ def _opaque(found: Found) -> bool:
     return found.spec.core.pattern.kind == "opaque"
 
 
-def _random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:
+def random_like(node: fx.Node, given: dict[fx.Node, Any], generator: torch.Generator) -> Tensor:
+    """Random numbers of a node's shape, float64."""
     shape = concrete_shape(node, given)
     return torch.randn(shape, generator=generator, dtype=torch.float64)

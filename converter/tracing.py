@@ -28,12 +28,15 @@ from reattend.unwieldy import FIXED, has_images, noticing, symbolic_axes
 _ATTEMPTS = 8
 
 
-def trace(model: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, dict[str, str]]:
+def trace(
+    model: nn.Module, inputs: dict[str, Any], images: bool = True
+) -> tuple[fx.GraphModule, dict[str, str]]:
     """The graph of a model, sizes symbolic where the model allows.
 
     Args:
         model: in evaluation mode; not changed.
         inputs: example keyword arguments.
+        images: heights and widths of images are symbolic too, where that is feasible.
 
     Returns:
         The graph, and by path the modules left out and what torch.export said.
@@ -43,13 +46,14 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, dic
             that could be left out.
     """
     try:
-        return _export(model, inputs), {}
+        return _export(model, inputs, images), {}
     except Exception as problem:
-        return _around(model, inputs, problem)
+        return _around(model, inputs, problem, images)
 
 
-def _export(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
-    images = has_images(inputs)
+def _export(model: nn.Module, inputs: dict[str, Any], images: bool) -> fx.GraphModule:
+    if not has_images(inputs):
+        return _exported(model, inputs, True)
     if images:
         with noticing() as seen:
             try:
@@ -58,7 +62,7 @@ def _export(model: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
                 if not seen.unwieldy:
                     raise
     gm = _exported(model, inputs, False)
-    gm.meta[FIXED] = images
+    gm.meta[FIXED] = True
     return gm
 
 
@@ -121,7 +125,7 @@ def _settled() -> Iterator[None]:
 
 
 def _around(
-    model: nn.Module, inputs: dict[str, Any], first: Exception
+    model: nn.Module, inputs: dict[str, Any], first: Exception, images: bool
 ) -> tuple[fx.GraphModule, dict[str, str]]:
     """`trace` for a model that torch.export cannot follow everywhere."""
     if device_of(model).type == "meta":
@@ -139,7 +143,7 @@ def _around(
         holes: list[Hole] = []
         try:
             with openings.open(sizes) as holes, running_modules(model) as running:
-                gm = _export(model, inputs)
+                gm = _export(model, inputs, images)
         except Exception as again:
             problem, where = again, running[-1] if running else ""
         else:

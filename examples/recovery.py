@@ -120,7 +120,8 @@ class Campaign:
         student = self.student(name)
         start, stages, resumed = time.perf_counter(), [], False
         if tokens:
-            settings = Calibrate(tokens=tokens, seq_len=SEQ_LEN, loss=loss)
+            given = {"tokens": tokens, "seq_len": SEQ_LEN, "loss": loss}
+            settings = Calibrate.model_validate(given)
             folder = self.work / f"{name.translate(_PLAIN)}-{tokens}-{loss}"
             key = digest([self.inputs(), name, tokens, loss])
             with Workdir.open(folder, {"row": key}) as workdir:

@@ -68,6 +68,7 @@ def convert(folder: Path, out: Path, rows: int, seq_len: int) -> dict[str, Any]:
     stages = [
         {"name": s.name, "seconds": round(s.seconds, 1), "bytes": s.peak_bytes - job.log.baseline}
         for s in run.stages
+        if s.peak_bytes is not None
     ]
     return {"baseline": job.log.baseline, "stages": stages, "threads": run.threads}
 

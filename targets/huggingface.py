@@ -40,18 +40,38 @@ class ReattendConfig(PreTrainedConfig):
         return made.from_dict(config_dict, **kwargs)
 
 
-def checked_section(config_dict: dict[str, Any]) -> dict[str, Any]:
+def checked_section(config_dict: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
     """The `reattend` section of a config.json.
 
     Raises:
         ModelError: it is missing, or written by a newer reattend.
     """
     section = config_dict.get("reattend")
+    kind = config_dict.get("model_type")
+    if section is None and kind != MODEL_TYPE:
+        raise ModelError(
+            "this is an ordinary checkpoint, which reattend has not converted",
+            where=where,
+            why=f"its config.json says model_type {kind!r} and has no `reattend` section",
+            next_step=f"reattend convert {where} --plan identity --out NEW keeps its attention as "
+            "it is; then use NEW",
+        )
     if not isinstance(section, dict) or "sites" not in section:
         raise ModelError(
-            "config.json has no `reattend` section", next_step="convert the model again"
+            "config.json has no `reattend` section",
+            where=where,
+            why="nothing says which blocks were converted",
+            next_step="copy or download the folder again, or convert the model again",
         )
-    check_format(section, "config.json")
+    check_format(section, where)
+    base = section.get("base_model_type")
+    if base not in CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no model type {base!r}",
+            where=where,
+            why="it is the `base_model_type` of what was converted",
+            next_step="install a transformers version that has it",
+        )
     return section
 
 

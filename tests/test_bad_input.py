@@ -31,6 +31,11 @@ from reattend.errors import (
         (with_rule(kv_keep=1.5), EXIT_BAD_INPUT, ("kv_keep", "1.5")),
         ({**GOOD, "targets": ["onxx"]}, EXIT_BAD_INPUT, ("'onxx'", "did you mean 'onnx'?")),
         (
+            {**GOOD, "targets": [{"onnx": {"flavour": "otr"}}]},
+            EXIT_BAD_INPUT,
+            ("'otr'", "did you mean 'ort'?"),
+        ),
+        (
             with_rule(kv_keep=None, kv_lora_rank=4000), EXIT_REFUSED,
             ("2 of 2 sites", "kv_lora_rank 4000 is larger than possible", "to: keep}"),
         ),

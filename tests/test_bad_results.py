@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bad_calls import FAST, cut, reattend, refused, untouched
@@ -34,6 +36,40 @@ def test_export_without_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     result = reattend("export", converted, "--out", tmp_path / "out")
     refused(result, EXIT_MISSING, package, "pip install 'reattend[onnx]'")
+    untouched(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["onnx", "deepseek"])
+def test_export_of_what_was_never_converted(target: str, tiny_path: Path, tmp_path: Path) -> None:
+    result = reattend("export", tiny_path, "--target", target, "--out", tmp_path / "out")
+    told = refused(result, EXIT_BAD_INPUT, "an ordinary checkpoint", str(tiny_path), "'llama'")
+    assert f"reattend convert {tiny_path} --plan identity --out" in told
+    untouched(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda config: config.pop("reattend"), "no `reattend` section"),
+        (lambda config: config.update(reattend=3), "no `reattend` section"),
+        (lambda config: config["reattend"].update(format="one"), "no format number"),
+        (lambda config: config["reattend"].update(base_model_type="lama"), "no model type 'lama'"),
+        (lambda config: config["reattend"].pop("base_model_type"), "no model type None"),
+        (lambda config: config.pop("architectures"), "does not name the model's class"),
+        (lambda config: config.update(architectures=["ReattendLama"]), "no class Lama"),
+    ],
+)
+def test_a_config_that_was_damaged(
+    change: Callable[[dict[str, Any]], Any], part: str, converted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(converted, folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+    result = reattend("export", folder, "--out", tmp_path / "out")
+    refused(result, EXIT_BAD_INPUT, part, str(folder))
     untouched(tmp_path)
 
 

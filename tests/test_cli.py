@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from reattend import cli_guard
 from reattend.cli import app
 from reattend.errors import (
+    EXIT_BAD_INPUT,
     EXIT_GATE,
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
@@ -73,13 +74,41 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_find(tiny_path: Path) -> None:
     told = good("find", tiny_path)
     assert "model.layers.1.self_attn" in told
-    assert "4 heads, 2 KV × 8, rotary 8, causal" in told
-    assert "2 found, 0 not understood" in told
+    for part in ("4/2×8", "causal", "rope 8", "✓", "2 found, 0 not understood"):
+        assert part in told
     data = json.loads(good("find", tiny_path, "--json"))
     assert [s["path"] for s in data["sites"]] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
-    assert all(s["verified"] and s["error"] <= 1e-12 for s in data["sites"])
+    assert all(s["verified"] and s["error"] <= 1e-12 and not s["deferred"] for s in data["sites"])
     assert data["sites"][0]["spec"]["kv_heads"] == 2
+    assert data["sites"][0]["parameters"] == 32 * 32 * 2 + 2 * 32 * 16
     assert data["refused"] == []
+
+
+def test_find_tells_the_long_story_of_a_block(tiny_path: Path) -> None:
+    told = good("find", tiny_path, "--why", "model.layers.1.self_attn")
+    for part in ("found and proven", "q_proj.weight (4 x 8) > rotary 8 (half)", "[B 4 N 8]"):
+        assert part in told
+    data = json.loads(good("find", tiny_path, "--json", "--why", "model.layers.1.self_attn"))
+    assert data["numbers"]["error"] <= 1e-12
+    assert data["numbers"]["first"] is None
+    assert [r["call"] for r in data["rows"]].count("attention") == 1
+    result = reattend("find", tiny_path, "--why", "model.layers.3.self_attn")
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert "did you mean 'model.layers." in result.stderr
+
+
+def test_find_reads_a_config_where_there_are_no_weights(tiny_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    shutil.copy(tiny_path / "config.json", tmp_path / "config")
+    for arguments in ((tmp_path / "config",), (tiny_path, "--meta")):
+        told = good("find", *arguments)
+        assert told.count("deferred") == 3
+        assert "its proof waits" in told
+        data = json.loads(good("find", *arguments, "--json"))
+        assert [s["verified"] for s in data["sites"]] == [False, False]
+        assert all("meta device" in s["deferred"] and s["error"] is None for s in data["sites"])
+    told = good("find", tiny_path, "--meta", "--why", "model.layers.0.self_attn")
+    assert "not proven yet" in told
 
 
 def test_find_where_there_is_none(tmp_path: Path) -> None:
@@ -90,6 +119,7 @@ def test_find_where_there_is_none(tmp_path: Path) -> None:
     result = reattend("find", tmp_path / "mamba")
     assert result.exit_code == EXIT_REFUSED
     assert "no attention block was found" in result.stderr
+    assert "next: a model without attention" in result.stderr
 
 
 def test_plans(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import sys
 import reattend.kernels
 assert not {"torch", "triton"} & set(sys.modules)
 import reattend.kernels.attention, reattend.kernels.latent_attention, reattend.kernels.cache_put
+import reattend.kernels.sparse_attention
 loaded = {name for name in sys.modules if name.startswith("reattend.kernels")}
 assert not {n for n in loaded if "triton_" in n or n.endswith(("launch", "launching"))}, loaded
 """

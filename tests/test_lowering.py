@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 import zoo_models
 
-from reattend import convert
+from reattend import Plan, convert
 from reattend.errors import EXIT_MISSING, MissingExtraError, PlanError, RefusedError
+from reattend.lowering import check_targets
 from reattend.report import Run
 
 RULE = {"sites": "*", "to": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 8}
@@ -21,8 +23,9 @@ def test_the_artifact_lies_in_the_folder_and_gives_the_models_logits(tmp_path: P
     pytest.importorskip("onnxruntime")
     from reattend.targets.onnx import Session
 
-    plan = {"rules": [RULE], "targets": ["onnx"]}
+    plan = {"rules": [RULE], "targets": [{"onnx": {"flavour": "ort"}}]}
     result = convert(zoo_models.build("llama"), plan, data=DATA, out=tmp_path / "out")
+    assert json.loads((tmp_path / "out/onnx/manifest.json").read_text())["flavour"] == "ort"
     assert {"model.onnx", "manifest.json"} <= {p.name for p in (tmp_path / "out/onnx").iterdir()}
     assert "lower to onnx" in [s.name for s in Run.load(tmp_path / "out").stages]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -53,3 +56,28 @@ def test_targets_need_a_folder_and_their_packages(
         convert(zoo_models.build("llama"), plan, data=DATA, out=tmp_path / "out")
     assert missing.value.exit_code == EXIT_MISSING
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"onnx": {"flavor": "ort"}}, "did you mean 'flavour'"),
+        ({"onnx": {"flavour": "otr"}}, "did you mean 'ort'"),
+        ({"deepseek": {"flavour": "ort"}}, "flavour is for the target onnx"),
+        ({"onnx": {}, "deepseek": {}}, "a target is a name"),
+        (["onnx"], "a target is a name"),
+    ],
+)
+def test_wrong_options_of_a_target(target: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=words):
+        check_targets(Plan.load({"rules": [RULE], "targets": [target]}), tmp_path / "out")
+
+
+def test_a_target_with_options_is_written_as_it_was_read() -> None:
+    targets = [{"onnx": {"flavour": "ort"}}, "deepseek"]
+    plan = Plan.load({"rules": [RULE], "targets": targets})
+    assert plan.to_dict()["targets"] == targets
+    assert Plan.load(plan.to_dict()) == plan
+    assert Plan.load({"rules": [RULE], "targets": [{"onnx": None}]}).to_dict()["targets"] == [
+        "onnx"
+    ]

@@ -78,6 +78,29 @@ def test_importing_is_light(module):
     assert in_fresh_python(code) == []
 
 
+def test_extras_named_in_messages_exist_and_no_extra_has_two_runtimes():
+    extras = PROJECT["project"]["optional-dependencies"]
+    named = set()
+    for folder in ("converter", "passes", "kernels", "targets"):
+        for file in (ROOT / folder).rglob("*.py"):
+            named |= set(re.findall(r"reattend\[(\w+)\]", file.read_text("utf-8")))
+    assert {"onnx", "gpu", "eval"} <= named <= set(extras)
+    assert {"onnx", "gpu", "eval", "plots", "dev", "all"} <= set(extras)
+    for name in extras:
+        assert not {"onnxruntime", "onnxruntime-gpu"} <= whole_extra(extras, name), name
+    assert "onnxruntime-gpu" in whole_extra(extras, "gpu")
+
+
+def whole_extra(extras, name):
+    """Package names of an extra, those of the extras it names included."""
+    found = set()
+    for need in map(Requirement, extras[name]):
+        found |= {canonicalize_name(need.name)} - {"reattend"}
+        for inner in need.extras if need.name == "reattend" else ():
+            found |= whole_extra(extras, inner)
+    return found
+
+
 def test_pins_cover_the_requirements():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]

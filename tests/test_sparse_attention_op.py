@@ -144,15 +144,17 @@ def test_low_precision_is_computed_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("pattern", ["random", "sinks-and-window"])
+@pytest.mark.parametrize("pattern", ["random", "sinks-and-window", "causal"])
 def test_small_steps_do_not_change_the_result(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout, _ = layout_of(pattern, 4, 2, 170)
     q, k, v = make(2, 4, 2, 170, 170, 8, 8)
     want = run(q, k, v, layout)
-    monkeypatch.setattr("reattend.kernels.sparse_attention.blocked.SCORES_PER_STEP", 3000)
-    monkeypatch.setattr("reattend.kernels.sparse_attention.schedule.ITEMS", 3)
+    package = "reattend.kernels.sparse_attention"
+    monkeypatch.setattr(f"{package}.blocked.SCORES_PER_STEP", 3000)
+    monkeypatch.setattr(f"{package}.blocked.SCORES_OF_A_RUN", 1)  # keys without gathering
+    monkeypatch.setattr(f"{package}.schedule.ITEMS", 3)
     torch.testing.assert_close(run(q, k, v, layout), want, rtol=0, atol=1e-13)
 
 

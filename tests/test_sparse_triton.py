@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 # queries, tokens, rows (start, length), pattern, block; the layout begins at block `first`
@@ -41,14 +42,13 @@ BACKWARD += ("prefill-padded-queries", "prefill-sees-nothing", "prefill-block-32
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
-def run_case(name: str, dtype_name: str) -> dict[str, Any]:
-    """Executed in the child: errors of one case."""
-    import torch
+def run_case(name: str, dtype_name: str, device: str = "cpu") -> dict[str, Any]:
+    """Errors of one case: the launchers in the interpreter (in the child), the op on a GPU."""
     from sparse_layouts import mask_of
 
     from reattend.kernels.configs import KernelConfig
     from reattend.kernels.core import Rule
-    from reattend.kernels.sparse_attention import BlockLayout, reference
+    from reattend.kernels.sparse_attention import BlockLayout, reference, sparse_attention
     from reattend.kernels.sparse_attention.blocked import Inputs
     from reattend.kernels.sparse_attention.launch import launch, launch_backward
 
@@ -61,23 +61,28 @@ def run_case(name: str, dtype_name: str) -> dict[str, Any]:
     mask = mask_of(case["pattern"], t)[:, case["first"] * case["block"] :]
     head_layout = torch.arange(h) // case["group"] % 3
     layout = BlockLayout.from_mask(mask, head_layout, case["block"], first=case["first"])
+    layout, start, length = layout.to(device), start.to(device), length.to(device)
     gen = torch.Generator().manual_seed(len(name))
     dtype = getattr(torch, dtype_name)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=gen).to(dtype)
+        return torch.randn(*size, generator=gen).to(device, dtype)
 
     q, k, v = draw(b, n, h, d).transpose(1, 2), draw(b, g, m, d), draw(b, g, m, e)
     for cache in (k, v):  # whatever lies outside the valid rows must not be seen
         for row in range(b):
             cache[row, :, : int(start[row])] = math.nan
             cache[row, :, int(length[row]) :] = math.nan
-    x = Inputs(q, k, v, layout.tensors, (start, length), layout.block, layout.first)
-    rule = Rule(0.3, False, 0, case["softcap"])
-    config = KernelConfig(16, 16, 4, 1)
-    y, lse = launch(x, rule, config, decode=name.startswith("decode"), splits=case.get("splits", 1))
-    inputs = [t.double().requires_grad_() for t in (q, k, v)]
     scalars = (layout.block, layout.first, 0.3, case["softcap"])
+    x = Inputs(q, k, v, layout.tensors, (start, length), layout.block, layout.first)
+    rule, config = Rule(0.3, False, 0, case["softcap"]), KernelConfig(16, 16, 4, 1)
+    if device == "cpu":
+        decode, splits = name.startswith("decode"), case.get("splits", 1)
+        y, lse = launch(x, rule, config, decode=decode, splits=splits)
+    else:
+        given = [t.requires_grad_() for t in (q, k, v)]
+        y, lse = sparse_attention(*given, *layout.tensors, start, length, *scalars)
+    inputs = [t.double().requires_grad_() for t in (q, k, v)]
     want, want_lse = reference.sparse_attention(*inputs, *layout.tensors, start, length, *scalars)
     dead = want_lse == -math.inf
     result = {
@@ -89,10 +94,13 @@ def run_case(name: str, dtype_name: str) -> dict[str, Any]:
         "dtype": str(y.dtype),
     }
     if name in BACKWARD:
-        dy, dlse = draw(b, h, n, e), torch.randn(b, h, n, generator=gen)
+        dy, dlse = draw(b, h, n, e), torch.randn(b, h, n, generator=gen).to(device)
         loss = (want * dy.double()).sum() + (want_lse * dlse)[~dead].sum()
         wanted = torch.autograd.grad(loss, inputs)
-        found = launch_backward((dy, dlse), (y, lse), x, rule, (config, config))
+        if device == "cpu":
+            found = launch_backward((dy, dlse), (y, lse), x, rule, (config, config))
+        else:
+            found = torch.autograd.grad((y, lse), given, (dy, dlse))
         result["gradients"] = [
             float((a.double() - w).abs().max() / w.abs().max())
             for a, w in zip(found, wanted, strict=True)
@@ -120,9 +128,7 @@ def results() -> dict[str, dict[str, Any]]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("case", "dtype"), names())
-def test_equals_reference(results: dict[str, Any], case: str, dtype: str) -> None:
-    got = results[f"{case} {dtype}"]
+def check(got: dict[str, Any], dtype: str) -> None:
     assert got["dtype"] == f"torch.{dtype}"
     assert got["y"] <= TOLERANCE[dtype], got
     assert got["lse"] <= 5e-6, got
@@ -130,6 +136,19 @@ def test_equals_reference(results: dict[str, Any], case: str, dtype: str) -> Non
     assert got["dead_zero"], got
     for error in got.get("gradients", []):
         assert error <= 3 * TOLERANCE[dtype], got
+
+
+@pytest.mark.parametrize(("case", "dtype"), names())
+def test_equals_reference(results: dict[str, Any], case: str, dtype: str) -> None:
+    check(results[f"{case} {dtype}"], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_the_op_is_right_on_this_gpu(case: str, dtype: str) -> None:
+    check(run_case(case, dtype, "cuda"), dtype)
 
 
 def test_cases_include_rows_that_see_nothing(results: dict[str, Any]) -> None:

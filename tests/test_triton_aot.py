@@ -50,6 +50,9 @@ def test_every_width_and_dtype_has_a_kernel_and_wider_ones_have_none() -> None:
                 assert find_config(target.name, f"latent_{phase}", 512, size), target
                 assert find_config(target.name, f"attention_{phase}", 257, size) is None
                 assert find_config(target.name, f"latent_{phase}", 513, size) is None
+            for kernel in ("sparse_prefill", "sparse_decode", "sparse_dq", "sparse_dkv"):
+                assert find_config(target.name, kernel, 256, size), target
+                assert find_config(target.name, kernel, 257, size) is None
         assert find_config(target.name, "attention_prefill", 64, 8) is None
     assert find_config("sm_75", "attention_prefill", 64, 2) is None
 

@@ -121,7 +121,8 @@ def new_quantised_cache(
     except ImportError as error:
         package = {"hqq": "hqq", "quanto": "optimum-quanto"}[backend]
         raise MissingExtraError(
-            f"The {backend} KV cache needs a package.", next_step=f"pip install {package}"
+            f"The {backend} KV cache needs a package.",
+            next_step=f"pip install {package}, or 'reattend[eval]' for both",
         ) from error
     except ValueError as error:
         raise ArgumentError("transformers refuses this KV cache.", why=str(error)) from error

@@ -88,7 +88,7 @@ class Ours:
             value.update_inplace(generator.standard_normal(value.shape(), np.float32) * 0.1)
 
         def step() -> None:
-            session.seen, session._mask = context, np.ones((1, context), np.int64)
+            session._progress.seen = context
             session.step(token)
 
         return step

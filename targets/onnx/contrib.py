@@ -31,18 +31,19 @@ class Form:
     reason: str = ""
 
 
-def group_queries(model: Any, mask: Any) -> dict[str, Form]:
+def group_queries(model: Any, ids: Any, mask: Any) -> dict[str, Form]:
     """Replace every `Attention` node that GroupQueryAttention can express.
 
     Args:
         model: an `onnx_ir.Model` as exported, changed in place.
+        ids: the graph input [B, N], the new tokens.
         mask: the graph input [B, T], 1 for real tokens.
 
     Returns:
         State output of keys (or latent rows) -> the form its node has now.
     """
     found: dict[str, Form] = {}
-    shared = _Shared(model, mask)
+    shared = _Shared(model, ids, mask)
     for node in [n for n in model.graph if n.domain == DOMAIN]:
         state = _state_output(node)
         why = _why_not(node)
@@ -81,8 +82,8 @@ def _why_not(node: Any) -> str:
 class _Shared:
     """Inputs that all nodes have in common, made once: lengths, their total, and the padding."""
 
-    def __init__(self, model: Any, mask: Any) -> None:
-        self.model, self.mask = model, mask
+    def __init__(self, model: Any, ids: Any, mask: Any) -> None:
+        self.model, self.ids, self.mask = model, ids, mask
         self.made: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
 
     def inputs(self, node: Any) -> tuple[Any, Any, Any]:
@@ -108,22 +109,26 @@ class _Shared:
         shown, hidden = number("shown", 0.0, kind), number("hidden", _HIDDEN, kind)
         row = tape.op("Where", [real, shown, hidden])
         wide = tape.op("Unsqueeze", [row, number("axes", [1, 2], ir.DataType.INT64)])
-        queries = tape.op("Shape", [self.model.graph.inputs[0]], {"start": 1, "end": 2})
+        queries = tape.op("Shape", [self.ids], {"start": 1, "end": 2})
         ones = number("ones", [1, 1], ir.DataType.INT64)
         one_more = number("one_more", [1], ir.DataType.INT64)
         sizes = tape.op("Concat", [ones, queries, one_more], {"axis": 0})
         bias = tape.op("Expand", [wide, sizes])
         for i, made in enumerate(tape.nodes):
             made.outputs[0].name = f"group_query.{i}.{kind.name}"
-        self.model.graph.insert_after(_latest(self.model, [length, self.mask]), list(tape.nodes))
+        _insert_behind(self.model, [length, self.mask], list(tape.nodes))
         self.made[id(length), kind] = lengths, whole, bias
         return self.made[id(length), kind]
 
 
-def _latest(model: Any, values: list[Any]) -> Any:
-    """The last node that makes one of the values."""
+def _insert_behind(model: Any, values: list[Any], nodes: list[Any]) -> None:
+    """Insert nodes as early as the values they read allow."""
     makers = {id(n) for v in values if (n := producer(v)) is not None}
-    return [node for node in model.graph if id(node) in makers][-1]
+    latest = [node for node in model.graph if id(node) in makers]
+    if latest:
+        model.graph.insert_after(latest[-1], nodes)
+    else:  # inputs of the graph
+        model.graph.insert_before(next(iter(model.graph)), nodes)
 
 
 def _initializer(model: Any, name: str, value: Any, dtype: Any) -> Any:

@@ -32,7 +32,7 @@ def check_flavour(name: str) -> Flavour:
         raise ArgumentError(
             f"unknown ONNX flavour {name!r}",
             why="; ".join(f"{known}: {what}" for known, what in FLAVOURS.items()),
-            next_step=f"did you mean {close[0]!r}?" if close else "",
+            next_step=f"did you mean {close[0]!r}?" if close else "use one of those",
         )
     return cast("Flavour", name)
 
@@ -48,8 +48,8 @@ def choose_forms(model: Any, flavour: Flavour) -> dict[str, Form]:
         First state output of each head group -> what its node is now.
     """
     if flavour == "ort":
-        mask = next(v for v in model.graph.inputs if v.name == "attention_mask")
-        forms = group_queries(model, mask)
+        inputs = {value.name: value for value in model.graph.inputs}
+        forms = group_queries(model, inputs["input_ids"], inputs["attention_mask"])
         skip_norms(model)
         return forms
     forms = {}

@@ -29,72 +29,72 @@ _HEADER = """<domain: "{domain}", opset_import: ["" : {opset}]>
 """
 
 _LATENT = """{
-  b = Shape <start = 0, end = 1> (q_nope)
-  h = Shape <start = 1, end = 2> (q_nope)
   n = Shape <start = 2, end = 3> (q_nope)
   m = Shape <start = 1, end = 2> (latent)
-  hn = Mul (h, n)
   r = Shape <start = 2, end = 3> (latent)
-  rotary = Shape <start = 2, end = 3> (rope)
+  same = Constant <value_ints = [0]> ()
+  others = Constant <value_ints = [-1]> ()
   scale_float = Constant <value_float: float = @scale> ()
   factor = CastLike (scale_float, q_nope)
-  q_nope_scaled = Mul (q_nope, factor)
-  q_rope_scaled = Mul (q_rope, factor)
-  nope_shape = Concat <axis = 0> (b, hn, r)
-  rope_shape = Concat <axis = 0> (b, hn, rotary)
-  nope_rows = Reshape <allowzero = 1> (q_nope_scaled, nope_shape)
-  rope_rows = Reshape <allowzero = 1> (q_rope_scaled, rope_shape)
+  rows_of_r = Concat <axis = 0> (same, others, r)
+  nope_rows = Reshape (q_nope, rows_of_r)
+  nope_scaled = Mul (nope_rows, factor)
   latent_t = Transpose <perm = [0, 2, 1]> (latent)
-  nope_scores = MatMul (nope_rows, latent_t)
+  nope_scores = MatMul (nope_scaled, latent_t)
 ROPE
+  score_shape = Concat <axis = 0> (same, others, n, m)
 SOFTMAX
-  weight_shape = Concat <axis = 0> (b, hn, m)
-  weight_rows = Reshape <allowzero = 1> (weights, weight_shape)
+  rows_of_m = Concat <axis = 0> (same, others, m)
+  weight_rows = Reshape (weights, rows_of_m)
   y_rows = MatMul (weight_rows, latent)
-  y_shape = Concat <axis = 0> (b, h, n, r)
-  y_any = Reshape <allowzero = 1> (y_rows, y_shape)
-  y = Mul (y_any, alive_like)
+  y_shape = Concat <axis = 0> (same, others, n, r)
+  y_any = Reshape (y_rows, y_shape)
+  y = Where (alive, y_any, nothing)
 }"""
 
 _DENSE = """{
-  b = Shape <start = 0, end = 1> (q)
-  h = Shape <start = 1, end = 2> (q)
   n = Shape <start = 2, end = 3> (q)
-  d = Shape <start = 3, end = 4> (key)
-  g = Shape <start = 1, end = 2> (key)
   m = Shape <start = 2, end = 3> (key)
-  e = Shape <start = 3, end = 4> (value)
-  all_rows = Mul (h, n)
-  hn = Div (all_rows, g)
+  g = Shape <start = 1, end = 2> (key)
+  same = Constant <value_ints = [0]> ()
+  others = Constant <value_ints = [-1]> ()
   scale_float = Constant <value_float: float = @scale> ()
   factor = CastLike (scale_float, q)
-  q_scaled = Mul (q, factor)
-  q_shape = Concat <axis = 0> (b, g, hn, d)
-  q_rows = Reshape <allowzero = 1> (q_scaled, q_shape)
+  by_group = Concat <axis = 0> (same, g, others, same)
+  q_rows = Reshape (q, by_group)
+  q_scaled = Mul (q_rows, factor)
   key_t = Transpose <perm = [0, 1, 3, 2]> (key)
-  score_rows = MatMul (q_rows, key_t)
+  score_rows = MatMul (q_scaled, key_t)
+  score_shape = Concat <axis = 0> (same, others, n, same)
 SOFTMAX
-  weight_shape = Concat <axis = 0> (b, g, hn, m)
-  weight_rows = Reshape <allowzero = 1> (weights, weight_shape)
+  weight_rows = Reshape (weights, by_group)
   y_rows = MatMul (weight_rows, value)
-  y_shape = Concat <axis = 0> (b, h, n, e)
-  y_any = Reshape <allowzero = 1> (y_rows, y_shape)
-  y = Mul (y_any, alive_like)
+  y_any = Reshape (y_rows, score_shape)
+  y = Where (alive, y_any, nothing)
 }"""
 
 _ROPE = """
+  rotary = Shape <start = 2, end = 3> (rope)
+  rows_of_rotary = Concat <axis = 0> (same, others, rotary)
+  rope_rows = Reshape (q_rope, rows_of_rotary)
+  rope_scaled = Mul (rope_rows, factor)
   rope_t = Transpose <perm = [0, 2, 1]> (rope)
-  rope_scores = MatMul (rope_rows, rope_t)
+  rope_scores = MatMul (rope_scaled, rope_t)
   score_rows = Add (nope_scores, rope_scores)"""
 
 _ROPE_OR_NONE = """
+  rotary = Shape <start = 2, end = 3> (rope)
   no_columns = Constant <value_int = 0> ()
   is_rotary = Greater (rotary, no_columns)
   score_rows = If (is_rotary) <
     then_branch = with_rope () => (then_rows)
     {
+      rows = Shape <start = 0, end = 2> (nope_rows)
+      rows_of_rotary = Concat <axis = 0> (rows, rotary)
+      rope_rows = Reshape <allowzero = 1> (q_rope, rows_of_rotary)
+      rope_scaled = Mul (rope_rows, factor)
       rope_t = Transpose <perm = [0, 2, 1]> (rope)
-      rope_scores = MatMul (rope_rows, rope_t)
+      rope_scores = MatMul (rope_scaled, rope_t)
       then_rows = Add (nope_scores, rope_scores)
     },
     else_branch = without_rope () => (else_rows)
@@ -103,10 +103,11 @@ _ROPE_OR_NONE = """
     }
   >"""
 
-# score_rows -> weights [b, h, n, m] and alive_like [b, 1, n, 1], both in the dtype of score_rows
+# score_rows -> weights [b, h, n, m] in their dtype; alive [b, 1, n, 1], false where a query sees
+# nothing; and the number 0. What an attribute decides is an If with a constant condition: a runtime
+# folds it when it loads the file. The softmax is in float32.
 _SOFTMAX = """
-  score_shape = Concat <axis = 0> (b, h, n, m)
-  scores_own = Reshape <allowzero = 1> (score_rows, score_shape)
+  scores_own = Reshape (score_rows, score_shape)
   scores = Cast <to = 1> (scores_own)
   cap = Constant <value_float: float = @softcap> ()
   zero_float = Constant <value_float = 0.0> ()
@@ -125,9 +126,9 @@ _SOFTMAX = """
   >
   zero = Constant <value_int = 0> ()
   one = Constant <value_int = 1> ()
+  axis_0 = Constant <value_ints = [0]> ()
   axis_1 = Constant <value_ints = [1]> ()
   axis_13 = Constant <value_ints = [1, 3]> ()
-  axis_0 = Constant <value_ints = [0]> ()
   start_any = Cast <to = 7> (kv_start)
   length_any = Cast <to = 7> (kv_len)
   start_b1 = Unsqueeze (start_any, axis_1)
@@ -137,16 +138,32 @@ _SOFTMAX = """
   query = Range (zero, n_scalar, one)
   before = Sub (length_b1, n)
   index_bn = Add (before, query)
-  end_b1 = Sub (length_b1, one)
   causal_int = Constant <value_int: int = @causal> ()
   is_causal = Greater (causal_int, zero)
-  last_bn = Where (is_causal, index_bn, end_b1)
+  last_bn = If (is_causal) <
+    then_branch = up_to_itself () => (then_last)
+    {
+      then_last = Identity (index_bn)
+    },
+    else_branch = up_to_the_end () => (else_last)
+    {
+      else_last = Sub (length_b1, one)
+    }
+  >
   window = Constant <value_int: int = @sliding_window> ()
   has_window = Greater (window, zero)
-  window_less = Sub (window, one)
-  window_start = Sub (index_bn, window_less)
-  earliest = Where (has_window, window_start, zero)
-  first_bn = Max (earliest, start_b1)
+  first_bn = If (has_window) <
+    then_branch = from_the_window () => (then_first)
+    {
+      window_less = Sub (window, one)
+      window_start = Sub (index_bn, window_less)
+      then_first = Max (window_start, start_b1)
+    },
+    else_branch = from_the_start () => (else_first)
+    {
+      else_first = Identity (start_b1)
+    }
+  >
   first = Unsqueeze (first_bn, axis_13)
   last = Unsqueeze (last_bn, axis_13)
   row = Range (zero, m_scalar, one)
@@ -158,7 +175,7 @@ _SOFTMAX = """
   weights_float = Softmax <axis = -1> (masked)
   weights = CastLike (weights_float, score_rows)
   alive = LessOrEqual (first, last)
-  alive_like = CastLike (alive, score_rows)
+  nothing = CastLike (zero_float, score_rows)
 """
 
 _INPUTS = {
