@@ -7,6 +7,7 @@ a submodule and values in the graph can be matched by value, never by name.
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +126,9 @@ def capture(model: nn.Module, inputs: dict[str, Any] | None = None, images: bool
     WritesToScatter()(gm)
     for node in gm.graph.nodes:
         node.meta[CAPTURED] = node.name
-    exact = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    with warnings.catch_warnings():  # copying a tree of torch's own warns of its class
+        warnings.simplefilter("ignore", FutureWarning)
+        exact = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     return Capture(model, gm, inputs, _sizes(inputs), exact, left_out)
 
 
