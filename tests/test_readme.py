@@ -14,7 +14,8 @@ from reattend import errors
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = (
-    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/math/mla.md", "docs/deepseek.md",
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/math/mla.md", "docs/math/sparse.md",
+    "docs/deepseek.md",
 )  # fmt: skip
 
 
