@@ -19,17 +19,17 @@ import triton
 
 # queries, tokens, rows (start, length), pattern, block; the layout begins at block `first`
 CASES: dict[str, dict[str, Any]] = {
-    "prefill": {"n": 37, "t": 37},
-    "prefill-random": {"n": 45, "t": 45, "pattern": "random", "start": [0, 3]},
+    "prefill": {"n": 37, "t": 37, "h": 4},
+    "prefill-random": {"n": 45, "t": 45, "h": 4, "pattern": "random", "start": [0, 3]},
     "prefill-two-way": {"n": 41, "t": 41, "pattern": "vision"},
     "prefill-sees-nothing": {"n": 40, "t": 40, "pattern": "nothing", "length": [40, 0]},
     "prefill-softcap": {"n": 33, "t": 33, "softcap": 2.0, "start": [5, 0]},
     "prefill-whole-blocks": {"n": 48, "t": 48, "pattern": "whole-blocks"},
     "prefill-chunk": {"n": 21, "t": 60, "start": [0, 2], "first": 2, "m": 70},
-    "prefill-heads-differ": {"n": 37, "t": 37, "group": 1},
+    "prefill-heads-differ": {"n": 37, "t": 37, "h": 4, "group": 1},
     "prefill-padded-queries": {"n": 40, "t": 40, "start": [0, 33]},
     "prefill-block-32": {"n": 45, "t": 45, "block": 32, "pattern": "random"},
-    "decode": {"n": 1, "t": 53, "length": [53, 31], "decode": True},
+    "decode": {"n": 1, "t": 53, "h": 4, "length": [53, 31], "decode": True},
     "decode-split": {"n": 1, "t": 100, "start": [40, 2], "splits": 3, "m": 110},
     "decode-two-blocks": {"n": 5, "t": 66, "start": [0, 11], "splits": 2, "first": 3},
     "decode-heads-differ": {"n": 2, "t": 50, "group": 1, "pattern": "random"},
@@ -37,8 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "decode-empty-row": {"n": 1, "t": 40, "length": [40, 0], "splits": 2},
     "decode-block-32": {"n": 3, "t": 70, "block": 32, "softcap": 2.0},
 }
-BACKWARD = ("prefill", "prefill-random", "prefill-softcap", "prefill-chunk", "prefill-heads-differ")
-BACKWARD += ("prefill-padded-queries", "prefill-sees-nothing", "prefill-block-32", "decode-split")
+BACKWARD = ("prefill-random", "prefill-softcap", "prefill-chunk", "prefill-heads-differ")
+BACKWARD += ("prefill-sees-nothing", "prefill-block-32")
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
@@ -52,9 +52,17 @@ def run_case(name: str, dtype_name: str, device: str = "cpu") -> dict[str, Any]:
     from reattend.kernels.sparse_attention.blocked import Inputs
     from reattend.kernels.sparse_attention.launch import launch, launch_backward
 
-    case = {"pattern": "sinks-and-window", "block": 16, "softcap": 0.0, "group": 2, "first": 0}
+    case = {
+        "pattern": "sinks-and-window",
+        "block": 16,
+        "softcap": 0.0,
+        "group": 2,
+        "first": 0,
+        "h": 2,
+    }
     case |= CASES[name]
-    b, h, g, d, e, n, t = 2, 4, 2, 20, 24, case["n"], case["t"]
+    b, h, d, e, n, t = 2, case["h"], 20, 24, case["n"], case["t"]
+    g = h // 2
     m = case.get("m", t)
     start = torch.tensor(case.get("start", [0, 0]))
     length = torch.tensor(case.get("length", [t, t]), dtype=torch.int32)
@@ -86,8 +94,8 @@ def run_case(name: str, dtype_name: str, device: str = "cpu") -> dict[str, Any]:
     want, want_lse = reference.sparse_attention(*inputs, *layout.tensors, start, length, *scalars)
     dead = want_lse == -math.inf
     result = {
-        "y": float((y.double() - want).abs().max() / want.abs().max()),
-        "lse": float((lse.double() - want_lse)[~dead].abs().max()),
+        "y": float((y.double() - want).detach().abs().max() / want.detach().abs().max()),
+        "lse": float((lse.double() - want_lse).detach()[~dead].abs().max()),
         "dead": int(dead.sum()),
         "dead_agree": bool(torch.equal(lse == -math.inf, dead)),
         "dead_zero": bool((y[dead] == 0).all()),
@@ -110,7 +118,7 @@ def run_case(name: str, dtype_name: str, device: str = "cpu") -> dict[str, Any]:
 
 def names() -> list[tuple[str, str]]:
     """fp32 everywhere; fp16 and bf16 (computed in fp32 there) on some."""
-    half = ("prefill-softcap", "prefill-heads-differ", "decode-split", "decode-heads-differ")
+    half = ("prefill-softcap", "decode-split")
     full = [(c, "float32") for c in CASES]
     return full + [(c, "float16") for c in half] + [(c, "bfloat16") for c in ("prefill", "decode")]
 
@@ -149,6 +157,24 @@ def test_equals_reference(results: dict[str, Any], case: str, dtype: str) -> Non
 @pytest.mark.parametrize("case", CASES)
 def test_the_op_is_right_on_this_gpu(case: str, dtype: str) -> None:
     check(run_case(case, dtype, "cuda"), dtype)
+
+
+@pytest.mark.parametrize("softcap", [(), (2.0,)])
+def test_tensors_without_a_kernel_are_computed_in_torch(softcap: tuple[float, ...]) -> None:
+    """What the dispatcher calls on a GPU, with positional arguments, for fp64 for instance."""
+    from sparse_layouts import mask_of
+
+    from reattend.kernels.sparse_attention import BlockLayout, register, sparse_attention
+
+    layout = BlockLayout.from_mask(mask_of("random", 20), torch.tensor([0, 2]), 16)
+    q, k, v = torch.randn(3, 1, 2, 20, 8, dtype=torch.float64)
+    rows = (torch.tensor([0]), torch.tensor([20]))
+    args = (q, k, v, *layout.tensors, *rows, 16, 0, 0.5, *softcap)
+    y, lse = register._cuda(*args)
+    torch.testing.assert_close((y, lse), sparse_attention(*args), rtol=0, atol=0)
+    grads = register._cuda_backward(y, lse.nan_to_num(neginf=0.0), y, lse, *args)
+    want = register.sparse_attention_backward(y, lse.nan_to_num(neginf=0.0), y, lse, *args)
+    torch.testing.assert_close(grads, want, rtol=0, atol=0)
 
 
 def test_cases_include_rows_that_see_nothing(results: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """`python kernels/bench/aot.py`: compile every shipped kernel for every target, write a report.
 
 Needs no GPU. The report (``kernels/bench/results/aot.json``) is committed; a test compares it
-with the configuration table. Exit status 1 when a kernel breaks a limit.
+with the configuration table. Exit status 1 when a kernel breaks a limit. With ``--only sparse``
+the kernels named so are compiled and the report's other entries are kept: they must be of the same
+Triton.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -22,20 +25,40 @@ from reattend.kernels.targets import TARGETS
 RESULTS = Path(__file__).parent / "results" / "aot.json"
 
 
+def kept(path: Path, only: str) -> list[dict[str, Any]] | None:
+    """Entries of the report that are not compiled again; None when another Triton made them."""
+    report = json.loads(path.read_text("utf-8"))
+    if report["triton"] != triton.__version__:
+        return None
+    return [entry for entry in report["kernels"] if not entry["kernel"].startswith(only)]
+
+
+def order(entry: dict[str, Any], names: list[str]) -> tuple[Any, ...]:
+    """Where an entry stands in the report."""
+    kernel = (entry["kernel"], entry["element_bytes"], entry["width"])
+    return (names.index(entry["target"]), *kernel, entry["variant"] != "plain")
+
+
 def main() -> int:
     """Compile, print one line per target, write the report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write")
     names = [target.name for target in TARGETS]
     parser.add_argument("--target", choices=names, nargs="+", default=names, help="default: all")
+    parser.add_argument("--only", default="", help="kernels whose names begin so; keep the others")
     asked = parser.parse_args()
     path, targets = asked.out, [t for t in TARGETS if t.name in asked.target]
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.stderr.write("unset TRITON_INTERPRET: the interpreter replaces the compiler\n")
         return 2
-    kernels = []
+    kernels = kept(path, asked.only) if asked.only else []
+    if kernels is None:
+        sys.stderr.write(
+            f"{path} is of another Triton than {triton.__version__}: leave out --only\n"
+        )
+        return 2
     for target in targets:
-        compiled = compile_target(target)
+        compiled = compile_target(target, asked.only)
         bad = [c for c in compiled if c.problems]
         seconds = sum(c.seconds for c in compiled)
         sys.stdout.write(
@@ -52,7 +75,7 @@ def main() -> int:
         "date": date.today().isoformat(),
         "triton": triton.__version__,
         "targets": [asdict(target) for target in targets],
-        "kernels": kernels,
+        "kernels": sorted(kernels, key=lambda entry: order(entry, names)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
