@@ -47,6 +47,16 @@ def ancestors(
     return seen
 
 
+def on_paths(end: fx.Node, starts: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """Nodes on a path from where a stream starts to its end, both included."""
+    behind = ancestors([end], stop=lambda n: n in starts)
+    found = set(starts)
+    for node in end.graph.nodes:
+        if node in behind and any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def with_writes(
     graph: fx.Graph, needed: set[fx.Node], fixed: Collection[fx.Node]
 ) -> tuple[set[fx.Node], set[fx.Node]]:

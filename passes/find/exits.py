@@ -119,4 +119,6 @@ def _columns(
     code = torch.arange(heads * width, dtype=torch.float64).reshape(1, heads, 1, width)
     coded = code.expand(*shape).contiguous()
     out = Evaluator(gm, promote=torch.float64).run([joined], {**given, core: coded})[0]
+    if list(out.shape[:2]) != [shape[0], shape[2]]:
+        raise NotUnderstood("tokens are regrouped between the core and its projection")
     return inverse_columns(out, heads * width)

@@ -51,11 +51,11 @@ def read_sources(
     if not all(behind.values()):
         raise NotUnderstood("keys and values come from different tensors")
     shared = [n for n in behind["q"] if n in behind["v"]]
-    hidden = q.hidden if q.hidden in behind["q"] else (shared or behind["q"])[-1]
+    hidden = q.hidden if q.hidden in behind["q"] else _states(shared or behind["q"])
     both = [n for n in behind["k"] if n in behind["v"]]
     memory = hidden
     if hidden not in behind["v"]:
-        memory = k.hidden if k.hidden in behind["k"] else (both or behind["k"])[-1]
+        memory = k.hidden if k.hidden in behind["k"] else _states(both or behind["k"])
     sources = Sources(hidden, None if memory is hidden else memory)
     made = {
         name: _based(gm, stream, hidden if name == "q" else memory, behind[name], sources)
@@ -73,7 +73,14 @@ def _reads_more(stream: FoundStream, owner: str) -> bool:
     """Whether own steps read more that the call hands over, as factors by position."""
     if not isinstance(stream.steps[0], Opaque):
         return False
-    return bool(from_outside(stream.projection, owner, (stream.hidden,)))
+    beside = from_outside(stream.projection, owner, (stream.hidden,))
+    return bool(beside) or len(from_outside(stream.hidden, owner)) > 1
+
+
+def _states(candidates: list[fx.Node]) -> fx.Node:
+    """The last one that holds a vector for every token; the last one where none does."""
+    wide = [n for n in candidates if n.meta["val"].dim() == 3 and n.meta["val"].is_floating_point()]
+    return (wide or candidates)[-1]
 
 
 def _based(

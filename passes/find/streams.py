@@ -19,6 +19,7 @@ from reattend.passes.evaluate import (
     ancestors,
     attribute,
     concrete_shape,
+    on_paths,
     parameter_only,
 )
 from reattend.passes.find.opaque import Start, common_input, opaque_step, starts, unit_axis
@@ -50,16 +51,6 @@ def find_projection(core_input: fx.Node) -> fx.Node:
         where = "no projection" if not found else f"{len(found)} projections"
         raise NotUnderstood(f"{where} behind {core_input.name} (exactly one is understood)")
     return found[0]
-
-
-def stream_nodes(core_input: fx.Node, starts: tuple[fx.Node, ...]) -> set[fx.Node]:
-    """Nodes on a path from where a stream starts to the core, both ends included."""
-    behind = ancestors([core_input], stop=lambda n: n in starts)
-    on_path = set(starts)
-    for node in core_input.graph.nodes:
-        if node in behind and any(i in on_path for i in node.all_input_nodes):
-            on_path.add(node)
-    return on_path
 
 
 def read_stream(gm: fx.GraphModule, core_input: fx.Node, given: dict[fx.Node, Any]) -> FoundStream:
@@ -119,7 +110,7 @@ def _read_from(
         make: the first step, from heads and rows of p.
     """
     projection = start.node
-    nodes = stream_nodes(core_input, start.parts)
+    nodes = on_paths(core_input, start.parts)
     externals = sorted(
         {
             i

@@ -16,13 +16,14 @@ from reattend.passes.normalize.linear import ToLinear
 from reattend.passes.normalize.merge import MergeValues
 from reattend.passes.normalize.noops import DropNoops, ViewToReshape
 from reattend.passes.normalize.norms import FuseRmsNorm
+from reattend.passes.normalize.regroup import RegroupFirst
 from reattend.passes.normalize.sinks import FoldSinkFactor
 from reattend.passes.normalize.writes import WritesToScatter
 
 PIPELINE = (
     ToFunctional(), WritesToScatter(), DropNoops(), ViewToReshape(), ToMatmul(), ToLinear(),
     UnfoldLinear(), FuseRmsNorm(), FuseSdpa(), BlendToWhere(), FuseEager(), FoldSinkFactor(),
-    MergeValues(), BatchFirst(),
+    MergeValues(), BatchFirst(), RegroupFirst(),
 )  # fmt: skip
 
 
