@@ -148,7 +148,7 @@ def _read(gm: fx.GraphModule, stream: Any) -> Regrouped | None:
         expected = noise.flatten(0, 1)[token_BHnd, row_BHnd] * scale
     except (RuntimeError, IndexError):
         return None
-    first, inside = int(row_BHnd[0, 0, 0, 0]), int(projection.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+    first, inside = int(row_BHnd[0, 0, 0, 0]), int(projection.args[0].meta["val"].shape[-1])
     heads, width = row_BHnd.shape[1], row_BHnd.shape[3]
     wanted = first + torch.arange(heads * width).view(heads, 1, width)
     plain = heads * width == inside and bool((row_BHnd == wanted).all())
