@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefill-two-way": {"n": 41, "t": 41, "pattern": "vision"},
     "prefill-sees-nothing": {"n": 40, "t": 40, "pattern": "nothing", "length": [40, 0]},
     "prefill-softcap": {"n": 33, "t": 33, "softcap": 2.0, "start": [5, 0]},
-    "prefill-whole-blocks": {"n": 48, "t": 48, "pattern": "whole-blocks"},
+    "prefill-whole-blocks": {"n": 48, "t": 48, "pattern": "whole-blocks", "length": [48, 41]},
     "prefill-chunk": {"n": 21, "t": 60, "start": [0, 2], "first": 2, "m": 70},
     "prefill-heads-differ": {"n": 37, "t": 37, "h": 4, "group": 1},
     "prefill-padded-queries": {"n": 40, "t": 40, "start": [0, 33]},
