@@ -153,7 +153,7 @@ def rows(nodes: Iterable[fx.Node], names: dict[str, str]) -> list[Row]:
         names: letters for the symbols of sizes.
     """
     return [
-        Row(n.name, _call(n), _inputs(n), shape(n, names), path_of(n))
+        Row(n.name, call_of(n), _inputs(n), shape(n, names), path_of(n))
         for n in nodes
         if isinstance(n.meta.get("val"), Tensor) and n.op != "get_attr"
     ][:MOST]
@@ -169,20 +169,22 @@ def _inputs(node: fx.Node) -> tuple[str, ...]:
 
 
 def letters(captured: Capture) -> dict[str, str]:
-    """B and N for the symbols that stand for batch and length in a graph."""
+    """B and N for the symbols that stand for batch and length in a graph, L, K .. for others."""
     known: dict[str, str] = {}
     for node, value in captured.placeholders().items():
         symbols = node.meta.get("val")
         if not isinstance(symbols, Tensor) or not isinstance(value, Tensor):
             continue
         for symbol, size in zip(symbols.shape, value.shape, strict=True):
+            if str(symbol).isdigit() or str(symbol) in known:
+                continue
+            rest = (c for c in "LKJIHGFE" if c not in known.values())
             letter = next((n for n, s in captured.sizes.items() if s == size), None)
-            if letter and not str(symbol).isdigit():
-                known.setdefault(str(symbol), letter)
+            known[str(symbol)] = letter or next(rest, str(symbol))
     return known
 
 
-def _call(node: fx.Node) -> str:
+def call_of(node: fx.Node) -> str:
     """The operation, by its short name."""
     if node.op == "placeholder":
         return "input"

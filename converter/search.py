@@ -9,6 +9,7 @@ from torch import fx, nn
 from reattend.capture import Call, capture, tokens_first, watch
 from reattend.errors import CaptureError
 from reattend.frame import call_number, dropouts
+from reattend.frequencies import exact_frequencies
 from reattend.hollow import hollow, is_meta
 from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
@@ -68,6 +69,8 @@ class Search:
                 path = owner_of(item.region.nodes)
                 number = call_number(item.region.core, path)
                 self._places[id(item)] = Place(path, number=number)
+                if item.region.rotation is not None:
+                    exact_frequencies(self.captured, item)
             return
         self._places = locate(self.captured, found, self._drops)
         owners = {p.path for p in self._places.values() if p.binding is not None}

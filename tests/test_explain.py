@@ -21,18 +21,29 @@ from reattend.find_table import show_found
 from reattend.found import STEPS, FoundAttention
 
 
-class Twisted(nn.Module):
-    """Values are made from the square of the hidden state times another: no stream of one layer."""
+class Twofold(nn.Module):
+    """Values come from two tensors, each through its own layer: no stream of one tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.v, self.w = nn.Linear(16, 16), nn.Linear(16, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (self.q(x), self.k(x)))
-        v = k.flip(2)  # tokens in another order
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both = torch.cat([x, y], 1)
+        v = torch.cat([self.v(x), self.w(y)], 1)
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (self.q(both), self.k(both), v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Twofold()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.block(x, y)
 
 
 def printed(width: int, show: Any) -> str:
@@ -45,7 +56,7 @@ def printed(width: int, show: Any) -> str:
 
 @pytest.fixture(scope="module")
 def refused() -> FoundAttention:
-    return find_attention(nn.Sequential(Twisted()).eval(), {"input": INPUTS["x"]})
+    return find_attention(Outer().eval(), {"x": INPUTS["x"], "y": INPUTS["x"][:, :5] * 2})
 
 
 def test_a_refusal_names_the_step_the_node_and_the_nearest_form(refused: FoundAttention) -> None:
@@ -53,14 +64,14 @@ def test_a_refusal_names_the_step_the_node_and_the_nearest_form(refused: FoundAt
     assert site.step == "read"
     assert site.node in {n.name for n in refused.capture.gm.graph.nodes}
     assert site.nearest.startswith("softmax attention with 2 heads of width 8, and ")
-    told = explain(refused, "0")
+    told = explain(refused, "block")
     assert told.passed == ["normalise"]
-    assert told.parts["q"] == "0.q.weight (2 x 8, bias)"
+    assert told.parts["q"] == "block.q.weight (2 x 8, bias)"
     assert told.parts["v"].startswith("not understood")
     assert told.parts["mask"] == "full"
     assert "attention" in [r.call for r in told.rows]
     text = printed(80, lambda out: show_story(told, out))
-    for part in ("✓ normalise", "✗ read", "Nearest understood form", "Subgraph", "[B 2 N 8]"):
+    for part in ("✓ normalise", "✗ read", "Nearest understood form", "Subgraph", "[B N 16]"):
         assert part in text
 
 
@@ -102,8 +113,8 @@ def test_sizes_of_the_example_are_a_step_of_their_own() -> None:
 
 
 def test_an_unknown_path_names_the_nearest(refused: FoundAttention) -> None:
-    with pytest.raises(ArgumentError, match="did you mean '0'"):
-        explain(refused, "00")
+    with pytest.raises(ArgumentError, match="did you mean 'block'"):
+        explain(refused, "blocks")
 
 
 def test_the_table_fits_80_columns_and_says_more_where_there_is_room() -> None:
