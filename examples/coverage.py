@@ -250,7 +250,7 @@ def main() -> int:
             continue
         if known and not args.only:
             continue
-        row = isolated(task, kind, name)
+        row = isolated(task, kind, name) | {"date": datetime.date.today().isoformat()}
         results["rows"] = [r for r in results["rows"] if r not in known] + [row]
         results["rows"].sort(key=lambda r: (r["task"], r["kind"], r["class"]))
         campaign.write(args.out, results)

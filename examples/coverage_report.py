@@ -70,8 +70,10 @@ def table(results: dict[str, Any]) -> str:
             f"{c['identity_equal']} of {c['with_sites']} | {c['generate_equal']} of {wrote} |"
         )
     versions = ", ".join(f"{k} {v}" for k, v in results["inputs"]["versions"].items())
+    dates = sorted({row.get("date", results["date"]) for row in results["rows"]})
+    when = " to ".join(dates[:: max(len(dates) - 1, 1)])
     caption = (
-        f"{versions}; {results['date']}, {results['device']}. Tiny random models made from their "
+        f"{versions}; {when}, {results['device']}. Tiny random models made from their "
         f"configs, two shapes and padding; identity: outputs within {TOLERANCE:g} of the "
         f"original's largest; generate: greedy tokens with a cache, where the original can. "
         f"Command: `{results['command']}`"

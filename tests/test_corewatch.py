@@ -37,3 +37,29 @@ def test_the_smallest_module_is_named() -> None:
     cores = cores_by_module(model, {"x": torch.randn(2, 5, 8)})
     assert cores == {"layers.0": 2, "layers.1": 2, "": 1}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Pooled(nn.Module):
+    """Weights that a layer gives: a dynamic kernel or a pooling, no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.weigh(x), -1) @ x
+
+
+class Shifted(nn.Module):
+    """A softmax written as exp(s - logsumexp(s))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(1, 2)
+        probs = torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))
+        return probs @ x
+
+
+def test_scores_are_products_of_activations_and_any_softmax_of_them_counts() -> None:
+    x = torch.randn(2, 5, 8)
+    assert not cores_by_module(Pooled(), {"x": x})
+    assert cores_by_module(Shifted(), {"x": x}) == {"": 1}

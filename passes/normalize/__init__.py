@@ -16,14 +16,15 @@ from reattend.passes.normalize.linear import ToLinear
 from reattend.passes.normalize.merge import MergeValues
 from reattend.passes.normalize.noops import DropNoops, ViewToReshape
 from reattend.passes.normalize.norms import FuseRmsNorm
+from reattend.passes.normalize.pointwise import PointwiseToLinear
 from reattend.passes.normalize.regroup import RegroupFirst
 from reattend.passes.normalize.sinks import FoldSinkFactor
 from reattend.passes.normalize.writes import WritesToScatter
 
 PIPELINE = (
-    ToFunctional(), WritesToScatter(), DropNoops(), ViewToReshape(), ToMatmul(), ToLinear(),
-    UnfoldLinear(), FuseRmsNorm(), FuseSdpa(), BlendToWhere(), FuseEager(), FoldSinkFactor(),
-    MergeValues(), BatchFirst(), RegroupFirst(),
+    ToFunctional(), WritesToScatter(), DropNoops(), ViewToReshape(), ToMatmul(),
+    PointwiseToLinear(), ToLinear(), UnfoldLinear(), FuseRmsNorm(), FuseSdpa(), BlendToWhere(),
+    FuseEager(), FoldSinkFactor(), MergeValues(), BatchFirst(), RegroupFirst(),
 )  # fmt: skip
 
 
