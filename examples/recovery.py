@@ -169,7 +169,9 @@ def _show(event: Any) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown: one line per student, one column per budget."""
-    rows = {(row["student"], row["loss"], row["tokens"]): row for row in results["rows"]}
+    rows = {  # files of before 2026-11-21 know one loss
+        (row["student"], row.get("loss", LOSSES[0]), row["tokens"]): row for row in results["rows"]
+    }
     if len(rows) < len(results["rows"]):
         raise ValueError("two rows of one student, one loss and one budget")
     budgets = sorted({tokens for *_, tokens in rows})
@@ -186,11 +188,18 @@ def table(results: dict[str, Any]) -> str:
             cells = " | ".join(_cell(row) for row in found)
             lines.append(f"| {student} | {loss} | {cache} | {cells} |")
     inputs = results["inputs"]
+    far = inputs.get("far", {})
     stages = ", ".join(
-        f"{n} {100 * share:g} % at lr {inputs['lr'][n]:g}, less for a start nearer than "
-        f"{inputs['far'][n]:g}"
+        f"{n} {100 * share:g} % at lr {inputs['lr'][n]:g}"
+        + (f" (less where the first loss is below {far[n]:g})" if far else "")
         for n, share in inputs["share"].items()
     )
+    baseline = ""
+    if any(loss == "lm" for _, loss, _ in rows):
+        baseline = (
+            f"lm: the next-token loss alone, end to end at lr {inputs['lr']['lm']:g}, the same "
+            "parameters trained. "
+        )
     lines += [
         "",
         f"{results['model']}, {results['date']}, {results['device']}. Each cell: held-out "
@@ -198,10 +207,9 @@ def table(results: dict[str, Any]) -> str:
         f"{results['inputs']['rows']} x {SEQ_LEN} tokens; copy at {RECALL_LEN}. Training text: "
         f"calibration.txt, never the held-out one. distill: {stages}. The dense model then stays "
         f"where it is: the loss is the distance to the original, so the text itself teaches "
-        f"nothing. lm: the next-token loss alone, end to end at lr {inputs['lr']['lm']:g}, the "
-        f"same parameters trained. {_worse(rows)}0 tokens is the conversion alone, from "
-        f"statistics over {STATISTICS:,} tokens in the checkpoint's dtype; the table of presets "
-        f"has its own statistics, hence slightly other numbers. Command: `{results['command']}`",
+        f"nothing. {baseline}{_worse(rows)}0 tokens is the conversion alone, from statistics over "
+        f"{STATISTICS:,} tokens in the checkpoint's dtype; the table of presets has its own "
+        f"statistics, hence slightly other numbers. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 

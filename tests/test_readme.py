@@ -84,7 +84,7 @@ def script(name):
         ("mla", "mla_table", "mla_table", "README.md"),
         ("mla-qwen2", "mla_table", "mla_table_qwen2", "README.md"),
         ("mla-qwen3", "mla_table", "mla_table_qwen3", "README.md"),
-        ("scale", "scale", "scale", "README.md"),
+        ("memory", "memory", "memory", "README.md"),
         ("latent-norm", "latent_norm", "latent_norm", "docs/deepseek.md"),
         ("coverage", "coverage", "coverage", "README.md"),
         ("sparse", "sparse_table", "sparse_table", "README.md"),

@@ -1,6 +1,6 @@
 """Memory and seconds of converting a 1B-shaped model on the CPU, stage by stage.
 
-    OMP_NUM_THREADS=1 python examples/scale.py --work scale.work --out examples/results/scale.json
+    OMP_NUM_THREADS=1 python examples/memory.py --out examples/results/memory.json
 
 The model is random: sizes are those of Llama 3.2 1B (16 layers, hidden 2048, 8 key/value heads of
 64, vocabulary 128256), in bfloat16. Memory does not depend on the number of tokens, so few are
@@ -46,7 +46,21 @@ def make(folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    noise = torch.randn(1 << 22) * 0.02  # every tensor begins elsewhere in it
+    for number, parameter in enumerate(model.parameters()):
+        parts = parameter.data.flatten().split(len(noise))
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+            continue
+        for place, part in enumerate(parts):
+            part.copy_(noise.roll(977 * number + 61 * place)[: len(part)])
+    rotary = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "vocab_size": 8}))
+    model.model.rotary_emb = rotary.model.rotary_emb
+    model.save_pretrained(folder)
 
 
 def convert(folder: Path, out: Path, rows: int, seq_len: int) -> dict[str, Any]:
@@ -144,10 +158,10 @@ def _mib(count: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--work", type=Path, default=Path("scale.work"), help="5 GiB go here")
-    parser.add_argument("--out", type=Path, default=Path("examples/results/scale.json"))
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--work", type=Path, default=Path("memory.work"), help="5 GiB go here")
+    parser.add_argument("--out", type=Path, default=Path("examples/results/memory.json"))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--table", action="store_true", help="print the table of the file")
     parser.add_argument("--step", choices=("make", "convert"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -170,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         "date": datetime.date.today().isoformat(),
         "device": f"cpu, {found['threads']} thread(s)",
         "versions": campaign.versions(),
-        "command": f"python examples/scale.py --rows {args.rows} --seq-len {args.seq_len}",
+        "command": f"python examples/memory.py --rows {args.rows} --seq-len {args.seq_len}",
         "rows": args.rows,
         "seq_len": args.seq_len,
         "sizes": sizes(model),
