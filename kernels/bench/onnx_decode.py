@@ -11,6 +11,8 @@ states are filled with random rows: a step costs the same whatever they hold.
 Variants:
     mla-50, mla-25      converted to MLA at 50 and 25 % of the original cache, exported by reattend
     original            plan identity (`to: dense`), exported by reattend
+    ...-ort             the same in flavour `ort`: ONNX Runtime's own operators
+    ...-custom          the portable file with reattend's kernels (build them: make onnx-library)
     transformers        the original by transformers' own exporter with its ONNX Runtime fusions
                         (GroupQueryAttention over a cache of fixed size, buffers shared in place)
     transformers-grow   the same with a cache that grows (DynamicCache), as generate() uses it
@@ -34,16 +36,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from table import decode_table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from reattend import convert
-from reattend.targets.onnx import Session, export_onnx
+from reattend.targets.onnx import Artifact, Session, export_onnx
+from reattend.targets.onnx.manifest import read_manifest
 
 CONTEXTS = (512, 2048, 8192)
 ROOM = 64
+LIMIT = 1e-3  # largest logit difference from torch's
 COMMAND = "python kernels/bench/onnx_decode.py --out kernels/bench/results/onnx_decode.json"
 KEEP = {"mla-50": 0.5, "mla-25": 0.25}
 Step = Callable[[], None]
@@ -69,15 +74,21 @@ def converted(model: Any, kv_keep: float | None) -> Any:
     return convert(model, plan=plan, data=tokens).model
 
 
+def exported(model: Any, name: str, folder: Path, flavour: str = "portable") -> Artifact:
+    """The export of that name in `folder`, made if it is not there."""
+    if not (folder / "manifest.json").is_file():
+        return export_onnx(converted(model, KEEP.get(name)), folder, flavour=flavour)
+    return Artifact(folder, read_manifest(folder))
+
+
 class Ours:
     """A variant exported by reattend."""
 
-    def __init__(self, name: str, model: Any, folder: Path) -> None:
+    def __init__(self, name: str, artifact: Artifact, kernels: bool = False) -> None:
         self.name = name
-        self.artifact = export_onnx(converted(model, KEEP.get(name)), folder / name)
-        self.session = Session(self.artifact.path, threads=1)
-        self.bytes_per_token = self.artifact.manifest.cache_bytes_per_token
-        self.nodes = Counter(layer.op for layer in self.artifact.manifest.layers)
+        self.session = Session(artifact.path, threads=1, library=kernels)
+        self.bytes_per_token = artifact.manifest.cache_bytes_per_token
+        self.nodes = Counter(layer.form for layer in artifact.manifest.layers)
 
     def prepare(self, context: int) -> Step:
         """A step after `context` tokens."""
@@ -118,6 +129,19 @@ class Theirs:
         return cache
 
     def _export(self, capacity: int) -> Any:
+        path = self.folder / f"{self.name}-{capacity}.onnx"
+        if not path.is_file():
+            self._write(path, capacity)
+        proto = onnx.load(path, load_external_data=False)
+        self.nodes = Counter(
+            f"{n.domain}::{n.op_type}" for n in proto.graph.node if n.domain == "com.microsoft"
+        )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def _write(self, path: Path, capacity: int) -> None:
         import onnx_ir
         from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -134,13 +158,7 @@ class Theirs:
             made = OnnxExporter().export(
                 self.model, inputs, OnnxConfig(dynamic=not self.fixed, ort_fusions="cpu")
             )
-        self.nodes = Counter(n.op_type for n in made.program.graph if n.domain == "com.microsoft")
-        path = self.folder / f"{self.name}-{capacity}.onnx"
         onnx_ir.save(made.program, str(path), external_data=f"{path.name}.data")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def _binding(self, context: int, capacity: int, cache: Any, token: int) -> tuple[Any, Any]:
         key = capacity if self.fixed else 0
@@ -221,20 +239,28 @@ def measure(steps: dict[str, Step], rounds: int, block: int) -> dict[str, dict[s
 
 def run(kv_heads: int, rounds: int, block: int, folder: Path) -> dict[str, Any]:
     model = original(kv_heads)
-    variants: list[Any] = [Ours(name, model, folder) for name in (*KEEP, "original")]
+    variants: list[Any] = []
+    for name in (*KEEP, "original"):
+        portable = exported(model, name, folder / name)
+        variants += [Ours(name, portable), Ours(f"{name}-custom", portable, kernels=True)]
+    ort = exported(model, "original", folder / "original-ort", "ort")
+    variants.append(Ours("original-ort", ort))
     failures = {}
     ids = torch.randint(0, model.config.vocab_size, (1, 65))
     with torch.no_grad():
         expected = model(ids).logits[:, -1:].numpy()
-    parity = {"original": float(np.abs(variants[-1].logits(ids) - expected).max())}
+    same = [variant for variant in variants if variant.name.startswith("original")]
+    parity = {v.name: float(np.abs(v.logits(ids) - expected).max()) for v in same}
     for name, fixed in (("transformers", True), ("transformers-grow", False)):
-        made = Theirs(name, model, folder, fixed)
+        theirs = Theirs(name, model, folder, fixed)
         try:
-            parity[name] = float(np.abs(made.logits(ids) - expected).max())
+            parity[name] = float(np.abs(theirs.logits(ids) - expected).max())
         except Exception as error:  # what fails is part of the result
             failures[name] = f"{type(error).__name__}: {error}"
             continue
-        variants.append(made)
+        variants.append(theirs)
+    if wrong := {name: error for name, error in parity.items() if not error <= LIMIT}:
+        raise SystemExit(f"logits differ from torch's, nothing is timed: {wrong}")
     figures = {}
     for context in CONTEXTS:
         steps = {variant.name: variant.prepare(context) for variant in variants}
@@ -254,13 +280,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--block", type=int, default=5)
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--folder", type=Path, help="keep the exported files here and reuse them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     results = []
-    for kv_heads in (2, 8):
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(run(kv_heads, arguments.rounds, arguments.block, Path(folder)))
+    for kv_heads in arguments.kv_heads:
+        with tempfile.TemporaryDirectory() as made:
+            folder = (arguments.folder or Path(made)) / f"kv-{kv_heads}"
+            folder.mkdir(parents=True, exist_ok=True)
+            results.append(run(kv_heads, arguments.rounds, arguments.block, folder))
     content = {
         "schema_version": 1,
         "command": COMMAND,
