@@ -286,14 +286,16 @@ def main() -> None:
     torch.set_num_threads(1)
     packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     results = []
-    for kv_heads in arguments.kv_heads:
+    heads: list[int] = arguments.kv_heads
+    for kv_heads in heads:
         with tempfile.TemporaryDirectory() as made:
             folder = (arguments.folder or Path(made)) / f"kv-{kv_heads}"
             folder.mkdir(parents=True, exist_ok=True)
             results.append(run(kv_heads, arguments.rounds, arguments.block, folder))
     content = {
         "schema_version": 1,
-        "command": COMMAND,
+        "command": COMMAND
+        + ("" if heads == [2, 8] else f" --kv-heads {' '.join(map(str, heads))}"),
         "date": date.today().isoformat(),
         "threads": 1,
         "rounds": arguments.rounds,
