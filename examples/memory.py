@@ -143,7 +143,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"A random model of the sizes of Llama 3.2 1B, bfloat16, to `mla` at {RULE['kv_keep']:g} "
         f"of the cache with fixed sizes; {results['date']}, {results['device']}, other processes "
-        f"beside it. Statistics over {tokens:,} tokens in rows of {results['seq_len']}. Memory: "
+        f"beside it. Text: {tokens:,} tokens in rows of {results['seq_len']}, an eighth of them "
+        f"held back to measure on, the others for statistics. Memory: "
         f"over the process before the model is opened ({_mib(results['baseline'])}). Weights "
         f"{_mib(known['weights'])}, a layer {_mib(known['layer'])}, statistics "
         f"{_mib(known['statistics'])} whatever the number of tokens. Command: "
