@@ -72,7 +72,7 @@ def without(part: str) -> Change:
         (lambda site: site["config"]["core"].update(heads="many"), "core.heads"),
         (lambda site: site["binding"].update(cache=3), "cache"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else "without",
 )
 def test_a_site_that_cannot_be_read_is_named(change: Change, part: str, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
