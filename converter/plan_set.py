@@ -43,12 +43,14 @@ def apply_settings(
 def _places(
     key: str, keys: Collection[str], options: Sequence[Collection[str]], where: str
 ) -> list[list[str]]:
-    if "." in key or (key in keys and key != "rules"):
-        return [key.split(".")]
-    places = [["rules", str(i), key] for i, names in enumerate(options) if key in names]
+    """Paths of a key: of the plan itself, or of an option in every rule that has it."""
+    first, *inside = key.split(".")
+    if first in keys and (inside or first != "rules"):
+        return [[first, *inside]]
+    places = [["rules", str(i), first, *inside] for i, o in enumerate(options) if first in o]
     if not places:
         known = set(keys).union(*options) - {"rules", "extends", "version"}
-        raise unknown_name("key", key, known, where)
+        raise unknown_name("key", first if inside else key, known, where)
     return places
 
 
@@ -60,7 +62,7 @@ def _put(
     for depth, part in enumerate(path[:-1]):
         if isinstance(here, list):
             here = _item(here, part, where)
-        elif depth == 0 and part in ("calibrate", "verify"):
+        elif (depth == 0 and part in ("calibrate", "verify")) or (depth > 1 and part not in here):
             here = here.setdefault(part, {})
         else:
             here = here.get(part) if isinstance(here, dict) else None
