@@ -146,7 +146,7 @@ class Rule(Section):
     @classmethod
     def _heads(cls, value: Any) -> Any:
         value = [value] if isinstance(value, int) and not isinstance(value, bool) else value
-        if isinstance(value, Sequence) and (not value or len(set(value)) < len(value)):
+        if isinstance(value, Sequence) and (not value or len(set(map(repr, value))) < len(value)):
             raise ValueError("give each KV group once, and at least one")
         return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -39,19 +39,42 @@ def complaints(
     """
     told: set[str] = set()
     for item in error.errors():
-        key = str(item["loc"][0]) if item["loc"] else ""
+        path = _inside(item["loc"], data)
+        key = ".".join(map(str, path))
         if key and key in told:
             continue
         told.add(key)
         if item["type"] == "missing":
-            yield f"{key} is missing"
-        elif item["type"] in ("value_error", "assertion_error") or key not in data:
+            yield f"{'.'.join(map(str, item['loc']))} is missing"
+        elif item["type"] == "extra_forbidden" and len(path) > 1:
+            yield f"{'.'.join(map(str, path[:-1]))} has no key {path[-1]!r}"
+        elif item["type"] in ("value_error", "assertion_error") or not path:
             said = str(item.get("ctx", {}).get("error") or item["msg"])
             yield f"{key}: {said} (got {_shown(item['input'])})" if key else said
         else:
-            words = allowed(kind, key)
+            words = allowed(kind, path)
             said = f" must be {words}" if words else f": {item['msg']}"
-            yield f"{key}{said}, got {_shown(data[key])}"
+            yield f"{key}{said}, got {_shown(_value(data, path))}"
+
+
+def _inside(place: Sequence[int | str], data: Any) -> tuple[int | str, ...]:
+    """The part of pydantic's place of an error that is in the data; the rest names types."""
+    path: list[int | str] = []
+    for part in place:
+        known = isinstance(data, Mapping) and part in data
+        if not known and not (isinstance(data, list | tuple) and isinstance(part, int)):
+            break
+        data = data[part]
+        path.append(part)
+    while path and isinstance(path[-1], int):  # what a list holds is said of the list
+        path.pop()
+    return tuple(path)
+
+
+def _value(data: Any, path: Sequence[int | str]) -> Any:
+    for part in path:
+        data = data[part]
+    return data
 
 
 def not_switches(kind: type[BaseModel], data: Mapping[str, Any]) -> Iterator[str]:
@@ -60,18 +83,42 @@ def not_switches(kind: type[BaseModel], data: Mapping[str, Any]) -> Iterator[str
         values = value if isinstance(value, list | tuple) else [value]
         if not any(isinstance(v, bool) for v in values):
             continue
-        words = allowed(kind, key)
+        words = allowed(kind, (key,))
         if "number" in words and "true or false" not in words:
             yield f"{key} must be {words}, got {_shown(value)}"
 
 
-def allowed(kind: type[BaseModel], key: str) -> str:
-    """What the field of this name takes; empty where pydantic has no schema of it."""
+def allowed(kind: type[BaseModel], path: Sequence[int | str]) -> str:
+    """What the field at this place takes; empty where pydantic has no schema of it."""
     try:
         schema = kind.model_json_schema()
     except PydanticUserError:  # a type without a schema: of a conversion that is not ours
         return ""
-    return _words(schema.get("properties", {}).get(key, {}), schema.get("$defs", {}))
+    names = schema.get("$defs", {})
+    here: Mapping[str, Any] = schema
+    for part in path:
+        here = next((f for f in _fields(here, names) if _has(f, part)), {})
+        here = (
+            here.get("items", {})
+            if isinstance(part, int)
+            else here.get("properties", {}).get(part, {})
+        )
+    return _words(here, names)
+
+
+def _has(schema: Mapping[str, Any], part: int | str) -> bool:
+    return "items" in schema if isinstance(part, int) else part in schema.get("properties", {})
+
+
+def _fields(schema: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The schema itself, or each of the types it is a choice of."""
+    if "$ref" in schema:
+        yield from _fields(names.get(str(schema["$ref"]).rsplit("/", 1)[-1], {}), names)
+    elif "anyOf" in schema:
+        for part in schema["anyOf"]:
+            yield from _fields(part, names)
+    else:
+        yield schema
 
 
 def _words(schema: Mapping[str, Any], names: Mapping[str, Any]) -> str:

@@ -41,6 +41,17 @@ RULE: list[tuple[dict[str, Any], str]] = [
     ({"heads": "a"}, "heads must be a list of whole numbers >= 0 or null, got 'a'"),
     ({"sites": 3}, "sites must be a list of texts or null, got 3"),
 ]
+INSIDE: list[tuple[dict[str, Any], str]] = [
+    ({"pattern": 3}, "pattern must be a mapping, got 3"),
+    ({"pattern": {"windw": 3}}, "pattern has no key 'windw'"),
+    ({"pattern": {"sinks": -1}}, "pattern.sinks must be a whole number >= 0, got -1"),
+    ({"pattern": {"window": "x"}}, "pattern.window must be a whole number, got 'x'"),
+    ({"pattern": {"stride": {"period": 0}}}, "pattern.stride.period must be a whole number > 0"),
+    ({"pattern": {"stride": {}}}, "pattern.stride.period is missing"),
+    ({"pattern": {}}, "pattern: a pattern needs a term"),
+    ({"candidates": [{"window": 3}, {"wnd": 2}], "kv_density": 0.5}, "candidates.1 has no key"),
+    ({"keep_full": 0.5}, "keep_full needs a `pattern`"),
+]
 SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"calibrate": {"tokens": -1}}, "tokens must be a whole number >= 0, got -1"),
     ({"calibrate": {"tokens": True}}, "tokens must be a whole number >= 0, got true"),
@@ -51,7 +62,7 @@ SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"verify": {"min_top1": 2}}, "min_top1 must be a number >= 0 and <= 1 or null, got 2"),
     ({"verify": {"yardsticks": "perhaps"}}, "yardsticks must be true or false, got 'perhaps'"),
     ({"on_refusal": "maybe"}, "on_refusal must be error or keep, got 'maybe'"),
-    ({"targets": "onnx"}, "targets must be a list of texts, got 'onnx'"),
+    ({"targets": "onnx"}, "targets must be a list of a text or a mapping, got 'onnx'"),
 ]
 FORMS: list[tuple[dict[str, Any], str]] = [
     ({"rules": [{1: 2}]}, "`to` is missing"),
@@ -67,7 +78,8 @@ FORMS: list[tuple[dict[str, Any], str]] = [
 def whole(case: dict[str, Any]) -> dict[str, Any]:
     if case.keys() <= {"calibrate", "verify", "on_refusal", "targets"}:
         return {"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}], **case}
-    return {"rules": [{"sites": "*", "to": "mla", **case}]}
+    to = "sparse" if case.keys() & {"pattern", "candidates", "keep_full"} else "mla"
+    return {"rules": [{"sites": "*", "to": to, **case}]}
 
 
 def told(message: str, part: str) -> None:
@@ -79,7 +91,7 @@ def told(message: str, part: str) -> None:
         assert word not in message, message
 
 
-@pytest.mark.parametrize(("case", "part"), RULE + SECTIONS, ids=str)
+@pytest.mark.parametrize(("case", "part"), RULE + INSIDE + SECTIONS, ids=str)
 def test_a_value_that_is_not_allowed(case, part):
     with pytest.raises(PlanError) as caught:
         Plan.load(whole(case))
@@ -140,10 +152,20 @@ class Strange(BaseModel):
 
 
 def test_options_of_any_pydantic_model_are_told():
-    assert allowed(Odd, "table") == "a mapping"
+    assert allowed(Odd, ("table",)) == "a mapping"
     for data in ({"pair": 3}, {"table": 3}, {"number": 3}, {"number": True}):
         with pytest.raises(PlanError, match=f"{next(iter(data))} must be"):
             build(Odd, data, "here")
-    assert allowed(Strange, "done") == ""
+    assert allowed(Strange, ("done",)) == ""
     with pytest.raises(PlanError, match="done: .*instance of slice, got '3'"):
         build(Strange, {"done": "3"}, "here")
+
+
+def test_set_reaches_inside_an_option():
+    plan = Plan.load({"rules": [{"sites": "*", "to": "sparse"}]})
+    new = plan.with_set(["pattern.window=9", "pattern.stride.period=4", "rules.0.pattern.sinks=2"])
+    assert new.to_dict()["rules"][0]["pattern"] == {
+        "window": 9, "stride": {"period": 4}, "sinks": 2,
+    }  # fmt: skip
+    with pytest.raises(PlanError, match="did you mean 'pattern'"):
+        plan.with_set(["patern.window=9"])

@@ -62,7 +62,7 @@ def test_candidates_share_one_budget() -> None:
     given = SparseOptions(candidates=(narrow, wide), kv_density=20 / 64, density_at=64)
     sites: list[Any] = [Subject(p, dense(config()), None, given) for p in ("a", "b")]
     chosen = ToSparse().allocate(sites, measure)
-    windows = [[c.pattern.window for c in o.heads] for o in chosen]
+    windows = [[c.pattern.window for c in o.head_patterns] for o in chosen]
     assert windows == [[32, 8], [8, 32]]
     small = given.model_copy(update={"kv_density": 0.1})
     with pytest.raises(PlanError, match="no candidate is small enough"):
@@ -74,14 +74,14 @@ def test_candidates_share_one_budget() -> None:
     [
         ({"candidates": [{"window": 4}]}, "go together"),
         ({"kv_density": 0.5}, "go together"),
-        ({"keep_full": 0.5}, "one `pattern`"),
+        ({"keep_full": 0.5}, "needs a `pattern`"),
         ({"keep_full": 0.5, "pattern": {"window": 4}, "heads_full": [0]}, "name no heads"),
         (
             {"candidates": [{"window": 4}], "kv_density": 0.5, "pattern": {"window": 4}},
             "no pattern beside",
         ),
         (
-            {"heads_full": [0], "heads": [{"kv_heads": [0], "pattern": {"window": 1}}]},
+            {"heads_full": [0], "head_patterns": [{"kv_heads": [0], "pattern": {"window": 1}}]},
             "at most once",
         ),
     ],

@@ -31,7 +31,7 @@ class SparseOptions(Frozen):
         pattern: of every KV head that nothing below names. A stride starts at a place of its own
             in each head.
         heads_full: KV heads that see every key.
-        heads: patterns of single KV heads.
+        head_patterns: patterns of single KV heads.
         keep_full: share of the KV heads of all sites together that see every key; the others have
             `pattern`.
         candidates: patterns that each head may get, chosen by measuring (`sparse_search`).
@@ -44,7 +44,7 @@ class SparseOptions(Frozen):
 
     pattern: HeadPattern = HeadPattern(full=True)
     heads_full: tuple[int, ...] = ()
-    heads: tuple[HeadClass, ...] = ()
+    head_patterns: tuple[HeadClass, ...] = ()
     keep_full: float | None = Field(default=None, ge=0.0, le=1.0)
     candidates: tuple[HeadPattern, ...] = ()
     kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -62,14 +62,18 @@ class SparseOptions(Frozen):
         """With the pattern of each KV head."""
         full = tuple(h for h, p in patterns.items() if p.full)
         rest = tuple(HeadClass(kv_heads=(h,), pattern=p) for h, p in patterns.items() if not p.full)
-        return SparseOptions(heads_full=full, heads=rest, evict=self.evict)
+        return SparseOptions(heads_full=full, head_patterns=rest, evict=self.evict)
 
     @model_validator(mode="after")
     def _are_consistent(self) -> SparseOptions:
-        named = [*self.heads_full, *(h for c in self.heads for h in c.kv_heads)]
+        named = [*self.heads_full, *(h for c in self.head_patterns for h in c.kv_heads)]
         if len(named) != len(set(named)) or min(named, default=0) < 0:
-            raise ValueError("heads_full and heads must name every KV head at most once, from 0")
-        if self.keep_full is not None and (named or self.candidates or self.pattern.full):
+            raise ValueError(
+                "heads_full and head_patterns must name a KV head at most once, from 0"
+            )
+        if self.keep_full is not None and self.pattern.full:
+            raise ValueError("keep_full needs a `pattern` for the heads that do not stay full")
+        if self.keep_full is not None and (named or self.candidates):
             raise ValueError("keep_full chooses heads for one `pattern`: name no heads beside it")
         if bool(self.candidates) != (self.kv_density is not None):
             raise ValueError("candidates and kv_density go together")
@@ -95,7 +99,7 @@ class ToSparse(Conversion):
             return Refusal("the mask has no fixed pattern that a sparse one could be laid over")
         if config.added is not None or config.relative is not None or config.alibi is not None:
             return Refusal("a position bias is added to the scores, which needs every key's place")
-        named = [*options.heads_full, *(h for c in options.heads for h in c.kv_heads)]
+        named = [*options.heads_full, *(h for c in options.head_patterns for h in c.kv_heads)]
         if max(named, default=0) >= core.kv_heads:
             return Refusal(
                 f"KV head {max(named)} is named, and the block has {core.kv_heads} (from 0)"
@@ -212,7 +216,7 @@ def head_classes(config: DenseConfig, options: SparseOptions) -> tuple[HeadClass
     """KV heads by pattern, heads of one pattern together."""
     heads = config.core.kv_heads
     found: dict[HeadPattern, list[int]] = {}
-    given = {h: c.pattern for c in options.heads for h in c.kv_heads}
+    given = {h: c.pattern for c in options.head_patterns for h in c.kv_heads}
     given |= dict.fromkeys(options.heads_full, HeadPattern(full=True))
     for h in range(heads):
         pattern = given[h] if h in given else options.pattern.for_head(h, heads)

@@ -113,6 +113,6 @@ def _moved(
         raise PlanError(
             "choosing heads needs a model that can run with one of its blocks replaced",
             where=site.path,
-            next_step="name the heads that stay in heads_full, or their patterns in heads",
+            next_step="name the heads that stay in heads_full, or their patterns in head_patterns",
         )
     return moved
