@@ -130,3 +130,35 @@ def test_layers_that_are_no_attention_keep_their_axes() -> None:
     normalize(gm)
     assert not BatchFirst()(gm).modified
     assert sum(is_op(n, aten.transpose) for n in gm.graph.nodes) == 2
+
+
+class Widths(nn.Module):
+    """Keys and values of widths of their own, from the same tokens."""
+
+    def __init__(self, kdim: int, vdim: int) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Linear(D, kdim), nn.Linear(D, vdim)
+        self.att = nn.MultiheadAttention(D, 4, batch_first=True, kdim=kdim, vdim=vdim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.att(x, self.keys(x), self.values(x), need_weights=False)
+        return x + y
+
+
+@pytest.mark.parametrize("widths", [{"kdim": 12, "vdim": 10}, {"kdim": 12, "vdim": 12}])
+def test_keys_and_values_of_other_widths(widths: dict[str, int]) -> None:
+    model = alive(Widths(**widths))
+    inputs = {"x": tokens(True)}
+    result = convert(model, plan=PLAN, inputs=inputs)
+    assert [site.action for site in result.report.sites] == ["converted"]
+    for length, batch in ((N, B), (5, 3)):
+        assert gap(model, result.model, {"x": tokens(True, length, batch)}) <= 1e-6
+
+
+@pytest.mark.parametrize("more", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_keys_that_are_no_tokens_are_refused_by_what_they_are(more: dict[str, bool]) -> None:
+    model = Net(batch_first=True, need_weights=False)
+    model.att = nn.MultiheadAttention(D, 4, batch_first=True, **more)
+    found = find_attention(alive(model), {"x": tokens(True)})
+    assert not found.sites
+    assert "a learned or empty key beside" in found.refused[0].reason

@@ -200,6 +200,11 @@ def _row_map(push: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, tuple
             f"core input has shape {tuple(scale_BHNd.shape)}, not batch, head, token, width"
         )
     if scale_BHNd.shape[2] != like.shape[1]:
+        more = int(scale_BHNd.shape[2]) - int(like.shape[1])
+        if 0 < more < int(like.shape[1]):
+            raise NotUnderstood(
+                f"{more} of its rows come from no token: a learned or empty key beside the tokens'"
+            )
         raise NotUnderstood("tokens are regrouped between projection and core (windows, chunks)")
     scale, index = scale_BHNd[:, :, 0], index_BHNd[:, :, 0]
     if (scale.abs() < 1e-12).any():
