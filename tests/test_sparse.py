@@ -15,7 +15,10 @@ from reattend.errors import ArgumentError, RefusedError
 from reattend.mixers import sparse_blocks
 from reattend.mixers.base import Context, build_mixer
 from reattend.mixers.dense import DenseAttention
+from reattend.passes.rewrite.base import dense_cost
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.plan import Plan
+from reattend.plans import preset_names
 
 PLACED = [name for name in CASES if name not in ("alibi", "relative")]
 LONG = sparse_blocks.LEAST + 41
@@ -195,6 +198,17 @@ def test_packed_texts_are_refused_with_a_cache() -> None:
     packed = (text[:, None] == text[None]) & torch.ones(n, n).tril().bool()
     with pytest.raises(ArgumentError, match="hides more than padding"):
         model(torch.randint(3, 97, (1, n)), attention_mask=packed[None, None], use_cache=True)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n in preset_names() if Plan.load(n).rules[0].to == "sparse")
+)
+def test_presets_fit_ordinary_blocks(name: str) -> None:
+    options = Plan.load(name).rules[0].options
+    made = ToSparse()
+    for cfg in (config(4, 4), config(8, 4, bias=True), config(window=5), config(norm=True)):
+        assert made.check(cfg, options) is None
+        assert made.cost(cfg, options).flops_per_token < dense_cost(cfg).flops_per_token
 
 
 def test_refusals_reach_the_caller() -> None:
