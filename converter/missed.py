@@ -61,5 +61,7 @@ def already(path: str, block: Adapter) -> RefusedSite:
 
 def already_converted(search: Search, refused: list[RefusedSite]) -> list[RefusedSite]:
     """The cores of one converted block (head groups) are one refusal."""
-    ours = search.ours
-    return [r for i, r in enumerate(refused) if r.path not in ours or r not in refused[:i]]
+    once: dict[object, RefusedSite] = {}
+    for number, r in enumerate(refused):
+        once.setdefault((r.path, r.reason) if r.path in search.ours else number, r)
+    return list(once.values())

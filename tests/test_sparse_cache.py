@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cache_matrix import CHOSEN, NEW, CacheMatrix, greedy_without_cache
-from decoder_models import MODELS, decoder, prompts
+from decoder_models import decoder, prompts
 from transformers import DynamicCache, StaticCache
 
 from reattend import convert
@@ -28,18 +28,16 @@ def sparse(name: str, which: str, kind: str = "evicting") -> Any:
     return convert(decoder(name, layers=3, groups=2), plan={"rules": [rule]}).model
 
 
-#: the cells of every day: all layers, and one layer beside a sliding and a full one
-QUICK = {("llama", "all"), ("gemma2", "first")}
+#: cells of every day (all layers; one beside a sliding and a full one), and all that are tried: the
+#: adapter's own matrix has the others
+QUICK = [("llama", "all"), ("gemma2", "first")]
+CELLS = [*QUICK, ("mistral", "all"), ("gemma2", "all"), ("llama", "middle")]
 _MADE: dict[tuple[str, str], Any] = {}
 
 
 @pytest.mark.parametrize(
     ("name", "which"),
-    [
-        pytest.param(n, w, marks=() if (n, w) in QUICK else pytest.mark.slow)
-        for n in MODELS
-        for w in CHOSEN
-    ],
+    [pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow) for cell in CELLS],
 )
 class TestMatrix(CacheMatrix):
     def model(self, name: str, which: str) -> Any:
