@@ -6,6 +6,7 @@ positions, any shapes that broadcast.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from math import prod
 from typing import Literal
 
@@ -42,9 +43,9 @@ class Grid(Term):
         text = (a < 0) | (a >= self.tokens) | (b < 0) | (b >= self.tokens)
         return text | self.near(self._places(a), self._places(b))
 
+    @abstractmethod
     def near(self, query: list[Tensor], key: list[Tensor]) -> Tensor:
         """Whether a query's place in the grid sees a key's; a coordinate per axis."""
-        raise NotImplementedError
 
     def _places(self, index: Tensor) -> list[Tensor]:
         found, rest = [], index
