@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from reattend.arguments import as_callback, as_folder, as_inputs, as_seed
 from reattend.errors import ArgumentError
 from reattend.events import OnEvent
 from reattend.finder import find_attention
@@ -51,7 +53,7 @@ class Result:
         """
         from reattend.publishing import save_result
 
-        return save_result(self, Path(folder), overwrite=overwrite)
+        return save_result(self, as_folder(folder, "folder"), overwrite=overwrite)
 
 
 def convert(
@@ -99,8 +101,9 @@ def convert(
     from reattend.pipeline import Job
 
     return Job(
-        plan=Plan.load(plan), inputs=inputs, data=data, seed=seed, inplace=inplace,
-        out=None if out is None else Path(out), overwrite=overwrite, on_event=on_event,
+        plan=Plan.load(plan), inputs=as_inputs(inputs), data=data, seed=as_seed(seed),
+        inplace=inplace, out=None if out is None else as_folder(out, "out"), overwrite=overwrite,
+        on_event=as_callback(on_event, "on_event"),
     ).run(
         model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -124,7 +127,7 @@ def load(
     """
     from reattend.publishing import load_folder
 
-    return load_folder(Path(folder), model, inputs, **kwargs)
+    return load_folder(as_folder(folder, "folder"), model, as_inputs(inputs), **kwargs)
 
 
 def export(
@@ -132,7 +135,7 @@ def export(
     target: str = "onnx",
     *,
     out: str | Path,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     pad: str | None = None,
     flavour: str | None = None,
     tokenizer: Any = None,
@@ -165,6 +168,8 @@ def export(
         raise ArgumentError(
             f"unknown export target {target!r}", next_step=f"known targets: {known}"
         )
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     if pad is not None and target == "onnx":
         raise ArgumentError(
             "pad is for the targets deepseek and deepseek-v2",
@@ -175,22 +180,24 @@ def export(
         raise ArgumentError(
             "flavour is for the target onnx", where=f"flavour={flavour!r}", next_step="leave it out"
         )
+    out = as_folder(out, "out")
     if not isinstance(model, nn.Module):
-        folder = Path(model)
-        model = load(folder)  # first: its errors name the folder
+        folder = as_folder(model, "model")
+        opened: nn.Module = load(folder)  # first: its errors name the folder
         tokenizer = tokenizer or _folder_tokenizer(folder)
-    assert isinstance(model, nn.Module)
+    else:
+        opened = model
     if target == "onnx":
         from reattend.targets.onnx import export_onnx
 
         return export_onnx(
-            model, Path(out), dtype=dtype or "float32", flavour=flavour or "portable",
+            opened, out, dtype=dtype or "float32", flavour=flavour or "portable",
             tokenizer=tokenizer, overwrite=overwrite,
         )  # fmt: skip
     from reattend.targets.deepseek import export_deepseek
 
     return export_deepseek(
-        model, Path(out), version="v2" if target == "deepseek-v2" else "v3", dtype=dtype, pad=pad,
+        opened, out, version="v2" if target == "deepseek-v2" else "v3", dtype=dtype, pad=pad,
         tokenizer=tokenizer, overwrite=overwrite,
     )  # fmt: skip
 

@@ -72,8 +72,9 @@ def find(
 def _opened(model: str, weights: Path | None, meta: bool, trust: bool) -> Any:
     """The model; from its config alone where that is asked for, or all there is."""
     from reattend.factory import names_factory
-    from reattend.source import open_source
-    from reattend.source_empty import has_weights, open_empty
+    from reattend.hollow import is_meta
+    from reattend.source_check import check_weights
+    from reattend.source_empty import open_empty, readable
 
     if meta and names_factory(model):
         raise ArgumentError(
@@ -81,15 +82,12 @@ def _opened(model: str, weights: Path | None, meta: bool, trust: bool) -> Any:
             where=model,
             next_step="build the module on the meta device in the factory itself: it is read so",
         )
-    folder = Path(model)
-    if meta or ((folder / "config.json").is_file() and not has_weights(folder)):
+    if meta:
         return open_empty(model, trust)
     opened = opened_model(model, weights)
-    from reattend.hollow import is_meta
-
-    if not isinstance(opened, str) and is_meta(opened):
-        return opened
-    return open_source(opened, trust_remote_code=trust).model
+    if not isinstance(opened, str) and not is_meta(opened):
+        check_weights(opened)
+    return readable(opened, trust)
 
 
 def _explained(found: FoundAttention, path: str, json: bool) -> None:

@@ -190,6 +190,11 @@ def _pack(
             where=name,
             next_step="pass tokenizer=..., or token ids as tensors.",
         )
+    if not callable(tokenizer):
+        raise DataError(
+            f"Not a tokenizer: {type(tokenizer).__name__}.",
+            next_step="pass one of transformers: AutoTokenizer.from_pretrained(folder).",
+        )
     budget = None if tokens is None else tokens // seq_len * seq_len
     ids = array("q")
     for piece in pieces:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from reattend.arguments import as_inputs
 from reattend.found import AttentionSite, FoundAttention, RefusedSite
 from reattend.host import inputs_on_host, on_host
 from reattend.judge import judged
@@ -14,16 +16,20 @@ from reattend.overlooked import overlooked
 from reattend.passes.find.sites import Found, Missed, find
 from reattend.repeated import accept, numbered
 from reattend.search import Search
+from reattend.source_empty import readable
 from reattend.unwieldy import FIXED, has_images
 
 __all__ = ["AttentionSite", "FoundAttention", "RefusedSite", "find_attention"]
 
 
-def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> FoundAttention:
+def find_attention(
+    model: nn.Module | str | Path, inputs: dict[str, Any] | None = None
+) -> FoundAttention:
     """Find, understand and prove the attention blocks of a model.
 
     Args:
-        model: any module torch.export can capture; not changed. One that is not on the CPU is
+        model: any module torch.export can capture; not changed. Or a model folder, or the id of a
+            model on this machine. One that is not on the CPU is
             read through a copy there. One without weights (parameters on the meta device) is read
             and not proven: its sites are `deferred`.
         inputs: example keyword arguments, batch and length >= 2 and distinct; None makes them
@@ -32,9 +38,9 @@ def find_attention(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fo
     Raises:
         CaptureError: the model cannot be captured.
         ArgumentError: inputs are needed.
-        ModelError: a buffer has no data.
+        ModelError: a buffer has no data, or the folder cannot be loaded.
     """
-    search, seen = _read(on_host(model), inputs_on_host(inputs))
+    search, seen = _read(on_host(readable(model)), inputs_on_host(as_inputs(inputs)))
     search.locate([item for item in seen if isinstance(item, Found)])
     result = FoundAttention(search.captured)
     for item in seen:

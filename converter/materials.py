@@ -87,6 +87,7 @@ def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: 
         data, source.tokenizer, seq_len=settings.seq_len,
         tokens=read + HELD_ROWS * settings.seq_len, seed=seed,
     )  # fmt: skip
+    check_ids(whole, source.model)
     materials = Materials(fingerprint=whole.fingerprint)
     if not _has_ids(whole):
         materials.statistics = materials.training = whole
@@ -102,6 +103,35 @@ def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: 
             next_step="give more text, or a smaller calibrate.seq_len",
         )
     return materials
+
+
+def check_ids(data: Dataset, model: Any) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        DataError: naming the largest id.
+    """
+    known = _vocabulary(model) if _has_ids(data) else None
+    if known is None:
+        return
+    largest = max((int(block["input_ids"].max()) for block in data.blocks), default=0)
+    if largest >= known:
+        raise DataError(
+            "the data has token ids that the model does not know",
+            where=data.description,
+            why=f"the largest is {largest}; the model's embedding has {known} rows, from 0",
+            next_step="use the tokenizer that belongs to this model",
+        )
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Rows of the model's embedding; None where it names none."""
+    if not is_hf(model):
+        return None
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # several embeddings, none of which is the one
+        return None
 
 
 def _own(source: Source, plan: Plan, seed: int, needed: bool) -> Materials:

@@ -47,6 +47,12 @@ def _places(
     first, *inside = key.split(".")
     if first in keys and (inside or first != "rules"):
         return [[first, *inside]]
+    if first == "rules":
+        raise PlanError(
+            "a setting changes one key of a rule, not all rules",
+            where=where,
+            next_step="write for example --set kv_keep=0.25, or give the rules in a plan file",
+        )
     places = [["rules", str(i), first, *inside] for i, o in enumerate(options) if first in o]
     if not places:
         known = set(keys).union(*options) - {"rules", "extends", "version"}

@@ -83,7 +83,7 @@ def open_source(
         source = Source(loaded, found, name, folder, True, hashes)
     else:
         raise ArgumentError(
-            f"a {type(model).__name__} is not a model",
+            f"not a model: {type(model).__name__}",
             next_step="pass a torch.nn.Module, a model folder, or a model id",
         )
     return source

@@ -18,6 +18,24 @@ def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(kind), None) is not None for kind in kinds)
 
 
+def readable(model: Any, trust_remote_code: bool = False) -> nn.Module:
+    """A model to look at: a module as it is, a folder or id opened, without weights if it has none.
+
+    Raises:
+        ModelError: missing folder or config, damaged weights, remote code, quantised weights, NaN.
+        ArgumentError: not a model, a folder or an id.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, str | Path):
+        folder = Path(model)
+        if (folder / "config.json").is_file() and not has_weights(folder):
+            return open_empty(str(model), trust_remote_code)
+    from reattend.source import open_source
+
+    return open_source(model, trust_remote_code=trust_remote_code).model
+
+
 def open_empty(given: str, trust_remote_code: bool = False) -> nn.Module:
     """The model that the `config.json` of a folder (or of an id on this machine) describes.
 

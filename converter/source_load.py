@@ -57,19 +57,31 @@ def read_architecture(given: str, trust_remote_code: bool) -> str | None:
             next_step="give the folder that save_pretrained wrote",
         )
     file = folder / "config.json" if local else _cached_config(given)
-    return _architecture(file, given, trust_remote_code) if file else None
+    return _architecture(file, given, trust_remote_code)
 
 
-def _cached_config(given: str) -> Path | None:
-    """The config of a model id in the local cache."""
+def _cached_config(given: str) -> Path:
+    """The config of a model id in the local cache.
+
+    Raises:
+        ModelError: there is none.
+    """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         found = try_to_load_from_cache(given, "config.json")
-    except HFValidationError:  # not an id: loading will say so
-        return None
-    return Path(found) if isinstance(found, str) else None
+    except HFValidationError:  # not an id
+        found = None
+    if not isinstance(found, str):
+        raise ModelError(
+            "there is no such model on this machine",
+            where=given,
+            why="it is no folder, and the local cache of Hugging Face models has none of this id; "
+            "reattend fetches nothing from the network",
+            next_step=f"give a folder, or download it first: hf download {given}",
+        )
+    return Path(found)
 
 
 def _architecture(file: Path, given: str, trust_remote_code: bool) -> str | None:

@@ -119,6 +119,30 @@ def test_a_grid_sees_text_and_its_surroundings(
     assert torch.equal(grid.sees(*square(n)), expected)
 
 
+@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        *(grid for grid, _ in GRIDS),
+        GridWindow(shape=(96, 4), radius=1, text_before=5, text_after=3),
+        GridWindow(shape=(3, 5, 8), radius=2, norm="neighborhood"),
+        GridTiles(shape=(2, 8, 8), tile=(1, 4, 4), radius=0),
+        Radial(shape=(8, 2, 16), block=8, text_before=16),
+    ],
+    ids=name,
+)
+def test_blocks_far_apart_in_a_grid_are_not_looked_at(grid: Grid, block: int) -> None:
+    n = -(-(grid.text_before + grid.tokens + (grid.text_after or 0)) // block) * block
+    start = torch.arange(0, n, block)
+    spans = Spans(start[:, None], start[:, None] + block - 1, start[None], start[None] + block - 1)
+    some, every = grid.touches(spans)
+    tiles = grid.sees(*square(n)).unflatten(0, (-1, block)).unflatten(2, (-1, block))
+    assert not bool((tiles.any(3).any(1) & ~some).any())
+    assert not bool((every & ~tiles.all(3).all(1)).any())
+    if grid.shape == (96, 4) and block == 16:
+        assert int(some.sum()) < 0.5 * some.numel()  # and it helps
+
+
 def test_every_query_of_a_neighborhood_sees_the_same_number() -> None:
     grid = GridWindow(shape=(6, 7), radius=2, norm="neighborhood")
     assert set(grid.sees(*square(42)).sum(-1).tolist()) == {25}

@@ -178,6 +178,11 @@ def test_a_newer_version_is_reported_before_its_unknown_keys():
         Plan.load({"version": 2, "rulez": []})
 
 
+def test_set_changes_keys_of_rules_and_never_all_rules():
+    with pytest.raises(PlanError, match="one key of a rule, not all rules"):
+        Plan.load("transmla").with_set(["rules=3"])
+
+
 def test_set_reaches_rules_sections_and_bare_options():
     plan = Plan.load(
         {

@@ -200,9 +200,14 @@ def test_packed_texts_are_refused_with_a_cache() -> None:
         model(torch.randint(3, 97, (1, n)), attention_mask=packed[None, None], use_cache=True)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(n for n in preset_names() if Plan.load(n).rules[0].to == "sparse")
-)
+def sparse_presets(grids: bool) -> list[str]:
+    """Presets of this conversion, those over a grid or the others."""
+    rules = {n: Plan.load(n).rules[0] for n in preset_names()}
+    sparse = {n: r.options.pattern.grids for n, r in rules.items() if r.to == "sparse"}
+    return sorted(n for n, found in sparse.items() if bool(found) == grids)
+
+
+@pytest.mark.parametrize("name", sparse_presets(grids=False))
 def test_presets_fit_ordinary_blocks(name: str) -> None:
     options = Plan.load(name).rules[0].options
     made = ToSparse()

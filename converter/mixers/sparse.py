@@ -78,6 +78,7 @@ class SparseAttention(DenseAttention):
         mask = ctx.mask if ctx.mask is not None and ctx.mask.dim() == 4 else None
         if isinstance(rows, New):
             place = places(rows.valid_BN, q_BHNd.shape[2], q_BHNd.device)
+            _fits(self.config, place)
             kept = [
                 Kept(_heads(rows.keys, c), _heads(rows.values, c), place, place)
                 for c in self.config.classes
@@ -131,6 +132,22 @@ class SparseAttention(DenseAttention):
             sinks = sinks[heads]
         own = core.model_copy(update={"heads": len(heads), "kv_heads": len(head_class.kv_heads)})
         return attend(q, kept.keys, kept.values, own, visible, None, sinks)
+
+
+def _fits(config: SparseConfig, place_BN: Tensor) -> None:
+    """Patterns over a grid are for sequences of its tokens."""
+    grids = [g for c in config.classes for g in c.pattern.grids]
+    if not grids or torch.compiler.is_compiling():
+        return
+    for length in {int(n) for n in place_BN.amax(-1) + 1}:
+        for grid in grids:
+            if not grid.fits(length):
+                raise ArgumentError(
+                    f"a pattern over a grid of {grid.words()} was given {length} tokens",
+                    why="it was converted for images of one size",
+                    next_step="pass images of that size, or convert with another image_grid, "
+                    "text_before or text_after",
+                )
 
 
 def _heads(x_BGNd: Tensor, head_class: HeadClass) -> Tensor:

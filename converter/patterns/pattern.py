@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -113,9 +116,19 @@ class HeadPattern(Frozen):
         return some & near, every & whole
 
     def reads(self, length: int, core: CoreConfig) -> int:
-        """Keys that the last of `length` tokens sees."""
+        """Keys that the last of `length` tokens sees; over a grid, its share of so many."""
+        if self.grids:
+            return round(self._share(core) * length)
         last, keys = torch.tensor([[length - 1]]), torch.arange(length)[None]
         return int(self.sees(last, keys, core).sum())
+
+    def _share(self, core: CoreConfig) -> float:
+        """The share of the keys that a query of the grid sees, over some queries."""
+        grid = self.grids[0]
+        tokens = grid.text_before + grid.tokens + (grid.text_after or 0)
+        first, last = grid.text_before, grid.text_before + grid.tokens - 1
+        some = torch.linspace(first, last, min(64, grid.tokens)).long()[:, None]
+        return float(self.sees(some, torch.arange(tokens)[None], core).double().mean())
 
     def for_head(self, head: int, heads: int) -> HeadPattern:
         """This pattern for one of several KV heads: strides start at places of their own.
@@ -128,6 +141,20 @@ class HeadPattern(Frozen):
         shift = head * max(1, self.stride.period // heads)
         offset = (self.stride.offset + shift) % self.stride.period
         return self.model_copy(update={"stride": self.stride.model_copy(update={"offset": offset})})
+
+
+def laid_out(pattern: Any, where: dict[str, Any]) -> Any:
+    """A pattern as plan files write it, its grids told where they lie if they leave that open.
+
+    Args:
+        pattern: a mapping or a `HeadPattern`; anything else is given back for others to refuse.
+        where: `shape`, `text_before` and `text_after` of a `Grid`.
+    """
+    given = pattern.model_dump() if isinstance(pattern, HeadPattern) else pattern
+    if not isinstance(given, Mapping):
+        return given
+    names = [n for n in ("grid", "tiles", "radial") if isinstance(given.get(n), Mapping)]
+    return {**given, **{n: {**given[n], **where} for n in names if not given[n].get("shape")}}
 
 
 def _own_spans(core: CoreConfig, s: Spans) -> tuple[Tensor, Tensor]:

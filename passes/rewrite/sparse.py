@@ -6,7 +6,7 @@ Exact with `full: true`. One conversion serves all static patterns; presets name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -20,7 +20,7 @@ from reattend.passes.rewrite.base import Built, Conversion, Cost, Measure, Subje
 from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_search import repeated, search
-from reattend.patterns.pattern import HeadPattern
+from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
 
 
@@ -40,6 +40,10 @@ class SparseOptions(Frozen):
         finder: how `keep_full` chooses: `search` measures every head once, `alpha` trains a number
             for each as DuoAttention does (`sparse_alpha`), in `steps` steps.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
+        image_grid: places of the image (height, width) or video (frames, height, width), in tokens,
+            for patterns over a grid that do not say it themselves.
+        text_before: tokens before the grid: a class token, a prompt.
+        text_after: tokens behind it; None: any number.
     """
 
     pattern: HeadPattern = HeadPattern(full=True)
@@ -52,6 +56,26 @@ class SparseOptions(Frozen):
     finder: Literal["search", "alpha"] = "search"
     steps: int = Field(default=2000, gt=0)
     evict: bool | None = None
+    image_grid: tuple[int, ...] = ()
+    text_before: int = Field(default=0, ge=0)
+    text_after: int | None = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_grid(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not given.get("image_grid"):
+            return given
+        where = {
+            "shape": given["image_grid"],
+            "text_before": given.get("text_before", 0),
+            "text_after": given.get("text_after", 0),
+        }
+        found = {**given}
+        if "pattern" in given:
+            found["pattern"] = laid_out(given["pattern"], where)
+        if isinstance(given.get("candidates"), Sequence):
+            found["candidates"] = tuple(laid_out(p, where) for p in given["candidates"])
+        return found
 
     @property
     def searches(self) -> bool:
@@ -108,6 +132,11 @@ class ToSparse(Conversion):
         grids = [g for c in classes for g in c.pattern.grids]
         if grids and core.causal:
             return Refusal("a grid of image tokens is laid over a causal block")
+        if any(not g.shape for g in grids):
+            return Refusal(
+                "the pattern lies over a grid of image tokens, and nothing says how large: give "
+                "image_grid, for example image_grid: [14, 14] with text_before: 1 (a class token)"
+            )
         if options.evict and not any(c.pattern.monotone for c in classes):
             return Refusal(
                 "evict: true, but no pattern is KV-monotone: a later query may see again what an "
