@@ -1,49 +1,77 @@
-"""Options that wait for statistics: hand sites that share them to their conversion together."""
+"""Options that wait for measurements: hand sites that share them to their conversion together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from reattend.data import Dataset
 from reattend.divergence import Divergence
 from reattend.mixers.base import Mixer
-from reattend.passes.rewrite.base import Gap, Measure, Subject
+from reattend.outdir import read_json
+from reattend.passes.rewrite.base import TRAINING_TRIALS, Conversion, Gap, Measure, Subject
 from reattend.preflight import Choice
 from reattend.rewriting import normal_forms
 from reattend.statistics import SiteStatistics
+from reattend.workdir import Workdir, digest
+
+#: Trials so far, trials in all, and the site they are about.
+Progress = Callable[[int, int, str], None]
+_STAGE, _FILE = "choose", "work/chosen.json"
 
 
-def allocate(
-    model: nn.Module,
-    choices: list[Choice],
-    moments: dict[str, SiteStatistics],
-    data: Dataset | None,
-    progress: Callable[[str], None] | None = None,
-) -> None:
-    """Give every choice its final options, in place.
-
-    Args:
-        model: the original.
-        choices: from `preflight`; sites with equal options share a budget.
-        moments: their statistics by path.
-        data: calibration rows, for `Divergence`; a model whose blocks have no modules of their
-            own cannot run with one of them replaced, so its sites are not measured.
-        progress: called with the path of every site that is measured.
-    """
+def waiting(choices: list[Choice]) -> list[list[Choice]]:
+    """Sites whose options are to be chosen, those of one conversion and equal options together."""
     groups: dict[tuple[str, str], list[Choice]] = {}
     for c in choices:
         if c.conversion is not None and c.conversion.undecided(c.options):
             key = (c.conversion.name, c.options.model_dump_json())
             groups.setdefault(key, []).append(c)
-    if not groups:
-        return
-    forms = normal_forms(model, [c for group in groups.values() for c in group])
-    for group in groups.values():
-        conversion = group[0].conversion
-        assert conversion is not None
+    return list(groups.values())
+
+
+def trials(groups: list[list[Choice]]) -> int:
+    """How often a few rows will be run through the model to choose."""
+    return sum(_of(group).trials([c.config for c in group], group[0].options) for group in groups)
+
+
+def allocate(
+    model: nn.Module,
+    state: Any,
+    choices: list[Choice],
+    moments: dict[str, SiteStatistics],
+    data: Dataset | None,
+    work: Workdir | None = None,
+    progress: Progress | None = None,
+) -> bool:
+    """Give every choice its final options, in place; whether an interrupted run had them already.
+
+    Args:
+        model: the original.
+        state: what its weights are (`Source.state`); part of what stored options are known by.
+        choices: from `preflight`; sites with equal options share a budget.
+        moments: their statistics by path.
+        data: calibration rows, for `Divergence`; a model whose blocks have no modules of their
+            own cannot run with one of them replaced, so its sites are not measured.
+        work: where the outcome is kept; None keeps nothing.
+        progress: told of every trial.
+    """
+    groups = waiting(choices)
+    each = [c for group in groups for c in group]
+    asked = [[c.site.path, _of([c]).name, c.options.model_dump(mode="json")] for c in each]
+    key = digest([state, data.fingerprint if data is not None else None, asked])
+    if work is not None and work.has(_STAGE, key):
+        stored = read_json(work.path(_FILE)) or {}
+        for c in each:
+            c.options = _of([c]).Options.model_validate(stored[c.site.path])
+        return True
+    forms = normal_forms(model, each)
+    counted = Counted(trials(groups), progress)
+    for group in groups:
+        conversion = _of(group)
         measure: Divergence | None = None
         if data is not None and all(c.site.owner != "graph" for c in group):
             chosen = {c.site.path: c for c in group}
@@ -51,23 +79,50 @@ def allocate(
         subjects = [
             Subject(c.site.path, forms[c.site.path], moments[c.site.path], c.options) for c in group
         ]
-        told = Told(measure, progress)
-        for choice, options in zip(group, conversion.allocate(subjects, told), strict=True):
+        counted.measure = measure
+        for choice, options in zip(group, conversion.allocate(subjects, counted), strict=True):
             choice.options = options
+    if work is not None:
+        work.publish_json(_FILE, {c.site.path: c.options.model_dump(mode="json") for c in each})
+        work.mark(_STAGE, key)
+    return False
 
 
-class Told(Measure):
-    """A `Divergence`, or none, that tells of every site it measures."""
+class Counted(Measure):
+    """A `Divergence`, or none, that tells of every trial."""
 
-    def __init__(self, measure: Divergence | None, progress: Callable[[str], None] | None) -> None:
-        self.measure, self.progress = measure, progress
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.measure: Divergence | None = None
+        self.done, self.total, self.progress = 0, total, progress
 
     def __call__(self, path: str, mixer: Mixer) -> float | None:
         """See `Measure`."""
-        if self.progress is not None:
-            self.progress(path)
-        return None if self.measure is None else self.measure(path, mixer)
+        found = None if self.measure is None else self.measure(path, mixer)
+        self._count(1, path)
+        return found
 
-    def trial(self, mixers: Mapping[str, Mixer]) -> AbstractContextManager[Gap] | None:
+    @contextmanager
+    def _trained(self, measure: Divergence, mixers: Mapping[str, Mixer]) -> Iterator[Gap]:
+        with measure.trial(mixers) as gap:
+
+            def counted() -> Tensor:
+                found = gap()
+                self._count(TRAINING_TRIALS, "")
+                return found
+
+            yield counted
+
+    def trial(self, mixers: Mapping[str, Mixer]) -> Any:
         """See `Measure`."""
-        return None if self.measure is None else self.measure.trial(mixers)
+        return None if self.measure is None else self._trained(self.measure, mixers)
+
+    def _count(self, trials: int, path: str) -> None:
+        self.done = min(self.done + trials, self.total)
+        if self.progress is not None:
+            self.progress(self.done, self.total, path)
+
+
+def _of(group: list[Choice]) -> Conversion:
+    conversion = group[0].conversion
+    assert conversion is not None
+    return conversion

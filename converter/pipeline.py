@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reattend.allocation import allocate
+from reattend.allocation import allocate, waiting
 from reattend.api import Result
-from reattend.at_once import rows_at_once
 from reattend.calibrate.ranks import agreed
-from reattend.data import Dataset
 from reattend.events import Event, OnEvent
 from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
-from reattend.host import beside
-from reattend.inputs import is_hf, made_up
+from reattend.inputs import is_hf
 from reattend.lowering import check_choices, check_targets, lower
 from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.moments import site_moments
@@ -40,6 +37,7 @@ from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates, gate_error
 from reattend.verify.parity import block_errors, decode_checks, exact_check
 from reattend.verify.rows import measured_rows
+from reattend.verify.sample import sample_of
 from reattend.workdir import Workdir, digest
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
 
 
 #: stages that report their own units
-_COUNTED = frozenset({"statistics", "rewrite", "layerwise", "end-to-end"})
+_COUNTED = frozenset({"statistics", "choose", "rewrite", "layerwise", "end-to-end"})
 
 
 @dataclass
@@ -136,9 +134,9 @@ class Job:
         moments = self._stage(
             "statistics", lambda: self._statistics(source, found, choices, materials, work)
         )
-        done = self._stage(
-            "rewrite", lambda: self._rewrite(source, found, choices, moments, materials)
-        )
+        if waiting(choices):
+            self._stage("choose", lambda: self._choose(source, choices, moments, materials, work))
+        done = self._stage("rewrite", lambda: self._rewrite(source, found, choices, moments))
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
             stages = self._calibrate(source, done, materials, work)
@@ -213,19 +211,30 @@ class Job:
             self.log.reused("statistics")
         return moments
 
+    def _choose(
+        self,
+        source: Source,
+        choices: list[Choice],
+        moments: dict[str, SiteStatistics],
+        materials: Materials,
+        work: Workdir | None,
+    ) -> None:
+        def progress(done: int, total: int, path: str) -> None:
+            self._tell("choose", site=path, done=done, total=total)
+
+        if allocate(
+            source.model, source.state, choices, moments, materials.statistics, work, progress
+        ):
+            self._tell("choose", message="reused from the interrupted run")
+            self.log.reused("choose")
+
     def _rewrite(
         self,
         source: Source,
         found: FoundAttention,
         choices: list[Choice],
-        moments: dict[str, Any],
-        materials: Materials,
+        moments: dict[str, SiteStatistics],
     ) -> Rewritten:
-        allocate(
-            source.model, choices, moments, materials.statistics,
-            lambda path: self._tell("rewrite", site=path, message=f"sizes of {path}"),
-        )  # fmt: skip
-
         def progress(choice: Choice, done: int, total: int) -> None:
             self._tell("rewrite", site=choice.site.path, layer=choice.layer, done=done, total=total)
 
@@ -258,7 +267,7 @@ class Job:
         if self.inplace:
             return Evidence(notes=["inplace=True: the original is gone, so nothing was compared"])
         paths = list(done.built)
-        sample = self._sample(source, materials)
+        sample = sample_of(source.model, materials, self.inputs)
         errors = {} if done.graph else block_errors(source.model, done.model, paths, sample)
         trains = self.plan.calibrate.trains
         bounds = {} if trains else block_bounds(source.model, done, choices, sample)
@@ -274,16 +283,6 @@ class Job:
         return Evidence(
             errors=errors, bounds=bounds, parity=parity, rows=rows, gates=gates, notes=notes
         )
-
-    def _sample(self, source: Source, materials: Materials) -> dict[str, Any]:
-        data: Dataset | None = materials.held_out or materials.statistics
-        if data is not None:
-            length = next(iter(data.blocks[0].values())).shape[-1]
-            rows = rows_at_once(source.model, length, most=4)
-            return beside(source.model, next(iter(data.batches(rows))))
-        assert not isinstance(self.inputs, Path)
-        given = self.inputs if self.inputs is not None else made_up(source.model)
-        return beside(source.model, given)
 
     def _stage(self, name: str, work: Any) -> Any:
         self._tell(name)

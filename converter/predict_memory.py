@@ -15,6 +15,7 @@ from typing import Literal
 from torch import nn
 
 from reattend.at_once import rows_within, tokens_at_once, vocabulary_of, without_logits
+from reattend.divergence import ROWS
 from reattend.materials import HELD_ROWS, HELD_SHARE
 from reattend.plan import Plan
 from reattend.predict_statistics import (
@@ -131,8 +132,12 @@ def memory(
     tokens += spreading_bytes(converted, length)
     found["statistics"] = base + (running + moments + tokens if width else 0)
     sharing = sharing_bytes(sizes.vocabulary, converted, length, sizes.spared)
+    if sharing:
+        learns = any(c.conversion and c.conversion.learns(c.options) for c in converted)
+        kept = max(4, element) * ROWS * length * sizes.saved if learns else 0
+        found["choose"] = base + moments + 8 * 8 * width**2 + sharing + kept
     # moments go as new weights come
-    found["rewrite"] = base + max(moments, new) + 8 * 8 * width**2 + sharing
+    found["rewrite"] = base + max(moments, new) + 8 * 8 * width**2
     base += new
     if calibrate.trains:
         trained = _training(sizes, converted, batch, plan)

@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from reattend.allocation import trials, waiting
 from reattend.divergence import ROWS
 from reattend.plan import Plan
 from reattend.predict_memory import OWN_BATCH, OWN_LENGTH, OWN_ROWS, Sizes, held_rows
@@ -51,8 +52,8 @@ def seconds(
         for c in converted
         if "attention" in c.needs
     )
-    solve = sum(40.0 * gram_width(c) ** 3 * solves(c) for c in converted) / wide
-    solve += forward * ROWS * seq_len * sum(solves(c) > 1 for c in converted)
+    cubes = {c.site.path: 40.0 * gram_width(c) ** 3 / wide for c in converted}
+    groups = waiting(converted)
     single = max(0.0012 * sizes.layers, 2.0 * sizes.weights / 1e10)
     own = OWN_ROWS // OWN_BATCH * OWN_LENGTH * max(single, OWN_BATCH * forward)
     found = {
@@ -60,8 +61,11 @@ def seconds(
         "find": 2.0 + 0.7 * sizes.layers + 8 * step,
         "data": own if rows is None and needs else 0.0,
         "statistics": tokens * (forward + (2.0 * moments + spread) / wide) if needs else 0.0,
-        "rewrite": solve + sizes.weights / 4e9,
     }
+    if groups:
+        tried = sum(cubes[c.site.path] * (solves(c) - 1) for group in groups for c in group)
+        found["choose"] = tried + forward * ROWS * seq_len * trials(groups)
+    found["rewrite"] = sum(cubes.values()) + sizes.weights / 4e9
     if calibrate.trains:
         dtype = {2: torch.bfloat16, 8: torch.float64}.get(sizes.element, torch.float32)
         # products are only part of a pass, so a model in half precision gains less than they do

@@ -126,7 +126,7 @@ class Campaign:
             choices = preflight(self.found, plan)
         except ReattendError as error:
             return {**row, "refused": str(error)}
-        allocate(self.model, choices, self.moments, self.calibration)
+        allocate(self.model, None, choices, self.moments, self.calibration)
         converted = rewrite(self.model, choices, self.moments)
         seconds = time.perf_counter() - begin
         built = [b.evidence for b in converted.built.values()]

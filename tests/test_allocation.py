@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 import zoo_models
 
 from reattend import convert, divergence, find_attention, load
+from reattend.allocation import trials, waiting
 from reattend.data import Dataset, load_data
 from reattend.divergence import Divergence, kept_places
+from reattend.errors import InterruptedRun
+from reattend.events import Event
 from reattend.plan import Plan
 from reattend.preflight import preflight
 from reattend.rewriting import normal_forms
@@ -91,3 +95,42 @@ def test_of_a_large_vocabulary_some_tokens_of_every_row_are_compared(
     gap = (before.exp() * (before - after)).sum(-1)[mask[:, places].bool()]
     assert len(gap) == 17
     assert found == pytest.approx(float(gap.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"to": "sparse", "pattern": {"window": 5}, "keep_full": 0.5},
+        {"to": "sparse", "pattern": {"window": 5}, "keep_full": 0.5, "finder": "alpha", "steps": 2},
+        {"to": "mla", "kv_keep": 0.4, "kv_lora_rank": "auto", "qk_rope_head_dim": "auto"},
+    ],
+    ids=["search", "alpha", "auto"],
+)
+def test_trials_are_foretold_counted_and_not_repeated_after_a_kill(
+    rule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = zoo_models.build("llama"), {"rules": [{"sites": "*", **rule}]}
+    foretold = trials(waiting(preflight(find_attention(model), Plan.load(plan))))
+    told: list[Event] = []
+
+    def stop(event: Event) -> None:
+        told.append(event)
+        if event.stage == "rewrite":
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, InterruptedRun)):
+        convert(model, plan=plan, data=data(), out=tmp_path / "out", on_event=stop)
+    counted = [e for e in told if e.stage == "choose" and e.total]
+    assert (counted[-1].done, counted[-1].total) == (foretold, foretold)
+    assert [e.done for e in counted] == sorted(e.done for e in counted)
+
+    def never(*_: object) -> None:
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr("reattend.allocation.Divergence", never)
+    again = convert(model, plan=plan, data=data(), out=tmp_path / "out")
+    assert again.run is not None
+    assert {s.name for s in again.run.stages if s.reused} == {"statistics", "choose"}
+    monkeypatch.undo()
+    fresh = convert(model, plan=plan, data=data())
+    assert fresh.report.to_json() == again.report.to_json()

@@ -7,7 +7,7 @@ One file per conversion in this folder. Third parties add theirs by the entry po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -46,6 +46,8 @@ class Subject:
     options: Any
 
 
+#: Runs that one step of training through `Measure.trial` takes as long as.
+TRAINING_TRIALS = 5
 #: The divergence on the next rows, differentiable.
 Gap = Callable[[], Tensor]
 
@@ -91,6 +93,17 @@ class Conversion(ABC):
 
     def undecided(self, options: Any) -> bool:
         """Whether `allocate` has something to choose."""
+        return False
+
+    def trials(self, configs: Sequence[DenseConfig], options: Any) -> int:
+        """Runs of the model on a few rows that `allocate` takes for blocks that share options.
+
+        A step of training counts `TRAINING_TRIALS`.
+        """
+        return len(configs)
+
+    def learns(self, options: Any) -> bool:
+        """Whether `allocate` takes gradients through the model."""
         return False
 
     def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:

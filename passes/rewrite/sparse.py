@@ -16,7 +16,15 @@ from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import Built, Conversion, Cost, Measure, Subject, dense_cost
+from reattend.passes.rewrite.base import (
+    TRAINING_TRIALS,
+    Built,
+    Conversion,
+    Cost,
+    Measure,
+    Subject,
+    dense_cost,
+)
 from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_search import repeated, search
@@ -153,6 +161,17 @@ class ToSparse(Conversion):
     def wants(self, config: DenseConfig, options: SparseOptions) -> frozenset[Need]:
         """The rows of statistics are where heads are measured."""
         return frozenset({"gram"}) if self.undecided(options) else frozenset()
+
+    def trials(self, configs: Sequence[DenseConfig], options: SparseOptions) -> int:
+        """Every head with every pattern once, or the steps of training."""
+        if options.finder == "alpha":
+            return TRAINING_TRIALS * options.steps
+        patterns = len([p for p in options.candidates or (options.pattern,) if not p.full])
+        return patterns * sum(config.core.kv_heads for config in configs)
+
+    def learns(self, options: SparseOptions) -> bool:
+        """DuoAttention's finder trains."""
+        return options.finder == "alpha"
 
     def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Text that repeats itself."""
