@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from reattend.kernels.attention import attention  # noqa: E402
 from reattend.kernels.latent_attention import latent_attention  # noqa: E402
-from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, function_proto  # noqa: E402
+from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, Uses, function_proto  # noqa: E402
 
 B, H, G, C = 3, 4, 2, 12
 OPS = {"Attention": attention, "LatentAttention": latent_attention}
@@ -51,7 +51,7 @@ def model(name: str, feed: dict[str, np.ndarray], attributes: dict[str, Any], em
             "one_node", given, [helper.make_tensor_value_info("y", kind, list("bhne"))],
         ),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=[function_proto(name, rope_may_be_empty=empty)], ir_version=11,
+        functions=[function_proto(name, Uses(rope_may_be_empty=empty))], ir_version=11,
     )  # fmt: skip
     onnx.checker.check_model(made, full_check=True)
     return made

@@ -16,16 +16,19 @@ GROWTH = 256
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A state tensor as the manifest lists it; `shape` holds letters B and C and numbers."""
+    """A state tensor as the manifest lists it; `shape` holds letters B and C and numbers.
+
+    One without a C is of bounded size: it is the same whatever the capacity is.
+    """
 
     input: str
     output: str
     shape: tuple[str | int, ...]
 
     @property
-    def row_axis(self) -> int:
+    def row_axis(self) -> int | None:
         """Which axis is the capacity."""
-        return self.shape.index("C")
+        return self.shape.index("C") if "C" in self.shape else None
 
     def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
         """The shape in numbers."""
@@ -109,6 +112,9 @@ class StateBuffers:
         capacity = -(-wanted // GROWTH) * GROWTH
         grown = []
         for spec, held in zip(self.specs, self.arrays, strict=True):
+            if spec.row_axis is None:
+                grown.append(held)
+                continue
             array = np.zeros(spec.sizes(self.batch, capacity), self.dtype)
             rows = (slice(None),) * spec.row_axis + (slice(0, used),)
             array[rows] = held[rows]

@@ -21,6 +21,12 @@ CONTRIB = "com.microsoft"
 # Large enough that exp(-x) is 0, small enough that a score can be added in float16.
 _HIDDEN = -30000.0
 _HEADS_APART = [0, 2, 1, 3]
+# Measured: kernels/bench/results/onnx_sparse.json.
+_SPARSE = {
+    "SparseAttention": "GroupQueryAttention has a window but no first tokens, its state keeps "
+    "every row, and on a CPU its window saves no time",
+    "PatternAttention": "no operator of ONNX Runtime for CPUs gathers the rows that heads see",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ def group_queries(model: Any, ids: Any, mask: Any) -> dict[str, Form]:
     found: dict[str, Form] = {}
     shared = _Shared(model, ids, mask)
     for node in [n for n in model.graph if n.domain == DOMAIN]:
-        state = _state_output(node)
+        state = state_output(node)
         why = _why_not(node)
         if not why:
             _replace(model, node, shared)
@@ -56,14 +62,20 @@ def group_queries(model: Any, ids: Any, mask: Any) -> dict[str, Form]:
     return found
 
 
-def _state_output(node: Any) -> str:
-    """The name of the first state a node of ours reads."""
-    name: str = node.inputs[2 if node.op_type == "LatentAttention" else 1].name
+def state_output(node: Any) -> str:
+    """The name of the first state that belongs to a node of ours, as it is after the call."""
+    if node.op_type == "SparseAttention":
+        written = node.outputs[1]
+    else:
+        written = node.inputs[2 if node.op_type == "LatentAttention" else 1]
+    name: str = written.name
     return name
 
 
 def _why_not(node: Any) -> str:
     """The reason why GroupQueryAttention cannot stand for a node; empty if it can."""
+    if node.op_type in _SPARSE:
+        return _SPARSE[node.op_type]
     if node.op_type != "Attention":
         return "no operator of ONNX Runtime for CPUs reads latent rows faster than plain products"
     key, value = (producer(v) for v in node.inputs[1:3])

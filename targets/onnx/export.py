@@ -130,10 +130,12 @@ def _write(
 ) -> None:
     from reattend.targets.onnx.graph import build, evaluation_copy
     from reattend.targets.onnx.session import Session
-    from reattend.targets.onnx.verify import check_file, check_logits
+    from reattend.targets.onnx.sparse_mixer import make_traceable
+    from reattend.targets.onnx.verify import check_file, check_logits, shapes
     from reattend.targets.onnx.wrapper import Step
 
     copied = evaluation_copy(model, _DTYPES[dtype])
+    make_traceable(copied)
     layers = layout(copied)
     graph, forms = build(Step(copied, layers), _DTYPES[dtype], flavour)
     work.publish_folder(_graph_writer(graph))
@@ -142,11 +144,16 @@ def _write(
     fields |= {"flavour": flavour, "model_sha256": asked["weights"], "versions": _versions()}
     # The session reads the manifest for its states, so a first one without checks is published.
     work.publish_json(MANIFEST, Manifest(**fields, checks=[]).model_dump(mode="json"))
-    vocabulary = int(cast("Any", model).config.vocab_size)
-    checks = check_logits(lambda: Session(work.partial, library=False), copied, dtype, vocabulary)
+    config = cast("Any", model).config
+    sizes = shapes(layers, getattr(config, "max_position_embeddings", None))
+    runs = {"onnxruntime": lambda: Session(work.partial, library=False)}
     if flavour == "custom":
-        name = "onnxruntime with ai.reattend kernels"
-        checks += check_logits(lambda: Session(work.partial), copied, dtype, vocabulary, name)
+        runs["onnxruntime with ai.reattend kernels"] = lambda: Session(work.partial)
+    checks = [
+        entry
+        for name, session in runs.items()
+        for entry in check_logits(session, copied, dtype, int(config.vocab_size), name, sizes)
+    ]
     work.publish_json(MANIFEST, Manifest(**fields, checks=checks).model_dump(mode="json"))
     generation = getattr(model, "generation_config", None)
     if generation is not None:

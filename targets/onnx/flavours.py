@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from reattend.errors import ArgumentError
 from reattend.plan_text import nearest
-from reattend.targets.onnx.contrib import Form, group_queries, skip_norms
+from reattend.targets.onnx.contrib import Form, group_queries, skip_norms, state_output
 from reattend.targets.onnx.functions import DOMAIN
 
 Flavour = Literal["portable", "ort", "custom"]
@@ -55,6 +55,5 @@ def choose_forms(model: Any, flavour: Flavour) -> dict[str, Form]:
     forms = {}
     for node in model.graph:
         if node.domain == DOMAIN:
-            state = node.inputs[2 if node.op_type == "LatentAttention" else 1]
-            forms[state.name] = Form(f"{DOMAIN}::{node.op_type}")
+            forms[state_output(node)] = Form(f"{DOMAIN}::{node.op_type}")
     return forms

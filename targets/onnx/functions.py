@@ -1,10 +1,10 @@
 """The meaning of our nodes in standard ops: one function body each, attached to every model.
 
-The text below is ONNX's own textual syntax. Both bodies take the *row-wise* form: the query heads
-that share keys become rows of one matrix product, so a decode step reads the cache once and not
-once per head (on a CPU 2 to 3 times faster than the Attention op for latent rows). Only standard
-operators are used, so any runtime runs the file; a kernel registered for the node's name takes
-over where one is loaded.
+The text below is ONNX's own textual syntax; the bodies of the sparse nodes are in `sparse_body.py`
+and `pattern_body.py`. Both bodies here take the *row-wise* form: the query heads that share keys
+become rows of one matrix product, so a decode step reads the cache once and not once per head (on a
+CPU 2 to 3 times faster than the Attention op for latent rows). Only standard operators are used, so
+any runtime runs the file; a kernel registered for the node's name takes over where one is loaded.
 
 Where some layer has no rotary part (R = 0) the latent body branches on it, because a product over
 zero columns is not zero in ONNX Runtime 1.31 (its fused transposed MatMul leaves the output unset).
@@ -17,14 +17,18 @@ sees nothing gives 0. Rows outside [kv_start, kv_len) must hold finite numbers: 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from reattend.targets.onnx.pattern_body import TERMS, pattern_body
+from reattend.targets.onnx.sparse_body import sparse_body
 
 DOMAIN = "ai.reattend"
 VERSION = 1
 OPSET = 24
 
-_HEADER = """<domain: "{domain}", opset_import: ["" : {opset}]>
-{name} <scale: float, causal: int = 1, sliding_window: int = 0, softcap: float = 0.0>
+_DOMAIN_LINE = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+_HEADER = """{name} <scale: float, causal: int = 1, sliding_window: int = 0, softcap: float = 0.0>
 ({inputs}) => (y)
 """
 
@@ -185,22 +189,48 @@ _INPUTS = {
 _BODIES = {"LatentAttention": _LATENT, "Attention": _DENSE}
 
 
-def function_text(name: str, rope_may_be_empty: bool = True) -> str:
+@dataclass(frozen=True)
+class Uses:
+    """What the nodes of one file need of their bodies; the rest is left out.
+
+    Attributes:
+        rope_may_be_empty: some latent node has R = 0.
+        terms: terms that some `PatternAttention` has.
+        capped: some sparse node has a softcap.
+    """
+
+    rope_may_be_empty: bool = True
+    terms: tuple[str, ...] = TERMS
+    capped: bool = True
+
+
+EVERYTHING = Uses()
+
+
+def function_text(name: str, uses: Uses = EVERYTHING) -> str:
     """The body of `ai.reattend::<name>` in ONNX's textual syntax."""
-    header = _HEADER.format(domain=DOMAIN, opset=OPSET, name=name, inputs=", ".join(_INPUTS[name]))
-    rope = _ROPE_OR_NONE if rope_may_be_empty else _ROPE
-    return header + _BODIES[name].replace("SOFTMAX", _SOFTMAX).replace("ROPE", rope)
+    if name == "SparseAttention":
+        return _DOMAIN_LINE + sparse_body(uses.capped)
+    if name == "PatternAttention":
+        return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped)
+    header = _HEADER.format(name=name, inputs=", ".join(_INPUTS[name]))
+    rope = _ROPE_OR_NONE if uses.rope_may_be_empty else _ROPE
+    body = _BODIES[name].replace("SOFTMAX", _SOFTMAX).replace("ROPE", rope)
+    return _DOMAIN_LINE + header + body
 
 
-def function_proto(name: str, rope_may_be_empty: bool = True) -> Any:
+def function_proto(name: str, uses: Uses = EVERYTHING) -> Any:
     """`ai.reattend::<name>` version 1 as an `onnx.FunctionProto`.
 
     Args:
         name: `LatentAttention` (q_nope [B, H, N, r], q_rope [B, H, N, R], latent [B, C, r], rope
-            [B, C, R], kv_start [B], kv_len [B]) -> y [B, H, N, r], or `Attention` (q [B, H, N, d],
-            key [B, G, C, d], value [B, G, C, e], kv_start, kv_len) -> y [B, H, N, e].
-        rope_may_be_empty: whether the latent body must work for R = 0.
+            [B, C, R], kv_start [B], kv_len [B]) -> y [B, H, N, r], `Attention` (q [B, H, N, d],
+            key [B, G, C, d], value [B, G, C, e], kv_start, kv_len) -> y [B, H, N, e],
+            `PatternAttention` (the same inputs), or `SparseAttention` (q, key [B, G, N, d], value
+            [B, G, N, e], past_key [B, G, sinks + window, d], past_value, kv_start, kv_len) -> y,
+            present_key, present_value.
+        uses: what the nodes of the file need.
     """
     import onnx.parser
 
-    return onnx.parser.parse_function(function_text(name, rope_may_be_empty))
+    return onnx.parser.parse_function(function_text(name, uses))

@@ -1,4 +1,4 @@
-"""From the wrapper module to an ONNX model with one node per attention layer.
+"""From the wrapper module to an ONNX model with one node per head group.
 
 Layout letters: B batch, N new tokens, T total tokens, C capacity.
 """
@@ -18,10 +18,13 @@ from torch import nn
 from reattend.errors import CaptureError, ReattendError
 from reattend.targets.onnx.contrib import Form
 from reattend.targets.onnx.flavours import Flavour, choose_forms
-from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, function_proto
-from reattend.targets.onnx.layout import LayerLayout
+from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, Uses, function_proto
+from reattend.targets.onnx.layout import LayerLayout, StateTensor
+from reattend.targets.onnx.pattern_body import TERMS
+from reattend.targets.onnx.rewriting import attribute
 from reattend.targets.onnx.rotary import fuse_rotary
 from reattend.targets.onnx.simplify import cancel_squeezes, fuse_norms
+from reattend.targets.onnx.sparse_translate import has_term
 from reattend.targets.onnx.translate import translation_table
 from reattend.targets.onnx.wrapper import Step
 
@@ -76,14 +79,14 @@ def build(step: Step, dtype: torch.dtype, flavour: Flavour) -> tuple[Any, dict[s
 def _capture(step: Step, dtype: torch.dtype) -> Any:
     arguments = step.example(**_EXAMPLE, dtype=dtype)
     auto = torch.export.Dim.AUTO
-    states = [_dynamic_state(t.heads) for t in step.state_tensors]
+    states = [_dynamic_state(t) for t in step.state_tensors]
     shapes = ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, states)
     return torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
 
 
-def _dynamic_state(heads: int) -> dict[int, Any]:
+def _dynamic_state(tensor: StateTensor) -> dict[int, Any]:
     auto = torch.export.Dim.AUTO
-    return {0: auto, 2 if heads else 1: auto}
+    return {0: auto} if tensor.rows else {0: auto, 2 if tensor.heads else 1: auto}
 
 
 def _name_dimensions(model: Any, step: Step) -> None:
@@ -133,14 +136,23 @@ def _attach(model: Any, layers: list[LayerLayout]) -> None:
         model.opset_imports[DOMAIN] = VERSION
     else:
         model.opset_imports.pop(DOMAIN, None)
-    empty = any(not group.second.width for layer in layers for group in layer.groups)
+    uses = _uses(model, layers)
     for name in sorted(used):
-        function = ir.serde.deserialize_function(function_proto(name, rope_may_be_empty=empty))
+        function = ir.serde.deserialize_function(function_proto(name, uses))
         model.functions[function.identifier()] = function
 
 
+def _uses(model: Any, layers: list[LayerLayout]) -> Uses:
+    nodes = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
+    return Uses(
+        rope_may_be_empty=any(not g.second.width for layer in layers for g in layer.groups),
+        terms=tuple(term for term in TERMS if any(has_term(node, term) for node in nodes)),
+        capped=any(attribute(node, "softcap") for node in nodes),
+    )
+
+
 def _check_nodes(model: Any, layers: list[LayerLayout]) -> None:
-    """Check that every head group became exactly one node."""
+    """Check that every head group, or class of a sparse one, became exactly one node."""
     wanted = Counter(group.op for layer in layers for group in layer.groups)
     found = Counter(n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN)
     if wanted != found:

@@ -7,6 +7,7 @@ r latent rank, R rotary width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -16,6 +17,8 @@ from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.latent_config import LatentConfig
+from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.targets.onnx.sparse_layout import SparseForm, sparse_form
 
 KEEP_DENSE = "convert the rest too, with the rule `to: dense` (or use plan identity)"
 
@@ -24,13 +27,15 @@ KEEP_DENSE = "convert the rest too, with the rule `to: dense` (or use plan ident
 class StateTensor:
     """One fixed-capacity tensor: [B, C, width], or [B, heads, C, width] where `heads` > 0.
 
-    `name` begins with the number of the head group, and a dot, where the layer has several.
+    `name` begins with the number of the node, and a dot, where the layer has several. `rows`: its
+    own capacity, whatever that of the session is; 0: C.
     """
 
     layer: int
     name: str
     heads: int
     width: int
+    rows: int = 0
 
     @property
     def input(self) -> str:
@@ -43,23 +48,40 @@ class StateTensor:
         return f"state_out.{self.layer}.{self.name}"
 
     @property
+    def numbers(self) -> int:
+        """Numbers in a row of it, over all heads."""
+        return max(self.heads, 1) * self.width
+
+    @property
     def letters(self) -> list[str | int]:
         """Its shape for the manifest."""
-        return ["B", self.heads, "C", self.width] if self.heads else ["B", "C", self.width]
+        rows: str | int = self.rows or "C"
+        return ["B", self.heads, rows, self.width] if self.heads else ["B", rows, self.width]
 
     def shape(self, batch: int, capacity: int) -> tuple[int, ...]:
         """Its shape for these sizes."""
+        capacity = self.rows or capacity
         middle = (self.heads, capacity) if self.heads else (capacity,)
         return (batch, *middle, self.width)
 
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """A head group: the node it becomes and its two state tensors."""
+    """A node: a head group, or a class of heads of a sparse one, and its two state tensors.
+
+    Attributes:
+        op: the node.
+        first, second: the state.
+        part: the number of the head group in its layer.
+        sparse, pattern: of a class of sparse heads: what it becomes, and what it sees, in words.
+    """
 
     op: str
     first: StateTensor
     second: StateTensor
+    part: int = 0
+    sparse: SparseForm | None = None
+    pattern: str = ""
 
     @property
     def tensors(self) -> list[StateTensor]:
@@ -69,7 +91,7 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One converted layer: its head groups, one where the layer is of one kind."""
+    """One converted layer: its nodes, one where the layer is of one kind and pattern."""
 
     path: str
     layer: int
@@ -99,8 +121,11 @@ def layout(model: nn.Module) -> list[LayerLayout]:
             raise RefusedError(
                 "two converted layers use one cache slot", where=f"{found[layer].path} and {path}"
             )
-        names = [f"{i}." if len(mixers) > 1 else "" for i in range(len(mixers))]
-        groups = [_describe(path, layer, m.config, n) for m, n in zip(mixers, names, strict=True)]
+        nodes = [node for i, m in enumerate(mixers) for node in _nodes(path, i, m.config)]
+        groups = [
+            _describe(path, layer, node, f"{i}." if len(nodes) > 1 else "")
+            for i, node in enumerate(nodes)
+        ]
         found[layer] = LayerLayout(path, layer, tuple(groups))
     if not found:
         raise NothingFoundError(
@@ -132,18 +157,47 @@ def _check(path: str, config: object, binding: Binding) -> None:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 
 
-def _describe(path: str, layer: int, config: object, group: str) -> GroupLayout:
+class _Node(NamedTuple):
+    """What one node computes: a head group, or one class of a sparse group's heads."""
+
+    part: int
+    config: object
+    head_class: HeadClass | None = None
+
+
+def _nodes(path: str, part: int, config: object) -> list[_Node]:
+    if isinstance(config, SparseConfig):
+        return [_Node(part, config, c) for c in config.classes]
+    return [_Node(part, config)]
+
+
+def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
+    part, config, head_class = node
     if isinstance(config, LatentConfig):
         first = StateTensor(layer, f"{group}latent", 0, config.kv_lora_rank)
         second = StateTensor(layer, f"{group}rope", 0, config.qk_rope_head_dim)
-        return GroupLayout("LatentAttention", first, second)
+        return GroupLayout("LatentAttention", first, second, part)
     if isinstance(config, DenseConfig):
-        core = config.core
-        first = StateTensor(layer, f"{group}key", core.kv_heads, core.qk_head_dim)
-        second = StateTensor(layer, f"{group}value", core.kv_heads, core.v_head_dim)
-        return GroupLayout("Attention", first, second)
+        first, second = _key_value(layer, group, config, config.core.kv_heads, 0)
+        return GroupLayout("Attention", first, second, part)
+    if isinstance(config, SparseConfig) and head_class is not None:
+        form = sparse_form(path, config, head_class)
+        heads = len(head_class.kv_heads)
+        first, second = _key_value(layer, group, config, heads, form.rows)
+        words = head_class.pattern.words()
+        return GroupLayout(form.op, first, second, part, form, words)
     raise RefusedError(
         f"a layer of kind {type(config).__name__} has no ONNX form yet",
         where=path,
         next_step="keep it dense for this target (`to: dense`)",
+    )
+
+
+def _key_value(
+    layer: int, group: str, config: BlockConfig, heads: int, rows: int
+) -> tuple[StateTensor, StateTensor]:
+    core = config.core
+    return (
+        StateTensor(layer, f"{group}key", heads, core.qk_head_dim, rows),
+        StateTensor(layer, f"{group}value", heads, core.v_head_dim, rows),
     )

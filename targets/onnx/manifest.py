@@ -15,7 +15,7 @@ from reattend.targets.onnx.contrib import CONTRIB, Form
 from reattend.targets.onnx.flavours import Flavour
 from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -34,23 +34,34 @@ class TensorEntry(_Part):
 
 
 class StateEntry(_Part):
-    """A state: bind one buffer, filled with zeros at first, as `input` and as `output`."""
+    """A state: bind one buffer, filled with zeros at first, as `input` and as `output`.
+
+    Attributes:
+        input, output: of the graph.
+        layer, name: whose it is.
+        shape: letters and numbers.
+        capacity: rows that it has, however many tokens there are; null: C, at least one per token.
+    """
 
     input: str
     output: str
     layer: int
     name: str
     shape: list[str | int]
+    capacity: int | None = None
 
 
 class LayerEntry(_Part):
-    """A head group of a converted layer: one node each, in their order.
+    """A head group of a converted layer, or a class of sparse heads: one node each, in their order.
 
     Attributes:
         path, layer: the module and the number of the layer.
-        op: what it is in our words, `Attention` or `LatentAttention`.
+        op: what it is in our words: `Attention`, `LatentAttention`, `SparseAttention` (sinks and a
+            window, state of bounded size) or `PatternAttention` (any pattern, state of every row).
         form: the operator that stands in the graph, as `domain::name`.
         reason: why it is not the operator that the flavour prefers; empty where it is.
+        pattern: what sparse heads see.
+        saves: what the file saves by it, and why not more.
     """
 
     path: str
@@ -58,6 +69,8 @@ class LayerEntry(_Part):
     op: str
     form: str = ""
     reason: str = ""
+    pattern: str = ""
+    saves: str = ""
 
 
 class Generation(_Part):
@@ -91,7 +104,7 @@ class CheckEntry(_Part):
 class Manifest(_Part):
     """The file as a whole; `schema_version` rises when a reader must change."""
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     file: str = MODEL
     data: str = DATA
     dtype: Literal["float32", "float16"]
@@ -105,7 +118,10 @@ class Manifest(_Part):
     inputs: list[TensorEntry]
     outputs: list[TensorEntry]
     states: list[StateEntry]
-    cache_bytes_per_token: int
+    cache_bytes_per_token: int = Field(description="of the states that grow with the text")
+    cache_bytes_fixed: int = Field(
+        default=0, description="of the states of bounded size, per sequence"
+    )
     chunk_rows: int | None = Field(
         default=None,
         description="rows of a call that feeds several tokens on top of others; no limit if null",
@@ -136,7 +152,9 @@ def describe(
         "inputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.inputs],
         "outputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.outputs],
         "states": [_state(t) for t in tensors],
-        "cache_bytes_per_token": size * sum(max(t.heads, 1) * t.width for t in tensors),
+        "cache_bytes_per_token": size
+        * sum(max(t.heads, 1) * t.width for t in tensors if not t.rows),
+        "cache_bytes_fixed": size * sum(t.heads * t.width * t.rows for t in tensors),
         # ONNX Runtime's GroupQueryAttention takes a later chunk of one row only.
         "chunk_rows": 1 if any(f.op.startswith(CONTRIB) for f in forms.values()) else None,
         "generation": generation(model),
@@ -153,14 +171,15 @@ def _entry(value: Any, dtype: str, vocabulary: int) -> TensorEntry:
 
 def _layer(layer: LayerLayout, group: GroupLayout, form: Form) -> LayerEntry:
     return LayerEntry(
-        path=layer.path, layer=layer.layer, op=group.op, form=form.op, reason=form.reason
-    )
+        path=layer.path, layer=layer.layer, op=group.op, form=form.op, reason=form.reason,
+        pattern=group.pattern, saves=group.sparse.saves if group.sparse else "",
+    )  # fmt: skip
 
 
 def _state(tensor: StateTensor) -> StateEntry:
     return StateEntry(
         input=tensor.input, output=tensor.output, layer=tensor.layer, name=tensor.name,
-        shape=tensor.letters,
+        shape=tensor.letters, capacity=tensor.rows or None,
     )  # fmt: skip
 
 

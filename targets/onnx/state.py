@@ -5,6 +5,7 @@ Layout letters: B batch, N new tokens, C capacity.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +20,7 @@ from reattend.targets.onnx.layout import KEEP_DENSE, GroupLayout, LayerLayout
 
 
 class FixedState:
-    """The state of one head group: all rows of its tensors, and which of them count.
+    """The state of one node: all rows of its tensors, and which of them count.
 
     `given` and `written`: tensors before and after the call, by input name.
     """
@@ -45,22 +46,34 @@ class FixedState:
         self.written[name] = kept
         return kept.unsqueeze(1) if one_head else kept
 
+    def past(self) -> tuple[Tensor, Tensor]:
+        """Both tensors before the call, for an op that writes them itself."""
+        return self.given[self.layout.first.input], self.given[self.layout.second.input]
+
+    def put(self, first: Tensor, second: Tensor) -> None:
+        """What such an op wrote."""
+        self.written[self.layout.first.input] = first
+        self.written[self.layout.second.input] = second
+
     def seen(self) -> int:
         """Tokens before this call."""
         return self.cache.past
 
-    def span(self) -> tuple[Tensor, Tensor] | None:
+    def span(self) -> tuple[Tensor, Tensor]:
         """First real row and one past the last, per batch row."""
         return self.cache.start_B, self.cache.length_B
 
 
 class FixedGroups:
-    """The state of a layer with several head groups, kept apart: nothing is packed or copied."""
+    """The states of a layer's head groups, or of a group's classes of heads, kept apart.
 
-    def __init__(self, parts: list[FixedState]) -> None:
+    Nothing is packed or copied.
+    """
+
+    def __init__(self, parts: Sequence[FixedState | FixedGroups]) -> None:
         self.parts = parts
 
-    def group(self, index: int) -> FixedState:
+    def group(self, index: int) -> FixedState | FixedGroups:
         """The state of one group."""
         return self.parts[index]
 
@@ -76,7 +89,7 @@ class FixedGroups:
         """Tokens before this call."""
         return self.parts[0].seen()
 
-    def span(self) -> tuple[Tensor, Tensor] | None:
+    def span(self) -> tuple[Tensor, Tensor]:
         """The same rows count in every group."""
         return self.parts[0].span()
 
@@ -109,8 +122,14 @@ class FixedCache(Cache):
 
     def reattend_state(self, layer_idx: int) -> FixedState | FixedGroups:
         """The state of a converted layer; `Adapter` asks for it."""
-        parts = self.states[layer_idx]
-        return parts[0] if len(parts) == 1 else FixedGroups(parts)
+        by_part: dict[int, list[FixedState]] = {}
+        for state in self.states[layer_idx]:
+            by_part.setdefault(state.layout.part, []).append(state)
+        groups: list[FixedState | FixedGroups] = [
+            FixedGroups(states) if states[0].layout.sparse else states[0]
+            for states in by_part.values()
+        ]
+        return groups[0] if len(groups) == 1 else FixedGroups(groups)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this call."""

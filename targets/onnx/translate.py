@@ -1,8 +1,9 @@
 """How the torch ops of reattend become ONNX nodes.
 
-The two attention ops become one node each in domain `ai.reattend`; `cache_put` is the standard
-TensorScatter. A translation must be an ordinary Python function that calls `values.Op`: a scripted
-onnxscript function would be inlined, and no node of ours would be left.
+The attention ops become one node each in domain `ai.reattend` (those of sparse heads in
+`sparse_translate.py`); `cache_put` is the standard TensorScatter. A translation must be an ordinary
+Python function that calls `values.Op`: a scripted onnxscript function would be inlined, and no node
+of ours would be left.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION
+from reattend.targets.onnx.sparse_translate import sparse_translations
 
 _TYPES = ["tensor(float)", "tensor(float16)"]
 _INDEX = ["tensor(int64)", "tensor(int32)"]
@@ -42,7 +44,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def translate_put(cache: Any, new: Any, start: Any, axis: int) -> Any:
         return scatter(cache, new, start, axis=axis)
 
-    return {
+    return sparse_translations() | {
         torch.ops.reattend.attention.default: translate_attention,
         torch.ops.reattend.latent_attention.default: translate_latent,
         torch.ops.reattend.cache_put.default: translate_put,

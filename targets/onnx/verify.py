@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from reattend.errors import GateError
+from reattend.targets.onnx.layout import LayerLayout
 from reattend.targets.onnx.manifest import CheckEntry
 from reattend.targets.onnx.session import Session
 
 LIMITS = {"float32": 1e-4, "float16": 3e-2}
 # (batch, prompt, left padding of the first row, single steps)
 SHAPES = ((2, 6, 2, 1), (1, 9, 0, 1))
+# Tokens of a prompt beyond the longest ring of rows: it has turned, in pieces of 512 too.
+_BEYOND = 515
 
 
 def check_file(path: Path) -> None:
@@ -35,12 +38,29 @@ def check_file(path: Path) -> None:
         ) from error
 
 
+def shapes(layers: list[LayerLayout], longest: int | None) -> list[tuple[int, int, int, int]]:
+    """What to compare: short prompts, and one that does not fit into any state of bounded size.
+
+    Args:
+        layers: of the model.
+        longest: tokens that the model has positions for; None: it says nothing.
+    """
+    rows = max(tensor.rows for layer in layers for tensor in layer.tensors)
+    if not rows:
+        return list(SHAPES)
+    prompt = rows + min(rows, _BEYOND)
+    if longest is not None:
+        prompt = min(prompt, longest - 2)
+    return [*SHAPES, (1, prompt, 3, 2)] if prompt > 9 else list(SHAPES)
+
+
 def check_logits(
     open_session: Callable[[], Session],
     model: nn.Module,
     dtype: str,
     vocabulary: int,
     runtime: str = "onnxruntime",
+    sizes: Sequence[tuple[int, int, int, int]] = SHAPES,
 ) -> list[CheckEntry]:
     """ONNX Runtime against torch without a cache: a padded prompt, then single steps.
 
@@ -50,13 +70,14 @@ def check_logits(
         dtype: the export's dtype; decides the limit.
         vocabulary: number of token ids to draw from.
         runtime: what the entries call the runtime.
+        sizes: as `shapes` gives them.
 
     Raises:
         GateError: a difference is above the limit or not finite.
     """
     session, found = open_session(), []
     generator = torch.Generator().manual_seed(7)
-    for batch, prompt, padding, steps in SHAPES:
+    for batch, prompt, padding, steps in sizes:
         ids = torch.randint(0, vocabulary, (batch, prompt + steps), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, :padding] = 0

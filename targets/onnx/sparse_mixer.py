@@ -1,0 +1,112 @@
+"""Sparse mixers as they are traced: every class of heads calls the op of its node.
+
+Layout letters: B batch, N new tokens, H query heads, G key/value heads, d and e widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reattend.install.adapter import Adapter
+from reattend.kernels.attention import attention
+from reattend.mixers.base import Context, State
+from reattend.mixers.dense import DenseAttention
+from reattend.mixers.mixed import MixedAttention
+from reattend.mixers.sparse import SparseAttention
+from reattend.mixers.sparse_config import HeadClass
+from reattend.parts import query_heads
+from reattend.passes.rewrite.sparse_build import sparse_like
+from reattend.targets.onnx.sparse_ops import pattern_attention, sink_window_attention
+from reattend.targets.onnx.state import FixedGroups, FixedState
+
+
+class _New(NamedTuple):
+    """Rows of new tokens, and the states that the classes' ops will write them to."""
+
+    keys: Tensor
+    values: Tensor
+    states: FixedGroups
+
+
+class TracedSparse(SparseAttention):
+    """A SparseAttention that also takes states of fixed capacity; without one it is as before."""
+
+    def project(
+        self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
+    ) -> tuple[Any, Any]:
+        """With a fixed state: queries; keys and values. Which are real, the state knows."""
+        if not isinstance(state, FixedGroups):
+            return super().project(x_BND, source_BMD, ctx, state)
+        query, rows = DenseAttention.project(self, x_BND, source_BMD, ctx, state)
+        assert rows is not None  # never a cross-attention block
+        return query[0], rows
+
+    def store(self, new: Any, state: State) -> Any:
+        """Nothing yet: what a class writes is up to its op."""
+        if not isinstance(state, FixedGroups):
+            return super().store(new, state)
+        keys, values = new
+        return _New(keys, values, state)
+
+    def attend(
+        self, query: Any, rows: Any, ctx: Context, span: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """See `Mixer.attend`."""
+        if not isinstance(rows, _New):
+            return super().attend(query, rows, ctx, span)
+        outputs = [
+            self._node(query, rows, c, state)
+            for c, state in zip(self.config.classes, rows.states.parts, strict=True)
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        order = [h for c in self.config.classes for h in query_heads(self.config.core, c.kv_heads)]
+        back = [order.index(h) for h in range(len(order))]
+        return torch.cat(outputs, 1).index_select(1, torch.tensor(back))
+
+    def _node(self, q_BHNd: Tensor, new: _New, head_class: HeadClass, state: Any) -> Tensor:
+        """The output of one class' query heads, [B, heads, N, e]."""
+        assert isinstance(state, FixedState)
+        form, core, kv_heads = state.layout.sparse, self.config.core, head_class.kv_heads
+        assert form is not None
+        keys, values = _pick(new.keys, kv_heads), _pick(new.values, kv_heads)
+        q = _pick(q_BHNd, query_heads(core, kv_heads))
+        rules = {"scale": core.scale, "sliding_window": core.window, "softcap": core.softcap}
+        y: Tensor
+        if form.op == "SparseAttention":
+            y, first, second = sink_window_attention(
+                q, keys, values, *state.past(), *state.span(),
+                sinks=form.sinks, window=form.window, **rules,
+            )  # fmt: skip
+            state.put(first, second)
+            return y
+        rows = state.update(keys, values)
+        if form.op == "PatternAttention":
+            pattern = head_class.pattern.model_dump_json(exclude_defaults=True)
+            y = pattern_attention(q, *rows, *state.span(), pattern=pattern, **rules)
+        else:
+            y = attention(q, *rows, *state.span(), **rules)[0]
+        return y
+
+
+def _pick(x_BHNd: Tensor, heads: Any) -> Tensor:
+    whole = list(heads) == list(range(x_BHNd.shape[1]))
+    return x_BHNd if whole else x_BHNd.index_select(1, torch.tensor(heads))
+
+
+def make_traceable(model: nn.Module) -> None:
+    """Let every sparse block of a model take states of fixed capacity; changes `model`."""
+    for module in model.modules():
+        if isinstance(module, Adapter) and isinstance(module.mixer, SparseAttention):
+            module.mixer = _traced(module.mixer)
+        elif isinstance(module, MixedAttention):
+            for i, group in enumerate(module.groups):
+                if isinstance(group, SparseAttention):
+                    module.groups[i] = _traced(group)
+
+
+def _traced(mixer: SparseAttention) -> TracedSparse:
+    return sparse_like(mixer, mixer.config, TracedSparse)

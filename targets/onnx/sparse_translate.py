@@ -1,0 +1,123 @@
+"""How the torch ops of sparse heads become ONNX nodes, and what the nodes' attributes say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from reattend.patterns.pattern import HeadPattern
+from reattend.targets.onnx.functions import DOMAIN, VERSION
+from reattend.targets.onnx.rewriting import attribute
+from reattend.targets.onnx.sparse_ops import pattern_attention as _pattern  # noqa: F401
+from reattend.targets.onnx.sparse_ops import sink_window_attention as _window  # noqa: F401
+
+_TYPES = ["tensor(float)", "tensor(float16)"]
+_INDEX = ["tensor(int64)", "tensor(int32)"]
+#: a term that a node does not have
+_NO_STRIDE, _NONE_LISTED = [0, 0, 1], [-1]
+
+
+def sparse_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The entries of `custom_translation_table` for sparse heads."""
+    sparse, pattern_node = _sparse_op(), _pattern_op()
+
+    def translate_window(
+        q: Any, k: Any, v: Any, past_key: Any, past_value: Any, start: Any, length: Any, *,
+        sinks: int, window: int, scale: float, sliding_window: int = 0, softcap: float = 0.0,
+    ) -> Any:  # fmt: skip
+        return sparse(
+            q, k, v, past_key, past_value, start, length,
+            sinks=int(sinks), window=int(window), scale=float(scale),
+            sliding_window=int(sliding_window), softcap=float(softcap),
+        )  # fmt: skip
+
+    def translate_pattern(
+        q: Any, k: Any, v: Any, start: Any, length: Any, *,
+        pattern: str, scale: float, sliding_window: int = 0, softcap: float = 0.0,
+    ) -> Any:  # fmt: skip
+        terms = pattern_attributes(HeadPattern.model_validate_json(pattern))
+        return pattern_node(
+            q, k, v, start, length,
+            scale=float(scale), sliding_window=int(sliding_window), softcap=float(softcap), **terms,
+        )  # fmt: skip
+
+    return {
+        torch.ops.reattend.sink_window_attention.default: translate_window,
+        torch.ops.reattend.pattern_attention.default: translate_pattern,
+    }
+
+
+def pattern_attributes(pattern: HeadPattern) -> dict[str, Any]:
+    """The terms of a pattern as attributes of `PatternAttention`; all of them, as it needs them.
+
+    The slope is a float64: with less, windows of long texts would differ by a token.
+    """
+    from onnx import numpy_helper
+
+    stride = pattern.stride
+    return {
+        "sinks": pattern.sinks,
+        "window": pattern.window,
+        "window_slope": numpy_helper.from_array(np.array(pattern.window_slope, np.float64)),
+        "stride": [stride.period, stride.offset, stride.block] if stride else _NO_STRIDE,
+        "powers": pattern.powers.block if pattern.powers else 0,
+        "columns": list(pattern.columns) or _NONE_LISTED,
+        "slashes": list(pattern.slashes) or _NONE_LISTED,
+    }
+
+
+def has_term(node: Any, term: str) -> bool:
+    """Whether a node of an `onnx_ir` graph has a term of `TERMS`."""
+    if node.op_type != "PatternAttention":
+        return False
+    given = attribute(node, term)
+    if term == "window":
+        return bool(given) or bool(attribute(node, "window_slope").numpy())
+    if term == "stride":
+        return list(given) != _NO_STRIDE
+    if term in ("columns", "slashes"):
+        return list(given) != _NONE_LISTED
+    return bool(given)
+
+
+def _sparse_op() -> Any:
+    integers = {"window": "INT", "sinks": "INT", "sliding_window": "INT"}
+    names = ("q", "key", "value", "past_key", "past_value")
+    outputs = ("y", "present_key", "present_value")
+    return _op("SparseAttention", names, outputs, integers)
+
+
+def _pattern_op() -> Any:
+    kinds = {
+        "sliding_window": "INT", "sinks": "INT", "window": "INT", "window_slope": "TENSOR",
+        "stride": "INTS", "powers": "INT", "columns": "INTS", "slashes": "INTS",
+    }  # fmt: skip
+    return _op("PatternAttention", ("q", "key", "value"), ("y",), kinds)
+
+
+def _op(name: str, rows: tuple[str, ...], outputs: tuple[str, ...], kinds: dict[str, str]) -> Any:
+    """An op of our domain: floats, then kv_start and kv_len; scale, softcap and `kinds`."""
+    import onnx.defs as defs
+    from onnxscript import values
+
+    parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
+    attributes = {"scale": "FLOAT", "softcap": "FLOAT"} | kinds
+    schema = defs.OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=[
+            *(parameter(row, "T") for row in rows),
+            parameter("kv_start", "I"),
+            parameter("kv_len", "I"),
+        ],
+        outputs=[parameter(output, "T") for output in outputs],
+        type_constraints=[("T", _TYPES, ""), ("I", _INDEX, "")],
+        attributes=[
+            defs.OpSchema.Attribute(n, getattr(kind, which)) for n, which in attributes.items()
+        ],
+    )
+    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)
