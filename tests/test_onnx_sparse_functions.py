@@ -135,7 +135,7 @@ class Ring:
 
 #: pieces of the text: at once; single steps, and chunks shorter and longer than the window on a
 #: ring that has turned
-PIECES = ([T], [7, *[1] * 13, 3, 11, 1, 18], [5, 2, 13, 1, 1, 31])
+PIECES = ([T], [1, 1, 5, *[1] * 13, 3, 11, 1, 18], [5, 2, 13, 1, 1, 31])
 RULES = {
     "window": (0, 4, 0, 0.0),
     "sinks": (2, 5, 0, 0.0),
@@ -178,7 +178,7 @@ PATTERNS: dict[str, Any] = {
     "elastic": {"sinks": 2, "window": 3, "window_slope": 0.7},
     "short elastic": {"window": -3, "window_slope": 0.25},
     "stride": {"window": 4, "stride": {"period": 3, "offset": 1, "block": 4}},
-    "powers": {"sinks": 1, "window": 3, "powers": {"block": 3}},
+    "powers": {"sinks": 1, "window": 2, "powers": {"block": 3}},
     "listed": {"columns": (0, 7, 20), "slashes": (0, 5, 11)},
 }
 

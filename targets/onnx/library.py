@@ -2,8 +2,8 @@
 
 It is built from `kernels/csrc` and is no part of the Python package. A file runs without it, by the
 function bodies it holds; with it, one kernel replaces the forty operators of a body. It has kernels
-for both nodes in float32 and float16 on the CPU, which is every node a file can have: ONNX Runtime
-does not fall back to a body for a type that a registered kernel lacks.
+for `Attention` and `LatentAttention` in float32 and float16 on the CPU; nodes of sparse heads keep
+their bodies. ONNX Runtime does not fall back to a body for a type that a registered kernel lacks.
 """
 
 from __future__ import annotations

@@ -98,8 +98,7 @@ _TERMS = {
   grown_exact = Mul (so_far, slope)
   grown_floor = Floor (grown_exact)
   grown = Cast <to = 7> (grown_floor)
-  width_any = Add (window_int, grown)
-  width = Max (width_any, one)
+  width = Add (window_int, grown)
   window = Less (apart, width)""",
     "stride": """
   stride_ints = Constant <value_ints: ints = @stride> ()
