@@ -74,6 +74,10 @@ def check_choices(plan: Plan, model: nn.Module, choices: list[Choice]) -> None:
             from reattend.targets.deepseek import foresee
 
             foresee(model, choices, "v2" if target == "deepseek-v2" else "v3")
+        elif target == "onnx":
+            from reattend.targets.onnx.forecast import foresee as foresee_onnx
+
+            foresee_onnx(choices)
 
 
 def lower(result: Result, work: Workdir, target: str | Target) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ pytest.importorskip("onnxruntime")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from reattend.targets.onnx import Artifact, Session, export_onnx  # noqa: E402
-from reattend.targets.onnx.layout import layout  # noqa: E402
+from reattend.targets.onnx.forecast import foresee  # noqa: E402
 from reattend.targets.onnx.sparse_layout import sparse_form  # noqa: E402
 
 #: layer 0: two classes of sparse heads beside latent ones; layer 1: a class for every kind of state
@@ -168,29 +169,36 @@ def test_a_longer_text_moves_no_state_of_bounded_size(made: Any) -> None:
     assert (session.states.bytes() - fixed_bytes) / 256 == (held - fixed_bytes) / 9
 
 
-def test_what_no_node_knows_is_refused_by_name() -> None:
+def test_what_no_node_knows_is_refused_by_name_also_before_a_conversion(made: Any) -> None:
     class Chosen(HeadPattern):
         top_keys: int = 0
 
-    (config,) = {m.config for _, m in build(RING).named_modules() if hasattr(m, "layouts")}
-    pattern = Chosen(sinks=1, top_keys=4)
+    adapter = made[0].model.layers[1].self_attn
+    config, pattern = adapter.mixer.config, Chosen(sinks=1, top_keys=4)
     with pytest.raises(RefusedError, match=r"pattern\.top_keys") as caught:
         sparse_form("here", config, HeadClass(kv_heads=(0,), pattern=pattern))
     assert caught.value.exit_code == 3
     core = config.core.model_copy(update={"pattern": "full"})
     with pytest.raises(RefusedError, match="not causal"):
         sparse_form("here", config.model_copy(update={"core": core}), config.classes[0])
-
-
-RING = {"rules": [{"sites": "*", "to": "sparse", "pattern": {"sinks": 2, "window": 5}}]}
-
-
-def test_a_cache_that_may_not_forget_has_a_state_of_every_row() -> None:
-    kept = {"rules": [{"sites": "*", "to": "sparse", "evict": False, "pattern": {"window": 5}}]}
-    for plan, op in ((RING, "SparseAttention"), (kept, "PatternAttention")):
-        groups = [group for layer in layout(build(plan)) for group in layer.groups]
-        assert [group.op for group in groups] == [op] * 2
-    assert "evict: false" in (groups[0].sparse.saves if groups[0].sparse else "")
+    classes = (HeadClass(kv_heads=(0, 1, 2, 3), pattern=pattern),)
+    with_sinks = config.core.model_copy(update={"sinks": True})
+    for change, words in (
+        ({"classes": classes}, "top_keys"),
+        ({"core": with_sinks}, "logit sinks"),
+    ):
+        outcome = config.model_copy(update=change)
+        choice = SimpleNamespace(
+            conversion=SimpleNamespace(outcome=lambda *_, made=outcome: made),
+            options=1, config=None, site=SimpleNamespace(path="here", binding=adapter.binding),
+        )  # fmt: skip
+        with pytest.raises(RefusedError, match=words):
+            foresee([choice])
+    window = next(c for c in config.classes if c.pattern == HeadPattern(window=6))
+    assert sparse_form("here", config, window).op == "SparseAttention"
+    kept = sparse_form("here", config.model_copy(update={"evict": False}), window)
+    assert (kept.op, kept.rows) == ("PatternAttention", 0)
+    assert "evict: false" in kept.saves
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def layout(model: nn.Module) -> list[LayerLayout]:
             continue
         layer, mixers = module.binding.layer_idx, module.mixer.head_groups
         for mixer in mixers:
-            _check(path, mixer.config, module.binding)
+            check_block(path, mixer.config, module.binding)
         if layer in found:
             raise RefusedError(
                 "two converted layers use one cache slot", where=f"{found[layer].path} and {path}"
@@ -135,7 +135,12 @@ def layout(model: nn.Module) -> list[LayerLayout]:
     return [found[layer] for layer in sorted(found)]
 
 
-def _check(path: str, config: object, binding: Binding) -> None:
+def check_block(path: str, config: object, binding: Binding) -> None:
+    """Refuse a block that no node computes.
+
+    Raises:
+        RefusedError: with the reason.
+    """
     if not isinstance(config, BlockConfig):
         raise RefusedError("this layer has no ONNX form yet", where=path)
     why = ""
