@@ -135,13 +135,34 @@ def decode_verdict(results: dict[str, Any]) -> str:
 
 def sparse_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/sparse_cpu.py` as Markdown."""
+    what = (
+        "`reattend::sparse_attention`, batch 1, float32, 8 heads of 64, 4 sinks and a window of 256"
+        " (dense heads where the name says so)"
+    )
+    return peers_table(results, what, ("sdpa-mask", "sdpa-causal", "flex"))
+
+
+def onnx_sparse_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/onnx_sparse.py` as Markdown."""
+    what = (
+        "one layer's attention in ONNX Runtime, batch 1, float32, 8 heads of 64 (4 sinks and a"
+        " window of 256; elastic, s2 and power as in the plans)"
+    )
+    return peers_table(results, what, ("mask", "causal", "gqa", "gqa-window"))
+
+
+def digits(ms: float) -> str:
+    """Milliseconds for people."""
+    return f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
+def peers_table(results: dict[str, Any], what: str, peers: tuple[str, ...]) -> str:
+    """Rows of `ms` and `times_faster` on a CPU."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    peers = ("sdpa-mask", "sdpa-causal", "flex")
     lines = [
         f"CPU, {results['threads']} thread, {results['date']}, {versions},"
-        f" `{results['command']}`: processor ms of `reattend::sparse_attention`, batch 1, float32,"
-        " 8 heads of 64, 4 sinks and a window of 256 (dense heads where the name says so); in"
-        " brackets how many times faster ours is.",
+        f" `{results['command']}`: processor ms of {what}; in brackets how many times faster ours"
+        " is.",
         "",
         f"| problem | density | ours | {' | '.join(peers)} |",
         "|---|" + "---:|" * (len(peers) + 2),
@@ -149,8 +170,9 @@ def sparse_table(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         ms, ratio = row["ms"], row["times_faster"]
         shown = [
-            f"{ms[name]['cpu_ms']:.2f} (x{ratio[name]:.2f})" if name in ms else "" for name in peers
+            f"{digits(ms[name]['cpu_ms'])} (x{ratio[name]:.2f})" if name in ms else ""
+            for name in peers
         ]
-        first = f"| {row['case']} | {row['density']:.1%} | {ms['ours']['cpu_ms']:.2f} | "
+        first = f"| {row['case']} | {row['density']:.1%} | {digits(ms['ours']['cpu_ms'])} | "
         lines.append(first + " | ".join(shown) + " |")
     return "\n".join(lines)

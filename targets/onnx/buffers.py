@@ -1,7 +1,8 @@
 """The state tensors of a running session: one buffer each, bound as input and as output.
 
 ONNX Runtime does not know that both are the same memory; the graph is built so that this is safe:
-nothing reads a state after its TensorScatter. So a step writes N rows and copies nothing.
+nothing reads a state after its TensorScatter. So a step writes N rows and copies nothing. A chunk
+on a state of bounded size first copies the rows it reads of it (`sparse_body.py`).
 """
 
 from __future__ import annotations

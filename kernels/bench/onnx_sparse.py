@@ -1,0 +1,323 @@
+"""Sparse nodes of ONNX files on a CPU, against the same heads under a dense mask.
+
+    python kernels/bench/onnx_sparse.py --out kernels/bench/results/onnx_sparse.json
+
+One attention layer in ONNX Runtime, one thread, batch 1, float32, 8 heads of 64. All ways run in
+one process and take turns; figures are medians of processor time. Outputs are compared first. The
+dense mask is an input that is ready: making it is not timed, nor is writing its rows to a state.
+
+Ways:
+    ours         the node that an export has for this pattern, states read and written
+    mask         the standard Attention of opset 24 with a boolean mask [queries, keys]
+    causal       the same without a mask, causal (whole prompts only)
+    gqa          ONNX Runtime's GroupQueryAttention over all keys
+    gqa-window   the same with local_window_size: a window without sinks, which is another result
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+from record import head, write
+from table import onnx_sparse_table
+
+from reattend.mixers.config import CoreConfig
+from reattend.patterns.pattern import HeadPattern
+from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, Uses, function_proto
+from reattend.targets.onnx.sparse_translate import pattern_attributes
+
+COMMAND = "python kernels/bench/onnx_sparse.py --out kernels/bench/results/onnx_sparse.json"
+HEADS, WIDTH, SCALE = 8, 64, 64**-0.5
+LIMIT = 1e-4
+Array = np.ndarray[Any, Any]
+Call = Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """N queries at the end of M tokens."""
+
+    name: str
+    n: int
+    m: int
+    kv_heads: int
+    pattern: dict[str, Any]
+
+    @property
+    def window(self) -> int:
+        """Of a pattern that is sinks and a window; 0: another one."""
+        known = set(self.pattern) <= {"sinks", "window"}
+        return int(self.pattern["window"]) if known else 0
+
+
+A_SHAPE = {"sinks": 4, "window": 256}
+ELASTIC = {"sinks": 16, "window": 64, "window_slope": 0.125}
+S2 = {"window": 1024, "stride": {"period": 8, "block": 64}}
+POWER = {"sinks": 64, "window": 256, "powers": {"block": 64}}
+CASES = (
+    Case("sinks and window: prompt of 4096", 4096, 4096, 8, A_SHAPE),
+    Case("sinks and window: prompt of 4096, 2 KV heads", 4096, 4096, 2, A_SHAPE),
+    Case("sinks and window: 512 new on 4096", 512, 4608, 8, A_SHAPE),
+    Case("sinks and window: prompt of 512", 512, 512, 8, A_SHAPE),
+    Case("sinks and window: token 4096", 1, 4096, 8, A_SHAPE),
+    Case("sinks and window: token 4096, 2 KV heads", 1, 4096, 2, A_SHAPE),
+    Case("sinks and window: token 16384", 1, 16384, 8, A_SHAPE),
+    Case("elastic: 512 new on 4096", 512, 4608, 8, ELASTIC),
+    Case("elastic: token 4096", 1, 4096, 8, ELASTIC),
+    Case("s2: 512 new on 4096", 512, 4608, 8, S2),
+    Case("s2: token 4096", 1, 4096, 8, S2),
+    Case("power: 512 new on 4096", 512, 4608, 8, POWER),
+    Case("power: token 4096", 1, 4096, 8, POWER),
+)
+
+
+class Rows:
+    """The tensors of a case: queries of the last N tokens, keys and values of all M."""
+
+    def __init__(self, case: Case) -> None:
+        random = np.random.default_rng(0)
+        self.case = case
+        shapes = (HEADS, case.n), (case.kv_heads, case.m), (case.kv_heads, case.m)
+        self.q, self.k, self.v = (
+            random.standard_normal((1, heads, rows, WIDTH), np.float32) for heads, rows in shapes
+        )
+        core = CoreConfig(
+            heads=HEADS, kv_heads=case.kv_heads, qk_head_dim=WIDTH, v_head_dim=WIDTH, scale=SCALE
+        )
+        i, j = torch.arange(case.m - case.n, case.m)[:, None], torch.arange(case.m)[None]
+        self.seen: Array = HeadPattern(**case.pattern).sees(i, j, core).numpy()
+        self.past: Array = (j <= i).numpy()
+        self.window: Array = ((j <= i) & (i - j < case.window)).numpy()
+
+    def new(self) -> dict[str, Array]:
+        """Queries, keys and values of the new tokens, and how many tokens there are."""
+        late = slice(self.case.m - self.case.n, None)
+        found = {"q": self.q, "key": self.k[:, :, late], "value": self.v[:, :, late]}
+        found = {name: np.ascontiguousarray(array) for name, array in found.items()}
+        return found | {"kv_start": np.zeros(1, np.int64), "kv_len": np.full(1, self.case.m)}
+
+
+def session(
+    nodes: list[Any], inputs: dict[str, Array], outputs: list[str], functions: list[Any]
+) -> Any:
+    """A model of these nodes, opened with one thread."""
+    given = [
+        helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), [None] * v.ndim)
+        for k, v in inputs.items()
+    ]
+    ranks = {"y_rows": 3}
+    made = [
+        helper.make_tensor_value_info(o, TensorProto.FLOAT, [None] * ranks.get(o, 4))
+        for o in outputs
+    ]
+    domains = {"": OPSET, DOMAIN: VERSION, "com.microsoft": 1}
+    model = helper.make_model(
+        helper.make_graph(nodes, "bench", given, made),
+        opset_imports=[helper.make_opsetid(k, v) for k, v in domains.items()],
+        functions=functions, ir_version=11,
+    )  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def bound(run: Any, inputs: dict[str, Array], states: dict[str, tuple[str, Array]]) -> Call:
+    """A call of a session; `states`: input -> output and the buffer that is both."""
+    binding = run.io_binding()
+    for name, array in inputs.items():
+        if name not in states:
+            binding.bind_cpu_input(name, array)
+    for name, (out, array) in states.items():
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(out, value)
+    first = next(o.name for o in run.get_outputs())
+    binding.bind_output(first)
+
+    def call() -> Array:
+        run.run_with_iobinding(binding)
+        y: Array = binding.get_outputs()[-1].numpy()  # what was bound last
+        return y
+
+    return call
+
+
+def ring(rows: Rows) -> Call:
+    """`SparseAttention`, its state filled by the tokens before."""
+    case = rows.case
+    sinks, window, past = case.pattern["sinks"], case.window, case.m - case.n
+    state = {}
+    for name, array in (("key", rows.k), ("value", rows.v)):
+        held = np.zeros((1, case.kv_heads, sinks + window, WIDTH), np.float32)
+        held[:, :, : min(sinks, past)] = array[:, :, : min(sinks, past)]
+        times = np.arange(max(0, past - window), past)
+        held[:, :, sinks + times % window] = array[:, :, times]
+        state[f"past_{name}"] = (f"present_{name}", held)
+    rules = {"scale": SCALE, "sinks": sinks, "window": window, "sliding_window": 0, "softcap": 0.0}
+    new = rows.new()
+    inputs = {k: new[k] for k in ("q", "key", "value")}
+    inputs |= {k: v for k, (_, v) in state.items()}
+    inputs |= {k: new[k] for k in ("kv_start", "kv_len")}
+    outputs = ["y", "present_key", "present_value"]
+    node = helper.make_node("SparseAttention", list(inputs), outputs, domain=DOMAIN, **rules)
+    functions = [function_proto("SparseAttention", Uses(capped=False))]
+    return bound(session([node], inputs, outputs, functions), inputs, state)
+
+
+def pattern(rows: Rows) -> Call:
+    """`PatternAttention` behind the writing of its state, as in an export."""
+    case, new = rows.case, rows.new()
+    past = case.m - case.n
+    inputs = {"q": new["q"], "kv_start": new["kv_start"], "kv_len": new["kv_len"]}
+    inputs["at"] = np.full(1, past)
+    states, nodes = {}, []
+    for name, array in (("key", rows.k), ("value", rows.v)):
+        inputs[f"new_{name}"], inputs[f"past_{name}"] = new[name], array.copy()
+        written = [f"past_{name}", f"new_{name}", "at"]
+        nodes.append(helper.make_node("TensorScatter", written, [f"present_{name}"], axis=2))
+        states[f"past_{name}"] = (f"present_{name}", inputs[f"past_{name}"])
+    rules: dict[str, Any] = {"scale": SCALE, "sliding_window": 0, "softcap": 0.0}
+    rules |= pattern_attributes(HeadPattern(**case.pattern))
+    read = ["q", "present_key", "present_value", "kv_start", "kv_len"]
+    nodes.append(helper.make_node("PatternAttention", read, ["y"], domain=DOMAIN, **rules))
+    terms = tuple(dict.fromkeys(name.removesuffix("_slope") for name in case.pattern))
+    functions = [function_proto("PatternAttention", Uses(terms=terms, capped=False))]
+    outputs = ["y", "present_key", "present_value"]
+    return bound(session(nodes, inputs, outputs, functions), inputs, states)
+
+
+def standard(rows: Rows, masked: bool) -> Call:
+    """The standard Attention over all keys."""
+    inputs = {"q": rows.q, "k": rows.k, "v": rows.v}
+    if masked:
+        inputs["mask"] = rows.seen
+    node = helper.make_node(
+        "Attention", list(inputs), ["y"], scale=SCALE, is_causal=int(not masked)
+    )
+    return bound(session([node], inputs, ["y"], []), inputs, {})
+
+
+def group_query(rows: Rows, window: int) -> Call:
+    """ONNX Runtime's GroupQueryAttention; it writes its state of every row too."""
+    case = rows.case
+    flat = {
+        name: np.ascontiguousarray(array.transpose(0, 2, 1, 3)).reshape(1, case.n, -1)
+        for name, array in rows.new().items()
+        if name in ("q", "key", "value")
+    }
+    inputs = {
+        **flat, "past_key": rows.k.copy(), "past_value": rows.v.copy(),
+        "last": np.full(1, case.m - 1, np.int32), "total": np.array(case.m, np.int32),
+    }  # fmt: skip
+    states = {f"past_{x}": (f"present_{x}", inputs[f"past_{x}"]) for x in ("key", "value")}
+    rules = {"num_heads": HEADS, "kv_num_heads": case.kv_heads, "scale": SCALE}
+    rules |= {"local_window_size": window} if window else {}
+    outputs = ["y_rows", "present_key", "present_value"]
+    node = helper.make_node(
+        "GroupQueryAttention", list(inputs), outputs, domain="com.microsoft", **rules
+    )
+    return bound(session([node], inputs, outputs, []), inputs, states)
+
+
+def ways(rows: Rows) -> dict[str, tuple[Call, Array]]:
+    """Each way, and the mask whose result it has to give."""
+    case = rows.case
+    made = {"ours": (ring(rows) if case.window else pattern(rows), rows.seen)}
+    made["mask"] = (standard(rows, masked=True), rows.seen)
+    if case.n == case.m:
+        made["causal"] = (standard(rows, masked=False), rows.past)
+    made["gqa"] = (group_query(rows, 0), rows.past)
+    if case.window:
+        made["gqa-window"] = (group_query(rows, case.window), rows.window)
+    return made
+
+
+def check(rows: Rows, name: str, call: Call, mask: Array) -> float:
+    """The difference from torch's SDPA under the mask that describes this way."""
+    q, k, v = (torch.from_numpy(x) for x in (rows.q, rows.k, rows.v))
+    with torch.inference_mode():
+        want = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, torch.from_numpy(mask), scale=SCALE, enable_gqa=rows.case.kv_heads != HEADS
+        ).numpy()
+    y = call()
+    if y.ndim == 3:
+        y = y.reshape(1, rows.case.n, HEADS, WIDTH).transpose(0, 2, 1, 3)
+    error = float(np.abs(y - want).max())
+    if not error <= LIMIT:
+        raise SystemExit(f"{rows.case.name}: {name} gives another result, by {error:.2g}")
+    return error
+
+
+def measure(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians in ms; ways take turns, each runs before its clock starts; short calls in tens."""
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times = 10 if time.perf_counter() - start < 0.02 else 1
+            for _ in range(times):
+                start, busy = time.perf_counter(), time.thread_time()
+                call()
+                cpu[name].append(1000 * (time.thread_time() - busy))
+                wall[name].append(1000 * (time.perf_counter() - start))
+    return {
+        name: {
+            "cpu_ms": round(statistics.median(cpu[name]), 4),
+            "wall_ms": round(statistics.median(wall[name]), 4),
+        }
+        for name in calls
+    }
+
+
+def run(case: Case, rounds: int) -> dict[str, Any]:
+    """One row of the results."""
+    rows = Rows(case)
+    made = ways(rows)
+    different = {name: check(rows, name, call, mask) for name, (call, mask) in made.items()}
+    found = measure({name: call for name, (call, _) in made.items()}, rounds)
+    ours = found["ours"]["cpu_ms"]
+    ratio = {name: round(row["cpu_ms"] / ours, 2) for name, row in found.items() if name != "ours"}
+    sys.stdout.write(f"{case.name}: {ours:.3f} ms, {ratio}\n")
+    return {
+        "case": case.name,
+        "shape": {"n": case.n, "m": case.m, "h": HEADS, "g": case.kv_heads, "d": WIDTH},
+        "pattern": case.pattern,
+        "density": round(float(rows.seen.mean()), 4),
+        "ms": found,
+        "times_faster": ratio,
+        "difference": different,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="cases named so")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    found = [run(case, asked.rounds) for case in CASES if asked.only in case.name]
+    packages = ("onnx", "onnxruntime")
+    report = {**head(COMMAND, *packages), "threads": 1, "rounds": asked.rounds, "rows": found}
+    write(report, asked.out)
+    sys.stdout.write(onnx_sparse_table(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()
