@@ -21,6 +21,7 @@ from reattend.install.adapter import StockState
 from reattend.mixers.base import Kept
 from reattend.mixers.places import places
 from reattend.mixers.scores import own_pattern
+from reattend.mixers.selecting.memo import Memo
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 
 #: layers whose bookkeeping is known here
@@ -37,6 +38,7 @@ class KeptLayer(DynamicLayer):
 
     Attributes:
         parts: [keys, values, positions] of each class; positions are -1 in rows that hold nothing.
+        memos: what is held for the selector of each class; None: it has none.
         real_B: real tokens of each sequence so far.
         total: tokens so far, padding included.
         floor: the length that `crop` cannot go below.
@@ -47,6 +49,7 @@ class KeptLayer(DynamicLayer):
         self.replaced = replaced
         self.is_sliding = replaced.is_sliding
         self.parts: list[list[Tensor]] = []
+        self.memos: list[Memo | None] = []
         self.real_B: Tensor | None = None
         self.total = 0
         self.floor = 0
@@ -64,12 +67,12 @@ class KeptLayer(DynamicLayer):
         before = self.real_B
         place = places(valid_BN, n, key_states.device, before).expand(key_states.shape[0], n)
         found = []
-        for part, c in zip(self.parts, config.classes, strict=True):
+        for part, memo, c in zip(self.parts, self.memos, config.classes, strict=True):
             index = torch.tensor(c.kv_heads, device=key_states.device)
             keys = torch.cat([part[0], key_states.index_select(1, index)], 2)
             values = torch.cat([part[1], value_states.index_select(1, index)], 2)
             part[:] = [keys, values, torch.cat([part[2], place], 1)]
-            found.append(Kept(keys, values, part[2], place))
+            found.append(Kept(keys, values, part[2], place, memo))
         self.real_B = before + (n if valid_BN is None else valid_BN.sum(-1))
         self.total += n
         if config.evict:
@@ -93,6 +96,7 @@ class KeptLayer(DynamicLayer):
                 values.new_empty(batch, heads, 0, values.shape[-1]),
                 torch.empty(batch, 0, dtype=torch.long, device=keys.device),
             ])  # fmt: skip
+            self.memos.append(Memo() if c.pattern.select else None)
         self.is_initialized = True
 
     def _forget(
@@ -100,6 +104,8 @@ class KeptLayer(DynamicLayer):
     ) -> bool:
         """Drop the rows that no query from position `next_B` on can see; whether there were any."""
         place_BM = part[2]
+        if c.pattern.select:  # blocks are counted from the first token, and any may be chosen
+            return False
         if c.pattern.monotone:
             stays_BM = c.pattern.sees(next_B[:, None], place_BM, config.core)
             stays_BM = stays_BM | (place_BM >= next_B[:, None])
@@ -127,8 +133,9 @@ class KeptLayer(DynamicLayer):
 
     @property
     def rows(self) -> list[Tensor]:
-        """The keys and values of every class."""
-        return [t for part in self.parts for t in part[:2]]
+        """The keys and values of every class, and what is held for selectors."""
+        memos = [m.rows_BGQw for m in self.memos if m is not None and m.rows_BGQw is not None]
+        return [t for part in self.parts for t in part[:2]] + memos
 
     def get_seq_length(self) -> int:
         """Tokens so far, kept or not."""
@@ -195,6 +202,9 @@ class KeptLayer(DynamicLayer):
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for part in self.parts:
             part[:] = [change(t) for t in part]
+        for memo in self.memos:
+            if memo is not None and memo.rows_BGQw is not None:
+                memo.rows_BGQw = change(memo.rows_BGQw)
         if self.real_B is not None:
             self.real_B = change(self.real_B)
         self._show()

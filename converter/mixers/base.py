@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from reattend.errors import ArgumentError, ModelError
 from reattend.mixers.config import Frozen
+from reattend.mixers.selecting.memo import Memo
 
 #: What a mixer caches of each token: two tensors [B, heads, N, width], widths may be 0.
 Rows = tuple[Tensor, Tensor]
@@ -87,12 +88,14 @@ class Kept(NamedTuple):
     """Rows that some heads may still see: keys [B, g, M, d] and values [B, g, M, e].
 
     `place_BM`: position of each row in its sequence, -1 for none; `query_place_BN`: of each query.
+    `memo`: what the cache holds for a selector (`reattend.mixers.selecting.memo.Memo`).
     """
 
     keys: Tensor
     values: Tensor
     place_BM: Tensor
     query_place_BN: Tensor
+    memo: Memo | None = None
 
 
 @runtime_checkable
@@ -219,6 +222,12 @@ class Mixer(nn.Module, ABC):
     def keeps(self) -> bool:
         """Whether its state is a `KeepingState`: it chooses which rows stay."""
         return False
+
+    @property
+    def depends_on_calls(self) -> str:
+        """What makes results depend on how a text is cut into calls, by design; "": nothing."""
+        found = [group.depends_on_calls for group in self.head_groups if group is not self]
+        return ", ".join(dict.fromkeys(word for word in found if word))
 
     @property
     def cross(self) -> bool:

@@ -20,6 +20,8 @@ from reattend.mixers.base import Context, KeepingState, Kept, State
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.places import places, usual, valid_tokens
 from reattend.mixers.scores import attend, per_head, shown
+from reattend.mixers.selecting.frame import attend_selected
+from reattend.mixers.selecting.methods import methods
 from reattend.mixers.sparse_blocks import Layouts, by_blocks
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.parts import query_heads
@@ -41,7 +43,14 @@ class SparseAttention(DenseAttention):
 
     def __init__(self, config: SparseConfig) -> None:
         super().__init__(config)  # type: ignore[arg-type]
+        self.begin(config)
+
+    def begin(self, config: SparseConfig) -> None:
+        """What there is beside the block's own modules: what selects, and layouts."""
+        self.config = config
         self.layouts = Layouts()
+        if any(c.pattern.select for c in config.classes):
+            self.selecting = methods(config)
 
     def project(
         self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
@@ -88,10 +97,7 @@ class SparseAttention(DenseAttention):
         else:
             self._known(mask, rows[0])
             kept, mask = rows, None
-        outputs = [
-            self._class(q_BHNd, c, part, mask)
-            for c, part in zip(self.config.classes, kept, strict=True)
-        ]
+        outputs = [self._class(q_BHNd, number, part, mask) for number, part in enumerate(kept)]
         if len(outputs) == 1:
             return outputs[0]
         order = [h for c in self.config.classes for h in query_heads(self.config.core, c.kv_heads)]
@@ -110,13 +116,32 @@ class SparseAttention(DenseAttention):
                 next_step="pass a 2-D attention_mask, or use_cache=False",
             )
 
-    def _class(self, q_BHNd: Tensor, head_class: HeadClass, kept: Kept, mask: Any) -> Tensor:
+    @property
+    def depends_on_calls(self) -> str:
+        """Selectors that look at all queries of a call, or act in some calls only."""
+        found = [c.pattern.select for c in self.config.classes if c.pattern.select]
+        return ", ".join(dict.fromkeys(s.kind for s in found if s.depends_on_calls))
+
+    def _class(self, q_BHNd: Tensor, number: int, kept: Kept, mask: Any) -> Tensor:
         """The output of one class' query heads, [B, heads, N, e]."""
-        core = self.config.core
+        head_class, core = self.config.classes[number], self.config.core
         heads = query_heads(core, head_class.kv_heads)
         whole = len(heads) == core.heads
         q = q_BHNd if whole else _pick(q_BHNd, heads)
-        if mask is None and self.sinks is None:
+        sinks = per_head(self.sinks)
+        if sinks is not None and not whole:
+            sinks = sinks[heads]
+        own = core.model_copy(update={"heads": len(heads), "kv_heads": len(head_class.kv_heads)})
+        if head_class.pattern.select is not None:
+            if mask is not None:
+                raise ArgumentError(
+                    "a block that selects keys was given a mask that hides more than padding",
+                    why="what it may choose from is its own pattern and real tokens",
+                    next_step="pass a 2-D attention_mask, and one text per row",
+                )
+            method: Any = self.selecting[str(number)]
+            return attend_selected(q, kept, head_class.pattern, own, method, sinks)
+        if mask is None and sinks is None:
             y = by_blocks(q, kept, head_class.pattern, core, self.layouts)
             if y is not None:
                 return y
@@ -127,10 +152,6 @@ class SparseAttention(DenseAttention):
             if given.shape[1] == core.heads > 1 and not whole:
                 given = _pick(given, heads)
             visible = visible & given
-        sinks = per_head(self.sinks)
-        if sinks is not None and not whole:
-            sinks = sinks[heads]
-        own = core.model_copy(update={"heads": len(heads), "kv_heads": len(head_class.kv_heads)})
         return attend(q, kept.keys, kept.values, own, visible, None, sinks)
 
 

@@ -46,7 +46,7 @@ def block_layout(
     first, blocks = start // block, -(-length // block)
     counts, columns, edges, numbers = [], [], [], []
     for pattern in patterns:
-        place, inside, tiles = _entries(pattern, core, first, blocks, block)
+        place, inside, tiles = entries(pattern, core, first, blocks, block)
         counts.append(torch.bincount(place[:, 0], minlength=blocks - first))
         columns.append(place[:, 1])
         edges.append(tiles)
@@ -63,7 +63,7 @@ def block_layout(
     )  # fmt: skip
 
 
-def _entries(
+def entries(
     pattern: HeadPattern, core: CoreConfig, first: int, blocks: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row and column of each entry, whether it is seen whole, bits of the others [E, block])."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from reattend.mixers.config import CoreConfig, Frozen
 from reattend.mixers.scores import own_pattern
 from reattend.patterns.grids import Grid, GridTiles, GridWindow, Radial
+from reattend.patterns.selectors import AnySelector
 from reattend.patterns.terms import (
     Columns,
     Powers,
@@ -34,6 +35,7 @@ class HeadPattern(Frozen):
         window_slope: tokens that the window grows by per token of the sequence (MoA).
         stride, powers, columns, slashes: see `reattend.patterns.terms`.
         grid, tiles, radial: see `reattend.patterns.grids`.
+        select: what is chosen at run time beside the terms, see `reattend.patterns.selectors`.
     """
 
     full: bool = False
@@ -47,12 +49,13 @@ class HeadPattern(Frozen):
     grid: GridWindow | None = None
     tiles: GridTiles | None = None
     radial: Radial | None = None
+    select: AnySelector | None = None
 
     @model_validator(mode="after")
     def _sees_something(self) -> HeadPattern:
-        if self.full and self.terms:
+        if self.full and (self.terms or self.select):
             raise ValueError("`full` sees every key: give no other term beside it")
-        if not self.full and not self.terms:
+        if not self.full and not self.terms and self.select is None:
             raise ValueError("a pattern needs a term, for example `window: 256`, or `full: true`")
         return self
 
@@ -76,7 +79,7 @@ class HeadPattern(Frozen):
     @property
     def monotone(self) -> bool:
         """KV-monotone: what a causal query does not see, no later one will; caches may forget."""
-        return not self.full and all(t.monotone for t in self.terms)
+        return not self.full and self.select is None and all(t.monotone for t in self.terms)
 
     def words(self) -> str:
         """For people: `sinks 4, window 256`."""
@@ -93,7 +96,7 @@ class HeadPattern(Frozen):
     def sees(self, i: Tensor, j: Tensor, core: CoreConfig) -> Tensor:
         """Boolean, for positions that broadcast; negative ones are padding, which nobody sees.
 
-        A query always sees itself.
+        A query always sees itself. What is selected is not looked at.
         """
         seen = own_pattern(core, i, j)
         if not self.full:
@@ -116,11 +119,19 @@ class HeadPattern(Frozen):
         return some & near, every & whole
 
     def reads(self, length: int, core: CoreConfig) -> int:
-        """Keys that the last of `length` tokens sees; over a grid, its share of so many."""
-        if self.grids:
-            return round(self._share(core) * length)
+        """Keys that the last of `length` tokens sees; over a grid, its share of so many.
+
+        With a selector, at most.
+        """
         last, keys = torch.tensor([[length - 1]]), torch.arange(length)[None]
-        return int(self.sees(last, keys, core).sum())
+        if self.grids:
+            terms = round(self._share(core) * length)
+        else:
+            terms = int(self.sees(last, keys, core).sum())
+        if self.select is None:
+            return terms
+        every = int(own_pattern(core, last, keys).sum())
+        return min(every, terms + self.select.reads(length))
 
     def _share(self, core: CoreConfig) -> float:
         """The share of the keys that a query of the grid sees, over some queries."""

@@ -112,9 +112,10 @@ def decode_checks(
             not in it were not made.
 
     Returns:
-        Nothing for models that do not generate, or whose converted layers refuse a cache.
+        Nothing for models that do not generate, whose converted layers refuse a cache, or whose
+        results depend on how a text is cut into calls (`by_call`).
     """
-    if not _generates(converted) or _needs_the_whole(converted):
+    if not _generates(converted) or _needs_the_whole(converted) or by_call(converted):
         return []
     vocabulary = int(converted.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     generator = torch.Generator().manual_seed(seed)
@@ -157,6 +158,12 @@ def _generates(model: nn.Module) -> bool:
 def _needs_the_whole(model: nn.Module) -> bool:
     """Whether a converted layer refuses to continue from a cache."""
     return any(not m.binding.stepwise for m in model.modules() if isinstance(m, Adapter))
+
+
+def by_call(model: nn.Module) -> str:
+    """What makes results depend on how a text is cut into calls, by design; "": nothing."""
+    found = [m.mixer.depends_on_calls for m in model.modules() if isinstance(m, Adapter)]
+    return ", ".join(dict.fromkeys(word for word in found if word))
 
 
 def _own_gap(model: nn.Module, ids: Tensor, mask: Tensor) -> float | None:

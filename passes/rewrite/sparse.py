@@ -1,7 +1,8 @@
 """`to: sparse`: every KV head sees only part of the keys, by a pattern of its own.
 
 The block keeps its weights; what changes is which keys a head reads and which rows its cache keeps.
-Exact with `full: true`. One conversion serves all static patterns; presets name them.
+Exact with `full: true`. One conversion serves all static patterns and selectors;
+presets name them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from reattend.passes.rewrite.base import (
 from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_search import repeated, search
+from reattend.passes.rewrite.sparse_select import beside, choosing, misfit, read_at, stated
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
 
@@ -117,7 +119,7 @@ class SparseOptions(Frozen):
 
 
 class ToSparse(Conversion):
-    """Static patterns per KV head."""
+    """A pattern per KV head, static or chosen at run time."""
 
     name = "sparse"
     Options = SparseOptions
@@ -148,11 +150,12 @@ class ToSparse(Conversion):
         if options.evict and not any(c.pattern.monotone for c in classes):
             return Refusal(
                 "evict: true, but no pattern is KV-monotone: a later query may see again what an "
-                "earlier one did not, so nothing can be forgotten (powers, slashes, grids)"
+                "earlier one did not, so nothing can be forgotten (powers, slashes, grids, select)"
             )
+        wanted = [*(c.pattern for c in classes), *options.candidates]
         if options.evict and not core.causal:
             return Refusal("evict: true, but a block that is not causal has no cache to shrink")
-        return None
+        return misfit(core, wanted)
 
     def undecided(self, options: SparseOptions) -> bool:
         """Whether heads are to be chosen."""
@@ -226,13 +229,12 @@ class ToSparse(Conversion):
         group = core.heads // core.kv_heads
         kept = read = 0.0
         for c in made.classes:
-            seen = c.pattern.reads(before.context, core)
-            read += len(c.kv_heads) * group * each * seen
-            kept += (
-                len(c.kv_heads)
-                * each
-                * (seen if made.evict and c.pattern.monotone else before.context)
-            )
+            seen = read_at(c.pattern, before.context, core, decode=True)
+            chosen = choosing(c.pattern, before.context, core)
+            read += len(c.kv_heads) * group * (each * seen + chosen)
+            rows = seen if made.evict and c.pattern.monotone else before.context
+            beside_rows = beside(c.pattern, core) * before.context
+            kept += len(c.kv_heads) * (each * rows + beside_rows)
         flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
         return Cost(-(-round(kept) // before.context), before.parameters, flops, before.context)
 
@@ -244,7 +246,8 @@ class ToSparse(Conversion):
         """The same weights; nothing is computed."""
         mixer = self.made(dense, options)
         exact = all(c.pattern.full for c in mixer.config.classes)
-        return Built(mixer, "exact" if exact else "learned", _evidence(mixer.config))
+        evidence = _evidence(mixer.config) | stated(mixer.config, options.density_at)
+        return Built(mixer, "exact" if exact else "learned", evidence)
 
 
 def _attention(cost: Cost, core: CoreConfig) -> int:

@@ -8,7 +8,6 @@ from torch import nn
 
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.sparse import SparseAttention
-from reattend.mixers.sparse_blocks import Layouts
 from reattend.mixers.sparse_config import SparseConfig
 
 Made = TypeVar("Made", bound=SparseAttention)
@@ -21,6 +20,5 @@ def sparse_like(dense: DenseAttention, config: SparseConfig, kind: type[Made]) -
     mixer.__dict__.update({k: v for k, v in dense.__dict__.items() if not k.startswith("_")})
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         getattr(mixer, name).update(getattr(dense, name))
-    mixer.config = config
-    mixer.layouts = Layouts()
+    mixer.begin(config)
     return mixer.train(dense.training)

@@ -158,6 +158,8 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "its logit sinks have no input in the ONNX node yet"
     elif config.alibi is not None or config.relative is not None or config.added is not None:
         why = "what it adds to its scores has no input in the ONNX node yet"
+    elif any(c.pattern.select for c in getattr(config, "classes", ())):
+        why = "its heads select keys at run time (`select`), which has no ONNX form"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 

@@ -1,0 +1,103 @@
+"""The contract of a selecting method, and what it may say: which keys, which lines, which blocks.
+
+A method never sees padding: the frame hands it rows of the batch that have equally many real
+tokens, cut to those, so key j is at position j and query i at position `first + i`.
+
+Layout letters: B rows, H query heads, G key/value heads, N queries, M keys, d key head width, P
+query blocks, Q key blocks, R rows of a map, w width of a summary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from reattend.mixers.config import CoreConfig
+from reattend.mixers.scores import own_pattern
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one call asks of a method.
+
+    Attributes:
+        q_BHNd, k_BGMd: queries and all keys so far, real tokens only.
+        core: the heads asked about; its own pattern is the outermost limit.
+        summaries_BGQw: of every whole block of keys, where the method has a `summary` and the
+            call has a cache; None: the method makes what it needs from the keys.
+    """
+
+    q_BHNd: Tensor
+    k_BGMd: Tensor
+    core: CoreConfig
+    summaries_BGQw: Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """Position of the first query."""
+        return self.k_BGMd.shape[2] - self.q_BHNd.shape[2]
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Of queries [N, 1] and keys [1, M]."""
+        m, device = self.k_BGMd.shape[2], self.k_BGMd.device
+        return torch.arange(self.first, m, device=device)[:, None], torch.arange(m, device=device)[
+            None
+        ]
+
+    def per_head(self, x_BGQw: Tensor) -> Tensor:
+        """A tensor of key/value heads, once for each query head that reads it."""
+        return x_BGQw.repeat_interleave(self.core.heads // self.core.kv_heads, 1)
+
+    def scores(self, q_BHNd: Tensor, k_BGMd: Tensor) -> Tensor:
+        """Scaled products [B, H, N, M], capped as the block does."""
+        s = q_BHNd @ self.per_head(k_BGMd).transpose(-1, -2) * self.core.scale
+        wide = s if s.dtype == torch.float64 else s.float()
+        cap = self.core.softcap
+        return cap * torch.tanh(wide / cap) if cap else wide
+
+
+class Chosen(ABC):
+    """Which keys each query has selected; the block's own pattern is not applied to it."""
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """Token by token, bool [B or 1, H, N, M]."""
+
+    def words(self, row: int, head: int, begin: int, end: int) -> Tensor | None:
+        """Bits of the tiles of 64 x 64 tokens, query blocks begin .. end - 1: int64 [P, Q, 64].
+
+        Bit c of word [p, q, r]: query r of the query block sees key c of the key block; blocks are
+        counted from position 0. None: the method only knows single tokens.
+        """
+        return None
+
+
+class Method(nn.Module, ABC):
+    """Chooses keys for a class of heads.
+
+    Attributes:
+        block: tokens of a block that is summarised in a cache; 0: nothing is.
+    """
+
+    block: int = 0
+
+    @abstractmethod
+    def choose(self, asked: Asked) -> Chosen:
+        """What the queries select. Called without gradients."""
+
+    def summary(self, k_BGQcd: Tensor) -> Tensor:
+        """[B, G, Q, w] of Q whole blocks of c keys each, for caches."""
+        raise NotImplementedError
+
+
+def reach(core: CoreConfig, i: Tensor, block: int, blocks: int, m: int) -> Tensor:
+    """Whether queries at positions i [R, 1] may see any key of each block, bool [R, Q]."""
+    begin = torch.arange(blocks, device=i.device)[None] * block
+    last = (begin + block - 1).clamp(max=m - 1)
+    if not core.causal:
+        return torch.ones(len(i), blocks, dtype=torch.bool, device=i.device)
+    # of the keys of a block that are not later than the query, the nearest is the likeliest
+    return (begin <= i) & own_pattern(core, i, torch.minimum(last, i))

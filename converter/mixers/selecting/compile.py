@@ -1,0 +1,72 @@
+"""From what was chosen to the block layout that `reattend::sparse_attention` reads.
+
+Tiles of 64 x 64 tokens as 64 numbers of 64 bits each, so that unions and cuts are single
+operations. A head's tiles are made a strip of query blocks at a time; what stays is the layout.
+
+Layout letters: P query blocks, Q key blocks, E blocks that are read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reattend.kernels.sparse_attention import BlockLayout
+from reattend.mixers.config import CoreConfig
+from reattend.mixers.selecting.base import Chosen
+from reattend.patterns.layouts import entries
+from reattend.patterns.pattern import HeadPattern
+
+BLOCK = 64
+#: numbers of a strip: 32 MiB
+_AT_ONCE = 1 << 22
+
+
+class Fixed:
+    """What does not depend on the head: the block's own pattern, and a pattern's terms."""
+
+    def __init__(self, pattern: HeadPattern, core: CoreConfig, first: int, m: int) -> None:
+        self.begin, self.blocks = first // BLOCK, -(-m // BLOCK)
+        self.own = entries(HeadPattern(full=True), core, self.begin, self.blocks, BLOCK)
+        self.terms = entries(pattern, core, self.begin, self.blocks, BLOCK)
+
+    def words(self, found: tuple[Tensor, Tensor, Tensor], begin: int, end: int) -> Tensor:
+        """Bits of query blocks begin .. end - 1: int64 [P, Q, 64]."""
+        place, inside, tiles = found
+        row = place[:, 0] + self.begin
+        words = torch.zeros(end - begin, self.blocks, BLOCK, dtype=torch.int64)
+        each = torch.full((len(place), BLOCK), -1, dtype=torch.int64)
+        each[~inside] = tiles
+        mine = (row >= begin) & (row < end)
+        words[row[mine] - begin, place[mine, 1]] = each[mine]
+        return words
+
+
+def compiled(chosen: Chosen, fixed: Fixed, row: int, heads: int) -> BlockLayout | None:
+    """The layout of one row of the batch, one per query head; None: it knows single tokens only."""
+    counts, columns, tile, tiles = [], [], [], []
+    step = max(1, _AT_ONCE // (fixed.blocks * BLOCK))
+    known = 0
+    for head in range(heads):
+        for begin in range(fixed.begin, fixed.blocks, step):
+            end = min(begin + step, fixed.blocks)
+            words = chosen.words(row, head, begin, end)
+            if words is None:
+                return None
+            words = words.cpu() | fixed.words(fixed.terms, begin, end)
+            words = words & fixed.words(fixed.own, begin, end)
+            some, whole = (words != 0).any(-1), (words == -1).all(-1)
+            counts.append(some.sum(1))
+            columns.append(some.nonzero()[:, 1])
+            part = words[some & ~whole]
+            number = torch.full(some.shape, -1, dtype=torch.int64)
+            number[some & ~whole] = torch.arange(known, known + len(part))
+            tile.append(number[some])
+            tiles.append(part)
+            known += len(part)
+    ends = torch.cat(counts).cumsum(0).view(heads, -1)
+    begins = torch.cat([ends.new_zeros(1), ends[:-1, -1]])[:, None]
+    return BlockLayout(
+        BLOCK, fixed.begin, torch.cat([begins, ends], 1).int(), torch.cat(columns).int(),
+        torch.cat(tile).int(), torch.cat(tiles), torch.arange(heads, dtype=torch.int32),
+    )  # fmt: skip

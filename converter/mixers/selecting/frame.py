@@ -1,0 +1,217 @@
+"""Runs a selecting method over the rows of one call, and attends to what it chose.
+
+Rows of the batch with equally many real tokens go together, cut to those tokens: padding is gone
+before anything is ranked. Prefill reads blocks through `reattend::sparse_attention` where the
+method knows blocks, else a mask; decoding gathers the chosen rows.
+
+Layout letters: B batch, N new tokens, M cached tokens, H query heads, G key/value heads, d and e
+key and value head widths, K keys read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reattend.errors import ArgumentError
+from reattend.kernels.sparse_attention import BlockLayout, sparse_attention
+from reattend.mixers.base import Kept
+from reattend.mixers.config import CoreConfig
+from reattend.mixers.scores import attend, own_pattern
+from reattend.mixers.selecting.base import Asked, Chosen, Method
+from reattend.mixers.selecting.compile import Fixed, compiled
+from reattend.mixers.sparse_blocks import DENSE, LEAST
+from reattend.patterns.pattern import HeadPattern
+
+#: pairs of a mask that may be formed where it is as fast as blocks
+MASK = 1 << 27
+
+
+@dataclass(frozen=True)
+class Together:
+    """Rows of the batch with equally many keys and queries, and where those are in storage.
+
+    `keys`, `queries`: places [B, M] and [B, N] on the token axis; a number: the last ones.
+    """
+
+    rows: Tensor
+    keys: Tensor | int
+    queries: Tensor | int
+
+
+def attend_selected(
+    q_BHNd: Tensor,
+    kept: Kept,
+    pattern: HeadPattern,
+    core: CoreConfig,
+    method: Method,
+    sinks_H11: Tensor | None = None,
+) -> Tensor:
+    """The output [B, H, N, e] of a class of heads whose pattern has a selector; padding gives 0.
+
+    Args:
+        q_BHNd: the class' queries.
+        kept: its rows.
+        pattern: its pattern.
+        core: of these heads alone.
+        method: what chooses.
+        sinks_H11: logits beside the keys'.
+
+    Raises:
+        ArgumentError: the call is traced: what is read depends on values.
+    """
+    if torch.compiler.is_compiling():
+        raise ArgumentError(
+            "a block that selects keys at run time cannot be traced",
+            why="which keys it reads depends on the values of queries and keys",
+            next_step="run the model as it is; export a plan without `select`",
+        )
+    y = q_BHNd.new_zeros(*q_BHNd.shape[:3], kept.values.shape[-1])
+    for part in together(kept):
+        q = _taken(q_BHNd, part.rows, part.queries)
+        k, v = (_taken(x, part.rows, part.keys) for x in (kept.keys, kept.values))
+        out = _one(q, k, v, pattern, core, method, _summaries(kept, part, k, q, method), sinks_H11)
+        y = _put(y, out, part)
+    return y
+
+
+def together(kept: Kept) -> Iterator[Together]:
+    """The rows of a call, sorted into groups without padding; rows without queries are left out."""
+    places = [p.expand(kept.keys.shape[0], -1) for p in (kept.place_BM, kept.query_place_BN)]
+    m_B, n_B = ((p >= 0).sum(-1) for p in places)
+    for m, n in torch.unique(torch.stack([m_B, n_B], 1), dim=0).tolist():
+        if n == 0:
+            continue
+        rows = ((m_B == m) & (n_B == n)).nonzero()[:, 0]
+        yield Together(rows, *(_order(p[rows], c) for p, c in zip(places, (m, n), strict=True)))
+
+
+def _order(place: Tensor, count: int) -> Tensor | int:
+    """Where the `count` real tokens of each row are, by position; a number: the last ones."""
+    if bool((place[:, place.shape[1] - count :] >= 0).all()):
+        return count
+    last = torch.iinfo(place.dtype).max
+    return place.masked_fill(place < 0, last).argsort(dim=-1, stable=True)[:, :count]
+
+
+def _taken(x_BHNd: Tensor, rows: Tensor, place: Tensor | int) -> Tensor:
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):  # a view: what is cached is not copied
+        x_BHNd = x_BHNd[first : last + 1]
+    else:
+        x_BHNd = x_BHNd.index_select(0, rows)
+    if isinstance(place, int):
+        return x_BHNd[:, :, x_BHNd.shape[2] - place :]
+    wide = place[:, None, :, None].expand(-1, x_BHNd.shape[1], -1, x_BHNd.shape[3])
+    return x_BHNd.gather(2, wide)
+
+
+def _put(y: Tensor, part: Tensor, where: Together) -> Tensor:
+    """`y` with the output of these rows."""
+    if isinstance(where.queries, int):
+        part = torch.nn.functional.pad(part, (0, 0, y.shape[2] - where.queries, 0))
+    else:
+        wide = where.queries[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
+        part = torch.zeros_like(y[: len(part)]).scatter(2, wide, part)
+    return part if len(part) == len(y) else y.index_copy(0, where.rows, part)
+
+
+def _summaries(
+    kept: Kept, part: Together, k_BGMd: Tensor, q_BHNd: Tensor, method: Method
+) -> Tensor | None:
+    """What the cache holds of whole blocks, brought up to this call."""
+    if kept.memo is None or not method.block:
+        return None
+    m, block = k_BGMd.shape[2], method.block
+    done, whole = (m - q_BHNd.shape[2]) // block, m // block
+    with torch.no_grad():
+        if whole > done:
+            new = k_BGMd[:, :, done * block : whole * block].detach()
+            summary = method.summary(new.unflatten(2, (-1, block)))
+            kept.memo.write(part.rows, done, summary, kept.keys.shape[0])
+    return kept.memo.read(part.rows, whole)
+
+
+def _one(
+    q: Tensor, k: Tensor, v: Tensor, pattern: HeadPattern, core: CoreConfig, method: Method,
+    summaries: Tensor | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Rows without padding: queries are the last of the keys' tokens."""
+    assert pattern.select is not None
+    n, m = q.shape[2], k.shape[2]
+    if pattern.select.acts == ("prefill" if n == 1 else "decode"):
+        return attend(q, k, v, core, None, None, sinks)
+    with torch.no_grad():
+        chosen = method.choose(Asked(q.detach(), k.detach(), core, summaries))
+        layouts = _layouts(chosen, pattern, core, q, m) if n >= LEAST and sinks is None else None
+    if layouts is not None:
+        return _by_blocks(q, k, v, core, layouts)
+    i = torch.arange(m - n, m, device=q.device)[:, None]
+    j = torch.arange(m, device=q.device)
+    seen = (chosen.mask() | pattern.sees(i, j, core)) & own_pattern(core, i, j)
+    seen = seen.expand(q.shape[0], -1, -1, -1)
+    if n == 1:
+        q, k, v, seen, core = _gathered(q, k, v, seen, core)
+    return attend(q, k, v, core, seen, None, sinks)
+
+
+def _layouts(
+    chosen: Chosen, pattern: HeadPattern, core: CoreConfig, q: Tensor, m: int
+) -> list[BlockLayout] | None:
+    """One for each row of the batch; None where a mask is as fast, or blocks are not known."""
+    (batch, heads, n, _), found = q.shape, []
+    fixed = Fixed(pattern, core, m - n, m)
+    i = torch.arange(m - n, m)[:, None]
+    own = float(own_pattern(core, i, torch.arange(m)).double().mean())
+    for row in range(batch):
+        layout = compiled(chosen, fixed, row, heads)
+        if layout is None or (layout.density(n, m) > DENSE * own and batch * heads * n * m <= MASK):
+            return None
+        found.append(layout.to(q.device))
+    return found
+
+
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, core: CoreConfig, layouts: list[BlockLayout]
+) -> Tensor:
+    """Through the op, a row of the batch at a time."""
+    start = torch.zeros(1, dtype=torch.long, device=q.device)
+    outputs = [
+        sparse_attention(
+            q[b, None], k[b, None], v[b, None], *layout.tensors, start, start + k.shape[2],
+            layout.block, layout.first, core.scale, core.softcap,
+        )[0]
+        for b, layout in enumerate(layouts)
+    ]  # fmt: skip
+    return torch.cat(outputs)
+
+
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, seen_BH1M: Tensor, core: CoreConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor, CoreConfig]:
+    """The rows that one query of every head reads, side by side; as they were where that is most.
+
+    The result has a key/value head for every query head.
+    """
+    count_BH = seen_BH1M.sum(-1)
+    most, m = int(count_BH.max()), k.shape[2]
+    if most * core.heads > DENSE * m * core.kv_heads:
+        return q, k, v, seen_BH1M, core
+    place = seen_BH1M.flatten(0, 2).nonzero()
+    begins = count_BH.flatten().cumsum(0) - count_BH.flatten()
+    number = torch.arange(len(place), device=q.device) - begins[place[:, 0]]
+    order = torch.zeros(len(begins), most, dtype=torch.long, device=q.device)
+    order[place[:, 0], number] = place[:, 1]
+    order, group = order.view(*q.shape[:2], most), core.heads // core.kv_heads
+
+    def rows(x_BGMd: Tensor) -> Tensor:
+        index = order.unflatten(1, (-1, group)).flatten(2)[..., None]
+        taken: Tensor = x_BGMd.gather(2, index.expand(-1, -1, -1, x_BGMd.shape[-1]))
+        return taken.view(*q.shape[:2], most, -1)
+
+    full = core.model_copy(update={"kv_heads": core.heads, "pattern": "full", "window": 0})
+    shown = torch.arange(most, device=q.device) < count_BH
+    return q, rows(k), rows(v), shown[:, :, None], full

@@ -1,0 +1,30 @@
+"""Which method does what a selector describes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from reattend.mixers.config import CoreConfig
+from reattend.mixers.selecting.base import Method
+from reattend.mixers.selecting.blocks import BlocksMethod
+from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
+from reattend.mixers.sparse_config import SparseConfig
+from reattend.patterns.selectors import AnySelector, Blocks
+
+
+def methods(config: SparseConfig) -> nn.ModuleDict:
+    """One for each class of heads that selects, by its number."""
+    core, found = config.core, nn.ModuleDict()
+    for number, c in enumerate(config.classes):
+        if c.pattern.select is not None:
+            group = core.heads // core.kv_heads
+            heads = {"heads": group * len(c.kv_heads), "kv_heads": len(c.kv_heads)}
+            found[str(number)] = method(c.pattern.select, core.model_copy(update=heads))
+    return found
+
+
+def method(selector: AnySelector, core: CoreConfig) -> Method:
+    """The module that selects, for heads of this core."""
+    if isinstance(selector, Blocks):
+        return BlocksMethod(selector)
+    return VerticalSlashMethod(selector)

@@ -1,0 +1,179 @@
+"""Selectors: the part of a pattern that is chosen while the model runs, from queries and keys.
+
+What one does is in `reattend.mixers.selecting`, a file per kind; here is what plan files write.
+A query sees (what the pattern's terms show ∪ what is selected ∪ itself) ∩ the block's own pattern
+∩ real tokens; the last two hold before anything is ranked. No selector is KV-monotone: a later
+query may choose any key again, so caches keep every row.
+
+Layout letters: d key head width, N queries, M keys, G key/value heads.
+"""
+
+from __future__ import annotations
+
+from math import ceil, prod
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from reattend.mixers.config import CoreConfig, Frozen
+
+#: Calls of one new token are decoding, all others are prefill.
+Phase = Literal["prefill", "decode", "both"]
+
+
+class Selector(Frozen):
+    """One way to choose keys."""
+
+    @property
+    def acts(self) -> Phase:
+        """In which calls keys are left out; in the others the block attends to every key."""
+        return "both"
+
+    @property
+    def depends_on_calls(self) -> bool:
+        """Whether cached decoding and one pass over the same text differ, by design.
+
+        Otherwise a query's choice depends on itself and the keys before it alone.
+        """
+        return self.acts != "both"
+
+    def reads(self, length: int) -> int:
+        """Keys that the last of `length` queries has selected, at most."""
+        raise NotImplementedError
+
+    def stored(self, core: CoreConfig) -> float:
+        """Numbers per token and KV head that a cache holds beside keys and values."""
+        return 0.0
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """Multiply-adds per query head to choose for one new token, while decoding."""
+        return 0.0
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """Why a block cannot have this selector."""
+        return None
+
+
+class Budgeted(Selector):
+    """Chooses the best of some units by exactly one rule.
+
+    Attributes:
+        topk: so many units.
+        ratio: this share of the units a query may see, rounded up.
+        topp: as few units as hold this share of the softmax over units.
+        threshold: units whose softmax over units is at least this.
+    """
+
+    topk: int | None = Field(default=None, gt=0)
+    ratio: float | None = Field(default=None, gt=0.0, le=1.0)
+    topp: float | None = Field(default=None, gt=0.0, le=1.0)
+    threshold: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Budgeted:
+        given = [b for b in (self.topk, self.ratio, self.topp, self.threshold) if b is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one budget: topk, ratio, topp or threshold")
+        return self
+
+    def units(self, many: int) -> int:
+        """Of so many units, how many are chosen at most."""
+        if self.topk is not None:
+            return min(self.topk, many)
+        return many if self.ratio is None else ceil(self.ratio * many)
+
+
+class VerticalSlash(Selector):
+    """Columns and diagonals that the last queries of a prompt look at (MInference, 2407.02490).
+
+    Jiang et al., arXiv 2407.02490, as released: the probabilities of the last `last_queries`
+    queries are summed by key and by distance; the best `columns` keys and `slashes` distances are
+    read by every query. The first `first_columns` and the last `last_slashes` are always among
+    them. Decoding is dense.
+    """
+
+    kind: Literal["vertical-slash"]
+    columns: int = Field(default=1000, gt=0)
+    slashes: int = Field(default=6096, gt=0)
+    last_queries: int = Field(default=64, gt=0)
+    first_columns: int = Field(default=30, ge=0)
+    last_slashes: int = Field(default=100, ge=0)
+
+    @property
+    def acts(self) -> Phase:
+        """One estimate for a prompt."""
+        return "prefill"
+
+    def reads(self, length: int) -> int:
+        """Columns and diagonals, as if none crossed."""
+        return min(length, self.columns + self.slashes)
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """Diagonals look back."""
+        return None if core.causal else "select: vertical-slash needs a causal block"
+
+
+class Blocks(Budgeted):
+    """Blocks of keys by the score of their mean key; a causal query's own block is always chosen.
+
+    `queries: each` routes every query by itself: MoBA (Lu et al., arXiv 2502.13189), in prefill
+    and in decoding, where the cache holds the mean keys of whole blocks. `queries: pooled` routes
+    blocks of queries by their mean: MInference's block-sparse heads (arXiv 2407.02490), and
+    DraftAttention (arXiv 2505.14708) or BiFormer (arXiv 2303.08810) where the block is not causal;
+    decoding is dense then.
+
+    Attributes:
+        block: tokens per block. Units of the budget are blocks, the own one included.
+        queries: what is routed.
+        grid: sizes of a grid of image or video tokens, the whole sequence. Blocks are then
+            its `tile`s, for blocks that are not causal.
+        tile: grid places along every axis.
+        across: whether each row of the map has the budget, or all of a head's together (VMoBA,
+            arXiv 2506.23858).
+    """
+
+    kind: Literal["blocks"]
+    block: int = Field(default=64, gt=0)
+    queries: Literal["each", "pooled"] = "each"
+    grid: tuple[int, ...] = Field(default=(), max_length=3)
+    tile: tuple[int, ...] = ()
+    across: Literal["row", "head"] = "row"
+
+    @model_validator(mode="after")
+    def _tiles_fit(self) -> Blocks:
+        if len(self.grid) != len(self.tile) or any(
+            t < 1 or n % t for t, n in zip(self.tile, self.grid, strict=True)
+        ):
+            raise ValueError(f"tile {self.tile} does not divide the grid {self.grid}")
+        return self
+
+    @property
+    def acts(self) -> Phase:
+        """Pooled queries are those of a prompt."""
+        return "both" if self.queries == "each" else "prefill"
+
+    @property
+    def size(self) -> int:
+        """Tokens per block."""
+        return prod(self.tile) if self.tile else self.block
+
+    def reads(self, length: int) -> int:
+        """Blocks of the budget, whole."""
+        return min(length, self.units(-(-length // self.size)) * self.size)
+
+    def stored(self, core: CoreConfig) -> float:
+        """Mean keys, where decoding asks for them."""
+        return core.qk_head_dim / self.size if self.acts == "both" and core.causal else 0.0
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """A product with every mean key."""
+        return core.qk_head_dim * length / self.size if self.acts == "both" else 0.0
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """Grids and budgets for a whole head look ahead."""
+        if core.causal and (self.grid or self.across == "head"):
+            return "select: blocks with a grid or across: head looks ahead, the block is causal"
+        return None
+
+
+AnySelector = Annotated[VerticalSlash | Blocks, Field(discriminator="kind")]
