@@ -171,21 +171,27 @@ def test_gradients_are_those_of_the_masked_block() -> None:
         assert torch.allclose(g, grads[1][name], rtol=1e-9, atol=1e-9), name
 
 
-def test_tiles_of_a_grid_choose_tiles() -> None:
-    """A block that is not causal: every tile of 2 x 4 places sees its two best, and itself."""
+@pytest.mark.parametrize("queries", ["pooled", "each"])
+def test_tiles_of_a_grid_choose_tiles(queries: str) -> None:
+    """Not causal: tiles of 2 x 4 places see their two best; a token of text before, two behind."""
     block = dense(BOTH_WAYS)
-    select = {"kind": "blocks", "grid": (16, 16), "tile": (2, 4), "queries": "pooled", "topk": 2}
-    mixer = converted(block, select=select)
-    x = torch.randn(1, 256, HIDDEN, dtype=torch.float64)
+    select = {"kind": "blocks", "tile": (2, 4), "queries": queries, "topk": 2}
+    options = {"image_grid": (16, 16), "text_before": 1, "text_after": 2}
+    given = SparseOptions.model_validate({"pattern": {"select": select}, **options})
+    mixer = ToSparse().build(block, None, given).mixer
+    x = torch.randn(1, 259, HIDDEN, dtype=torch.float64)
     place = torch.arange(256)
     region = place // 16 // 2 * 4 + place % 16 // 4
     with torch.no_grad():
-        q, k, _ = scores(block, x[0])
-        pooled = [torch.stack([t[:, region == r].mean(1) for r in range(32)], 1) for t in (q, k)]
-        best = (pooled[0] @ pooled[1].transpose(-1, -2)).topk(2).indices
-        chosen = torch.zeros(4, 32, 32, dtype=torch.bool).scatter(-1, best, True)
-        mask = chosen[:, region][:, :, region] | torch.eye(256, dtype=torch.bool)
-        real = torch.ones(1, 256, dtype=torch.bool)
+        q, k = (t[:, 1:257] for t in scores(block, x[0])[:2])
+        means = torch.stack([k[:, region == r].mean(1) for r in range(32)], 1)
+        if queries == "pooled":
+            q = torch.stack([q[:, region == r].mean(1) for r in range(32)], 1)[:, region]
+        best = (q @ means.transpose(-1, -2)).topk(2).indices
+        chosen = torch.zeros(4, 256, 32, dtype=torch.bool).scatter(-1, best, True)
+        mask = torch.ones(4, 259, 259, dtype=torch.bool)
+        mask[:, 1:257, 1:257] = chosen[:, :, region] | torch.eye(256, dtype=torch.bool)
+        real = torch.ones(1, 259, dtype=torch.bool)
         assert gap(mixer(x, Context()), block(x, Context(mask=mask[None])), real) < 1e-12
         with pytest.raises(ArgumentError, match="grid of 256 tokens was given 255"):
             mixer(x[:, :255], Context())
@@ -227,6 +233,7 @@ MOBA = METHODS["moba"][0]
         (BOTH_WAYS, {"pattern": {"select": LINES}}, "needs a causal block"),
         (config(), {"pattern": {"select": MOBA}, "evict": True}, "no pattern is KV-monotone"),
         (config(), {"pattern": {"select": {**MOBA, "across": "head"}}}, "looks ahead"),
+        (BOTH_WAYS, {"pattern": {"select": {**MOBA, "tile": (2, 2)}}}, "give image_grid"),
         (
             BOTH_WAYS,
             {"candidates": [{"window": 4}, {"select": LINES}], "kv_density": 0.5},
@@ -246,7 +253,7 @@ def test_what_cannot_be_is_refused(cfg: Any, options: dict[str, Any], reason: st
         ({"select": {**MOBA, "topk": 0}}, "greater than 0"),
         ({"select": {**MOBA, "topp": 0.5}}, "exactly one budget"),
         ({"select": {"kind": "blocks"}}, "exactly one budget"),
-        ({"select": {**MOBA, "grid": (4, 4), "tile": (3, 2)}}, "does not divide"),
+        ({"select": {**MOBA, "shape": (4, 4), "tile": (3, 2)}}, "does not divide"),
         ({"select": {"kind": "magic"}}, "magic"),
     ],
 )

@@ -165,6 +165,8 @@ def laid_out(pattern: Any, where: dict[str, Any]) -> Any:
     if not isinstance(given, Mapping):
         return given
     names = [n for n in ("grid", "tiles", "radial") if isinstance(given.get(n), Mapping)]
+    if isinstance(given.get("select"), Mapping) and given["select"].get("tile"):
+        names.append("select")
     return {**given, **{n: {**given[n], **where} for n in names if not given[n].get("shape")}}
 
 

@@ -125,9 +125,10 @@ class Blocks(Budgeted):
     Attributes:
         block: tokens per block. Units of the budget are blocks, the own one included.
         queries: what is routed.
-        grid: sizes of a grid of image or video tokens, the whole sequence. Blocks are then
-            its `tile`s, for blocks that are not causal.
-        tile: grid places along every axis.
+        tile: places along every axis of a grid of image or video tokens; these are then the blocks.
+            Text sees and is seen, and does not count. For blocks that are not causal.
+        shape, text_before, text_after: where the grid lies, as `reattend.patterns.grids.Grid`; an
+            open shape is taken from a plan's `image_grid`.
         across: whether each row of the map has the budget, or all of a head's together (VMoBA,
             arXiv 2506.23858).
     """
@@ -135,16 +136,19 @@ class Blocks(Budgeted):
     kind: Literal["blocks"]
     block: int = Field(default=64, gt=0)
     queries: Literal["each", "pooled"] = "each"
-    grid: tuple[int, ...] = Field(default=(), max_length=3)
-    tile: tuple[int, ...] = ()
+    tile: tuple[int, ...] = Field(default=(), max_length=3)
+    shape: tuple[int, ...] = ()
+    text_before: int = Field(default=0, ge=0)
+    text_after: int | None = Field(default=None, ge=0)
     across: Literal["row", "head"] = "row"
 
     @model_validator(mode="after")
     def _tiles_fit(self) -> Blocks:
-        if len(self.grid) != len(self.tile) or any(
-            t < 1 or n % t for t, n in zip(self.tile, self.grid, strict=True)
+        if self.shape and (
+            len(self.shape) != len(self.tile)
+            or any(t < 1 or n % t for t, n in zip(self.tile, self.shape, strict=True))
         ):
-            raise ValueError(f"tile {self.tile} does not divide the grid {self.grid}")
+            raise ValueError(f"tile {self.tile} does not divide the grid {self.shape}")
         return self
 
     @property
@@ -171,8 +175,10 @@ class Blocks(Budgeted):
 
     def misfit(self, core: CoreConfig) -> str | None:
         """Grids and budgets for a whole head look ahead."""
-        if core.causal and (self.grid or self.across == "head"):
-            return "select: blocks with a grid or across: head looks ahead, the block is causal"
+        if core.causal and (self.tile or self.across == "head"):
+            return "select: blocks with a tile or across: head looks ahead, the block is causal"
+        if self.tile and not self.shape:
+            return "select: blocks has a tile and no grid: give image_grid, for example [14, 14]"
         return None
 
 

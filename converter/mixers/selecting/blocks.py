@@ -1,8 +1,7 @@
 """Blocks of keys by the score of their mean key: MoBA, and pooled maps over blocks or grid tiles.
 
 Lu et al., arXiv 2502.13189 (MoBA); arXiv 2407.02490 (MInference), 2505.14708 (DraftAttention),
-2303.08810 (BiFormer), 2506.23858 (VMoBA). What differs: DraftAttention and BiFormer keep the budget
-over a whole map or per row as here `across` says; nothing is trained.
+2303.08810 (BiFormer), 2506.23858 (VMoBA). Nothing is trained.
 
 Layout letters: as in `base`; c tokens per block.
 """
@@ -65,7 +64,7 @@ class BlocksMethod(Method):
     def __init__(self, selector: Blocks) -> None:
         super().__init__()
         self.selector = selector
-        self.block = selector.block if selector.acts == "both" and not selector.grid else 0
+        self.block = selector.block if selector.acts == "both" and not selector.tile else 0
 
     def summary(self, k_BGQcd: Tensor) -> Tensor:
         """The mean key."""
@@ -74,63 +73,74 @@ class BlocksMethod(Method):
     def choose(self, asked: Asked) -> Routes:
         """Products of queries, or of their means, with mean keys."""
         s, m = self.selector, asked.k_BGMd.shape[2]
+        if s.tile:
+            return self._tiles(asked)
         i, j = asked.positions()
-        region_M = self._regions(m, j[0])
-        regions = int(region_M[-1]) + 1 if not s.grid else m // s.size
-        keys = self._means(asked, region_M, regions)
+        region_M = j[0] // s.block
         query, row_N = asked.q_BHNd, torch.arange(len(i), device=i.device)
         first_R = last_R = i
         if s.queries == "pooled":
-            row_N = region_M[asked.first :] - (0 if s.grid else region_M[asked.first])
-            rows = int(row_N.max()) + 1
+            row_N = region_M[asked.first :] - region_M[asked.first]
+            rows = int(row_N[-1]) + 1
             query = _pooled(query, row_N, rows)
             none = torch.zeros(rows, dtype=torch.long, device=i.device)
             first_R, last_R = (
                 none.scatter_reduce(0, row_N, i[:, 0], end, include_self=False)[:, None]
                 for end in ("amin", "amax")
             )
-        scores = asked.scores(query, keys)
-        if s.grid:
-            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=i.device)
-        else:
-            allowed = reach(asked.core, first_R, s.block, regions, m)
-            allowed = allowed | reach(asked.core, last_R, s.block, regions, m)
+        keys = self._means(asked)
+        regions = keys.shape[2]
+        allowed = reach(asked.core, first_R, s.block, regions, m)
+        allowed = allowed | reach(asked.core, last_R, s.block, regions, m)
         own = None
         if asked.core.causal:
             own = last_R // s.block == torch.arange(regions, device=i.device)
-        if s.across == "head":
-            flat = within(scores.flatten(-2), allowed.flatten(), s)
-            chosen = flat.view_as(scores)
-        else:
-            chosen = within(scores, allowed, s, own)
-        return Routes(
-            chosen, row_N, region_M, asked.first, 0 if s.grid or s.block % 64 else s.block
-        )
+        chosen = self._within(asked.scores(query, keys), allowed, own)
+        return Routes(chosen, row_N, region_M, asked.first, 0 if s.block % 64 else s.block)
 
-    def _regions(self, m: int, j: Tensor) -> Tensor:
-        """The region of each key."""
-        s = self.selector
-        if not s.grid:
-            return j // s.block
-        if m != prod(s.grid):
+    def _within(self, scores: Tensor, allowed: Tensor, own: Tensor | None) -> Tensor:
+        if self.selector.across == "row":
+            return within(scores, allowed, self.selector, own)
+        flat = within(scores.flatten(-2), allowed.flatten(), self.selector)
+        return flat.view_as(scores)
+
+    def _tiles(self, asked: Asked) -> Routes:
+        """Regions are the tiles of a grid, and one more is all text, which sees and is seen."""
+        s, m = self.selector, asked.k_BGMd.shape[2]
+        rest = m - s.text_before - prod(s.shape)
+        if rest < 0 or s.text_after not in (None, rest):
             raise ArgumentError(
-                f"a block with a grid of {prod(s.grid)} tokens was given {m}",
+                f"a block with a grid of {prod(s.shape)} tokens was given {m}",
                 where="select: blocks",
-                next_step="convert with the grid of these inputs, in the order rows last",
+                why="it was converted for images of one size",
+                next_step="pass images of that size, or convert with another image_grid, "
+                "text_before or text_after",
             )
-        place, region, many = j, torch.zeros_like(j), 1
-        for size, tile in zip(reversed(s.grid), reversed(s.tile), strict=True):
+        place = torch.arange(prod(s.shape), device=asked.k_BGMd.device)
+        tiles, region = prod(s.shape) // s.size, torch.zeros_like(place)
+        many = 1
+        for size, tile in zip(reversed(s.shape), reversed(s.tile), strict=True):
             region = region + place % size // tile * many
             many, place = many * (size // tile), place // size
-        return region
+        region_M = torch.nn.functional.pad(region, (s.text_before, rest), value=tiles)
+        keys = _pooled(asked.k_BGMd, region_M, tiles + 1)[:, :, :tiles]
+        query, row_N = asked.q_BHNd, torch.arange(m, device=region.device)
+        if s.queries == "pooled":
+            query, row_N = _pooled(query, region_M, tiles + 1)[:, :, :tiles], region_M
+        else:
+            query = query[:, :, s.text_before : m - rest]
+        scores = asked.scores(query, keys)
+        chosen = self._within(scores, torch.ones_like(scores[0, 0], dtype=torch.bool), None)
+        if s.queries == "pooled":
+            text = (0, 1, 0, 1)  # the last row and column
+        else:
+            text = (0, 1, s.text_before, rest)
+        return Routes(torch.nn.functional.pad(chosen, text, value=True), row_N, region_M, 0)
 
-    def _means(self, asked: Asked, region_M: Tensor, regions: int) -> Tensor:
+    def _means(self, asked: Asked) -> Tensor:
         """Mean keys [B, G, Q, d]; a cache holds those of whole blocks."""
         k, block = asked.k_BGMd, self.selector.block
-        if self.selector.grid:
-            return _pooled(k, region_M, regions)
-        whole = k.shape[2] // block
-        told = asked.summaries_BGQw
+        whole, told = k.shape[2] // block, asked.summaries_BGQw
         if told is None:
             told = self.summary(k[:, :, : whole * block].unflatten(2, (whole, block)))
         rest = k[:, :, whole * block :]
@@ -138,8 +148,7 @@ class BlocksMethod(Method):
 
 
 def _pooled(x_BHNd: Tensor, region_N: Tensor, regions: int) -> Tensor:
-    """Means over the regions of tokens [B, H, R, d]."""
+    """Means over the regions of tokens [B, H, R, d]; of none: 0."""
     shape = (*x_BHNd.shape[:2], regions, x_BHNd.shape[3])
     sums = x_BHNd.new_zeros(shape).index_add(2, region_N, x_BHNd)
-    count = torch.bincount(region_N, minlength=regions)
-    return sums / count[:, None]
+    return sums / torch.bincount(region_N, minlength=regions).clamp_min(1)[:, None]
