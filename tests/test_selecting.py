@@ -90,6 +90,18 @@ def routed(block: DenseAttention, x: Tensor, size: int, pooled: bool, topk: int 
     return seen
 
 
+def labelled(block: DenseAttention, x: Tensor) -> Tensor:
+    """The 9 best tokens by the first 2 channels; [H, N, N]."""
+    q, k, _ = scores(block, x)
+    n = len(x)
+    gate = (q[..., :2] @ k[..., :2].transpose(-1, -2)).tolist()
+    seen = torch.zeros(4, n, n, dtype=torch.bool)
+    for h in range(4):
+        for i in range(n):
+            seen[h, i, sorted(range(i + 1), key=lambda j: -gate[h][i][j])[:9]] = True
+    return seen
+
+
 LINES: dict[str, Any] = {
     "kind": "vertical-slash", "columns": 6, "slashes": 9, "last_queries": 8, "first_columns": 2,
     "last_slashes": 3,
@@ -102,6 +114,7 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
         {"kind": "blocks", "block": 64, "topk": 2, "queries": "pooled"},
         lambda b, x: routed(b, x, 64, True),
     ),
+    "channels": ({"kind": "channels", "share": 0.25, "topk": 9, "phase": "both"}, labelled),
 }
 COVERING: list[dict[str, Any]] = [
     {"kind": "vertical-slash"},
@@ -109,6 +122,7 @@ COVERING: list[dict[str, Any]] = [
     {"kind": "blocks", "block": 7, "topp": 1.0},
     {"kind": "blocks", "block": 64, "ratio": 1.0, "queries": "pooled"},
     {"kind": "blocks", "block": 7, "threshold": 0.0, "queries": "pooled"},
+    {"kind": "channels", "ratio": 1.0, "phase": "both"},
 ]
 
 
@@ -141,9 +155,11 @@ def test_what_is_chosen_equals_a_naive_mask(name: str, monkeypatch: pytest.Monke
             for row, pad in enumerate((0, 7)):
                 own = x[row, pad:]
                 mask[row, :, pad:, pad:] = naive(block, own) | near[pad:, pad:]
-            got = mixer(x, Context(mask=real))
+            # a product over some channels is not one of distances: positions of real tokens count
+            at = (real.cumsum(-1) - 1).clamp_min(0)
+            got = mixer(x, Context(mask=real, position_BN=at))
             assert gap(got, block(x, Context(mask=mask)), real) < 1e-12
-    assert len(ran) == 2  # the rows of the long call, and of no other
+    assert len(ran) == (0 if name == "channels" else 2)  # the rows of the long call
 
 
 def test_later_tokens_change_nothing_where_queries_choose_by_themselves() -> None:
@@ -233,6 +249,7 @@ MOBA = METHODS["moba"][0]
         (BOTH_WAYS, {"pattern": {"select": LINES}}, "needs a causal block"),
         (config(), {"pattern": {"select": MOBA}, "evict": True}, "no pattern is KV-monotone"),
         (config(), {"pattern": {"select": {**MOBA, "across": "head"}}}, "looks ahead"),
+        (config(), {"pattern": {"select": {"kind": "recorded", "at": (0,)}}}, "stack of layers"),
         (BOTH_WAYS, {"pattern": {"select": {**MOBA, "tile": (2, 2)}}}, "give image_grid"),
         (
             BOTH_WAYS,

@@ -209,11 +209,13 @@ def sparse_presets(grids: bool) -> list[str]:
 
 @pytest.mark.parametrize("name", sparse_presets(grids=False))
 def test_presets_fit_ordinary_blocks(name: str) -> None:
-    options = Plan.load(name).rules[0].options
     made = ToSparse()
+    options = made.for_layer(Plan.load(name).rules[0].options, 5, 12)
+    select = options.pattern.select
     for cfg in (config(4, 4), config(8, 4, bias=True), config(window=5), config(norm=True)):
         assert made.check(cfg, options) is None
-        assert made.cost(cfg, options).flops_per_token < dense_cost(cfg).flops_per_token
+        after, before = (c.flops_per_token for c in (made.cost(cfg, options), dense_cost(cfg)))
+        assert after < before or (select and select.acts == "prefill" and after == before)
 
 
 def test_refusals_reach_the_caller() -> None:

@@ -254,4 +254,14 @@ class KeptState(StockState):
     ) -> list[Kept]:
         """See `KeepingState`."""
         found, _ = self.cache.update(keys, values, self.layer_idx, valid_BN=valid_BN, config=config)
-        return found  # type: ignore[no-any-return]
+        sources = [getattr(c.pattern.select, "source", None) for c in config.classes]
+        return [
+            kept if source is None else kept._replace(memo=self._notes(source))
+            for kept, source in zip(found, sources, strict=True)
+        ]
+
+    def _notes(self, source: int) -> Memo | None:
+        """What another layer of this cache holds for a block of one class of heads."""
+        layers = self.cache.layers
+        memos = getattr(layers[source], "memos", []) if source < len(layers) else []
+        return memos[0] if len(memos) == 1 else None

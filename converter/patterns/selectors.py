@@ -30,6 +30,11 @@ class Selector(Frozen):
         return "both"
 
     @property
+    def calibrated(self) -> bool:
+        """Whether it is set from calibration data, and stored with the weights."""
+        return False
+
+    @property
     def depends_on_calls(self) -> bool:
         """Whether cached decoding and one pass over the same text differ, by design.
 
@@ -182,4 +187,99 @@ class Blocks(Budgeted):
         return None
 
 
-AnySelector = Annotated[VerticalSlash | Blocks, Field(discriminator="kind")]
+class Channels(Budgeted):
+    """Tokens by a product over a few channels of queries and keys (Double Sparsity).
+
+    Yang et al., arXiv 2408.07092: the channels where |query x key| of one token is largest on
+    average, found once per KV head on calibration data. The cache holds those channels of every
+    key side by side, the labels; the best tokens are gathered. Prompts are read densely.
+
+    Attributes:
+        share: of the key width that labels have, one channel at least.
+        phase: `both`: prompts too, under a mask, where nothing is saved; then results do not
+            depend on how a text is cut, and quality in one pass is that of decoding.
+    """
+
+    kind: Literal["channels"]
+    share: float = Field(default=1 / 16, gt=0.0, le=1.0)
+    phase: Literal["decode", "both"] = "decode"
+
+    @property
+    def acts(self) -> Phase:
+        """See `phase`."""
+        return self.phase
+
+    @property
+    def calibrated(self) -> bool:
+        """Which channels."""
+        return True
+
+    def width(self, core: CoreConfig) -> int:
+        """Channels of a label."""
+        return max(1, round(self.share * core.qk_head_dim))
+
+    def reads(self, length: int) -> int:
+        """Tokens of the budget."""
+        return self.units(length)
+
+    def stored(self, core: CoreConfig) -> float:
+        """Labels."""
+        return self.width(core)
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """A product with every label."""
+        return length * self.width(core)
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """It acts while decoding."""
+        return None if core.causal else "select: channels needs a causal block"
+
+
+class Recorded(Selector):
+    """The best tokens of one layer, read by the layers behind it (TidalDecode).
+
+    Yang et al., arXiv 2410.05076: the layers before the first of `at` are dense; those of `at`
+    attend to every key, and note each head's `topk` best tokens; every other layer reads what the
+    last of them noted. Prompts are read densely, caches keep every row.
+
+    Attributes:
+        at: numbers of the layers that note, from 0.
+        topk: tokens per query head.
+        layer: the layer this is for; a plan leaves it out.
+    """
+
+    kind: Literal["recorded"]
+    at: tuple[int, ...] = Field(min_length=1)
+    topk: int = Field(default=256, gt=0)
+    layer: int | None = Field(default=None, ge=0)
+
+    @property
+    def source(self) -> int | None:
+        """The layer whose notes are read; None: every key is read."""
+        if self.layer is None or self.layer in self.at:
+            return None
+        return max((n for n in self.at if n < self.layer), default=None)
+
+    @property
+    def acts(self) -> Phase:
+        """Only single tokens are decoded from notes."""
+        return "decode"
+
+    def reads(self, length: int) -> int:
+        """All keys, or the noted ones."""
+        return length if self.source is None else min(length, self.topk)
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """A layer that notes forms its scores once more."""
+        return length * core.qk_head_dim if self.layer in self.at else 0.0
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """It acts while decoding, along a stack of layers."""
+        if not core.causal:
+            return "select: recorded needs a causal block"
+        if self.layer is None:
+            return "select: recorded is for a stack of layers, in the `pattern` of all heads"
+        return None
+
+
+AnySelector = Annotated[VerticalSlash | Blocks | Channels | Recorded, Field(discriminator="kind")]

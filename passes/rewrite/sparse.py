@@ -29,7 +29,15 @@ from reattend.passes.rewrite.base import (
 from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_search import repeated, search
-from reattend.passes.rewrite.sparse_select import beside, choosing, misfit, read_at, stated
+from reattend.passes.rewrite.sparse_select import (
+    at_layer,
+    beside,
+    calibrate,
+    choosing,
+    misfit,
+    read_at,
+    stated,
+)
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
 
@@ -155,15 +163,22 @@ class ToSparse(Conversion):
         wanted = [*(c.pattern for c in classes), *options.candidates]
         if options.evict and not core.causal:
             return Refusal("evict: true, but a block that is not causal has no cache to shrink")
-        return misfit(core, wanted)
+        return misfit(config, wanted)
 
     def undecided(self, options: SparseOptions) -> bool:
         """Whether heads are to be chosen."""
         return options.searches
 
     def wants(self, config: DenseConfig, options: SparseOptions) -> frozenset[Need]:
-        """The rows of statistics are where heads are measured."""
-        return frozenset({"gram"}) if self.undecided(options) else frozenset()
+        """The rows of statistics are where heads are measured, and selectors learn."""
+        wanted = [options.pattern, *options.candidates, *(c.pattern for c in options.head_patterns)]
+        learns = any(p.select is not None and p.select.calibrated for p in wanted)
+        needs: set[Need] = {"gram"} if learns or self.undecided(options) else set()
+        return frozenset(needs | ({"sample"} if learns else set()))
+
+    def for_layer(self, options: SparseOptions, layer: int, layers: int) -> SparseOptions:
+        """Selectors that reach across layers are told where they are."""
+        return options.model_copy(update={"pattern": at_layer(options.pattern, layer)})
 
     def trials(self, configs: Sequence[DenseConfig], options: SparseOptions) -> int:
         """Every head with every pattern once, or the steps of training."""
@@ -245,6 +260,7 @@ class ToSparse(Conversion):
     def build(self, dense: DenseAttention, statistics: Any, options: SparseOptions) -> Built:
         """The same weights; nothing is computed."""
         mixer = self.made(dense, options)
+        calibrate(mixer, statistics.samples if statistics is not None else None)
         exact = all(c.pattern.full for c in mixer.config.classes)
         evidence = _evidence(mixer.config) | stated(mixer.config, options.density_at)
         return Built(mixer, "exact" if exact else "learned", evidence)

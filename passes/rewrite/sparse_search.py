@@ -108,7 +108,7 @@ def _moved(
     full = HeadPattern(full=True)
     heads = range(site.dense.config.core.kv_heads)
     options = site.options.decided({h: pattern if h == head else full for h in heads})
-    moved = measure(site.path, conversion.build(site.dense, None, options).mixer)
+    moved = measure(site.path, conversion.build(site.dense, site.statistics, options).mixer)
     if moved is None:
         raise PlanError(
             "choosing heads needs a model that can run with one of its blocks replaced",

@@ -4,19 +4,63 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from reattend.mixers.base import Context
 from reattend.mixers.config import CoreConfig
+from reattend.mixers.dense import DenseConfig
+from reattend.mixers.selecting.channels import ChannelsMethod
+from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import SparseConfig
+from reattend.parts import query_heads
 from reattend.passes.base import Refusal
 from reattend.patterns.pattern import HeadPattern
+from reattend.patterns.selectors import Recorded
 
 
-def misfit(core: CoreConfig, patterns: list[HeadPattern]) -> Refusal | None:
+def misfit(config: DenseConfig, patterns: list[HeadPattern]) -> Refusal | None:
     """Why a block cannot have one of these patterns, for the sake of its selector."""
+    core = config.core
     for pattern in patterns:
+        if isinstance(pattern.select, Recorded) and len(patterns) > 1:
+            return Refusal("select: recorded is for all heads of a block: give no other pattern")
+        if pattern.select is not None and pattern.select.calibrated and _reads_more(config):
+            return Refusal(
+                f"select: {pattern.select.kind} is calibrated on the block's input alone, and its "
+                "queries or keys read more"
+            )
         reason = pattern.select.misfit(core) if pattern.select is not None else None
         if reason is not None:
             return Refusal(reason)
     return None
+
+
+def _reads_more(config: DenseConfig) -> bool:
+    return any(s.opaque is not None and s.opaque.extras for s in (config.q, config.k))
+
+
+def at_layer(pattern: HeadPattern, layer: int) -> HeadPattern:
+    """A pattern whose selector is told which layer of a stack it is for, if it asks."""
+    if not isinstance(pattern.select, Recorded) or pattern.select.layer is not None:
+        return pattern
+    return pattern.model_copy(update={"select": pattern.select.model_copy(update={"layer": layer})})
+
+
+@torch.no_grad()
+def calibrate(mixer: SparseAttention, samples: list[Tensor] | None) -> None:
+    """Set what selectors learn from rows of the block's input [n, D]; nothing if none learns."""
+    for number, c in enumerate(mixer.config.classes):
+        if c.pattern.select is None or not c.pattern.select.calibrated or not samples:
+            continue
+        method = mixer.selecting[str(number)]
+        assert isinstance(method, ChannelsMethod)
+        like = next(mixer.parameters())
+        rows = [x[None].to(like) for x in samples]
+        made = [mixer.project(x, x, Context(), None) for x in rows]
+        heads = query_heads(mixer.config.core, c.kv_heads)
+        queries = torch.cat([q[:, heads] for q, _ in made], 2)
+        method.calibrate(queries, torch.cat([new.keys[:, list(c.kv_heads)] for _, new in made], 2))
 
 
 def read_at(pattern: HeadPattern, length: int, core: CoreConfig, *, decode: bool) -> int:

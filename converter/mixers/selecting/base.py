@@ -11,12 +11,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import own_pattern
+
+
+class Notes(Protocol):
+    """A place in the cache for what a layer chose, for these rows of the batch."""
+
+    def write(self, found: Tensor) -> None:
+        """[B, H, 1, K] in place of what was there."""
+        ...
+
+    def read(self) -> Tensor | None:
+        """What was written last."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,12 +41,14 @@ class Asked:
         core: the heads asked about; its own pattern is the outermost limit.
         summaries_BGQw: of every whole block of keys, where the method has a `summary` and the
             call has a cache; None: the method makes what it needs from the keys.
+        notes: what a layer's method wrote into the cache; None: there is no cache.
     """
 
     q_BHNd: Tensor
     k_BGMd: Tensor
     core: CoreConfig
     summaries_BGQw: Tensor | None = None
+    notes: Notes | None = None
 
     @property
     def first(self) -> int:
@@ -73,6 +88,17 @@ class Chosen(ABC):
         counted from position 0. None: the method only knows single tokens.
         """
         return None
+
+
+@dataclass(frozen=True)
+class Tokens(Chosen):
+    """Single tokens: bool [B, H, N, M]."""
+
+    seen: Tensor
+
+    def mask(self) -> Tensor:
+        """See `Chosen`."""
+        return self.seen
 
 
 class Method(nn.Module, ABC):

@@ -22,7 +22,9 @@ from reattend.mixers.base import Kept
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import attend, own_pattern
 from reattend.mixers.selecting.base import Asked, Chosen, Method
+from reattend.mixers.selecting.channels import ChannelsMethod
 from reattend.mixers.selecting.compile import Fixed, compiled
+from reattend.mixers.selecting.memo import Memo
 from reattend.mixers.sparse_blocks import DENSE, LEAST
 from reattend.patterns.pattern import HeadPattern
 
@@ -40,6 +42,23 @@ class Together:
     rows: Tensor
     keys: Tensor | int
     queries: Tensor | int
+
+
+@dataclass(frozen=True)
+class RowNotes:
+    """See `Notes`: some rows of a memo."""
+
+    memo: Memo
+    rows: Tensor
+    batch: int
+
+    def write(self, found: Tensor) -> None:
+        """See `Notes`."""
+        self.memo.write(self.rows, 0, found, self.batch)
+
+    def read(self) -> Tensor | None:
+        """See `Notes`."""
+        return self.memo.read(self.rows, 1)
 
 
 def attend_selected(
@@ -73,7 +92,9 @@ def attend_selected(
     for part in together(kept):
         q = _taken(q_BHNd, part.rows, part.queries)
         k, v = (_taken(x, part.rows, part.keys) for x in (kept.keys, kept.values))
-        out = _one(q, k, v, pattern, core, method, _summaries(kept, part, k, q, method), sinks_H11)
+        held = _summaries(kept, part, k, q, method)
+        notes = None if kept.memo is None else RowNotes(kept.memo, part.rows, kept.keys.shape[0])
+        out = _one(q, k, v, pattern, core, method, held, notes, sinks_H11)
         y = _put(y, out, part)
     return y
 
@@ -137,15 +158,24 @@ def _summaries(
 
 def _one(
     q: Tensor, k: Tensor, v: Tensor, pattern: HeadPattern, core: CoreConfig, method: Method,
-    summaries: Tensor | None, sinks: Tensor | None,
+    summaries: Tensor | None, notes: RowNotes | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Rows without padding: queries are the last of the keys' tokens."""
     assert pattern.select is not None
     n, m = q.shape[2], k.shape[2]
     if pattern.select.acts == ("prefill" if n == 1 else "decode"):
         return attend(q, k, v, core, None, None, sinks)
+    step = max(1, MASK // (q.shape[0] * core.heads * m))
+    if isinstance(method, ChannelsMethod) and n > step:  # a mask: some queries at a time
+        done = []
+        for begin in range(0, n, step):
+            end = m - n + min(begin + step, n)
+            held = None if summaries is None else summaries[:, :, :end]
+            rest = (pattern, core, method, held, notes, sinks)
+            done.append(_one(q[:, :, begin : begin + step], k[:, :, :end], v[:, :, :end], *rest))
+        return torch.cat(done, 2)
     with torch.no_grad():
-        chosen = method.choose(Asked(q.detach(), k.detach(), core, summaries))
+        chosen = method.choose(Asked(q.detach(), k.detach(), core, summaries, notes))
         layouts = _layouts(chosen, pattern, core, q, m) if n >= LEAST and sinks is None else None
     if layouts is not None:
         return _by_blocks(q, k, v, core, layouts)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Memo:
-    """Rows [B, G, Q, w], counted over whole blocks of each sequence's real tokens.
+    """Rows [B, G, Q, w], counted over whole blocks of each sequence's real tokens; or one row of
+    notes, which the next call writes again.
 
     Rows behind the last whole block are written again before they are read, so a cache that is cut
     back has nothing to do here.
@@ -44,4 +45,6 @@ class Memo:
         """The first `whole` summaries of these rows; None: nothing was ever written."""
         if self.rows_BGQw is None:
             return None
+        if len(rows_b) == len(self.rows_BGQw):
+            return self.rows_BGQw[:, :, :whole]
         return self.rows_BGQw.index_select(0, rows_b)[:, :, :whole]

@@ -7,9 +7,11 @@ from torch import nn
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.selecting.base import Method
 from reattend.mixers.selecting.blocks import BlocksMethod
+from reattend.mixers.selecting.channels import ChannelsMethod
+from reattend.mixers.selecting.recorded import RecordedMethod
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse_config import SparseConfig
-from reattend.patterns.selectors import AnySelector, Blocks
+from reattend.patterns.selectors import AnySelector, Blocks, Channels, Recorded
 
 
 def methods(config: SparseConfig) -> nn.ModuleDict:
@@ -27,4 +29,8 @@ def method(selector: AnySelector, core: CoreConfig) -> Method:
     """The module that selects, for heads of this core."""
     if isinstance(selector, Blocks):
         return BlocksMethod(selector)
+    if isinstance(selector, Channels):
+        return ChannelsMethod(selector, core)
+    if isinstance(selector, Recorded):
+        return RecordedMethod(selector)
     return VerticalSlashMethod(selector)
