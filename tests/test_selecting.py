@@ -138,19 +138,24 @@ def test_a_budget_that_covers_everything_is_the_original(select: dict[str, Any])
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_chosen_equals_a_naive_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and masks, with padding; a window of 3 beside what is chosen."""
+@pytest.mark.parametrize("window", [3, 0])
+def test_what_is_chosen_equals_a_naive_mask(
+    name: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks and masks, with padding; a window beside what is chosen, or nothing."""
     select, naive = METHODS[name]
     block = dense(config())
-    mixer = converted(block, select=select, window=3)
+    mixer = converted(block, select=select, window=window)
     ran: list[int] = []
     op = frame.sparse_attention
     monkeypatch.setattr(frame, "DENSE", 1.0)  # texts this short are read nearly whole
     monkeypatch.setattr(frame, "sparse_attention", lambda *a: ran.append(1) or op(*a))
+    routed_op = frame.attend_routed
+    monkeypatch.setattr(frame, "attend_routed", lambda *a: ran.append(2) or routed_op(*a))
     for n in (30, LONG):
         x, real = inputs(n, (0, 7))
         mask = torch.eye(n, dtype=torch.bool).expand(2, 4, n, n).clone()
-        near = torch.ones(n, n).tril().triu(-2).bool()
+        near = torch.ones(n, n).tril().triu(-2 if window else 0).bool()  # with itself
         with torch.no_grad():
             for row, pad in enumerate((0, 7)):
                 own = x[row, pad:]
@@ -159,7 +164,8 @@ def test_what_is_chosen_equals_a_naive_mask(name: str, monkeypatch: pytest.Monke
             at = (real.cumsum(-1) - 1).clamp_min(0)
             got = mixer(x, Context(mask=real, position_BN=at))
             assert gap(got, block(x, Context(mask=mask)), real) < 1e-12
-    assert len(ran) == (0 if name == "channels" else 2)  # the rows of the long call
+    by_query = name.startswith("moba") and not window
+    assert ran == ([] if name == "channels" else [2, 2] if by_query else [1, 1])  # the long call
 
 
 def test_later_tokens_change_nothing_where_queries_choose_by_themselves() -> None:

@@ -62,13 +62,10 @@ class Asked:
             None
         ]
 
-    def per_head(self, x_BGQw: Tensor) -> Tensor:
-        """A tensor of key/value heads, once for each query head that reads it."""
-        return x_BGQw.repeat_interleave(self.core.heads // self.core.kv_heads, 1)
-
     def scores(self, q_BHNd: Tensor, k_BGMd: Tensor) -> Tensor:
         """Scaled products [B, H, N, M], capped as the block does."""
-        s = q_BHNd @ self.per_head(k_BGMd).transpose(-1, -2) * self.core.scale
+        rows = q_BHNd.unflatten(1, (k_BGMd.shape[1], -1)).flatten(2, 3)
+        s = (rows @ k_BGMd.transpose(-1, -2)).view(*q_BHNd.shape[:3], -1) * self.core.scale
         wide = s if s.dtype == torch.float64 else s.float()
         cap = self.core.softcap
         return cap * torch.tanh(wide / cap) if cap else wide

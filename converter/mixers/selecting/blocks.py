@@ -31,6 +31,7 @@ class Routes(Chosen):
         region_M: the region of each key.
         first: position of the first query.
         step: tokens of a region, where regions follow each other and are whole blocks of 64.
+        each: tokens of a region, where they follow each other and every query has its own row.
     """
 
     map_BHRQ: Tensor
@@ -38,6 +39,7 @@ class Routes(Chosen):
     region_M: Tensor
     first: int
     step: int = 0
+    each: int = 0
 
     def mask(self) -> Tensor:
         """See `Chosen`."""
@@ -75,8 +77,8 @@ class BlocksMethod(Method):
         s, m = self.selector, asked.k_BGMd.shape[2]
         if s.tile:
             return self._tiles(asked)
-        i, j = asked.positions()
-        region_M = j[0] // s.block
+        i, _ = asked.positions()
+        region_M = torch.arange(-(-m // s.block), device=i.device).repeat_interleave(s.block)[:m]
         query, row_N = asked.q_BHNd, torch.arange(len(i), device=i.device)
         first_R = last_R = i
         if s.queries == "pooled":
@@ -96,7 +98,8 @@ class BlocksMethod(Method):
         if asked.core.causal:
             own = last_R // s.block == torch.arange(regions, device=i.device)
         chosen = self._within(asked.scores(query, keys), allowed, own)
-        return Routes(chosen, row_N, region_M, asked.first, 0 if s.block % 64 else s.block)
+        step, each = s.block % 64 == 0, s.queries == "each"
+        return Routes(chosen, row_N, region_M, asked.first, s.block * step, s.block * each)
 
     def _within(self, scores: Tensor, allowed: Tensor, own: Tensor | None) -> Tensor:
         if self.selector.across == "row":

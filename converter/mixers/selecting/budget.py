@@ -31,7 +31,7 @@ def within(
         return _nucleus(scores, budget.topp) & allowed | sure
     ranked = scores.masked_fill(sure, float("inf"))
     if budget.topk is not None:
-        best = ranked.topk(min(budget.topk, scores.shape[-1])).indices
+        best = ranked.topk(min(budget.topk, scores.shape[-1]), sorted=False).indices
         return torch.zeros_like(allowed).scatter(-1, best, True) & allowed | sure
     assert budget.ratio is not None
     count = (allowed.sum(-1, keepdim=True) * budget.ratio).ceil()

@@ -42,8 +42,15 @@ class Fixed:
         return words
 
 
-def compiled(chosen: Chosen, fixed: Fixed, row: int, heads: int) -> BlockLayout | None:
-    """The layout of one row of the batch, one per query head; None: it knows single tokens only."""
+def compiled(
+    chosen: Chosen, fixed: Fixed, row: int, heads: int
+) -> tuple[BlockLayout, float] | None:
+    """The layout of one row of the batch, one per query head, and what running it takes.
+
+    That is the keys that tiles read, of those a dense block's tiles would: a tile reads each key
+    that any of its queries sees. None: the method knows single tokens only.
+    """
+    read = 0
     counts, columns, tile, tiles = [], [], [], []
     step = max(1, _AT_ONCE // (fixed.blocks * BLOCK))
     known = 0
@@ -59,6 +66,7 @@ def compiled(chosen: Chosen, fixed: Fixed, row: int, heads: int) -> BlockLayout 
             counts.append(some.sum(1))
             columns.append(some.nonzero()[:, 1])
             part = words[some & ~whole]
+            read += int(whole.sum()) * BLOCK + int(_keys(part))
             number = torch.full(some.shape, -1, dtype=torch.int64)
             number[some & ~whole] = torch.arange(known, known + len(part))
             tile.append(number[some])
@@ -66,7 +74,16 @@ def compiled(chosen: Chosen, fixed: Fixed, row: int, heads: int) -> BlockLayout 
             known += len(part)
     ends = torch.cat(counts).cumsum(0).view(heads, -1)
     begins = torch.cat([ends.new_zeros(1), ends[:-1, -1]])[:, None]
-    return BlockLayout(
+    layout = BlockLayout(
         BLOCK, fixed.begin, torch.cat([begins, ends], 1).int(), torch.cat(columns).int(),
         torch.cat(tile).int(), torch.cat(tiles), torch.arange(heads, dtype=torch.int32),
     )  # fmt: skip
+    return layout, read / (heads * BLOCK * len(fixed.own[0]))
+
+
+def _keys(words_Er: Tensor) -> Tensor:
+    """Keys that any query of a tile sees, over all tiles."""
+    while words_Er.shape[1] > 1:
+        half = words_Er.shape[1] // 2
+        words_Er = words_Er[:, :half] | words_Er[:, half:]
+    return ((words_Er >> torch.arange(BLOCK)) & 1).sum()

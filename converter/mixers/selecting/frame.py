@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from reattend.mixers.base import Kept
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import attend, own_pattern
 from reattend.mixers.selecting.base import Asked, Chosen, Method
+from reattend.mixers.selecting.blocks import Routes
 from reattend.mixers.selecting.channels import ChannelsMethod
 from reattend.mixers.selecting.compile import Fixed, compiled
 from reattend.mixers.selecting.memo import Memo
+from reattend.mixers.selecting.routed import attend_routed
 from reattend.mixers.sparse_blocks import DENSE, LEAST
 from reattend.patterns.pattern import HeadPattern
 
@@ -176,6 +179,9 @@ def _one(
         return torch.cat(done, 2)
     with torch.no_grad():
         chosen = method.choose(Asked(q.detach(), k.detach(), core, summaries, notes))
+    if n >= LEAST and sinks is None and _routes(chosen, pattern, q, k, v):
+        return attend_routed(q, k, v, chosen.map_BHRQ, chosen.each, core)
+    with torch.no_grad():
         layouts = _layouts(chosen, pattern, core, q, m) if n >= LEAST and sinks is None else None
     if layouts is not None:
         return _by_blocks(q, k, v, core, layouts)
@@ -188,19 +194,23 @@ def _one(
     return attend(q, k, v, core, seen, None, sinks)
 
 
+def _routes(chosen: Chosen, pattern: HeadPattern, *given: Tensor) -> TypeGuard[Routes]:
+    """Whether every query has blocks of its own and nothing beside, and no gradient is asked."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return isinstance(chosen, Routes) and chosen.each > 0 and not pattern.terms and not learns
+
+
 def _layouts(
     chosen: Chosen, pattern: HeadPattern, core: CoreConfig, q: Tensor, m: int
 ) -> list[BlockLayout] | None:
     """One for each row of the batch; None where a mask is as fast, or blocks are not known."""
     (batch, heads, n, _), found = q.shape, []
     fixed = Fixed(pattern, core, m - n, m)
-    i = torch.arange(m - n, m)[:, None]
-    own = float(own_pattern(core, i, torch.arange(m)).double().mean())
     for row in range(batch):
-        layout = compiled(chosen, fixed, row, heads)
-        if layout is None or (layout.density(n, m) > DENSE * own and batch * heads * n * m <= MASK):
+        made = compiled(chosen, fixed, row, heads)
+        if made is None or (made[1] > DENSE and batch * heads * n * m <= MASK):
             return None
-        found.append(layout.to(q.device))
+        found.append(made[0].to(q.device))
     return found
 
 
@@ -235,13 +245,22 @@ def _gathered(
     number = torch.arange(len(place), device=q.device) - begins[place[:, 0]]
     order = torch.zeros(len(begins), most, dtype=torch.long, device=q.device)
     order[place[:, 0], number] = place[:, 1]
-    order, group = order.view(*q.shape[:2], most), core.heads // core.kv_heads
-
-    def rows(x_BGMd: Tensor) -> Tensor:
-        index = order.unflatten(1, (-1, group)).flatten(2)[..., None]
-        taken: Tensor = x_BGMd.gather(2, index.expand(-1, -1, -1, x_BGMd.shape[-1]))
-        return taken.view(*q.shape[:2], most, -1)
-
+    order = order.view(*q.shape[:2], most)
+    group = core.heads // core.kv_heads
     full = core.model_copy(update={"kv_heads": core.heads, "pattern": "full", "window": 0})
     shown = torch.arange(most, device=q.device) < count_BH
-    return q, rows(k), rows(v), shown[:, :, None], full
+    return q, _rows(k, order, group), _rows(v, order, group), shown[:, :, None], full
+
+
+def _rows(x_BGMd: Tensor, order_BHK: Tensor, group: int) -> Tensor:
+    """Whole rows of keys or values [B, H, K, d], copied once even out of a view on its tokens."""
+    width, strides = x_BGMd.shape[3], x_BGMd.stride()
+    if strides[2:] != (width, 1) or strides[0] % width or strides[1] % width:
+        x_BGMd = x_BGMd.contiguous()
+        strides = x_BGMd.stride()
+    last = sum((n - 1) * s for n, s in zip(x_BGMd.shape, strides, strict=True))
+    flat = x_BGMd.as_strided((last // width + 1, width), (width, 1))
+    (batch, heads, _), device = order_BHK.shape, order_BHK.device
+    begin = torch.arange(batch, device=device)[:, None, None] * (strides[0] // width)
+    begin = begin + torch.arange(heads, device=device)[:, None] // group * (strides[1] // width)
+    return flat.index_select(0, (begin + order_BHK).flatten()).view(*order_BHK.shape, width)

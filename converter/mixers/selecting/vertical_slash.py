@@ -30,9 +30,11 @@ class Lines(Chosen):
     def mask(self) -> Tensor:
         """See `Chosen`."""
         m = self.columns.shape[-1]
-        i = torch.arange(self.first, m, device=self.columns.device)[:, None]
-        apart = i - torch.arange(m, device=i.device)
-        return self.columns[..., None, :] | (self.slashes[..., apart.clamp_min(0)] & (apart >= 0))
+        # at place x: distance m - 1 - x; a row of the mask is a window over it, the last one first
+        apart = torch.nn.functional.pad(self.slashes.flip(-1), (0, m))
+        return self.columns[..., None, :] | apart.unfold(-1, m, 1)[..., : m - self.first, :].flip(
+            -2
+        )
 
     def words(self, row: int, head: int, begin: int, end: int) -> Tensor:
         """A tile's diagonals depend on the distance of its blocks, its columns on the key block."""
