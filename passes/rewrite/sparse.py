@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from reattend.mixers.config import CoreConfig, Frozen
+from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
@@ -28,16 +28,9 @@ from reattend.passes.rewrite.base import (
 )
 from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
 from reattend.passes.rewrite.sparse_build import sparse_like
+from reattend.passes.rewrite.sparse_cost import between, searched, settled
 from reattend.passes.rewrite.sparse_search import repeated, search
-from reattend.passes.rewrite.sparse_select import (
-    at_layer,
-    beside,
-    calibrate,
-    choosing,
-    misfit,
-    read_at,
-    stated,
-)
+from reattend.passes.rewrite.sparse_select import at_layer, calibrate, misfit, stated
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
 
@@ -227,31 +220,12 @@ class ToSparse(Conversion):
 
     def cost(self, config: DenseConfig, options: SparseOptions) -> Cost:
         """Rows kept and read at the context of the original's cost."""
-        before = dense_cost(config)
-        core = config.core
-        if options.searches:  # which heads is not known yet, only what they sum to
-            whole, part = before, Cost(0, 0, before.flops_per_token - _attention(before, core))
-            share = options.kv_density
-            if options.keep_full is not None:
-                share = options.keep_full
-                part = self.cost(config, SparseOptions(pattern=options.pattern))
-            assert share is not None
-            cache = round(share * whole.cache + (1 - share) * part.cache)
-            flops = round(share * whole.flops_per_token + (1 - share) * part.flops_per_token)
-            return Cost(cache, before.parameters, flops, before.context)
-        made = self.described(config, options)
-        each = core.qk_head_dim + core.v_head_dim
-        group = core.heads // core.kv_heads
-        kept = read = 0.0
-        for c in made.classes:
-            seen = read_at(c.pattern, before.context, core, decode=True)
-            chosen = choosing(c.pattern, before.context, core)
-            read += len(c.kv_heads) * group * (each * seen + chosen)
-            rows = seen if made.evict and c.pattern.monotone else before.context
-            beside_rows = beside(c.pattern, core) * before.context
-            kept += len(c.kv_heads) * (each * rows + beside_rows)
-        flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
-        return Cost(-(-round(kept) // before.context), before.parameters, flops, before.context)
+        if options.candidates:
+            return searched(config, options.candidates, options.kv_density or 1.0)
+        if options.keep_full is None:
+            return settled(config, self.described(config, options))
+        part = self.cost(config, SparseOptions(pattern=options.pattern))
+        return between(dense_cost(config), part, options.keep_full)
 
     def made(self, dense: DenseAttention, options: SparseOptions) -> SparseAttention:
         """The mixer, around the modules of `dense`."""
@@ -264,11 +238,6 @@ class ToSparse(Conversion):
         exact = all(c.pattern.full for c in mixer.config.classes)
         evidence = _evidence(mixer.config) | stated(mixer.config, options.density_at)
         return Built(mixer, "exact" if exact else "learned", evidence)
-
-
-def _attention(cost: Cost, core: CoreConfig) -> int:
-    """FLOPs of one token's scores and sums against every cached key."""
-    return 2 * core.heads * (core.qk_head_dim + core.v_head_dim) * cost.context
 
 
 def _evidence(config: SparseConfig) -> dict[str, Any]:

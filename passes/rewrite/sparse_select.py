@@ -1,4 +1,4 @@
-"""What selectors mean for `to: sparse`: refusals, cost, and the densities that a report states."""
+"""What selectors mean for `to: sparse`: refusals, calibration, and what a report states of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.base import Context
-from reattend.mixers.config import CoreConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.selecting.channels import ChannelsMethod
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import SparseConfig
 from reattend.parts import query_heads
 from reattend.passes.base import Refusal
+from reattend.passes.rewrite.sparse_cost import beside, read_at
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Recorded
 
@@ -61,24 +61,6 @@ def calibrate(mixer: SparseAttention, samples: list[Tensor] | None) -> None:
         heads = query_heads(mixer.config.core, c.kv_heads)
         queries = torch.cat([q[:, heads] for q, _ in made], 2)
         method.calibrate(queries, torch.cat([new.keys[:, list(c.kv_heads)] for _, new in made], 2))
-
-
-def read_at(pattern: HeadPattern, length: int, core: CoreConfig, *, decode: bool) -> int:
-    """Keys that the last of `length` tokens reads, at most, in prefill or while decoding."""
-    dense = "prefill" if decode else "decode"
-    if pattern.select is not None and pattern.select.acts == dense:
-        return HeadPattern(full=True).reads(length, core)
-    return pattern.reads(length, core)
-
-
-def beside(pattern: HeadPattern, core: CoreConfig) -> float:
-    """Numbers per token and KV head that a cache holds for the selector."""
-    return pattern.select.stored(core) if pattern.select is not None else 0.0
-
-
-def choosing(pattern: HeadPattern, length: int, core: CoreConfig) -> float:
-    """Multiply-adds per query head to choose for one new token of `length`."""
-    return pattern.select.work(length, core) if pattern.select is not None else 0.0
 
 
 def stated(config: SparseConfig, at: int) -> dict[str, Any]:
