@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from reattend.errors import ArgumentError, NothingFoundError, RefusedError
 from reattend.finder import AttentionSite, FoundAttention
 from reattend.mixers.dense import DenseConfig
@@ -95,7 +97,8 @@ def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
     paths = [s.path for s in found.sites]
     layers = layer_of(paths)
     assigned = plan.assign(paths)
-    choices = [_choose(s, assigned[s.path], *layers[s.path]) for s in found.sites]
+    longest = longest_text(found.capture.model)
+    choices = [_choose(s, assigned[s.path], *layers[s.path], longest) for s in found.sites]
     return _units(choices)
 
 
@@ -122,7 +125,17 @@ def enforce(choices: list[Choice], plan: Plan) -> None:
         )
 
 
-def _choose(site: AttentionSite, rules: tuple[Rule, ...], layer: int, layers: int) -> Choice:
+def longest_text(model: nn.Module) -> int | None:
+    """The most tokens that a model's config says it reads; None where it does not say."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _choose(
+    site: AttentionSite, rules: tuple[Rule, ...], layer: int, layers: int, longest: int | None
+) -> Choice:
     """The rules that take a site, in order; the first that takes a KV group wins it."""
     config = dense_config(site.spec, site.hidden_size, site.memory_size)
     groups = config.core.kv_heads
@@ -149,6 +162,8 @@ def _choose(site: AttentionSite, rules: tuple[Rule, ...], layer: int, layers: in
     else:
         chosen, given = Mixed(), MixedOptions(groups=tuple(parts))
     refusal = chosen.check(config, given)
+    if refusal is None and longest is not None:
+        refusal = chosen.check_within(config, given, longest)
     if refusal is not None:
         return Choice(site, config, layer, "refused", reason=refusal.reason)
     return Choice(site, config, layer, "converted", chosen, given)

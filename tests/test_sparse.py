@@ -175,6 +175,30 @@ def test_what_cannot_be_is_refused(reason: str) -> None:
     assert refusal is not None and reason in refusal.reason
 
 
+@pytest.mark.parametrize(
+    ("pattern", "longest", "hides"),
+    [
+        ({"window": 64}, 64, False),
+        ({"window": 63}, 64, True),
+        ({"window": 8, "stride": {"period": 1, "block": 4}}, 64, False),
+        ({"full": True}, 64, True),
+        ({"window": 8, "select": {"kind": "blocks", "block": 8, "topk": 2}}, 64, True),
+    ],
+)
+def test_a_pattern_that_hides_nothing_in_the_longest_text_is_refused(
+    pattern: dict[str, Any], longest: int, hides: bool
+) -> None:
+    refusal = ToSparse().check_within(config(), SparseOptions(pattern=pattern), longest)
+    assert (refusal is None) == hides
+    assert hides or "hides nothing" in str(refusal)
+
+
+def test_the_three_densities_are_stated() -> None:
+    built = ToSparse().build(dense(config()), None, SparseOptions(density_at=100, **TWO))
+    found = {k: built.evidence[k] for k in ("attention_density", "kv_density", "dense_heads")}
+    assert found == {"attention_density": "0.570", "kv_density": "0.570", "dense_heads": "0.500"}
+
+
 def test_a_converted_model_is_saved_loaded_and_converted_again(tmp_path: Any) -> None:
     rule = {"sites": "*", "to": "sparse", "pattern": {"sinks": 2, "window": 5}}
     result = convert(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor
 
 from reattend.mixers.config import CoreConfig, Frozen
@@ -23,6 +23,9 @@ from reattend.patterns.terms import (
     Term,
     Window,
 )
+
+#: no text is longer
+MOST = 1 << 40
 
 
 class HeadPattern(Frozen):
@@ -44,7 +47,7 @@ class HeadPattern(Frozen):
     window_slope: float = Field(default=0.0, ge=0.0, le=1.0)
     stride: Stride | None = None
     powers: Powers | None = None
-    columns: tuple[int, ...] = ()
+    columns: tuple[NonNegativeInt, ...] = ()
     slashes: tuple[int, ...] = ()
     grid: GridWindow | None = None
     tiles: GridTiles | None = None
@@ -57,6 +60,8 @@ class HeadPattern(Frozen):
             raise ValueError("`full` sees every key: give no other term beside it")
         if not self.full and not self.terms and self.select is None:
             raise ValueError("a pattern needs a term, for example `window: 256`, or `full: true`")
+        if max(self.sinks, abs(self.window), *self.columns, 0) > MOST:
+            raise ValueError(f"no text has more than {MOST:,} tokens")
         return self
 
     @property

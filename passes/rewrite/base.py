@@ -79,6 +79,13 @@ class Conversion(ABC):
     def build(self, dense: DenseAttention, statistics: Any, options: Any) -> Built:
         """The mixer that replaces `dense`, and the evidence of what was lost."""
 
+    def check_within(self, config: DenseConfig, options: Any, longest: int) -> Refusal | None:
+        """Why these options make no sense in a model that reads at most `longest` tokens, or None.
+
+        Asked after `check` found nothing.
+        """
+        return None
+
     def wants(self, config: DenseConfig, options: Any) -> frozenset[Need]:
         """The statistics that `build` and `allocate` will read."""
         return self.needs

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
@@ -31,6 +31,7 @@ from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
 from reattend.passes.rewrite.sparse_search import repeated, search
 from reattend.passes.rewrite.sparse_select import at_layer, calibrate, misfit, stated
+from reattend.patterns.grids import GridWindow
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
 
@@ -67,7 +68,7 @@ class SparseOptions(Frozen):
     finder: Literal["search", "alpha"] = "search"
     steps: int = Field(default=2000, gt=0)
     evict: bool | None = None
-    image_grid: tuple[int, ...] = ()
+    image_grid: tuple[PositiveInt, ...] = Field(default=(), max_length=3)
     text_before: int = Field(default=0, ge=0)
     text_after: int | None = Field(default=0, ge=0)
 
@@ -81,6 +82,10 @@ class SparseOptions(Frozen):
             "text_before": given.get("text_before", 0),
             "text_after": given.get("text_after", 0),
         }
+        try:
+            GridWindow(radius=1, **where)
+        except ValidationError:  # the option itself will be named
+            return given
         found = {**given}
         if "pattern" in given:
             found["pattern"] = laid_out(given["pattern"], where)
@@ -114,6 +119,9 @@ class SparseOptions(Frozen):
             raise ValueError("candidates and kv_density go together")
         if self.finder == "alpha" and self.keep_full is None:
             raise ValueError("finder: alpha chooses by keep_full")
+        asked = [self.pattern, *self.candidates, *(c.pattern for c in self.head_patterns)]
+        if self.image_grid and not any(p.grids or p.select for p in asked):
+            raise ValueError("image_grid is for a pattern over a grid: give grid, tiles or radial")
         if self.candidates and (named or not self.pattern.full):
             raise ValueError("candidates are chosen for every head: give no pattern beside them")
         return self
@@ -157,6 +165,23 @@ class ToSparse(Conversion):
         if options.evict and not core.causal:
             return Refusal("evict: true, but a block that is not causal has no cache to shrink")
         return misfit(config, wanted)
+
+    def check_within(
+        self, config: DenseConfig, options: SparseOptions, longest: int
+    ) -> Refusal | None:
+        """A pattern that hides nothing in the longest text would change nothing."""
+        core, every = config.core, HeadPattern(full=True)
+        asked = (*(c.pattern for c in head_classes(config, options)), *options.candidates)
+        patterns = [p for p in asked if not p.full and not p.grids]
+        seen = every.reads(longest, core)
+        if not patterns or any(p.reads(longest, core) < seen for p in patterns):
+            return None
+        words = "; ".join(dict.fromkeys(p.words() for p in patterns))
+        return Refusal(
+            f"{words}: hides nothing, every query sees all {seen} keys it saw before (the model "
+            f"reads at most {longest} tokens): give smaller numbers, or `full: true` to change "
+            "nothing"
+        )
 
     def undecided(self, options: SparseOptions) -> bool:
         """Whether heads are to be chosen."""

@@ -64,9 +64,12 @@ def calibrate(mixer: SparseAttention, samples: list[Tensor] | None) -> None:
 
 
 def stated(config: SparseConfig, at: int) -> dict[str, Any]:
-    """For the report, where something is selected: when, from what, and the three densities."""
-    found = [c.pattern.select for c in config.classes if c.pattern.select is not None]
-    if not found:
+    """For the report: the three densities at so many tokens; of selectors, when and from what.
+
+    Nothing where every head sees every key. The share of keys read is counted in the block's causal
+    attention, over all heads.
+    """
+    if all(c.pattern.full for c in config.classes):
         return {}
     core, causal = config.core, config.core.model_copy(update={"pattern": "causal"})
     read = causal if core.causal else core
@@ -76,14 +79,19 @@ def stated(config: SparseConfig, at: int) -> dict[str, Any]:
         share = sum(n * read_at(p, at, read, decode=decode) for n, p in heads) / at
         return f"{share:.3f}"
 
-    per_call = [s.kind for s in found if s.depends_on_calls]
+    found = [p.select for _, p in heads if p.select is not None]
     told: dict[str, Any] = {
-        "select": ", ".join(dict.fromkeys(f"{s.kind} ({s.acts})" for s in found)),
         "density_at": at,
-        "attention_density": f"{density(False)} in prefill, {density(True)} in decoding, at most",
+        "attention_density": density(True),
         "kv_density": f"{kv_density(config, at):.3f}",
         "dense_heads": f"{sum(n for n, p in heads if p.full):.3f}",
     }
+    if found:
+        told["select"] = ", ".join(dict.fromkeys(f"{s.kind} ({s.acts})" for s in found))
+        told["attention_density"] = (
+            f"{density(False)} in prefill, {density(True)} in decoding, at most"
+        )
+    per_call = [s.kind for s in found if s.depends_on_calls]
     if per_call:
         told["depends on how a text is cut into calls"] = ", ".join(dict.fromkeys(per_call))
     return told
