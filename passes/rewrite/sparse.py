@@ -169,12 +169,13 @@ class ToSparse(Conversion):
     def check_within(
         self, config: DenseConfig, options: SparseOptions, longest: int
     ) -> Refusal | None:
-        """A pattern that hides nothing in the longest text would change nothing."""
+        """A pattern of places that hides nothing in the longest text would change nothing."""
         core, every = config.core, HeadPattern(full=True)
         asked = (*(c.pattern for c in head_classes(config, options)), *options.candidates)
-        patterns = [p for p in asked if not p.full and not p.grids]
+        patterns = [p for p in asked if not p.full]
+        chosen = any(p.grids or p.select is not None for p in patterns)
         seen = every.reads(longest, core)
-        if not patterns or any(p.reads(longest, core) < seen for p in patterns):
+        if not patterns or chosen or any(p.reads(longest, core) < seen for p in patterns):
             return None
         words = "; ".join(dict.fromkeys(p.words() for p in patterns))
         return Refusal(
