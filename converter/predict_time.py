@@ -20,6 +20,8 @@ from reattend.probe import Probe
 
 #: Passes over the held-out rows: loss, six recall sets, for two models; agreement; one spare.
 MEASURING_PASSES = 16
+#: The same token by token: loss, agreement, six recall sets; so many rows at once.
+STEPPED_PASSES, STEPPED_ROWS = 8, 8
 #: Forward passes that training on a token costs: layerwise the teacher's and the blocks' three;
 #: end to end both models' and a backward pass, which forms few weight gradients.
 TRAINING_PASSES = {"layerwise": 2.0, "end-to-end": 4.5}
@@ -74,6 +76,10 @@ def seconds(
             found[name] = TRAINING_PASSES[name] * forward * slower * budget
     passes = MEASURING_PASSES * held_rows(rows) * seq_len * forward
     found["verify"] = passes + 4 * 8 * max(single, 3 * forward) + 6 * step
+    if any(c.conversion and c.conversion.decodes_apart(c.options) for c in converted):
+        step = 2 * max(single, STEPPED_ROWS * forward)
+        batches = -(-held_rows(rows) // STEPPED_ROWS)
+        found["verify"] += STEPPED_PASSES * batches * seq_len * step
     found["publish"] = 1.0 + sizes.weights / 2e8
     return found
 

@@ -12,7 +12,7 @@ from test_selecting import LONG, METHODS, converted, gap, inputs, scores
 from transformers import DynamicCache
 
 from reattend import convert, load
-from reattend.errors import UnsupportedCacheError
+from reattend.errors import GateError, UnsupportedCacheError
 from reattend.install.kept import KeptState
 from reattend.mixers.base import Context
 from reattend.mixers.selecting import frame
@@ -131,3 +131,24 @@ def test_prompts_are_dense_and_decoding_is_not(few: Any, every: Any) -> None:
     sparse = "1.000 in prefill, 0.001 in decoding, at most"  # 2 or 3 tokens of 4096, and itself
     whole = "1.000 in prefill, 1.000 in decoding, at most"
     assert said == ([whole, whole, sparse] if few["kind"] == "recorded" else [sparse] * 3)
+
+
+def test_what_is_left_out_while_decoding_is_measured_while_decoding() -> None:
+    """One pass is the original; the published row is the one that went token by token."""
+    model = decoder("llama", layers=2, groups=2)
+    rows = torch.randint(3, 97, (16, 64))
+    pattern = {"select": {"kind": "channels", "share": 0.25, "topk": 2}}
+    plan = {
+        "rules": [{"sites": "*", "to": "sparse", "pattern": pattern}],
+        "calibrate": {"seq_len": 64},
+        "verify": {"max_kl": 1e-6},
+    }
+    with pytest.raises(GateError, match="max_kl"):
+        convert(model, plan=plan, data=rows)
+    del plan["verify"]
+    quality = convert(model, plan=plan, data=rows).report.quality
+    assert quality is not None
+    by_name = {row.name: row for row in quality.rows}
+    assert by_name["converted"].kl == 0
+    assert by_name["converted, token by token"].kl > 1e-6
+    assert quality.last("converted") is by_name["converted, token by token"]

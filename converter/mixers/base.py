@@ -230,6 +230,11 @@ class Mixer(nn.Module, ABC):
         return ", ".join(dict.fromkeys(word for word in found if word))
 
     @property
+    def decodes_apart(self) -> bool:
+        """Whether tokens that come one by one read fewer keys, by design, than in one pass."""
+        return any(group.decodes_apart for group in self.head_groups if group is not self)
+
+    @property
     def cross(self) -> bool:
         """Whether keys and values come from another stream."""
         return bool(getattr(self.config, "cross", False))

@@ -122,6 +122,12 @@ class SparseAttention(DenseAttention):
         found = [c.pattern.select for c in self.config.classes if c.pattern.select]
         return ", ".join(dict.fromkeys(s.kind for s in found if s.depends_on_calls))
 
+    @property
+    def decodes_apart(self) -> bool:
+        """Selectors that leave keys out while decoding only."""
+        found = [c.pattern.select for c in self.config.classes if c.pattern.select]
+        return any(s.acts == "decode" for s in found)
+
     def _class(self, q_BHNd: Tensor, number: int, kept: Kept, mask: Any) -> Tensor:
         """The output of one class' query heads, [B, heads, N, e]."""
         head_class, core = self.config.classes[number], self.config.core

@@ -13,7 +13,7 @@ def check_gates(verify: Verify, rows: list[QualityRow]) -> list[Gate]:
     if not limits:
         return []
     original = next(r for r in rows if r.role == "original")
-    ours = next(r for r in rows if r.role == "converted")
+    ours = next(r for r in reversed(rows) if r.role == "converted")  # as `Quality.last`
     assert original.ppl is not None and ours.ppl is not None
     kept = [
         ours.recall[t] / score for t, score in original.recall.items() if score > 0.05

@@ -166,6 +166,11 @@ def by_call(model: nn.Module) -> str:
     return ", ".join(dict.fromkeys(word for word in found if word))
 
 
+def decodes_apart(model: nn.Module) -> bool:
+    """Whether decoding reads fewer keys, by design, than one pass over the same text."""
+    return any(m.mixer.decodes_apart for m in model.modules() if isinstance(m, Adapter))
+
+
 def _own_gap(model: nn.Module, ids: Tensor, mask: Tensor) -> float | None:
     """The original's gap; None where its own cached decoding fails (an encoder with a head)."""
     try:

@@ -13,9 +13,10 @@ from reattend.materials import Materials
 from reattend.preflight import Choice
 from reattend.report.evidence import QualityRow
 from reattend.source import Source
-from reattend.verify.parity import by_call
+from reattend.verify.parity import by_call, decodes_apart
 from reattend.verify.quality import Quality, measure
 from reattend.verify.recall import lacking
+from reattend.verify.scoring import cached_scorer
 from reattend.verify.yardsticks import Yardstick, quantised_cache, sliding_window
 
 
@@ -37,7 +38,14 @@ def measured_rows(
     if chosen := by_call(converted):
         notes.append(
             f"what {chosen} leaves out depends on how a text is cut into calls, by design: cached "
-            "decoding is not compared with one pass, and quality is that of one pass"
+            "decoding is not compared with one pass"
+        )
+    stepwise = decodes_apart(converted) and data is not None
+    if chosen:
+        notes.append(
+            "keys are left out while decoding only: the row `token by token` is the quality then"
+            if stepwise
+            else "quality is that of one pass"
         )
     if data is None:
         return [], notes
@@ -57,6 +65,10 @@ def measured_rows(
         _row("original", "original", original, before),
         _row("converted", "converted", ours, after),
     ]
+    if stepwise:
+        decoding = cached_scorer(converted, chunk=1)
+        stepped = measure(converted, data, source.model, scorer=decoding, **settings)
+        rows.append(_row("converted, token by token", "converted", stepped, after))
     if lacks:
         notes.append(f"recall was not measured on the text held back: {lacks}")
     if yardsticks and after < before:

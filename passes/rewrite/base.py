@@ -102,6 +102,10 @@ class Conversion(ABC):
         """Whether `allocate` has something to choose."""
         return False
 
+    def decodes_apart(self, options: Any) -> bool:
+        """`Mixer.decodes_apart` of what is built; quality is then measured token by token too."""
+        return False
+
     def trials(self, configs: Sequence[DenseConfig], options: Any) -> int:
         """Runs of the model on a few rows that `allocate` takes for blocks that share options.
 

@@ -199,6 +199,11 @@ class ToSparse(Conversion):
         """Selectors that reach across layers are told where they are."""
         return options.model_copy(update={"pattern": at_layer(options.pattern, layer)})
 
+    def decodes_apart(self, options: SparseOptions) -> bool:
+        """Selectors that act while decoding only."""
+        asked = (options.pattern, *options.candidates, *(c.pattern for c in options.head_patterns))
+        return any(p.select is not None and p.select.acts == "decode" for p in asked)
+
     def trials(self, configs: Sequence[DenseConfig], options: SparseOptions) -> int:
         """Every head with every pattern once, or the steps of training."""
         if options.finder == "alpha":
