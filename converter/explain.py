@@ -92,9 +92,10 @@ def explain(found: FoundAttention, path: str) -> Explanation:
 
 def _of(found: FoundAttention, item: AttentionSite | RefusedSite) -> Explanation:
     """The story of what was found or refused."""
-    path, steps = item.path or "(model)", list(STEPS)
+    path, steps, captured = item.path or "(model)", list(STEPS), found.capture
     if isinstance(item, AttentionSite):
         read = Found(item.spec, item.region, item.follows_padding)
+        captured = item.capture or captured
         verdict = f"not proven yet: {item.deferred}" if item.deferred else "found and proven"
         passed = steps[: steps.index("own")] if item.deferred else steps
         told = Explanation(path, verdict, passed, nearest=item.spec.summary())
@@ -106,11 +107,11 @@ def _of(found: FoundAttention, item: AttentionSite | RefusedSite) -> Explanation
         if item.item is None:
             return told
         read = item.item  # type: ignore[assignment]
-    told.parts = parts_of(found.capture, read)
+    told.parts = parts_of(captured, read)
     deferred = isinstance(item, AttentionSite) and bool(item.deferred)
     if isinstance(read, Found) and not deferred:
-        told.numbers = numbers_of(found.capture, read)
-    told.rows = rows(subgraph(read), letters(found.capture))
+        told.numbers = numbers_of(captured, read)
+    told.rows = rows(subgraph(read), letters(captured))
     return told
 
 

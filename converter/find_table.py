@@ -117,7 +117,7 @@ def also(site: AttentionSite) -> str:
 
 def parameters(found: FoundAttention, site: AttentionSite) -> int:
     """Numbers in the stored tensors that a block reads; a fused one counts whole."""
-    gm = found.capture.gm
+    gm = (site.capture or found.capture).gm
     return sum(attribute(gm, name).numel() for name in set(weight_names(site.spec)))
 
 

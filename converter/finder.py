@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from reattend.alone import frozen, judged_alone
 from reattend.arguments import as_inputs
 from reattend.found import AttentionSite, FoundAttention, RefusedSite
 from reattend.host import inputs_on_host, on_host
@@ -47,7 +48,8 @@ def find_attention(
         if isinstance(item, Missed):
             result.refused.append(missed(search, item))
         else:
-            accept(result, judged(search, item))
+            verdict = judged(search, item)
+            accept(result, judged_alone(search, item) or verdict if frozen(verdict) else verdict)
     result.refused += never_fused(search)
     result.refused += overlooked(search, result)
     result.refused = already_converted(search, result.refused)

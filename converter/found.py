@@ -46,6 +46,7 @@ class AttentionSite:
         cores: softmax cores of one run of the model that it stands for: two where a block weighs
             its values in two calls, and those of every call of the module.
         deferred: why it was not proven though nothing speaks against it: the model has no weights.
+        capture: of the graph it was read in, where that is not the model's (`reattend.alone`).
     """
 
     path: str
@@ -61,6 +62,7 @@ class AttentionSite:
     surrounding: Surrounding | None = field(default=None, repr=False)
     cores: int = 1
     deferred: str = ""
+    capture: Capture | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass

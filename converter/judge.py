@@ -140,11 +140,21 @@ STEP_OF: dict[Callable[[Case], RefusedSite | None], str] = {
 }  # fmt: skip
 
 
+def _unsplit(case: Case) -> bool:
+    """Whether own steps of a block with a cache were never seen to run on a part of the tokens.
+
+    A graph of one length cannot be split; a model without a cache is never called in parts.
+    """
+    place, length = case.place, case.item.region.hidden.meta["val"].shape[1]
+    cached = place.binding is not None and place.binding.cache is not None
+    return cached and case.carries_steps and isinstance(length, int)
+
+
 def site_of(case: Case) -> AttentionSite:
     """A block that passed every gate."""
     item, place, deferred = case.item, case.place, case.search.deferred
     memory, binding = item.region.memory, place.binding
-    if binding is not None and item.spec.whole:
+    if binding is not None and (item.spec.whole or _unsplit(case)):
         binding = binding.model_copy(update={"whole": True})
     return AttentionSite(
         path=place.path,
@@ -160,4 +170,5 @@ def site_of(case: Case) -> AttentionSite:
         follows_padding=item.follows_padding,
         cores=cores_of(item),
         deferred=deferred,
+        capture=case.search.captured if case.search.apart else None,
     )

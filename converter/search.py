@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from reattend.capture import Call, capture, tokens_first, watch
+from reattend.capture import Call, Capture, capture, tokens_first, watch
 from reattend.errors import CaptureError
 from reattend.frame import call_number, dropouts
 from reattend.frequencies import exact_frequencies
@@ -34,21 +34,28 @@ class Search:
         whole: the graph cannot take the model's place, so every block needs an owning module.
         watched: calls of the owners; filled by `locate`.
         deferred: why nothing can be proven now: the model has no weights. Empty if it has.
+        apart: the graph is that of one module of the model (`reattend.alone`).
     """
+
+    apart = False
 
     def __init__(
         self, model: nn.Module, inputs: dict[str, Any] | None, images: bool = True
     ) -> None:
         self.deferred = DEFERRED if is_meta(model) else ""
         model = hollow(model) if self.deferred else model
-        self.captured = capture(model, inputs, images)
+        self._enter(capture(model, inputs, images), is_hf(model))
+
+    def _enter(self, captured: Capture, whole: bool) -> None:
+        """Normalise what was captured; `whole` as above, whatever was left out."""
+        self.captured = captured
         self._drops = dropouts(self.gm)
         self.passes = normalize(self.gm)
         first = next((n for n in self.gm.graph.nodes if is_op(n, attention)), None)
         if first is not None:
             tokens_first(self.captured, first)
-        self.ours = {p: m for p, m in model.named_modules() if isinstance(m, Adapter)}
-        self.whole = is_hf(model) or bool(self.captured.left_out)
+        self.ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
+        self.whole = whole or bool(captured.left_out)
         self.watched = Watched(self.captured, set())
         self._places: dict[int, Place] = {}
         self._elsewhere: dict[str, Call] | None = None

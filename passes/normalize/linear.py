@@ -29,7 +29,11 @@ class ToLinear(GraphPass):
                 yield node
 
     def check(self, gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
-        """addmm must not scale its operands."""
+        """addmm must not scale its operands; a weight with more than two axes is no layer's."""
+        factor = node.args[2] if is_op(node, aten.addmm) else node.args[1]
+        value = factor.meta.get("val") if isinstance(factor, fx.Node) else None
+        if value is not None and value.dim() != 2:
+            return Refusal(f"a product with a weight of {value.dim()} axes")
         if is_op(node, aten.addmm) and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
             return Refusal("addmm with alpha or beta other than 1")
         return None
