@@ -18,7 +18,7 @@ from reattend.spec import Gate, Joined, Out
 
 _LAYOUT = (
     aten.transpose, aten.permute, aten.view, aten.reshape, aten.clone, aten.contiguous,
-    aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.to,
+    aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten, aten.to,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from reattend.passes.base import SCORES, GraphPass, Refusal, call, drop_dead, owned, replace_node
 from reattend.passes.evaluate import parameter_only
+from reattend.passes.normalize.axes import Axes, fold, fold_term, read_axes, unfold
 from reattend.passes.normalize.cores import broadcast_heads
 from reattend.passes.normalize.forms import aten, attention, is_op
 from reattend.passes.normalize.merge import equivalent
@@ -109,12 +110,16 @@ class FuseEager(GraphPass):
         slices = [n for n in _between(node, product) if is_op(n, aten.slice)]
         if [_drops_last(n) for n in slices] != [True] * (parts.sinks is not None):
             return Refusal("the probabilities are cut before they meet the values")
-        if not _heads(parts, product):
+        if value.dim() <= 4 and not _heads(parts, product):
             return Refusal(f"scores have {value.dim()} axes, not batch, head, query, key")
+        if value.dim() > 4 and _axes(gm, parts, node, product) is None:
+            return Refusal(
+                f"scores have {value.dim()} axes, and the values do not tell heads from tokens"
+            )
         if any(t.chain for t in parts.terms) and parts.q.meta["val"].dim() != 4:
             return Refusal("scores change their axes while heads are folded into the batch")
-        if any(_term_axes(t) > 4 for t in parts.terms):
-            return Refusal("a mask or bias has more than four axes")
+        if any(_term_axes(t) > max(4, value.dim()) for t in parts.terms):
+            return Refusal("a mask or bias has more axes than the scores")
         return None
 
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
@@ -122,17 +127,22 @@ class FuseEager(GraphPass):
         parts = read_scores(gm, node)
         product = _forward_to_product(node, _THROUGH)
         assert isinstance(parts, Scores) and product is not None
-        heads = _heads(parts, product)
+        axes = _axes(gm, parts, node, product)
+        heads = 0 if axes is not None else _heads(parts, product)
         with gm.graph.inserting_before(product):
             if is_op(parts.k, aten.transpose):
                 keys: Any = parts.k.args[0]
             else:
                 keys = call(gm, aten.transpose.int, parts.k, -1, -2)
-            q, k, v = (_unfolded(gm, n, heads) for n in (parts.q, keys, product.args[1]))
+            q = parts.q if axes is not None else _unfolded(gm, parts.q, heads)
             for factor, divides in parts.factors:
                 q = call(gm, (aten.div if divides else aten.mul).Tensor, q, factor)
-            k, v = (broadcast_heads(gm, n, q) for n in (k, v))
-            mask = _mask(gm, parts, heads)
+            values: Any = product.args[1]
+            if axes is not None:
+                q, k, v = (fold(gm, n, axes) for n in (q, keys, values))
+            else:
+                k, v = (broadcast_heads(gm, _unfolded(gm, n, heads), q) for n in (keys, values))
+            mask = _mask(gm, parts, heads, axes)
             new = gm.graph.call_function(
                 attention,
                 (q, k, v, mask, parts.scale, parts.softcap, False, parts.sinks),
@@ -140,7 +150,9 @@ class FuseEager(GraphPass):
             new.meta["val"] = q.meta["val"].new_empty(
                 (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
             )
-            if product.meta["val"].dim() == 3:
+            if axes is not None:
+                new = unfold(gm, new, axes)
+            elif product.meta["val"].dim() == 3:
                 new = call(gm, aten.flatten.using_ints, new, 0, 1)
         owned(new, product)  # who owns the block is read off its core
         new.meta.update({k: v for k, v in product.meta.items() if k not in new.meta})
@@ -148,6 +160,15 @@ class FuseEager(GraphPass):
         replace_node(product, new)
         _erase_unused(node)
         drop_dead(gm.graph)
+
+
+def _axes(gm: fx.GraphModule, parts: Scores, softmax: fx.Node, product: fx.Node) -> Axes | None:
+    """The leading axes of scores that have more than four from product to softmax."""
+    values: Any = product.args[1]
+    count = softmax.meta["val"].dim()
+    if count <= 4 or parts.q.meta["val"].dim() != count:
+        return None
+    return read_axes(gm, parts.q, parts.k, values)
 
 
 def _heads(parts: Scores, product: fx.Node) -> int:
@@ -180,17 +201,19 @@ def _unfolded(gm: fx.GraphModule, node: Any, heads: int) -> fx.Node:
     return call(gm, aten.unflatten.int, node, 0, [-1, heads])
 
 
-def _mask(gm: fx.GraphModule, parts: Scores, heads: int) -> fx.Node | None:
+def _mask(
+    gm: fx.GraphModule, parts: Scores, heads: int, axes: Axes | None = None
+) -> fx.Node | None:
     """One mask node: what was added, summed, and hidden where scores were filled."""
     total: fx.Node | None = None
     for term in (t for t in parts.terms if not t.hidden):
-        node = _aligned(gm, term, heads) if not term.chain else _on_zeros(gm, term, parts)
+        node = _on_zeros(gm, term, parts) if term.chain else _aligned(gm, term, heads, axes)
         if term.factor != 1.0:
             node = call(gm, aten.mul.Tensor, node, term.factor)
         total = node if total is None else call(gm, aten.add.Tensor, total, node)
     hidden: fx.Node | None = None
     for term in (t for t in parts.terms if t.hidden):
-        node = _aligned(gm, term, heads)
+        node = _aligned(gm, term, heads, axes)
         if term.inverted:
             node = call(gm, aten.logical_not.default, node)
         hidden = node if hidden is None else call(gm, aten.logical_or.default, hidden, node)
@@ -222,8 +245,10 @@ def _on_zeros(gm: fx.GraphModule, term: Term, parts: Scores) -> fx.Node:
     return made[term.chain[-1]]
 
 
-def _aligned(gm: fx.GraphModule, term: Term, heads: int) -> fx.Node:
+def _aligned(gm: fx.GraphModule, term: Term, heads: int, axes: Axes | None) -> fx.Node:
     """A term as it broadcasts against [B, H, N, M]."""
+    if axes is not None:
+        return fold_term(gm, term.node, axes)
     value = term.node.meta["val"]
     if value.dim() != 3 or (isinstance(value.shape[0], int) and value.shape[0] in (1, heads)):
         return term.node

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from reattend.passes.base import GraphPass, call, drop_dead, owned
-from reattend.passes.evaluate import Evaluator, ancestors, on_paths, parameter_only
-from reattend.passes.normalize.forms import aten, attention, is_op, is_projection
+from reattend.passes.normalize.forms import aten, attention, is_op
+from reattend.passes.normalize.ways import known, the_projection, way_to
 
 _STREAMS = (0, 1, 2)
 
@@ -103,37 +103,20 @@ def _after(gm: fx.GraphModule, found: Regrouped, x: fx.Node, stream: fx.Node) ->
     return turned if found.scale == 1.0 else call(gm, aten.mul.Tensor, turned, found.scale)
 
 
-def _projection(stream: fx.Node) -> fx.Node | None:
-    found = [n for n in ancestors([stream], stop=is_projection) if is_projection(n)]
-    return found[0] if len(found) == 1 else None
-
-
 def _moved(stream: Any) -> bool:
     """Whether a core's input has other tokens than the projection behind it."""
-    projection = _projection(stream)
+    projection = the_projection(stream)
     if projection is None or stream.meta["val"].dim() != 4 or projection.meta["val"].dim() != 3:
         return False
-    return _known(stream.meta["val"].shape[2]) != _known(projection.meta["val"].shape[1])
+    return known(stream.meta["val"].shape[2]) != known(projection.meta["val"].shape[1])
 
 
 def _read(gm: fx.GraphModule, stream: Any) -> Regrouped | None:
     """What a stream reads where, by running it on codes; None if it is no such map."""
-    projection = _projection(stream)
-    assert projection is not None
-    on_path = on_paths(stream, (projection,))
-    chain = [n for n in gm.graph.nodes if n in on_path and n is not projection]
-    beside = {i for n in chain for i in n.all_input_nodes if i not in on_path}
-    sizes = {n for n in beside if isinstance(n.meta.get("val"), torch.SymInt)}
-    if any(not parameter_only(n) for n in beside - sizes):
+    way = way_to(gm, stream)
+    if way is None:
         return None
-    given = {n: _known(n.meta["val"]) for n in sizes}
-    shape = [_known(s) for s in projection.meta["val"].shape]
-    run = Evaluator(gm, promote=torch.float64)
-
-    def push(code: Tensor) -> Tensor:
-        made: Tensor = run.run([stream], {**given, projection: code.expand(shape).clone()})[0]
-        return made
-
+    projection, push, shape = way.projection, way.push, way.shape
     batch, length, rows = shape
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -156,13 +139,8 @@ def _read(gm: fx.GraphModule, stream: Any) -> Regrouped | None:
         return None
     if not torch.equal(push(noise), expected):
         return None
-    return Regrouped(projection, chain, first, scale, token_BHnd[:, 0, :, 0])
+    return Regrouped(projection, way.chain, first, scale, token_BHnd[:, 0, :, 0])
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
-
-
-def _known(size: Any) -> int:
-    """A size as it was at capture."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
