@@ -138,6 +138,7 @@ def _around(
     left_out: dict[str, str] = {}
     sizes: dict[str, Sizes] = {}
     alone: set[type[nn.Module]] = set()
+    closed: set[str] = set()  # called with more than tensors, which a hole cannot hand over
     problem, where = first, ""
     for _ in range(_ATTEMPTS):
         holes: list[Hole] = []
@@ -146,12 +147,19 @@ def _around(
                 gm = _export(model, inputs, images)
         except Exception as again:
             problem, where = again, running[-1] if running else ""
+            said = _said(again)
+            if isinstance(again, Unshaped) and where in sizes:
+                said = left_out.pop(where)
+                del sizes[where]
+                closed.add(where)
         else:
             fill(gm, holes)
             return gm, left_out
-        chosen = _smallest(openings, where, sizes)
+        chosen = _smallest(openings, where, sizes, closed)
         if chosen is None:
             break
+        for inside in [p for p in sizes if p.startswith(f"{chosen}.")]:
+            del sizes[inside], left_out[inside]
         kind = type(model.get_submodule(chosen))
         one = kind not in alone and any(f"{p}.".startswith(f"{chosen}.") for p in cores)
         alone.add(kind)  # attention itself is given up one block at a time, until a second fails
@@ -161,17 +169,19 @@ def _around(
                     sizes[path] = openings.sizes(path)
                 except Unshaped:
                     continue
-                left_out[path] = _said(problem)
+                left_out[path] = said
     raise _failed(model, problem, where) from problem
 
 
-def _smallest(openings: Openings, path: str, known: dict[str, Sizes]) -> str | None:
+def _smallest(
+    openings: Openings, path: str, known: dict[str, Sizes], closed: set[str]
+) -> str | None:
     """The smallest submodule around a place that can be left out; None if there is none."""
     while path:
         if path in known:
             return None  # it is left out already, and did not help
         try:
-            if openings.sizes(path):
+            if path not in closed and openings.sizes(path):
                 return path
         except Unshaped:
             pass

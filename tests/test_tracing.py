@@ -100,6 +100,24 @@ def test_a_core_that_cannot_be_followed_is_refused_and_the_others_are_found() ->
     assert "torch.export cannot follow attentions.0" in refused.reason
 
 
+class Sized(nn.Module):
+    """Experts that are told a size, which a hole cannot hand over; what holds them becomes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, scale=x.shape[1] * 0.5)[0]
+
+
+def test_where_a_hole_cannot_be_called_the_module_around_it_is_left_out() -> None:
+    model = nn.Sequential(Attention(), Sized()).eval()
+    captured = capture(model, {"input": inputs()["x"]})
+    assert set(captured.left_out) == {"1"}
+    assert "data-dependent" in captured.left_out["1"].lower()
+
+
 class Grows(nn.Module):
     """Its result has a size that no input has."""
 
