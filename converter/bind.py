@@ -6,17 +6,17 @@ Either the owner is exactly the block (`bind`), or what it does besides is cut o
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from reattend.beside import absent_of, bound_extras, bound_position, check_cache
 from reattend.capture import Call, Capture
 from reattend.frame import Frame
 from reattend.frequencies import bind_rotation
-from reattend.inputs import is_hf
+from reattend.hands import bind_hands
 from reattend.install.binding import (
     Binding,
     bound,
@@ -25,7 +25,6 @@ from reattend.install.binding import (
     match_output,
     match_table,
     returns_bias,
-    signature_of,
 )
 from reattend.install.masking import adds_bias, match_hiding, match_mask, match_wider
 from reattend.install.pieces import CacheAt, Path
@@ -35,7 +34,7 @@ from reattend.mixers.scores import shown
 from reattend.passes.evaluate import attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
-from reattend.spec import Added, Alibi, RelativeBias
+from reattend.spec import Alibi, RelativeBias
 from reattend.surround import Surround, Surrounding
 from reattend.unwieldy import held
 from reattend.weights import head_order
@@ -45,7 +44,7 @@ def boundary(item: Found) -> list[fx.Node]:
     """The nodes whose values decide a binding."""
     region = item.region
     nodes = [region.hidden, region.memory, region.mask, region.exit.node, region.exit.joined]
-    nodes += region.extras
+    nodes += [*region.extras, *region.handed.values(), region.position]
     return [n for n in nodes if n is not None]
 
 
@@ -74,7 +73,7 @@ def bind(
     """
     region = item.region
     arguments = bound(captured.model.get_submodule(path), call.args, call.kwargs)
-    _check_cache(path, cache)
+    check_cache(path, cache)
     hidden = match(arguments, values[region.hidden])
     if hidden is None:
         raise NotUnderstood(f"{path or 'the model'} does not receive the block's input")
@@ -107,12 +106,13 @@ def bind(
         kind = unmasked(captured.model.get_submodule(path), call, mask, values[exit_node])
         pattern = replace(item.spec.core.pattern, unmasked=kind)
         item.spec = replace(item.spec, core=replace(item.spec.core, pattern=pattern))
-    extras = _extras(item, path, arguments, values, cache)
+    extras = bound_extras(item, path, arguments, values, cache)
     owner = captured.model.get_submodule(path)
     spare = tuple(stands_for_ones(owner, call, at, values[exit_node]) for at in extras)
     cos = sin = position = None
     if region.rotation is not None:
         cos, sin, position = bind_rotation(captured, item, arguments)
+    position = bound_position(item, path, arguments, values, position)
     return Binding(
         hidden=hidden, memory=memory, mask=mask,
         mask_adds_bias=adds and isinstance(item.spec.core.bias, RelativeBias | Alibi),
@@ -120,7 +120,8 @@ def bind(
         cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
         layer_shift=cache.shift or None, output=output,
         extras=extras, extras_spare=spare, mask_hides=hides, mask_window=window,
-        absent=_absent(captured, item, path, arguments),
+        absent=absent_of(captured, item, path, arguments),
+        hands=bind_hands(captured, item, path, arguments, values),
         fixed=held(captured.gm, arguments, [
             (hidden, region.hidden), (memory, region.memory), (mask, region.mask),
             *zip(extras, region.extras, strict=True),
@@ -151,7 +152,7 @@ def bind_around(
     """
     region = item.region
     arguments = bound(captured.model.get_submodule(place.path), call.args, call.kwargs)
-    _check_cache(place.path, cache)
+    check_cache(place.path, cache)
     y = region.exit.joined if stop else region.exit.node
     cutter = Surround(captured, item, place, arguments, values, y)
     hidden = cutter.enter("hidden", region.hidden)
@@ -169,8 +170,11 @@ def bind_around(
         cos, sin, position = bind_rotation(captured, item, arguments)
         if cos is None and position is None:
             cos, sin = _made_tables(cutter, item, values)
+    position = bound_position(item, place.path, arguments, values, position)
     output, outputs = cutter.result(call, arguments, _added(captured, item, values))
     _check_heads(item, place.path, output)
+    if region.handed:
+        raise NotUnderstood(f"{place.path} does more than the attention whose keys it hands on")
     done = cutter.done(outputs, dropout)
     binding = Binding(
         hidden=hidden, memory=memory, mask=mask,
@@ -178,56 +182,11 @@ def bind_around(
         cos=cos, sin=sin, position=position,
         cache=cache.path, cache_part=cache.part, layer_idx=cache.layer_idx,
         layer_shift=cache.shift or None, output=output,
-        around=done.config, extras=_extras(item, place.path, arguments, values, cache),
-        absent=_absent(captured, item, place.path, arguments),
+        around=done.config, extras=bound_extras(item, place.path, arguments, values, cache),
+        absent=absent_of(captured, item, place.path, arguments),
         fixed=held(captured.gm, arguments, [(at, n) for n, at in cutter.arguments.items()]),
     )  # fmt: skip
     return binding, done
-
-
-def _extras(
-    item: Found,
-    path: str,
-    arguments: dict[str, Any],
-    values: dict[fx.Node, Any],
-    cache: CacheAt,
-) -> tuple[Path, ...]:
-    """Where the owner receives what its own steps read beside the hidden state."""
-    if cache.path is not None and isinstance(item.spec.core.bias, Added):
-        raise NotUnderstood(
-            f"{path} adds to its scores what it computes from the tokens of one call, which cached "
-            f"decoding does not have"
-        )
-    found = []
-    for node in item.region.extras:
-        place = match(arguments, values[node])
-        if place is None:
-            raise NotUnderstood(f"{path} does not receive {node.name}, which the block reads")
-        found.append(place)
-    return tuple(found)
-
-
-def _absent(
-    captured: Capture, item: Found, path: str, arguments: dict[str, Any]
-) -> tuple[str, ...]:
-    """Parameters that the call leaves out; transformers' own have meanings that are known.
-
-    Not so where the block computes its own scores: XLNet's memories make them wider.
-    """
-    if is_hf(captured.model) and not isinstance(item.spec.core.bias, Added):
-        return ()
-    spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = signature_of(captured.model.get_submodule(path)).parameters
-    return tuple(
-        name
-        for name, parameter in parameters.items()
-        if parameter.kind not in spread and arguments.get(name) is None
-    )
-
-
-def _check_cache(path: str, cache: CacheAt) -> None:
-    if cache.shift == ():
-        raise NotUnderstood(f"{path} is called several times, each with a cache of its own")
 
 
 def _check_heads(item: Found, path: str, output: Any) -> None:

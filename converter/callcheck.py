@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from reattend.capture import Call, Capture
 from reattend.install.adapter import Adapter
-from reattend.install.binding import bound, leaves, read, signature_of
+from reattend.install.binding import bound, leaves, read, same, signature_of
 from reattend.locate import Place
 from reattend.mixers.scores import shown
 from reattend.passes.evaluate import attribute
@@ -45,9 +45,16 @@ def call_check(
     plain = binding.model_copy(update={"cache": None})  # the watched call has filled its cache
     adapter = Adapter(mixer, plain, signature_of(module))
     arguments = bound(module, call.args, call.kwargs)
+    handed = [read(arguments, h.container)[h.key] for h in binding.hands]
     with torch.no_grad():
         y = next(leaf for _, leaf in leaves(_only_y(binding.output, adapter.answer(arguments))))
     expected = next(leaf for _, leaf in leaves(_only_y(binding.output, call.output)))
+    for hand, before in zip(binding.hands, handed, strict=True):
+        container = read(arguments, hand.container)
+        made, container[hand.key] = container[hand.key], before
+        pairs = zip(leaves({"": made}), leaves({"": before}), strict=True)
+        if any(same(a, b) > rounding_limit(b.dtype) for (_, a), (_, b) in pairs):
+            return f"{place.path} hands on other keys or values than the model's"
     x = read(arguments, binding.hidden)
     rows = torch.ones(x.shape[:2], dtype=torch.bool)
     if mask is not None:

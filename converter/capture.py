@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import UserDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from reattend.tracing import trace
 
 @dataclass
 class Call:
-    """One call of a submodule: its arguments and its result, tensors by reference."""
+    """One call of a submodule: its arguments after it and its result, tensors by reference."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -164,6 +165,18 @@ def watch(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str
     return {path: calls[0] for path, calls in watch_all(model, paths, inputs).items()}
 
 
+def _kept(value: Any) -> Any:
+    """Arguments with mappings as they are now: later modules may write into them."""
+    if type(value) is dict or isinstance(value, UserDict):
+        same = copy.copy(value)
+        for key, item in value.items():
+            same[key] = _kept(item)
+        return same
+    if type(value) in (tuple, list):
+        return type(value)(_kept(item) for item in value)
+    return value
+
+
 def watch_all(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict[str, list[Call]]:
     """`watch`, every call of each submodule in order."""
     calls: dict[str, list[Call]] = {}
@@ -172,7 +185,7 @@ def watch_all(model: nn.Module, paths: set[str], inputs: dict[str, Any]) -> dict
         module = model.get_submodule(path)
 
         def hook(_m: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-            calls.setdefault(path, []).append(Call(args, kwargs, output))
+            calls.setdefault(path, []).append(Call(_kept(args), _kept(kwargs), output))
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:

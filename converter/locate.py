@@ -17,6 +17,7 @@ from reattend.install.pieces import CacheAt
 from reattend.passes.find.owners import owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
+from reattend.passes.find.sources import own_projections
 from reattend.stepcheck import stepwise
 from reattend.surround import Surrounding, filled
 
@@ -78,14 +79,14 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
     open_: list[_Candidate] = []
     ours = {p: m for p, m in captured.model.named_modules() if isinstance(m, Adapter)}
     for item in found:
-        inner = owner_of(item.region.nodes[:4])
+        inner = owner_of(item.region.inner)
         own = adapter_of(inner, ours)
         if own is not None:
             if item.region.rotation is not None:
                 exact_frequencies(captured, item)
             located[id(item)] = Place(own, ours[own].binding)
             continue
-        where = owner_of(item.region.nodes) or owner_of(item.region.nodes[:3])
+        where = owner_of(item.region.nodes) or owner_of(own_projections(item.region.streams))
         located[id(item)] = Place(where, reason="no submodule holds exactly this block")
         candidates = [c for c in owners[id(item)] if c.number < len(calls.get(c.path, ()))]
         for c in candidates:
@@ -109,7 +110,7 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
 
 def _candidates(item: Found) -> list[_Candidate]:
     """The smallest module around the block, and the one around all but its output projection."""
-    whole, inner = owner_of(item.region.nodes), owner_of(item.region.nodes[:4])
+    whole, inner = owner_of(item.region.nodes), owner_of(item.region.inner)
     core = item.region.core
     both = [_Candidate(item, whole, False, call_number(core, whole))]
     if item.region.exit.out is not None:

@@ -157,6 +157,9 @@ def _choose(
         if isinstance(options, Refusal):
             return Choice(site, config, layer, "refused", reason=options.reason)
         parts[i] = p.model_copy(update={"options": options})
+    refusal = _shared(site, [p.to for p in parts])
+    if refusal is not None:
+        return Choice(site, config, layer, "refused", reason=refusal.reason)
     if len(parts) == 1:
         chosen, given = conversion(parts[0].to)(), parts[0].options
     else:
@@ -184,6 +187,20 @@ def _parts(taken: dict[int, Rule], groups: int) -> list[PartOptions]:
     return list(parts.values())
 
 
+def _shared(site: AttentionSite, wanted: list[str]) -> Refusal | None:
+    """Why a block of several that read one block's keys and values cannot take a conversion."""
+    other = next((name for name in wanted if not conversion(name).shared), None)
+    if other is None:
+        return None
+    if site.spec.k.site:
+        return Refusal(
+            f"its keys and values are those of {site.spec.k.site}, and `to: {other}` makes its own"
+        )
+    if site.region.handed:
+        return Refusal(f"other blocks read its keys and values, which `to: {other}` does not keep")
+    return None
+
+
 def _units(choices: list[Choice]) -> list[Choice]:
     """Sites that share key or value weights convert together: if one does not, none does."""
     staying = [c for c in choices if c.action != "converted"]
@@ -193,17 +210,17 @@ def _units(choices: list[Choice]) -> list[Choice]:
             shared = _kv_weights(first) & _kv_weights(choice)
             if choice.action == "converted" and shared:
                 choice.action, choice.conversion = "refused", None
-                choice.reason = (
-                    f"shares {', '.join(sorted(shared))} with {first.site.path} ({first.reason})"
-                )
+                what = ", ".join(sorted(shared))
+                choice.reason = f"shares {what} with {first.site.path} ({first.reason})"
                 staying.append(choice)  # and so do those that share with it
     return choices
 
 
 def _kv_weights(choice: Choice) -> set[str]:
-    """Names of the stored tensors its keys and values are made of."""
+    """What its keys and values are made of: names of stored tensors, and the block that does it."""
     spec = choice.site.spec
-    return {spec.k.proj.weight, spec.v.proj.weight} - {""}
+    source = spec.k.site or choice.site.path
+    return {spec.k.proj.weight, spec.v.proj.weight, f"the keys and values of {source}"} - {""}
 
 
 def _grouped(refused: list[Choice]) -> str:

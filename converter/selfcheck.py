@@ -226,6 +226,10 @@ def both(
     if isinstance(found.spec.core.bias, Alibi) and promote is not None:  # slopes are not rounded
         wide = Evaluator(gm, weights=weights, promote=promote).run([region.mask], given)
         values[region.mask] = wide[0]
+    growth = region.streams["q"].growth
+    if growth is not None and promote is not None:  # neither is a factor by position
+        wide = Evaluator(gm, weights=weights, promote=promote).run([growth.factor], given)
+        values[growth.factor] = wide[0]
     values[region.hidden] = x
     if region.memory is not None:
         values[region.memory] = memory
@@ -234,11 +238,11 @@ def both(
     )[0]
     ctx = _context(gm, found, given, x, memory)
     y, mask = _rebuilt(found, weights, x, memory, ctx), ctx.mask
-    whole = torch.ones(x.shape[:2], dtype=torch.bool)
+    whole = torch.ones(expected.shape[:2], dtype=torch.bool)  # queries may be fewer than tokens
     if mask is None:
         return expected, y, whole
     if mask.dim() == 4:  # rows that see nothing have no attention to compare
-        return expected, y, shown(mask).any(-1)[:, 0].expand(x.shape[:2])
+        return expected, y, shown(mask).any(-1)[:, 0].expand(expected.shape[:2])
     return expected, y, mask.bool() if memory is None else whole
 
 

@@ -8,6 +8,7 @@ G key/value heads, D hidden, d head width, P rotary pairs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,10 +65,24 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """1 + beta log(1 + floor((position + offset) / period)), positions in tokens (Llama 4)."""
+
+    beta: float
+    offset: int
+    period: int
+
+    def at(self, position: int) -> float:
+        """The factor."""
+        return 1 + self.beta * math.log1p((position + self.offset) // self.period)
+
+
+@dataclass(frozen=True)
 class Scale:
-    """Multiplication by a constant, for example OPT's scaled queries."""
+    """Multiplication by a constant, for example OPT's scaled queries, and by position."""
 
     value: float
+    growth: Growth | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,8 @@ class Opaque:
 
     `rows[h * d + i]` is the number of p that becomes dimension i of head h; `sources`: the
     attribute that each weight of the program is; `extras`: which of the block's further inputs
-    the program takes after the source.
+    the program takes after the source. `regroups`: it makes another number of tokens than it is
+    given, by pooling, windows, or tokens of another tensor beside.
     """
 
     program: Program = field(repr=False)
@@ -85,6 +101,7 @@ class Opaque:
     width: int
     rows: tuple[int, ...] = field(repr=False)
     extras: tuple[int, ...] = ()
+    regroups: bool = False
     bias: None = None
 
     @property
@@ -98,10 +115,18 @@ Step = Proj | Opaque | Norm | Rotary | Scale
 
 @dataclass(frozen=True)
 class Stream:
-    """One of q, k, v: where it comes from and what happens on the way to the core."""
+    """One of q, k, v: where it comes from and what happens on the way to the core.
 
-    source: Literal["hidden", "encoder"]
+    `source`: `hidden`, `encoder`, or `site:<path>` of the block whose keys or values it reads.
+    """
+
+    source: str
     steps: tuple[Step, ...]
+
+    @property
+    def site(self) -> str:
+        """Path of the block whose keys or values these are; empty where they are its own."""
+        return self.source.removeprefix("site:") if self.source.startswith("site:") else ""
 
     @property
     def proj(self) -> Proj | Opaque:
@@ -246,7 +271,7 @@ class AttentionSpec:
     @property
     def kind(self) -> str:
         """`self` or `cross`."""
-        return "self" if self.k.source == "hidden" else "cross"
+        return "cross" if self.k.source == "encoder" else "self"
 
     @property
     def cache_per_token(self) -> int:
@@ -255,40 +280,6 @@ class AttentionSpec:
 
     def summary(self) -> str:
         """One line for people."""
-        c = self.core
-        parts = [f"{self.kind}-attention", f"{c.heads} heads"]
-        if c.kv_heads != c.heads:
-            parts.append(f"{c.kv_heads} kv heads")
-        parts.append(
-            f"width {c.qk_head_dim}" + (f"/{c.v_head_dim}" if c.v_head_dim != c.qk_head_dim else "")
-        )
-        rotary = self.q.first(Rotary)
-        if isinstance(rotary, Rotary):
-            parts.append(f"rotary {rotary.width} ({rotary.pairing})")
-        if self.q.first(Norm) or self.k.first(Norm):
-            parts.append("q/k norm")
-        own = [n for n in "qkv" if isinstance(getattr(self, n).proj, Opaque)]
-        if own:
-            parts.append(f"{'/'.join(own)} by the model's own steps")
-        if isinstance(self.join, Gate):
-            parts.append(
-                f"{self.join.act} gate per {'head' if self.join.per_head else 'dimension'}"
-            )
-        if isinstance(self.join, Joined):
-            parts.append("joined by the model's own steps")
-        if self.whole:
-            parts.append("own steps over all tokens")
-        if c.softcap:
-            parts.append(f"softcap {c.softcap:g}")
-        if isinstance(c.bias, RelativeBias):
-            parts.append(f"relative position bias ({c.bias.rows} buckets)")
-        if isinstance(c.bias, Alibi):
-            parts.append("ALiBi")
-        if isinstance(c.bias, Added):
-            parts.append("scores added to by the model's own steps")
-        if c.sinks is not None:
-            parts.append("logit sinks")
-        parts.append(c.pattern.kind + (f" {c.pattern.window}" if c.pattern.window else ""))
-        if any(s.proj.bias for s in (self.q, self.k, self.v)):
-            parts.append("bias")
-        return ", ".join(parts)
+        from reattend.summary import summary
+
+        return summary(self)

@@ -7,6 +7,7 @@ that returns random tensors instead, so degenerate weights cannot hide a mistake
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from reattend.mixers.config import (
     AddedConfig,
     CoreConfig,
     GateConfig,
+    GrowthConfig,
     JoinConfig,
     NormConfig,
     OpaqueConfig,
@@ -175,7 +177,9 @@ def _stream_config(stream: Stream, heads: list[int]) -> StreamConfig:
     opaque = None
     if isinstance(own, Opaque):
         rows = tuple(_rows(own, heads, _dimension_order(stream)).tolist())
-        opaque = OpaqueConfig(program=own.program, rows=rows, extras=own.extras)
+        opaque = OpaqueConfig(
+            program=own.program, rows=rows, extras=own.extras, regroups=own.regroups
+        )
     return StreamConfig(
         bias=own.bias is not None,
         opaque=opaque,
@@ -186,6 +190,11 @@ def _stream_config(stream: Stream, heads: list[int]) -> StreamConfig:
         if isinstance(norm, Norm)
         else None,
         scale=scale.value if isinstance(scale, Scale) else 1.0,
+        growth=GrowthConfig(
+            beta=scale.growth.beta, offset=scale.growth.offset, period=scale.growth.period
+        )
+        if isinstance(scale, Scale) and scale.growth is not None
+        else None,
     )  # fmt: skip
 
 
@@ -195,6 +204,13 @@ def head_order(spec: AttentionSpec) -> tuple[list[int], list[int]]:
     q_heads = sorted(range(spec.core.heads), key=lambda h: (group[h], h))
     kv_heads = [group.index(g) for g in range(spec.core.kv_heads)]
     return q_heads, kv_heads
+
+
+def stream_rows(spec: AttentionSpec, name: Literal["k", "v"]) -> list[int]:
+    """For every number of the mixer's keys or values [G d], the row of the projection it is."""
+    stream = spec.k if name == "k" else spec.v
+    rows: list[int] = _rows(stream.proj, head_order(spec)[1], _dimension_order(stream)).tolist()
+    return rows
 
 
 def _dimension_order(stream: Stream) -> list[int]:

@@ -42,8 +42,11 @@ def dit() -> tuple[Any, dict[str, Any], dict[str, Any], int]:
     return model, inputs, {"timestep": torch.tensor([1, 4, 7])}, 2
 
 
-def test_a_single_stream_block_converts_and_a_double_stream_block_is_refused() -> None:
-    """Flux (tiny): text and image attend together; the last block's text is read by nothing."""
+def test_blocks_of_one_and_of_two_streams_convert() -> None:
+    """Flux (tiny): text and image attend together; the last block's text is read by nothing.
+
+    A block of two streams projects each by itself, and joins them before the core.
+    """
     torch.manual_seed(0)
     model = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
@@ -56,8 +59,9 @@ def test_a_single_stream_block_converts_and_a_double_stream_block_is_refused() -
         "img_ids": drawn(16, 3).round(), "txt_ids": torch.zeros(7, 3), "return_dict": False,
     }  # fmt: skip
     result = convert(model, plan="identity", inputs=inputs)
-    done = {s.path: s.action for s in result.report.sites if s.action == "converted"}
-    assert list(done) == [f"single_transformer_blocks.{i}" for i in range(2)]
+    done = [s.path for s in result.report.sites if s.action == "converted"]
+    single = [f"single_transformer_blocks.{i}.attn" for i in range(2)]
+    assert sorted(done) == [*single, "transformer_blocks.0.attn"]
     change = {"encoder_hidden_states": drawn(2, 5, 32), "txt_ids": torch.zeros(5, 3)}
     for given in (inputs, inputs | change):
         with torch.no_grad():

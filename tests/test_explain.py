@@ -21,18 +21,17 @@ from reattend.find_table import show_found
 from reattend.found import STEPS, FoundAttention
 
 
-class Twofold(nn.Module):
-    """Values come from two tensors, each through its own layer: no stream of one tensor."""
+class Bare(nn.Module):
+    """Values are the tokens themselves: no layer makes them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.v, self.w = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         both = torch.cat([x, y], 1)
-        v = torch.cat([self.v(x), self.w(y)], 1)
-        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (self.q(both), self.k(both), v))
+        streams = self.q(both), self.k(both), both
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in streams)
         out = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -40,7 +39,7 @@ class Twofold(nn.Module):
 class Outer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.block = Twofold()
+        self.block = Bare()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.block(x, y)
@@ -71,7 +70,7 @@ def test_a_refusal_names_the_step_the_node_and_the_nearest_form(refused: FoundAt
     assert told.parts["mask"] == "full"
     assert "attention" in [r.call for r in told.rows]
     text = printed(80, lambda out: show_story(told, out))
-    for part in ("✓ normalise", "✗ read", "Nearest understood form", "Subgraph", "[B N 16]"):
+    for part in ("✓ normalise", "✗ read", "Nearest understood form", "Subgraph", "[B N + L 16]"):
         assert part in text
 
 

@@ -11,8 +11,8 @@ import torch
 from test_adapter import converted
 
 from reattend.errors import ArgumentError
-from reattend.install.adapter import StockState
 from reattend.install.spans import SpanCache, SpanState
+from reattend.install.stock import StockState
 from reattend.mixers.latent import LatentAttention
 
 NEW = 12

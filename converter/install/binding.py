@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.install.pieces import AroundConfig, FixedLeaf, Path
+from reattend.install.pieces import AroundConfig, FixedLeaf, HandedOn, Path
 from reattend.mixers.config import Frozen
 
 
@@ -39,6 +39,7 @@ class Binding(Frozen):
     `layer_shift`: a number that each call adds to `layer_idx` (a module called several times).
     `whole`: the block's own steps need all tokens of a sequence in one call.
     `fixed`: arguments that must be as they were at capture, where it was of one size of image.
+    `hands`: keys and values that the owner leaves in an argument for later blocks.
     """
 
     hidden: Path
@@ -61,6 +62,7 @@ class Binding(Frozen):
     absent: tuple[str, ...] = ()
     whole: bool = False
     fixed: tuple[FixedLeaf, ...] = ()
+    hands: tuple[HandedOn, ...] = ()
 
     @property
     def stepwise(self) -> bool:
@@ -91,8 +93,8 @@ def by_name(
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every leaf of nested dicts, lists and tuples, with its path."""
-    if isinstance(value, dict):
+    """Every leaf of nested mappings, lists and tuples, with its path."""
+    if isinstance(value, Mapping):
         for key, item in value.items():
             yield from leaves(item, (*path, key))
     elif isinstance(value, list | tuple):
@@ -120,7 +122,7 @@ def read(arguments: dict[str, Any], path: Path | None) -> Any:
     for step in path or ():
         if value is None:
             return None
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             value = value.get(step)
         else:
             value = value[step] if int(step) < len(value) else None

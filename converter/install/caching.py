@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from reattend.capture import Call, watch
 from reattend.install.binding import bound, leaves, read
-from reattend.install.pieces import CacheAt
+from reattend.install.pieces import BOTH, CacheAt
 from reattend.running import evaluation
 
 
@@ -102,6 +102,8 @@ def _recorded(record: Callable[[Any, int], None]) -> Iterator[None]:
 def _placed(calls: list[tuple[CacheAt, dict[str, Any]]]) -> CacheAt:
     """The layer that a module writes to, from its calls: one, or one counted from an argument."""
     first, arguments = calls[0]
+    if len({at.part for at, _ in calls}) > 1:
+        return first._replace(part=BOTH)
     if all(at.layer_idx == first.layer_idx for at, _ in calls):
         return first
     for path, leaf in leaves(arguments):

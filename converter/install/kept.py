@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reattend.errors import UnsupportedCacheError
-from reattend.install.adapter import StockState
+from reattend.install.stock import StockState
 from reattend.mixers.base import Kept
 from reattend.mixers.places import places
 from reattend.mixers.scores import own_pattern

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from reattend.mixers.config import Frozen
 from reattend.program import Program
 
 Path = tuple[str | int, ...]
+#: `CacheAt.part` of a module that writes to both parts of an encoder-decoder cache
+BOTH = "both"
 
 
 class CacheAt(NamedTuple):
@@ -15,7 +17,7 @@ class CacheAt(NamedTuple):
 
     Attributes:
         path: the leaf of its call that is the cache; None: it has none.
-        part: of an encoder-decoder cache.
+        part: of an encoder-decoder cache; `BOTH` where it is each of the two.
         layer_idx: layer of the cache.
         shift: the leaf, a number, that is added to `layer_idx` in each call; `()` where several
             calls use several layers and no argument says which.
@@ -44,6 +46,25 @@ class FixedLeaf(Frozen):
     path: Path
     number: int | None = None
     sizes: tuple[int | None, ...] = ()
+
+
+class HandedOn(Frozen):
+    """Keys or values that a call leaves in a mapping among its arguments, for later blocks.
+
+    Attributes:
+        container: the leaf's way to the mapping.
+        key: under which they stand there.
+        streams: `k` and `v` in the order of a tuple; one of them where they stand alone.
+        heads: of each, as the model has them [B, heads, M, d].
+        columns: for each the number of the mixer's [G d] that stands there.
+    """
+
+    container: Path
+    key: str | int
+    streams: tuple[Literal["k", "v"], ...]
+    alone: bool
+    heads: tuple[int, ...]
+    columns: tuple[tuple[int, ...], ...]
 
 
 class Piece(Frozen):

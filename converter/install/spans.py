@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from reattend.errors import ArgumentError
-from reattend.install.adapter import StockState
+from reattend.install.stock import StockState
 from reattend.kernels.attention import attention as _attention  # noqa: F401  (registered here)
 from reattend.kernels.latent_attention import latent_attention as _latent  # noqa: F401
 

@@ -54,12 +54,22 @@ class NormConfig(Frozen):
 class OpaqueConfig(Frozen):
     """Stands where a projection does: a program from the source to [B, N, p], then row `rows[i]`
     of its p numbers as number i. One token's numbers depend on that token alone. `extras`: which of
-    `Context.extras` the program takes after the source.
+    `Context.extras` the program takes after the source. `regroups`: what it makes are not one for
+    each token it is given.
     """
 
     program: Program
     rows: tuple[int, ...]
     extras: tuple[int, ...] = ()
+    regroups: bool = False
+
+
+class GrowthConfig(Frozen):
+    """Times 1 + beta log(1 + floor((position + offset) / period)), positions in tokens."""
+
+    beta: float
+    offset: int
+    period: int
 
 
 class StreamConfig(Frozen):
@@ -69,6 +79,7 @@ class StreamConfig(Frozen):
     opaque: OpaqueConfig | None = None
     norm: NormConfig | None = None
     scale: float = 1.0
+    growth: GrowthConfig | None = None
 
 
 class RotaryConfig(Frozen):

@@ -15,7 +15,7 @@ from reattend.mixers.base import Context, Rows, RowShapes, State
 from reattend.mixers.block import BlockMixer, project, projection
 from reattend.mixers.config import BlockConfig, NormConfig, StreamConfig
 from reattend.mixers.norm import StreamNorm
-from reattend.mixers.rotary import rotate, rotation
+from reattend.mixers.rotary import grown, rotate, rotation
 from reattend.mixers.scores import attend, per_head, refuse_opaque
 
 
@@ -59,6 +59,7 @@ class DenseAttention(BlockMixer):
         pairs = c.rotary.pairs if c.rotary else 0
         offset = state.seen() if state is not None and self.adds_bias else 0
         q = stream(project(self.q_proj, x_BND, ctx), c.core.heads, c.q, self.q_norm, turn, pairs)
+        q = grown(q, c.q.growth, ctx, state, x_BND)
         added = self.added_scores(x_BND, ctx, state)
         if source_BMD is None:
             return (q, offset, added), None

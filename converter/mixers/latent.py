@@ -22,7 +22,7 @@ from reattend.mixers.config import CoreConfig
 from reattend.mixers.dense import stream_norm
 from reattend.mixers.latent_config import LatentConfig, has_own_query
 from reattend.mixers.norm import normed_heads
-from reattend.mixers.rotary import rotate, rotation
+from reattend.mixers.rotary import grown, rotate, rotation
 from reattend.mixers.scores import attend, attend_rows, per_head, refuse_opaque
 
 
@@ -88,7 +88,9 @@ class LatentAttention(BlockMixer):
         """Queries (unrotated, rotated) and the tokens before them; latent and rotated key."""
         turn = self._turn(ctx, state, x_BND)
         offset = state.seen() if state is not None and self.adds_bias else 0
-        query = (*self._queries(x_BND, turn, ctx), offset)
+        both = self._queries(x_BND, turn, ctx)
+        nope, rope_q = (grown(q, self.config.q.growth, ctx, state, x_BND) for q in both)
+        query = (nope, rope_q, offset)
         if source_BMD is None:
             return query, None
         latent, rope = self._rows(source_BMD, turn)

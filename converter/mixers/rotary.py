@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reattend.mixers.base import Context, State
-from reattend.mixers.config import RotaryConfig
+from reattend.mixers.config import GrowthConfig, RotaryConfig
 
 
 def rotation(
@@ -24,10 +24,7 @@ def rotation(
         return None
     if ctx.rotation is not None:
         return ctx.rotation
-    position = ctx.position_BN
-    if position is None:
-        start = state.seen() if state is not None else 0
-        position = torch.arange(start, start + x_BND.shape[1], device=x_BND.device)[None]
+    position = positions(ctx, state, x_BND)
     wide = torch.float64 if x_BND.dtype == torch.float64 else torch.float32
     inv_freq = torch.tensor(config.inv_freq, dtype=wide, device=x_BND.device)
     angle_BNP = position[..., None].to(wide) * inv_freq
@@ -35,6 +32,26 @@ def rotation(
         (angle_BNP.cos() * config.scaling).to(x_BND.dtype),
         (angle_BNP.sin() * config.scaling).to(x_BND.dtype),
     )
+
+
+def positions(ctx: Context, state: State | None, x_BND: Tensor) -> Tensor:
+    """[B or 1, N] in tokens: the model's own, or counted from what the state has seen."""
+    if ctx.position_BN is not None:
+        return ctx.position_BN
+    start = state.seen() if state is not None else 0
+    return torch.arange(start, start + x_BND.shape[1], device=x_BND.device)[None]
+
+
+def grown(
+    q_BHNd: Tensor, config: GrowthConfig | None, ctx: Context, state: State | None, x_BND: Tensor
+) -> Tensor:
+    """Queries times their factor by position, where the block has one."""
+    if config is None:
+        return q_BHNd
+    wide = torch.float64 if x_BND.dtype == torch.float64 else torch.float32
+    steps_BN = (positions(ctx, state, x_BND) + config.offset) // config.period
+    factor_BN = 1 + config.beta * torch.log1p(steps_BN.to(wide))
+    return q_BHNd * factor_BN[:, None, :, None].to(q_BHNd.dtype)
 
 
 def rotate(x_BhNd: Tensor, turn: tuple[Tensor, Tensor] | None, pairs: int) -> Tensor:

@@ -15,6 +15,8 @@ from reattend.passes.evaluate import ancestors
 from reattend.passes.find.programs import cut_out, then
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.normalize.forms import aten, is_op, is_projection
+from reattend.passes.normalize.ways import known
+from reattend.program import Program
 from reattend.spec import Opaque
 
 #: values tried as the end of the program
@@ -144,6 +146,34 @@ def _passages(core_input: fx.Node, hidden: fx.Node) -> Iterator[tuple[fx.Node, b
             return
 
 
+def endings(core_input: fx.Node) -> Iterator[Start]:
+    """Values with heads that all of the stream passes through, whatever it is computed from."""
+    behind = ancestors([core_input], stop=is_projection)
+    wanted = {n for n in behind if is_projection(n)}
+    tried = 0
+    for node in core_input.graph.nodes if wanted else ():
+        value = node.meta.get("val")
+        if node not in behind or not isinstance(value, Tensor) or value.dim() != 4:
+            continue
+        fixed = [isinstance(size, int) for size in value.shape]
+        if not value.is_floating_point() or not fixed[3] or not (fixed[1] or fixed[2]):
+            continue
+        if not wanted <= ancestors([node], stop=is_projection):
+            continue
+        if wanted & ancestors([core_input], stop=lambda n, c=node: n is c):  # type: ignore[misc]
+            continue
+        yield Start(node, (node,), fixed[1])
+        tried += 1
+        if tried == _TRIES:
+            return
+
+
+def uncut(heads: int, rows: tuple[int, ...]) -> Opaque:
+    """Stands for a program until it is known what it reads."""
+    program = Program(inputs=(), weights={}, steps=(), output="")
+    return Opaque(program, (), heads, len(rows) // heads, rows)
+
+
 def opaque_step(
     gm: fx.GraphModule,
     inputs: dict[fx.Node, str],
@@ -172,4 +202,8 @@ def opaque_step(
     heads, flat = rows
     if len(flat) % heads:
         raise NotUnderstood("heads of unequal width")
-    return Opaque(program, part.sources, heads, len(flat) // heads, flat)
+    source = next(iter(inputs)).meta["val"].shape
+    shape = end.meta["val"].shape
+    tokens = [known(shape[0]), known(shape[2 if heads_first else 1])]
+    moves = tokens != [known(size) for size in source[:2]]
+    return Opaque(program, part.sources, heads, len(flat) // heads, flat, regroups=moves)

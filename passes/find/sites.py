@@ -12,12 +12,13 @@ from torch import fx
 from reattend.passes.find.exits import FoundExit, read_exit
 from reattend.passes.find.joins import own_join
 from reattend.passes.find.masks import FoundMask, read_mask
-from reattend.passes.find.owners import owner_of
+from reattend.passes.find.owners import from_outside, owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation
-from reattend.passes.find.sources import read_added, read_sources
+from reattend.passes.find.shared import handed_on, read_shared
+from reattend.passes.find.sources import own_projections, read_added, read_sources
 from reattend.passes.find.stored import stored_steps
-from reattend.passes.find.streams import FoundStream, read_stream
+from reattend.passes.find.streams import FoundStream, read_carried, read_stream
 from reattend.passes.find.twins import twin
 from reattend.passes.normalize.forms import attention, is_op
 from reattend.spec import Added, AttentionSpec, Core, Pattern, Rotary, Stream
@@ -25,7 +26,11 @@ from reattend.spec import Added, AttentionSpec, Core, Pattern, Rotary, Stream
 
 @dataclass
 class Region:
-    """A block in the graph: its nodes, what enters, what leaves."""
+    """A block in the graph: its nodes, what enters, what leaves.
+
+    `handed`: its keys (`k`) and values (`v`) where other blocks read them. `position`: what a
+    factor of its queries is made of, where that comes from outside.
+    """
 
     core: fx.Node
     hidden: fx.Node
@@ -36,12 +41,18 @@ class Region:
     rotation: Rotation | None
     externals: list[fx.Node] = field(default_factory=list)
     extras: list[fx.Node] = field(default_factory=list)
+    handed: dict[str, fx.Node] = field(default_factory=dict)
+    position: fx.Node | None = None
+
+    @property
+    def inner(self) -> list[fx.Node]:
+        """Every projection of its own, and the core."""
+        return [*own_projections(self.streams), self.core]
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """Every projection and the core: enough to tell which module owns the block."""
-        own = [s.projection for s in self.streams.values()] + [self.core]
-        return own + ([self.exit.node] if self.exit.out is not None else [])
+        """The same with the exit: enough to tell which module owns the block."""
+        return self.inner + ([self.exit.node] if self.exit.out is not None else [])
 
     def replaced(self, old: fx.Node, new: fx.Node) -> None:
         """Another node stands for one that enters here."""
@@ -118,15 +129,22 @@ def _read(
     mask_of: Callable[[fx.Node | None, bool], FoundMask],
 ) -> Found:
     q_node, k_node, v_node, mask, scale, softcap, is_causal, sinks = core.args
-    streams = {
-        name: read_stream(gm, node, given)
-        for name, node in (("q", q_node), ("k", k_node), ("v", v_node))
-    }
+    streams = {"q": read_stream(gm, q_node, given)}
+    if _made_outside(streams["q"], core):
+        streams["q"] = read_stream(gm, q_node, given, grows=False)
+    for which, name, node in ((1, "k", k_node), (2, "v", v_node)):
+        streams[name] = read_shared(gm, core, which, given) or read_stream(gm, node, given)
+    for name in _turned_alone(streams):
+        node = core.args["qkv".index(name)]
+        carried = read_carried(gm, node, given)
+        if carried is None:
+            raise NotUnderstood(f"what is rotated differs between q, k and v ({name} alone)")
+        streams[name] = replace(carried, hidden=streams[name].hidden)
+    if any(streams[n].growth for n in "kv"):
+        raise NotUnderstood("keys or values are multiplied by a factor of position")
     sources, streams = read_sources(gm, core, streams)
     q, k, v = streams["q"], streams["k"], streams["v"]
     hidden, memory = sources.hidden, sources.memory
-    if v.rotation is not None:
-        raise NotUnderstood("values are rotated")
     rotation = _shared_rotation(q, k)
     added: Added | None = None
     try:
@@ -141,14 +159,11 @@ def _read(
         except NotUnderstood as also:
             raise NotUnderstood(f"{why}; {also}") from why
         found_mask = FoundMask(Pattern("full"), False)
+    source = "hidden" if memory is None else "encoder"
     spec = AttentionSpec(
         q=Stream("hidden", stored_steps(gm, q.projection, q.steps)),
-        k=Stream(
-            "hidden" if memory is None else "encoder", stored_steps(gm, k.projection, k.steps)
-        ),
-        v=Stream(
-            "hidden" if memory is None else "encoder", stored_steps(gm, v.projection, v.steps)
-        ),
+        k=Stream(_named(k, source), stored_steps(gm, k.projection, k.steps)),
+        v=Stream(_named(v, source), stored_steps(gm, v.projection, v.steps)),
         core=replace(
             _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),
             sinks=None if sinks is None else str(sinks.target),
@@ -156,7 +171,7 @@ def _read(
         ),
         out=None,
     )
-    owner = owner_of([*(s.projection for s in streams.values()), core])
+    owner = owner_of([*own_projections(streams), core])
     exit_ = read_exit(gm, core, hidden, given, owner)
     if exit_.out is None and list(spec.core.kv_head_of) != sorted(spec.core.kv_head_of):
         exit_.join = own_join(gm, core, hidden, exit_.joined)  # heads leave in the model's order
@@ -165,8 +180,35 @@ def _read(
     region = Region(
         core, hidden, memory, mask, exit_, streams, rotation,
         sorted(externals, key=list(gm.graph.nodes).index), sources.extras,
+        handed_on(streams, owner), _position(q, owner),
     )  # fmt: skip
     return Found(spec, region, found_mask.follows_padding)
+
+
+def _position(q: FoundStream, owner: str) -> fx.Node | None:
+    """The positions that enter a block for its queries' factor; None where it counts tokens."""
+    outside = [] if q.growth is None else from_outside(q.growth.factor, owner)
+    return outside[0] if outside else None
+
+
+def _made_outside(stream: FoundStream, core: fx.Node) -> bool:
+    """Whether a factor by position enters a block finished, and not the positions."""
+    if stream.growth is None:
+        return False
+    owner = owner_of([stream.projection, core])
+    outside = from_outside(stream.growth.factor, owner)
+    return bool(outside) and outside != from_outside(stream.growth.position, owner)
+
+
+def _named(stream: FoundStream, source: str) -> str:
+    return f"site:{stream.site}" if stream.site else source
+
+
+def _turned_alone(streams: dict[str, FoundStream]) -> list[str]:
+    """Streams whose rotation the spec has no word for: of values, or of queries or keys alone."""
+    turned = [n for n in "qkv" if streams[n].rotation is not None]
+    alone = [n for n in turned if n != "v"]
+    return ["v"] * ("v" in turned) + (alone if len(alone) == 1 else [])
 
 
 def _shared_rotation(q: FoundStream, k: FoundStream) -> Rotation | None:

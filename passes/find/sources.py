@@ -43,8 +43,8 @@ def read_sources(
     """
     q, k, v = (streams[n] for n in "qkv")
     plain = all(s.hidden.meta["val"].dim() == 3 for s in (q, k, v))
-    owner = owner_of([*(s.projection for s in streams.values()), core])
-    alone = not any(_reads_more(s, owner) for s in streams.values())
+    owner = owner_of([*own_projections(streams), core])
+    alone = not any(s.carried or _reads_more(s, owner) for s in streams.values())
     if k.hidden is v.hidden and plain and alone:
         return Sources(q.hidden, None if k.hidden is q.hidden else k.hidden), streams
     behind = {n: from_outside(_end(s), owner) for n, s in streams.items()}
@@ -54,7 +54,7 @@ def read_sources(
     hidden = q.hidden if q.hidden in behind["q"] else _states(shared or behind["q"])
     both = [n for n in behind["k"] if n in behind["v"]]
     memory = hidden
-    if hidden not in behind["v"]:
+    if hidden not in behind["v"] and not v.site:
         memory = k.hidden if k.hidden in behind["k"] else _states(both or behind["k"])
     sources = Sources(hidden, None if memory is hidden else memory)
     made = {
@@ -62,6 +62,11 @@ def read_sources(
         for name, stream in streams.items()
     }
     return sources, made
+
+
+def own_projections(streams: dict[str, FoundStream]) -> list[fx.Node]:
+    """Where the streams begin that are not another block's."""
+    return [s.projection for s in streams.values() if not s.site]
 
 
 def _end(stream: FoundStream) -> fx.Node:
@@ -116,7 +121,7 @@ def read_added(
     """
     mask = core.args[3]
     assert isinstance(mask, fx.Node)
-    owner = owner_of([*(s.projection for s in streams.values()), core])
+    owner = owner_of([*own_projections(streams), core])
     extras = [n for n in from_outside(mask, owner) if n is not sources.hidden]
     places = tuple(sources.place(n) for n in extras)
     names = {sources.hidden: "x", **{n: f"e{i}" for i, n in enumerate(extras)}}

@@ -42,6 +42,7 @@ def twin(gm: fx.GraphModule, known: Found, core: fx.Node) -> Found | None:
     try:
         walk.pair(region.core, core)
         walk.follow(region.core, region.exit.node)
+        walk.same_readers({n for s in region.streams.values() for n in s.nodes})
         return replace(
             known,
             spec=walk.carried(known.spec),
@@ -92,6 +93,12 @@ class _Walk:
                 path.add(node)
         for node in path:
             if _used(node) != _used(self.nodes[node]):
+                raise _Differs
+
+    def same_readers(self, nodes: set[fx.Node]) -> None:
+        """Queries, keys and values are read alike: other blocks may read them too."""
+        for node in nodes & self.nodes.keys():
+            if _used(node, True) != _used(self.nodes[node], True):
                 raise _Differs
 
     def _next(self, before: fx.Node, node: fx.Node) -> None:
@@ -172,7 +179,9 @@ def _without_nodes(node: fx.Node) -> tuple[Any, ...]:
     return (None if node.op == "get_attr" else node.target, args, kwargs)
 
 
-def _used(node: fx.Node) -> list[str]:
-    """What reads a value, apart from its sizes."""
-    users: Iterable[fx.Node] = (u for u in node.users if not is_op(u, aten.sym_size))
+def _used(node: fx.Node, read_on: bool = False) -> list[str]:
+    """What reads a value, apart from its sizes; `read_on`: and is read itself."""
+    users: Iterable[fx.Node] = (
+        u for u in node.users if not is_op(u, aten.sym_size) and (u.users or not read_on)
+    )
     return sorted(u.op if u.op == "output" else str(u.target) for u in users)

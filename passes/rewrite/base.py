@@ -70,6 +70,8 @@ class Conversion(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[Frozen]]
     needs: ClassVar[frozenset[Need]] = frozenset()
+    #: takes blocks that read another block's keys and values, or hand their own on
+    shared: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, config: DenseConfig, options: Any) -> Refusal | None:
@@ -145,6 +147,14 @@ class Built:
     mixer: Mixer
     exactness: Exactness
     evidence: dict[str, Any]
+
+
+def regrouped(config: DenseConfig) -> Refusal | None:
+    """Why a block is refused whose queries or keys are not one for each of its tokens."""
+    for name, stream in (("queries", config.q), ("keys", config.k)):
+        if stream.opaque is not None and stream.opaque.regroups:
+            return Refusal(f"{name} are not one for each token: the model's own steps regroup them")
+    return None
 
 
 def has_own_steps(config: DenseConfig) -> bool:

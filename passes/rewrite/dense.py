@@ -22,6 +22,7 @@ class ToDense(Conversion):
 
     name = "dense"
     Options = DenseOptions
+    shared = True
 
     def check(self, config: DenseConfig, options: Any) -> Refusal | None:
         """Always legal."""

@@ -23,6 +23,7 @@ from reattend.passes.rewrite.base import (
     Exactness,
     Measure,
     Subject,
+    regrouped,
 )
 from reattend.passes.rewrite.mla_budget import allocate
 from reattend.passes.rewrite.mla_error import best_norm, best_ratio
@@ -51,6 +52,8 @@ class ToMla(Conversion):
         for name, stream in (("keys", config.k), ("values", config.v)):
             if stream.opaque is not None:
                 return Refusal(f"{name} are made by the model's own steps, not by a projection")
+        if (moved := regrouped(config)) is not None:
+            return moved
         if config.v.norm is not None:
             return Refusal("values are normalised per head, which no shared latent can carry")
         for name, stream in (("queries", config.q), ("keys", config.k)):

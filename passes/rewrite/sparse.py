@@ -25,6 +25,7 @@ from reattend.passes.rewrite.base import (
     Measure,
     Subject,
     dense_cost,
+    regrouped,
 )
 from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
 from reattend.passes.rewrite.sparse_build import sparse_like
@@ -138,6 +139,8 @@ class ToSparse(Conversion):
         core = config.core
         if config.cross:
             return Refusal("cross-attention: its keys have no place in the sequence of its queries")
+        if (moved := regrouped(config)) is not None:
+            return moved
         if core.pattern == "opaque":
             return Refusal("the mask has no fixed pattern that a sparse one could be laid over")
         if config.added is not None or config.relative is not None or config.alibi is not None:

@@ -67,6 +67,7 @@ def block_obstacles(path: str, config: BlockConfig) -> list[Obstacle]:
             "the hidden state, and the norm stands in between",
             KEEP_FORMAT,
         ),
+        (config.q.growth is not None, "its queries grow with position", KEEP_FORMAT),
         (config.q.opaque is not None, "its queries are made by the model's own steps", KEEP_FORMAT),
         (
             latent is not None and (latent.value_bias or latent.key_bias),

@@ -156,6 +156,8 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "what it attends to is a mask of the model's own, which the ONNX graph does not make"
     elif config.core.sinks:
         why = "its logit sinks have no input in the ONNX node yet"
+    elif config.q.growth is not None:
+        why = "its queries grow with position, which has no place in the ONNX node yet"
     elif config.alibi is not None or config.relative is not None or config.added is not None:
         why = "what it adds to its scores has no input in the ONNX node yet"
     elif any(c.pattern.select for c in getattr(config, "classes", ())):
