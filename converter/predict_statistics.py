@@ -30,9 +30,9 @@ def moments_bytes(choice: Choice) -> int:
 
 
 def spreading_bytes(converted: list[Choice], length: int) -> int:
-    """Bytes while the attention of one row is summed: five copies in float32."""
-    heads = [c.config.core.heads for c in converted if "attention" in c.needs]
-    return 5 * 4 * max(heads, default=0) * length**2
+    """Bytes while one row's scores of one group are weighed: six copies in float32."""
+    cores = [c.config.core for c in converted if "attention" in c.needs]
+    return 6 * 4 * max((core.heads // core.kv_heads for core in cores), default=0) * length**2
 
 
 def sharing_bytes(vocabulary: int, converted: list[Choice], length: int, spared: bool) -> int:

@@ -1,4 +1,4 @@
-"""Moments weighted by attention, against loops over tokens."""
+"""Moments weighted by what scores cost, against loops over tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import pytest
 import torch
 from mla_blocks import HIDDEN, config, dense
 
-from reattend.attention_moments import ATTENDED, AttentionMoments, diagonal_sums
-from reattend.mixers.base import Context
+from reattend.attention_moments import (
+    SENSITIVE,
+    AttentionMoments,
+    diagonal_sums,
+    read_out,
+    sensitivity,
+)
 from reattend.statistics import SiteStatistics
 
 
@@ -22,7 +27,7 @@ def collected(mixer, x, valid=None):
 
 
 def weights(mixer, x_ND):
-    """Weight of query i on key j for every head, written out."""
+    """Weight of query i on key j for every head, and queries, written out."""
     core, rotary = mixer.config.core, mixer.config.rotary
     pairs = rotary.pairs if rotary else 0
     with torch.no_grad():
@@ -39,20 +44,29 @@ def weights(mixer, x_ND):
         return z
 
     n = len(x_ND)
+    e = core.v_head_dim
+    v = (x_ND @ mixer.v_proj.weight.detach().t()).unflatten(-1, (core.kv_heads, e))
     found = torch.zeros(core.heads, n, n, dtype=torch.float64)
+    sees = {}
     for h in range(core.heads):
+        out = mixer.o_proj.weight.detach()[:, h * e : (h + 1) * e]
         g = h // (core.heads // core.kv_heads)
         for i in range(n):
-            seen = [j for j in range(i + 1) if not core.window or j > i - core.window]
+            sees[i] = seen = [j for j in range(i + 1) if not core.window or j > i - core.window]
             scores = []
             for j in seen:
                 s = float(turned(q[i, h], i) @ turned(k[j, g], j)) * core.scale
                 scores.append(core.softcap * math.tanh(s / core.softcap) if core.softcap else s)
             top = max(scores)
             total = sum(math.exp(s - top) for s in scores)
-            for j, s in zip(seen, scores, strict=True):
-                attended = math.exp(s - top) / total
-                found[h, i, j] = ATTENDED * attended + (1 - ATTENDED) / len(seen)
+            p = [math.exp(s - top) / total for s in scores]
+            mean = sum(a * v[j, g] for a, j in zip(p, seen, strict=True))
+            for a, j in zip(p, seen, strict=True):
+                found[h, i, j] = float((a * out @ (v[j, g] - mean)).square().sum())
+        share = (1 - SENSITIVE) * float(found[h].sum()) / n
+        found[h] *= SENSITIVE
+        for i in range(n):
+            found[h, i, sees[i]] += share / len(sees[i])
     return found, q
 
 
@@ -73,29 +87,45 @@ def test_sums_are_those_of_the_loops(cfg) -> None:
             k = mixer.k_norm(mixer.k_proj(row).unflatten(-1, (2, 8))).flatten(1)
             y = torch.cat([k, row @ mixer.v_proj.weight.t()], -1).detach()
         for i in range(6):
-            expected.queries += torch.einsum("hi,hj->hij", q[i], q[i])
             for j in range(6):
                 w = weight[:, i, j]
                 expected.gram += w.mean() * torch.outer(y[j], y[j])
                 expected.total += w.mean() * y[j]
+                expected.weight += w.mean()
+                expected.head_weight += w
+                expected.queries += torch.einsum("h,hi,hj->hij", w, q[i], q[i])
                 for f, speed in enumerate(cfg.rotary.inv_freq):
                     expected.phases[:, f, 0] += w * math.cos((i - j) * speed)
                     expected.phases[:, f, 1] += w * math.sin((i - j) * speed)
-    for name in ("gram", "total", "queries", "phases"):
+    for name in ("gram", "total", "weight", "queries", "phases", "head_weight"):
         a, b = getattr(found, name), getattr(expected, name)
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-10), name
 
 
-def test_the_weights_are_those_the_block_attends_with() -> None:
-    """The block's own output, from the attended part of the weights."""
+def test_the_weight_is_what_an_error_of_the_score_costs() -> None:
+    """By pushing one score after the other a little."""
     mixer = dense(config())
-    x = torch.randn(1, 7, HIDDEN, dtype=torch.float64)
-    weight, _ = weights(mixer, x[0])
-    even = torch.ones(7, 7, dtype=torch.float64).tril()
-    attended = (weight - (1 - ATTENDED) * even / even.sum(-1, keepdim=True)) / ATTENDED
-    v = (x[0] @ mixer.v_proj.weight.t()).unflatten(-1, (2, 8)).repeat_interleave(2, 1)
-    y = torch.einsum("hij,jhe->ihe", attended, v).flatten(1) @ mixer.o_proj.weight.t()
-    assert torch.allclose(y, mixer(x, Context())[0], atol=1e-12)
+    scores, v = torch.randn(2, 5, 5, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    seen = torch.ones(1, 5, 5, dtype=torch.bool).tril()
+    out = mixer.o_proj.weight.detach().unflatten(1, (4, 8))[:, :2]
+
+    def output(given):
+        p = given.masked_fill(~seen, float("-inf")).softmax(-1)
+        return torch.einsum("hij,je,dhe->hid", p, v, out)
+
+    found = sensitivity(scores, seen, v, read_out(mixer)[:2])
+    for h in range(2):
+        costs = torch.zeros(5, 5, dtype=torch.float64)
+        for i in range(5):
+            for j in range(i + 1):
+                push = torch.zeros_like(scores)
+                push[h, i, j] = 1e-5
+                costs[i, j] = (
+                    ((output(scores + push) - output(scores - push)) / 2e-5).square().sum()
+                )
+        even = seen[0] / seen[0].sum(-1, keepdim=True)
+        expected = SENSITIVE * costs + (1 - SENSITIVE) * costs.sum() / 5 * even
+        assert torch.allclose(found[h], expected, rtol=1e-6, atol=1e-9)
 
 
 def test_padding_counts_nowhere() -> None:
@@ -112,15 +142,16 @@ def test_padding_counts_nowhere() -> None:
     assert padded.count == 14
 
 
-def test_rows_of_weights_sum_to_one() -> None:
-    """So the count of tokens is the weight of the Gram matrix."""
+def test_the_sum_of_the_weights_is_kept() -> None:
+    """So that the moments become means."""
     mixer = dense(config(4, 4))
     x = torch.randn(3, 8, HIDDEN, dtype=torch.float64)
     x[..., 0] = 1.0
     mixer.v_proj.weight.data[0] = 0
     mixer.v_proj.weight.data[0, 0] = 1.0  # the first value of every token is 1
-    found = collected(mixer, x)
-    assert float(found.attention.total[32]) == pytest.approx(found.count)
+    found = collected(mixer, x).attention
+    assert float(found.total[32]) == pytest.approx(float(found.weight))
+    assert float(found.head_weight.mean()) == pytest.approx(float(found.weight))
 
 
 def test_diagonals_are_ordered_by_distance() -> None:

@@ -78,6 +78,8 @@ def test_the_metric_of_values_is_their_effect_on_the_output() -> None:
 
 
 def test_the_metric_of_keys_is_the_mean_squared_score_error() -> None:
+    from test_attention_moments import weights
+
     mixer = dense(config(4, 2, pairs=0))
     found = SiteStatistics.empty(mixer, {"attention"})
     x = torch.randn(1, 9, HIDDEN, dtype=torch.float64)
@@ -89,7 +91,9 @@ def test_the_metric_of_keys_is_the_mean_squared_score_error() -> None:
     metric = output_metric(mixer, solved.rotary, found, solved.turn_Hdd).keys
     lost = torch.randn(16, dtype=torch.float64)
     dk = (solved.rotary.nope_up @ lost).reshape(2, 8).repeat_interleave(2, 0)
-    expected = float((torch.einsum("nhd,hd->nh", q, dk) ** 2).sum() / 9)
+    weight, _ = weights(mixer, x[0])
+    lost_hn = torch.einsum("nhd,hd->hn", q, dk) ** 2
+    expected = float((lost_hn * weight.sum(2)).sum() / weight.mean(0).sum())
     assert float(lost @ metric @ lost) == pytest.approx(expected)
 
 

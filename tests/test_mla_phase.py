@@ -20,7 +20,8 @@ def test_the_mean_has_the_least_error() -> None:
     found = moments(dense(cfg))
     mean, one = stand_in(cfg, found, "mean"), stand_in(cfg, found, "one")
     assert bool((mean.lost <= one.lost + 1e-12).all())
-    size = torch.view_as_complex(found.attention.phases) / found.count
+    size = torch.view_as_complex(found.attention.phases)
+    size = size / found.attention.head_weight[:, None]
     for shift in (0.01, -0.02j, 0.1 + 0.1j):
         other = (
             1 - 2 * ((mean.factor + shift).conj() * size).real + (mean.factor + shift).abs() ** 2
@@ -46,7 +47,7 @@ def test_lost_is_the_mean_squared_gap_over_distances() -> None:
             for f, speed in enumerate(cfg.rotary.inv_freq):
                 turn = torch.polar(torch.ones_like(distance), distance * speed)
                 gap = (turn - phase.factor[h, f]).abs() ** 2
-                expected = float((weight[h] * gap).sum() / 6)
+                expected = float((weight[h] * gap).sum() / weight[h].sum())
                 assert float(phase.lost[h, f]) == pytest.approx(expected, abs=1e-9)
 
 

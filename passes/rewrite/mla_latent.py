@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reattend.attention_moments import read_out
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.rewrite.mla_phase import per_group
 from reattend.passes.rewrite.mla_rotary import RotaryChoice
@@ -102,16 +103,14 @@ def output_metric(
     assert statistics.attention is not None
     core = dense.config.core
     groups, e = core.kv_heads, core.v_head_dim
-    queries = statistics.attention.queries / max(statistics.count, 1)
+    queries = statistics.attention.queries / statistics.attention.weight.clamp_min(1e-300)
     read = turn_Hdd @ queries @ turn_Hdd.transpose(1, 2)
     grouped = read.reshape(groups, -1, *read.shape[1:]).sum(1)
     stacked = torch.block_diag(*grouped)
     keys = choice.nope_up.t() @ stacked @ choice.nope_up
     if dense.config.out_features is None or dense.config.join is not None:
         return Metric(keys, torch.eye(groups * e, dtype=torch.float64))
-    out = dense.get_parameter("o_proj.weight").detach().double().cpu()
-    out = out.reshape(-1, groups, core.heads // groups, e)
-    return Metric(keys, torch.block_diag(*torch.einsum("oghe,oghf->gef", out, out)))
+    return Metric(keys, torch.block_diag(*read_out(dense).reshape(groups, -1, e, e).sum(1)))
 
 
 def balance_factor(key_moment: Tensor, value_moment: Tensor, ratio: float) -> float:

@@ -1,6 +1,6 @@
 """Second moments of y = [keys | values] that the conversion compresses and selects by.
 
-`pca`: as calibrated. `output`: weighted by the attention each token receives. `care`
+`pca`: as calibrated. `output`: weighted by what errors of the scores with each token cost. `care`
 (FutureMLS-Lab/CARE): W S^2 W^T with S = (1 - l) C^(1/2) + l I for the input covariance C, scaled
 to mean diagonal 1; l = 0 is `pca` up to a factor. `svd` (MHA2MLA, X-EcoMLA): W W^T, no data.
 W = [W_K; W_V].
@@ -26,11 +26,12 @@ def latent_moment(
         if options.latent == "care":
             weight = weight @ shrunk_root(statistics, options.shrinkage)
         return weight @ weight.t(), zero
-    count = max(statistics.count, 1)
+    count = float(max(statistics.count, 1))
     gram, total = statistics.gram, statistics.total
     if options.latent == "output":
         assert statistics.attention is not None
         gram, total = statistics.attention.gram, statistics.attention.total
+        count = float(statistics.attention.weight.clamp_min(1e-300))
     if not options.center or dense.config.core.sinks:
         return gram / count, zero
     mean = total / count
@@ -55,10 +56,11 @@ def shrunk_root(statistics: SiteStatistics, shrinkage: float) -> Tensor:
 def key_moment(dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions) -> Tensor:
     """Mean of k k^T of the keys as they are rotated, bias included, [G d, G d]."""
     core = dense.config.core
-    width, count = core.kv_heads * core.qk_head_dim, max(statistics.count, 1)
+    width, count = core.kv_heads * core.qk_head_dim, float(max(statistics.count, 1))
     gram, total = statistics.gram, statistics.total
     if options.mixing == "balanced" and statistics.attention is not None:
         gram, total = statistics.attention.gram, statistics.attention.total
+        count = float(statistics.attention.weight.clamp_min(1e-300))
     gram, total = gram[:width, :width] / count, total[:width] / count
     bias = dense.k_proj.bias
     if bias is None or dense.k_norm is not None:

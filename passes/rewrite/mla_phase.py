@@ -57,8 +57,10 @@ def stand_in(
     heads = config.core.heads
     mean = torch.zeros(heads, pairs, dtype=torch.complex128)
     if statistics.attention is not None and pairs:
+        weight = statistics.attention.head_weight[:, None]
         mean = size * torch.view_as_complex(statistics.attention.phases.contiguous())
-        mean = mean / max(statistics.count, 1)
+        # a head whose scores change nothing keeps them as they are
+        mean = torch.where(weight > 0, mean / weight.clamp_min(1e-300), size)
         if per_group(config):
             groups = config.core.kv_heads
             mean = mean.reshape(groups, -1, pairs).mean(1).repeat_interleave(heads // groups, 0)

@@ -47,10 +47,11 @@ def select(
 
 
 def query_energy(config: DenseConfig, statistics: SiteStatistics, pairs: int) -> Tensor:
-    """Mean |q_h(f)|^2, [H, P]; 1 where queries were not measured."""
+    """Mean |q_h(f)|^2 by what scores cost, [H, P]; 1 where queries were not measured."""
     if statistics.attention is None:
         return torch.ones(config.core.heads, pairs, dtype=torch.float64)
-    energy = torch.diagonal(statistics.attention.queries, dim1=1, dim2=2) / statistics.count
+    energy = torch.diagonal(statistics.attention.queries, dim1=1, dim2=2)
+    energy = energy / statistics.attention.weight.clamp_min(1e-300)
     return energy[:, :pairs] + energy[:, pairs : 2 * pairs]
 
 
