@@ -46,6 +46,18 @@ def spans(tokens: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
+def stretches(model: nn.Module, tokens: int) -> list[slice]:
+    """The tokens of a row whose logits are formed at once; one slice where a row is small enough.
+
+    A model that cannot leave logits out gives those of the whole row.
+    """
+    size = next(model.parameters()).element_size()
+    step = max(1, LOGITS_BYTES // max(1, vocabulary_of(model) * size))
+    if step >= tokens or not without_logits(model):
+        return [slice(0, tokens)]
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
 def without_logits(model: nn.Module) -> dict[str, int]:
     """Arguments that spare a language model's logits but those of the last token."""
     known = inspect.signature(model.forward).parameters

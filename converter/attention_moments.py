@@ -61,7 +61,9 @@ class AttentionMoments:
             (heads, pairs), (groups, pairs),
         ]  # fmt: skip
         sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-        return cls(*sums, read=read_out(dense))
+        made = cls(*sums)
+        made.read = read_out(dense)
+        return made
 
     def add(
         self, dense: DenseAttention, x_BND: Tensor, y_BNY: Tensor, valid: Tensor | None

@@ -14,7 +14,13 @@ from typing import Literal
 
 from torch import nn
 
-from reattend.at_once import rows_within, tokens_at_once, vocabulary_of, without_logits
+from reattend.at_once import (
+    LOGITS_BYTES,
+    rows_within,
+    tokens_at_once,
+    vocabulary_of,
+    without_logits,
+)
 from reattend.divergence import ROWS
 from reattend.materials import HELD_ROWS, HELD_SHARE
 from reattend.plan import Plan
@@ -111,7 +117,7 @@ def memory(
     """
     calibrate, element = plan.calibrate, sizes.element
     width = max((gram_width(c) for c in converted), default=0)
-    new = sum(c.after.parameters for c in converted) * element
+    new = sum(c.after.parameters - c.after.kept for c in converted) * element
     block = max((c.before.parameters for c in converted), default=0)
     batch = calibrate.batch_size * (OWN_LENGTH if rows is None else calibrate.seq_len)
     base = sizes.weights + OPENING
@@ -187,12 +193,14 @@ def _training(sizes: Sizes, converted: list[Choice], batch: int, plan: Plan) -> 
 
 
 def _verifying(sizes: Sizes, held: int, seq_len: int, generates: bool) -> float:
-    """Logits of both models for a batch, the next batch's first ones, and some five times."""
+    """Logits of a batch, or of both models for a stretch of it, and copies of some of them."""
     rows = rows_within(sizes.logits(seq_len), min(8, held) if held else 4)
-    batches = -(-held // rows)
-    logits = (1 if not held else 3 if batches > 1 else 2) * sizes.logits(rows * seq_len)
+    logits = sizes.logits(rows * seq_len)
     copied = min(seq_len, tokens_at_once(sizes.vocabulary)) if held else seq_len
-    row = 4 * copied * sizes.vocabulary * (5 if held else 1)
-    decode = 6 * sizes.logits(3 * 53) if generates else 0
+    row = 4 * copied * sizes.vocabulary
+    stretch = min(logits, LOGITS_BYTES) if sizes.spared else logits
+    alive = max(logits + 2 * row, 2 * stretch + 3 * row) if held else logits + row
+    wide = 3 * 8 * 3 * 8 * sizes.vocabulary  # three float64 copies of three rows' last 8 tokens
+    decode = max(wide, sizes.logits(3 * 53)) if generates else 0
     scores = 8 * rows * sizes.heads * seq_len**2  # where torch's own kernel does not fit
-    return max(logits + row, decode) + scores + sizes.activations(rows * seq_len)
+    return max(alive, decode) + scores + sizes.activations(rows * seq_len)

@@ -55,6 +55,23 @@ def test_losses_in_pieces_are_those_of_whole_rows(
     assert (pieces["top1"], whole[1]["kl"] > 1e-4) == (whole[1]["top1"], True)
 
 
+def test_models_are_compared_in_stretches_of_a_long_row(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, rows = zoo_models.build("llama"), data(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    whole, formed = agreement(model, other, rows, batch_size=1), []
+    monkeypatch.setattr(at_once, "LOGITS_BYTES", 4 * model.config.vocab_size * 10)
+    hook = other.lm_head.register_forward_hook(lambda m, given, out: formed.append(out.shape[1]))
+    pieces = agreement(model, other, rows, batch_size=1)
+    hook.remove()
+    assert formed == 5 * [10, 10, 3]
+    assert pieces["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    assert pieces["top1"] == whole["top1"]
+
+
 def test_a_large_vocabulary_is_asked_row_by_row(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from reattend.mixers.base import Context
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mla import MlaOptions, ToMla, resolve
+from reattend.sharing import address
 
 
 @pytest.mark.smoke
@@ -254,3 +255,16 @@ def test_up_projection_is_read_through_the_layer() -> None:
             got = built(x, Context())
             assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
             built.kv_b_proj.b.mul_(1.5)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_stays_as_it_was_is_not_copied(norm) -> None:
+    """The output projection, and before a key norm every projection; `cost` knows how much."""
+    block = dense(config(norm=norm))
+    options = MlaOptions(kv_lora_rank=5, qk_rope_head_dim=4)
+    mixer = ToMla().build(block, moments(block), options).mixer
+    old = {address(tensor) for tensor in block.parameters()}
+    shared = [p.numel() for p in mixer.parameters() if address(p) in old]
+    assert mixer.o_proj.weight.numel() in shared
+    assert len(shared) == (6 if norm else 1)
+    assert ToMla().cost(block.config, options).kept == sum(shared)

@@ -7,13 +7,14 @@ whatever the model's dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reattend.at_once import spans
+from reattend.at_once import spans, stretches
 from reattend.data import Dataset
 from reattend.errors import DataError, GateError
 from reattend.verify.recall import RecallScore, probes, score
@@ -146,25 +147,45 @@ def agreement(
     Raises:
         GateError: the result is not a number.
     """
-    ask_teacher, ask_student = full_scorer(teacher), _scorer(student, scorer)
     kl, same, tokens = 0.0, 0, 0
-    for ids_BN, mask_BN in _batches(dataset, batch_size):
-        teacher_BNV = ask_teacher(ids_BN, mask_BN)
-        student_BNV = ask_student(ids_BN, mask_BN).to(teacher_BNV.device)
-        real_BN = mask_BN.bool().to(teacher_BNV.device)
+    for teacher_BNV, student_BNV, real_BN in _both(teacher, student, dataset, scorer, batch_size):
         for teacher_NV, student_NV, real_N in zip(teacher_BNV, student_BNV, real_BN, strict=True):
             for part in spans(*teacher_NV.shape):
                 real = real_N[part]
                 target_RV = teacher_NV[part][real].float().log_softmax(-1)
                 guess_RV = student_NV[part][real].float().log_softmax(-1)
-                kl += float((target_RV.exp() * (target_RV - guess_RV)).sum(-1).double().sum())
                 same += int((target_RV.argmax(-1) == guess_RV.argmax(-1)).sum())
+                torch.sub(target_RV, guess_RV, out=guess_RV)  # in place: each is megabytes
+                kl += float(guess_RV.mul_(target_RV.exp_()).sum(-1).double().sum())
             tokens += int(real_N.sum())
+        del teacher_BNV, student_BNV, teacher_NV, student_NV  # before the next are made
     if tokens == 0:
         raise DataError("The data has no real token.", where=dataset.description)
     if math.isnan(kl):
         raise GateError("Teacher and student cannot be compared.", why="NaN in the divergence")
     return {"kl": kl / tokens, "top1": same / tokens}
+
+
+def _both(
+    teacher: nn.Module, student: nn.Module, dataset: Dataset, scorer: Scorer | None, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits of both models and which tokens are real.
+
+    Where one row's logits are large, a stretch of the row at a time: both models then read the row
+    once per stretch.
+    """
+    length = dataset.packed[0].shape[1]
+    parts = stretches(teacher, length) if scorer is None else [slice(0, length)]
+    if len(parts) == 1 or len(stretches(student, length)) == 1:
+        parts = [slice(0, length)]
+    for ids_BN, mask_BN in _batches(dataset, batch_size):
+        for part in parts:
+            kept = part if len(parts) > 1 else None
+            teacher_BNV = full_scorer(teacher, kept)(ids_BN, mask_BN)
+            ask = full_scorer(student, kept) if kept is not None else _scorer(student, scorer)
+            student_BNV = ask(ids_BN, mask_BN).to(teacher_BNV.device)
+            yield teacher_BNV, student_BNV, mask_BN[:, part].bool().to(teacher_BNV.device)
+            del teacher_BNV, student_BNV
 
 
 def measure(

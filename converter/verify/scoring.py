@@ -35,13 +35,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def full_scorer(model: nn.Module) -> Scorer:
-    """Logits of whole rows in one forward pass, without a cache."""
+def full_scorer(model: nn.Module, tokens: slice | None = None) -> Scorer:
+    """Logits of whole rows in one forward pass, without a cache.
+
+    Args:
+        model: causal LM.
+        tokens: form no logits but these tokens'; for models that take `logits_to_keep`.
+    """
 
     def score(ids_BN: Tensor, mask_BN: Tensor) -> Tensor:
         extra = padding_arguments(model, mask_BN)
         if _accepts(model, "use_cache"):
             extra["use_cache"] = False
+        if tokens is not None:
+            extra["logits_to_keep"] = _to(model, torch.arange(tokens.start, tokens.stop))
         with evaluating(model):
             return logits_of(model(_to(model, ids_BN), **extra))
 

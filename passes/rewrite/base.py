@@ -27,13 +27,15 @@ Exactness = Literal["exact", "bounded", "learned"]
 @dataclass(frozen=True)
 class Cost:
     """Per site. `cache`: numbers cached per token; `flops_per_token`: multiply-adds x 2 for one
-    new token against `context` cached ones; `parameters` of the block.
+    new token against `context` cached ones; `parameters` of the block, `kept` of them the original
+    block's own tensors, which take no memory of their own.
     """
 
     cache: int
     parameters: int
     flops_per_token: int
     context: int = 4096
+    kept: int = 0
 
 
 @dataclass

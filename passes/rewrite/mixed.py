@@ -90,6 +90,7 @@ class Mixed(Conversion):
             sum(c.parameters for c in costs) + out,
             sum(c.flops_per_token for c in costs) + 2 * out,
             costs[0].context,
+            sum(c.kept for c in costs) + out,
         )
 
     def build(

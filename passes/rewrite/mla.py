@@ -31,6 +31,7 @@ from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_select import planned_columns
 from reattend.passes.rewrite.mla_sizes import FIT, is_exact, resolve
 from reattend.passes.rewrite.mla_solve import assemble, mixer_config, solve
+from reattend.passes.rewrite.mla_weights import kept_modules
 from reattend.statistics import Need, SiteStatistics
 
 __all__ = ["MlaOptions", "ToMla", "resolve"]
@@ -122,12 +123,14 @@ class ToMla(Conversion):
             columns = (0,) * (sizes.qk_rope_head_dim // 2)
             mixer = LatentAttention(mixer_config(config, sizes, options, columns))
         parameters = sum(p.numel() for p in mixer.parameters())
+        kept = kept_modules(config, options.q_lora_rank)
+        own = sum(p.numel() for n, p in mixer.named_parameters() if n.split(".")[0] in kept)
         context, core = 4096, config.core
         r, rope = sizes.kv_lora_rank, sizes.qk_rope_head_dim
         absorb = core.heads * r * (core.qk_head_dim + core.v_head_dim)
         without_up = parameters - core.kv_heads * r * (core.qk_head_dim + core.v_head_dim)
         flops = without_up + absorb + core.heads * context * (2 * r + rope)
-        return Cost(r + rope, parameters, 2 * flops, context)
+        return Cost(r + rope, parameters, 2 * flops, context, own)
 
     def build(
         self, dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions

@@ -48,13 +48,15 @@ def best_ratio(
     """The balance with the least output error on the sample, and its solution."""
     assert statistics.samples
     sample = Sample(dense, statistics.samples)
-    tried = []
+    best: tuple[float, float, Solved] | None = None
     for ratio in RATIOS:
         solved = solve(dense, statistics, options, sizes, ratio)
         mixer, _ = assemble(dense, statistics, options, sizes, solved)
-        tried.append((sample.error(mixer), ratio, solved))
-    _, ratio, solved = min(tried, key=lambda t: t[0])
-    return ratio, solved
+        error = sample.error(mixer)
+        if best is None or error < best[0]:  # one solution at a time: they are large
+            best = error, ratio, solved
+    assert best is not None
+    return best[1:]
 
 
 def best_norm(

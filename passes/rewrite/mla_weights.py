@@ -1,6 +1,7 @@
 """The tensors of an MLA block: queries, down- and up-projections and biases, in float64.
 
-Derivation with these names: docs/math/mla.md.
+What the conversion leaves as it was (the output projection; before a key norm all projections) is
+the block's own tensor, not a copy. Derivation with these names: docs/math/mla.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reattend.mixers.dense import DenseAttention
+from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.latent_config import LatentConfig, has_own_query
 from reattend.passes.rewrite.mla_latent import LatentChoice
 from reattend.passes.rewrite.mla_norm import mean_square
@@ -27,11 +28,15 @@ def latent_weights(
     statistics: SiteStatistics,
     turn_Hdd: Tensor,
 ) -> dict[str, Tensor]:
-    """Every tensor of the new mixer, float64; `turn_Hdd` stands in for dropped rotations."""
+    """Every tensor of the new mixer; `turn_Hdd` stands in for dropped rotations.
+
+    New tensors are float64, but for the query rows, which are many: those are rounded to the
+    block's dtype head by head.
+    """
     core = config.core
     groups, d, e = core.kv_heads, core.qk_head_dim, core.v_head_dim
     key_width = groups * d
-    old = {k: v.detach().double().cpu() for k, v in dense.state_dict().items()}
+    own = {name: tensor.detach() for name, tensor in dense.state_dict().items()}
     scale_k, scale_v = dense.config.k.scale, dense.config.v.scale
     down, gain = latent.down, 1.0
     if config.latent_norm == "rms":  # entries of size one: the norm's eps is then small beside them
@@ -41,22 +46,20 @@ def latent_weights(
     rope_rows[:, :key_width] = choice.key_rope
     rows = torch.cat([down, rope_rows])
     normed = has_own_query(dense.config)
-    state: dict[str, Tensor] = {}
+    kept = kept_modules(dense.config, config.q_lora_rank)
+    state = {name: tensor for name, tensor in own.items() if name.split(".")[0] in kept}
+    state.pop("v_proj.bias", None)  # moves through the attention: below
     if normed:
         state["kv_a_proj_with_mqa.weight"] = rows
-        state["k_proj.weight"], state["v_proj.weight"] = old["k_proj.weight"], old["v_proj.weight"]
         state["q_rope"] = choice.query_rope.reshape(-1, groups, d).transpose(0, 1) * scale_k
-        state |= {k: v for k, v in old.items() if k.split(".")[0] in ("q_norm", "k_norm")}
-        state |= _query_weights(old, lambda rows: rows, config, statistics)
-        if "k_proj.bias" in old:
-            state["k_proj.bias"] = old["k_proj.bias"]
+        state |= _query_weights(own, lambda rows: rows, config, statistics)
     else:
-        both = torch.cat([old["k_proj.weight"], old["v_proj.weight"]])
+        both = torch.cat([_wide(own["k_proj.weight"]), _wide(own["v_proj.weight"])])
         state["kv_a_proj_with_mqa.weight"] = rows @ both
-        widen = _widening(choice, config, scale_k, turn_Hdd)
-        state |= _query_weights(old, widen, config, statistics)
+        widen = _widening(choice, config, scale_k, turn_Hdd, own["k_proj.weight"].dtype)
+        state |= _query_weights(own, widen, config, statistics)
         if config.rope_key_bias:
-            state["k_rope_bias"] = choice.key_rope @ old["k_proj.bias"]
+            state["k_rope_bias"] = choice.key_rope @ _wide(own["k_proj.bias"])
     up = torch.cat(
         [
             (latent.key_up * scale_k).reshape(groups, d, -1),
@@ -68,24 +71,41 @@ def latent_weights(
     if config.latent_norm == "rms":
         state["kv_a_layernorm.weight"] = torch.full((config.kv_lora_rank,), gain)
     state["kv_b_proj.weight"] = up
-    outside = ("o_proj", "sinks", "relative", "g_proj", "joint")
-    state |= {k: v for k, v in old.items() if k.split(".")[0] in outside}
     if config.key_bias:
-        b = choice.nope_up @ choice.key_nope @ old["k_proj.bias"]
+        b = choice.nope_up @ choice.key_nope @ _wide(own["k_proj.bias"])
         state["k_bias"] = (b * scale_k).reshape(groups, d)
     if config.value_bias or (config.out_bias and folds_values(dense.config)):
-        bias = (latent.value_mean + old.get("v_proj.bias", 0.0)) * scale_v
+        bias = latent.value_mean
+        if "v_proj.bias" in own:
+            bias = bias + _wide(own["v_proj.bias"])
+        bias = bias * scale_v
         bias = bias.reshape(groups, e)
         if config.value_bias:
             state["v_bias"] = bias
         else:
             spread = bias.repeat_interleave(core.heads // groups, 0).flatten()
-            state["o_proj.bias"] = old["o_proj.weight"] @ spread + old.get("o_proj.bias", 0.0)
+            moved = _wide(own["o_proj.weight"]) @ spread
+            if "o_proj.bias" in own:
+                moved = moved + _wide(own["o_proj.bias"])
+            state["o_proj.bias"] = moved
     return state
 
 
+def kept_modules(config: DenseConfig, q_lora_rank: int | None) -> tuple[str, ...]:
+    """Whose tensors an MLA block takes over from the block it replaces, as they are."""
+    kept: tuple[str, ...] = ("o_proj", "sinks", "relative", "g_proj", "joint")
+    if has_own_query(config):
+        kept += ("q_norm", "k_norm", "k_proj", "v_proj")
+        kept += ("q_proj",) if q_lora_rank is None else ()
+    return kept
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double().cpu()
+
+
 def _widening(
-    choice: RotaryChoice, config: LatentConfig, scale_k: float, turn_Hdd: Tensor
+    choice: RotaryChoice, config: LatentConfig, scale_k: float, turn_Hdd: Tensor, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
     """q rows per head [nope d | rope R]: the head turned, and its share of the rotated slots."""
     core = config.core
@@ -94,32 +114,36 @@ def _widening(
     slots_hRd = slots_gRd.repeat_interleave(heads // groups, 0)
 
     def widen(rows: Tensor) -> Tensor:
-        per_head = rows.reshape(heads, d, -1)
-        return torch.cat([turn_Hdd @ per_head, slots_hRd @ per_head], 1).flatten(0, 1)
+        # One head at a time: in float64 all of them are eight times the projection they replace.
+        parts = []
+        for turn, slots, head in zip(turn_Hdd, slots_hRd, rows.reshape(heads, d, -1), strict=True):
+            wide = _wide(head)
+            parts += [(turn @ wide).to(dtype), (slots @ wide).to(dtype)]
+        return torch.cat(parts)
 
     return widen
 
 
 def _query_weights(
-    old: dict[str, Tensor],
+    own: dict[str, Tensor],
     widen: Callable[[Tensor], Tensor],
     config: LatentConfig,
     statistics: SiteStatistics,
 ) -> dict[str, Tensor]:
     """The query projection, whole or in two factors; a bias (and a norm) comes after both."""
     if config.q.opaque is not None:
-        return {k: v for k, v in old.items() if k.startswith("q_proj.")}
+        return {k: v for k, v in own.items() if k.startswith("q_proj.")}
     last = "q_proj" if config.q_lora_rank is None else "q_proj.q_b_proj"
     bias = {}
     if config.q.bias:
-        bias[f"{last}.bias"] = widen(old["q_proj.bias"][:, None])[:, 0]
+        bias[f"{last}.bias"] = widen(own["q_proj.bias"][:, None])[:, 0]
     if config.q_lora_rank is None:
-        return {"q_proj.weight": widen(old["q_proj.weight"]), **bias}
+        return {"q_proj.weight": widen(own["q_proj.weight"]), **bias}
     assert statistics.query_gram is not None
     values, vectors = torch.linalg.eigh(statistics.query_gram)
     basis = vectors[:, torch.argsort(values, descending=True)][:, : config.q_lora_rank]
     return {
-        "q_proj.q_a_proj.weight": basis.t() @ old["q_proj.weight"],
+        "q_proj.q_a_proj.weight": basis.t() @ _wide(own["q_proj.weight"]),
         "q_proj.q_b_proj.weight": widen(basis),
         **bias,
     }
