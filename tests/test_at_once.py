@@ -14,7 +14,7 @@ from reattend.data import Dataset
 from reattend.plan import Plan
 from reattend.preflight import preflight
 from reattend.rewriting import normal_forms, rewrite
-from reattend.verify.quality import agreement, mean_loss
+from reattend.verify.quality import agreement, mean_loss, measure
 from reattend.verify.scoring import full_scorer
 
 
@@ -63,11 +63,14 @@ def test_models_are_compared_in_stretches_of_a_long_row(
         for parameter in other.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     whole, formed = agreement(model, other, rows, batch_size=1), []
+    loss, counted = mean_loss(full_scorer(other), rows, batch_size=1)
     monkeypatch.setattr(at_once, "LOGITS_BYTES", 4 * model.config.vocab_size * 10)
     hook = other.lm_head.register_forward_hook(lambda m, given, out: formed.append(out.shape[1]))
     pieces = agreement(model, other, rows, batch_size=1)
+    found = measure(other, rows, with_recall=False, batch_size=1)
     hook.remove()
-    assert formed == 5 * [10, 10, 3]
+    assert formed == 10 * [10, 10, 3]
+    assert (found.tokens, found.loss) == (counted, pytest.approx(loss, rel=1e-6))
     assert pieces["kl"] == pytest.approx(whole["kl"], rel=1e-5)
     assert pieces["top1"] == whole["top1"]
 

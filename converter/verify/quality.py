@@ -7,7 +7,7 @@ whatever the model's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,18 +61,35 @@ class Quality:
         }
 
 
-def mean_loss(scorer: Scorer, dataset: Dataset, *, batch_size: int = 8) -> tuple[float, int]:
+def mean_loss(
+    scorer: Scorer,
+    dataset: Dataset,
+    *,
+    batch_size: int = 8,
+    stretched: Sequence[tuple[slice, Scorer]] = (),
+) -> tuple[float, int]:
     """Mean loss in nats per predicted real token, and the number of such tokens.
+
+    Args:
+        scorer: gives the logits of whole rows.
+        dataset: token rows; padding is not counted.
+        batch_size: rows per forward pass.
+        stretched: what gives the logits of each stretch of a row, in place of `scorer`.
 
     Raises:
         DataError: no token has a real predecessor.
         GateError: NaN in the loss.
     """
     total, tokens = 0.0, 0
+    parts = stretched or [(slice(0, dataset.packed[0].shape[1]), scorer)]
     for ids_BN, mask_BN in _batches(dataset, batch_size):
-        nll_BM, _, real_BM = token_nll(scorer(ids_BN, mask_BN), ids_BN, mask_BN)
-        total += float(nll_BM[real_BM].double().sum())
-        tokens += int(real_BM.sum())
+        for part, ask in parts:
+            known = slice(part.start, part.stop + 1)  # the last token predicts the next stretch
+            logits_BNV = ask(ids_BN, mask_BN)
+            nll_BM, _, real_BM = token_nll(logits_BNV, ids_BN[:, known], mask_BN[:, known])
+            total += float(nll_BM[real_BM].double().sum())
+            tokens += int(real_BM.sum())
+            del logits_BNV  # before the next are made
     if tokens == 0:
         raise DataError("No token can be predicted from this data.", where=dataset.description)
     return total / tokens, tokens
@@ -212,7 +229,9 @@ def measure(
         batch_size: rows per forward pass.
     """
     chosen = _scorer(model, scorer)
-    loss, tokens = mean_loss(chosen, dataset, batch_size=batch_size)
+    parts = stretches(model, dataset.packed[0].shape[1]) if scorer is None else []
+    stretched = [(part, full_scorer(model, part)) for part in parts] if len(parts) > 1 else []
+    loss, tokens = mean_loss(chosen, dataset, batch_size=batch_size, stretched=stretched)
     scores: dict[str, RecallScore] = {}
     if with_recall:
         rows = recall_data if recall_data is not None else dataset

@@ -19,6 +19,9 @@ from reattend.passes.rewrite.mla_rotary import RotaryChoice
 from reattend.passes.rewrite.mla_sizes import folds_values
 from reattend.statistics import SiteStatistics
 
+#: Columns of the input that are multiplied in float64 at once.
+COLUMNS = 512
+
 
 def latent_weights(
     dense: DenseAttention,
@@ -30,8 +33,8 @@ def latent_weights(
 ) -> dict[str, Tensor]:
     """Every tensor of the new mixer; `turn_Hdd` stands in for dropped rotations.
 
-    New tensors are float64, but for the query rows, which are many: those are rounded to the
-    block's dtype head by head.
+    New tensors are float64, but for what the whole input is read by: query rows are rounded to the
+    block's dtype head by head, `kv_a_proj_with_mqa` a few columns at a time.
     """
     core = config.core
     groups, d, e = core.kv_heads, core.qk_head_dim, core.v_head_dim
@@ -54,9 +57,15 @@ def latent_weights(
         state["q_rope"] = choice.query_rope.reshape(-1, groups, d).transpose(0, 1) * scale_k
         state |= _query_weights(own, lambda rows: rows, config, statistics)
     else:
-        both = torch.cat([_wide(own["k_proj.weight"]), _wide(own["v_proj.weight"])])
-        state["kv_a_proj_with_mqa.weight"] = rows @ both
-        widen = _widening(choice, config, scale_k, turn_Hdd, own["k_proj.weight"].dtype)
+        both, dtype = (own["k_proj.weight"], own["v_proj.weight"]), own["k_proj.weight"].dtype
+        state["kv_a_proj_with_mqa.weight"] = torch.cat(
+            [
+                (rows @ _wide(torch.cat(parts))).to(dtype)
+                for parts in zip(*(w.split(COLUMNS, 1) for w in both), strict=True)
+            ],
+            1,
+        )
+        widen = _widening(choice, config, scale_k, turn_Hdd, dtype)
         state |= _query_weights(own, widen, config, statistics)
         if config.rope_key_bias:
             state["k_rope_bias"] = choice.key_rope @ _wide(own["k_proj.bias"])
@@ -115,11 +124,12 @@ def _widening(
 
     def widen(rows: Tensor) -> Tensor:
         # One head at a time: in float64 all of them are eight times the projection they replace.
-        parts = []
-        for turn, slots, head in zip(turn_Hdd, slots_hRd, rows.reshape(heads, d, -1), strict=True):
+        heads_Hdn = rows.reshape(heads, d, -1)
+        made = torch.empty(heads, d + slots_hRd.shape[1], heads_Hdn.shape[2], dtype=dtype)
+        for new, turn, slots, head in zip(made, turn_Hdd, slots_hRd, heads_Hdn, strict=True):
             wide = _wide(head)
-            parts += [(turn @ wide).to(dtype), (slots @ wide).to(dtype)]
-        return torch.cat(parts)
+            new[:d], new[d:] = turn @ wide, slots @ wide
+        return made.flatten(0, 1)
 
     return widen
 
