@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,14 @@ from reattend.data import Dataset
 from reattend.divergence import Divergence
 from reattend.mixers.base import Mixer
 from reattend.outdir import read_json
-from reattend.passes.rewrite.base import TRAINING_TRIALS, Conversion, Gap, Measure, Subject
+from reattend.passes.rewrite.base import (
+    TRAINING_TRIALS,
+    Answered,
+    Conversion,
+    Gap,
+    Measure,
+    Subject,
+)
 from reattend.preflight import Choice
 from reattend.rewriting import normal_forms
 from reattend.statistics import SiteStatistics
@@ -115,6 +122,31 @@ class Counted(Measure):
     def trial(self, mixers: Mapping[str, Mixer]) -> Any:
         """See `Measure`."""
         return None if self.measure is None else self._trained(self.measure, mixers)
+
+    def answers(
+        self, mixers: Mapping[str, Mixer], length: int, rows: int
+    ) -> AbstractContextManager[Iterator[Answered]] | None:
+        """See `Measure`."""
+        if self.measure is None or not self.measure.logits:
+            return None
+        return self._told(self.measure, mixers, length, rows)
+
+    @contextmanager
+    def _told(
+        self, measure: Divergence, mixers: Mapping[str, Mixer], length: int, rows: int
+    ) -> Iterator[Iterator[Answered]]:
+        def counted(runs: Iterator[Answered]) -> Iterator[Answered]:
+            for run in runs:
+                yield run
+                self._count(1, "")
+
+        with measure.answers(mixers, length, rows) as runs:
+            yield counted(runs)
+
+    @property
+    def length(self) -> int:
+        """See `Measure`."""
+        return 0 if self.measure is None else self.measure.length
 
     def _count(self, trials: int, path: str) -> None:
         self.done = min(self.done + trials, self.total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from reattend.host import beside, device_of
 from reattend.inputs import without_cache
 from reattend.install.adapter import install, replace_module
 from reattend.mixers.base import Mixer
-from reattend.passes.rewrite.base import Gap
+from reattend.passes.rewrite.base import Answered, Gap
 from reattend.preflight import Choice
 from reattend.rewriting import around_of, shared_copy
 from reattend.running import evaluation
@@ -50,6 +50,7 @@ class Divergence:
         self.model, self.choices, self.data, self.rehearsal = model, choices, data, rehearsal
         self.target = shared_copy(model)
         self.logits = True
+        self.own: dict[tuple[int, int], Tensor] = {}  # the original's answers by length and row
         self.first = self._rehearsed(next(iter(data.batches(ROWS))))
 
     def __call__(self, path: str, mixer: Mixer) -> float:
@@ -66,6 +67,44 @@ class Divergence:
         batches = cycle(self.data.batches(ROWS))
         with self._installed(mixers):
             yield lambda: self._gap(self._rehearsed(next(batches)))
+
+    @contextmanager
+    def answers(
+        self, mixers: Mapping[str, Mixer], length: int, rows: int
+    ) -> Iterator[Iterator[Answered]]:
+        """Rows of `length` tokens, run one by one; these mixers stand in a copy of the model."""
+        with self._installed(mixers):
+            whole = islice(self._whole(length), rows)
+            yield (self._answered(ids, (length, n)) for n, ids in enumerate(whole))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the calibration rows; 0 where they hold none."""
+        ids = self.first[0].get("input_ids")
+        return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0
+
+    def _whole(self, length: int) -> Iterator[Tensor]:
+        """The first `length` tokens [1, N] of every row that has as many."""
+        for batch in self.data.batches(1):
+            mask = batch.get("attention_mask")
+            if mask is None or bool(mask[:, :length].all()):
+                yield batch["input_ids"][:, :length]
+
+    def _answered(self, ids_1N: Tensor, row: tuple[int, int]) -> Answered:
+        """What original and changed model say of the second half; the original is asked once."""
+        model = self.model
+        batch = without_cache(model, beside(model, self.rehearsal({"input_ids": ids_1N})))
+        ids_N = batch["input_ids"][0]
+        half = len(ids_N) // 2
+        place = half + kept_places(1, half - 1, vocabulary_of(model)).to(ids_N.device)
+        kept = place
+        if without_logits(model):
+            batch, kept = {**batch, "logits_to_keep": place}, torch.arange(len(place))
+        if row not in self.own:
+            with torch.no_grad():
+                self.own[row] = _outputs(model, batch)[0][0, kept].argmax(-1)
+        logits_KV = _outputs(self.target, batch)[0][0, kept]
+        return Answered(ids_N, place, logits_KV, self.own[row])
 
     @contextmanager
     def _installed(self, mixers: Mapping[str, Mixer]) -> Iterator[None]:

@@ -16,7 +16,7 @@ from reattend.mixers.base import Context
 from reattend.mixers.sparse import SparseAttention
 from reattend.passes.rewrite.base import Subject
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
-from reattend.passes.rewrite.sparse_alpha import alphas, blended, by_alpha, ramp
+from reattend.passes.rewrite.sparse_alpha import alphas, best, blended, ramp
 
 
 def mixer() -> SparseAttention:
@@ -62,8 +62,8 @@ def test_training_finds_the_heads_that_are_wanted() -> None:
     assert found["a"][0] > 0.9 and found["a"][1] == 0  # the price takes the last of it
     assert 0.05 < found["b"][0] < 0.2 and 0.75 < found["b"][1] < 0.9
     sites: list[Any] = [Subject(p, mixer(), None, None) for p in ("a", "b")]
-    assert by_alpha(sites, found, 0.5) == [(0,), (1,)]
-    assert by_alpha(sites, found, 0.75) == [(0,), (0, 1)]
+    assert best(sites, found, 0.5) == [(0,), (1,)]
+    assert best(sites, found, 0.75) == [(0,), (0, 1)]
 
 
 def test_a_loss_that_is_no_number_stops_the_search() -> None:

@@ -44,7 +44,25 @@ def attend(
         )
     repeat = q_BHNd.shape[1] // k_BGMd.shape[1]
     k, v = k_BGMd.repeat_interleave(repeat, 1), v_BGMe.repeat_interleave(repeat, 1)
-    scores = torch.matmul(q_BHNd, k.transpose(-1, -2)) * core.scale
+    return torch.matmul(probabilities(q_BHNd, k, core, bias, sinks_H11).to(v.dtype), v)
+
+
+def probabilities(
+    q_BHNd: Tensor,
+    k_BHMd: Tensor,
+    core: CoreConfig,
+    bias: Tensor | None,
+    sinks_H11: Tensor | None = None,
+) -> Tensor:
+    """What each query gives to each key [B, H, N, M], float32 or wider; a row of padding is zero.
+
+    Args:
+        q_BHNd, k_BHMd: queries and keys, as many heads of each.
+        core: scale and softcap.
+        bias: what is hidden (bool, True: visible) or added to the scores.
+        sinks_H11: as in `attend`; what they take is missing from the rows' sums.
+    """
+    scores = torch.matmul(q_BHNd, k_BHMd.transpose(-1, -2)) * core.scale
     if core.softcap:
         scores = core.softcap * torch.tanh(scores / core.softcap)
     if bias is not None:
@@ -53,10 +71,8 @@ def attend(
     wide = scores if scores.dtype == torch.float64 else scores.float()
     if sinks_H11 is not None:
         column = sinks_H11.to(wide.dtype).expand(*wide.shape[:-1], 1)
-        probs = torch.softmax(torch.cat([wide, column], -1), -1)[..., :-1]
-    else:
-        probs = torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
-    return torch.matmul(probs.to(v.dtype), v)
+        return torch.softmax(torch.cat([wide, column], -1), -1)[..., :-1]
+    return torch.nan_to_num(torch.softmax(wide, -1), nan=0.0)
 
 
 def per_head(sinks_H: Tensor | None) -> Tensor | None:

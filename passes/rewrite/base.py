@@ -7,13 +7,14 @@ One file per conversion in this folder. Third parties add theirs by the entry po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from reattend.mixers.base import Mixer
 from reattend.mixers.config import Frozen
@@ -54,6 +55,28 @@ TRAINING_TRIALS = 5
 Gap = Callable[[], Tensor]
 
 
+@dataclass
+class Answered:
+    """One row in which the second half repeats the first, and what the model says of that half.
+
+    Attributes:
+        ids_N: the row.
+        place_K: positions in its second half, whose next token is asked for.
+        logits_KV: of the model with its sites converted, with gradients.
+        own_K: the original's most likely next tokens there.
+    """
+
+    ids_N: Tensor
+    place_K: Tensor
+    logits_KV: Tensor
+    own_K: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Cross-entropy on the original's own answers, nats per token."""
+        return cross_entropy(self.logits_KV.float(), self.own_K)
+
+
 class Measure(Protocol):
     """What the model loses by a change. Its unit is the same for all sites; only ratios count."""
 
@@ -63,6 +86,19 @@ class Measure(Protocol):
 
     def trial(self, mixers: Mapping[str, Mixer]) -> AbstractContextManager[Gap] | None:
         """The model with these sites converted, to be trained; None: it cannot be run so."""
+        ...
+
+    def answers(
+        self, mixers: Mapping[str, Mixer], length: int, rows: int
+    ) -> AbstractContextManager[Iterator[Answered]] | None:
+        """At most `rows` rows of `length` tokens, run one by one through the model with these
+        sites converted; None: it cannot be run so, or is no language model.
+        """
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the calibration rows."""
         ...
 
 

@@ -18,7 +18,6 @@ from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import (
-    TRAINING_TRIALS,
     Built,
     Conversion,
     Cost,
@@ -27,10 +26,11 @@ from reattend.passes.rewrite.base import (
     dense_cost,
     regrouped,
 )
-from reattend.passes.rewrite.sparse_alpha import alphas, by_alpha
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
-from reattend.passes.rewrite.sparse_search import repeated, search
+from reattend.passes.rewrite.sparse_find import find, trials
+from reattend.passes.rewrite.sparse_profile import ProfileOptions
+from reattend.passes.rewrite.sparse_search import repeated
 from reattend.passes.rewrite.sparse_select import at_layer, calibrate, misfit, stated
 from reattend.patterns.grids import GridWindow
 from reattend.patterns.pattern import HeadPattern, laid_out
@@ -50,8 +50,12 @@ class SparseOptions(Frozen):
         candidates: patterns that each head may get, chosen by measuring (`sparse_search`).
         kv_density: share of the keys that all heads together may read and keep, for `candidates`.
         density_at: the length in tokens where that share is counted.
-        finder: how `keep_full` chooses: `search` measures every head once, `alpha` trains a number
-            for each as DuoAttention does (`sparse_alpha`), in `steps` steps.
+        finder: how heads are chosen (`sparse_find`). For `keep_full`: `search` measures every head
+            once, `alpha` trains a number for each as DuoAttention does, in `steps` steps,
+            `retrieval` counts how often it looks at what the model copies, `instant` asks its mean
+            query and key. For `kv_density`: `search`, or `profile` as MoA does.
+        profile: how that looks; without candidates it has a grid of its own.
+        chosen: what a finder says of its choice; not for plans.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
         image_grid: places of the image (height, width) or video (frames, height, width), in tokens,
             for patterns over a grid that do not say it themselves.
@@ -66,8 +70,10 @@ class SparseOptions(Frozen):
     candidates: tuple[HeadPattern, ...] = ()
     kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
     density_at: int = Field(default=4096, gt=0)
-    finder: Literal["search", "alpha"] = "search"
+    finder: Literal["search", "alpha", "profile", "retrieval", "instant"] = "search"
     steps: int = Field(default=2000, gt=0)
+    profile: ProfileOptions = ProfileOptions()
+    chosen: str = ""
     evict: bool | None = None
     image_grid: tuple[PositiveInt, ...] = Field(default=(), max_length=3)
     text_before: int = Field(default=0, ge=0)
@@ -97,7 +103,7 @@ class SparseOptions(Frozen):
     @property
     def searches(self) -> bool:
         """Whether heads are chosen by measuring."""
-        return self.keep_full is not None or bool(self.candidates)
+        return self.keep_full is not None or self.kv_density is not None
 
     def decided(self, patterns: Mapping[int, HeadPattern]) -> SparseOptions:
         """With the pattern of each KV head."""
@@ -116,14 +122,17 @@ class SparseOptions(Frozen):
             raise ValueError("keep_full needs a `pattern` for the heads that do not stay full")
         if self.keep_full is not None and (named or self.candidates):
             raise ValueError("keep_full chooses heads for one `pattern`: name no heads beside it")
-        if bool(self.candidates) != (self.kv_density is not None):
+        own_grid = self.finder == "profile"
+        if own_grid and self.kv_density is None:
+            raise ValueError("finder: profile chooses by kv_density")
+        if bool(self.candidates) != (self.kv_density is not None) and not own_grid:
             raise ValueError("candidates and kv_density go together")
-        if self.finder == "alpha" and self.keep_full is None:
-            raise ValueError("finder: alpha chooses by keep_full")
+        if self.finder in ("alpha", "retrieval", "instant") and self.keep_full is None:
+            raise ValueError(f"finder: {self.finder} chooses by keep_full")
         asked = [self.pattern, *self.candidates, *(c.pattern for c in self.head_patterns)]
         if self.image_grid and not any(p.grids or p.select for p in asked):
             raise ValueError("image_grid is for a pattern over a grid: give grid, tiles or radial")
-        if self.candidates and (named or not self.pattern.full):
+        if self.kv_density is not None and (named or not self.pattern.full):
             raise ValueError("candidates are chosen for every head: give no pattern beside them")
         return self
 
@@ -208,30 +217,20 @@ class ToSparse(Conversion):
         return any(p.select is not None and p.select.acts == "decode" for p in asked)
 
     def trials(self, configs: Sequence[DenseConfig], options: SparseOptions) -> int:
-        """Every head with every pattern once, or the steps of training."""
-        if options.finder == "alpha":
-            return TRAINING_TRIALS * options.steps
-        patterns = len([p for p in options.candidates or (options.pattern,) if not p.full])
-        return patterns * sum(config.core.kv_heads for config in configs)
+        """As many as the finder says."""
+        return trials(configs, options)
 
     def learns(self, options: SparseOptions) -> bool:
-        """DuoAttention's finder trains."""
-        return options.finder == "alpha"
+        """DuoAttention's finder trains; MoA's takes gradients."""
+        return options.finder in ("alpha", "profile")
 
     def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Text that repeats itself."""
         return repeated(batch)
 
     def allocate(self, sites: list[Subject], measure: Measure) -> list[Any]:
-        """Heads by what the model loses without them, or by a number trained for each."""
-        options: SparseOptions = sites[0].options
-        if options.finder == "search":
-            return search(self, sites, measure)
-        assert options.keep_full is not None
-        plain = SparseOptions(pattern=options.pattern)
-        mixers = {s.path: self.made(s.dense, plain) for s in sites}
-        full = by_alpha(sites, alphas(mixers, measure, options.steps), options.keep_full)
-        return [plain.model_copy(update={"heads_full": heads}) for heads in full]
+        """Heads by what the model loses without them, or by what they look at."""
+        return find(self, sites, measure)
 
     def outcome(self, config: DenseConfig, options: SparseOptions) -> SparseConfig | None:
         """The mixer's description; None where heads are to be chosen."""
@@ -254,8 +253,8 @@ class ToSparse(Conversion):
 
     def cost(self, config: DenseConfig, options: SparseOptions) -> Cost:
         """Rows kept and read at the context of the original's cost."""
-        if options.candidates:
-            return searched(config, options.candidates, options.kv_density or 1.0)
+        if options.kv_density is not None:
+            return searched(config, options.candidates, options.kv_density)
         if options.keep_full is None:
             return settled(config, self.described(config, options))
         part = self.cost(config, SparseOptions(pattern=options.pattern))
@@ -271,6 +270,8 @@ class ToSparse(Conversion):
         calibrate(mixer, statistics.samples if statistics is not None else None)
         exact = all(c.pattern.full for c in mixer.config.classes)
         evidence = _evidence(mixer.config) | stated(mixer.config, options.density_at)
+        if options.chosen:
+            evidence["chosen"] = options.chosen
         return Built(mixer, "exact" if exact else "learned", evidence)
 
 

@@ -102,8 +102,8 @@ def ramp(step: int, steps: int) -> float:
     return min(1.0, up, max(FLOOR, down))
 
 
-def by_alpha(sites: list[Subject], found: dict[str, Tensor], keep: float) -> list[tuple[int, ...]]:
-    """KV heads of every site that stay full: the largest alphas of all sites together."""
+def best(sites: list[Subject], found: dict[str, Tensor], keep: float) -> list[tuple[int, ...]]:
+    """KV heads of every site that stay full: the largest numbers of all sites together."""
     ranked = sorted(
         ((-float(a), n, h) for n, s in enumerate(sites) for h, a in enumerate(found[s.path])),
     )

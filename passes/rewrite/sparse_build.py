@@ -1,4 +1,4 @@
-"""A sparse mixer around the modules of a dense one."""
+"""A mixer of another class around the modules of a dense one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from reattend.mixers.dense import DenseAttention
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import SparseConfig
 
+Dense = TypeVar("Dense", bound=DenseAttention)
 Made = TypeVar("Made", bound=SparseAttention)
 
 
-def sparse_like(dense: DenseAttention, config: SparseConfig, kind: type[Made]) -> Made:
-    """A SparseAttention, or a subclass of it, that holds the modules of `dense`."""
+def like(dense: DenseAttention, kind: type[Dense]) -> Dense:
+    """A mixer of a class derived from DenseAttention that holds the modules of `dense`."""
     mixer = kind.__new__(kind)
     nn.Module.__init__(mixer)
     mixer.__dict__.update({k: v for k, v in dense.__dict__.items() if not k.startswith("_")})
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         getattr(mixer, name).update(getattr(dense, name))
-    mixer.begin(config)
     return mixer.train(dense.training)
+
+
+def sparse_like(dense: DenseAttention, config: SparseConfig, kind: type[Made]) -> Made:
+    """A SparseAttention, or a subclass of it, that holds the modules of `dense`."""
+    mixer = like(dense, kind)
+    mixer.begin(config)
+    return mixer
