@@ -1,12 +1,14 @@
-"""Train a small Qwen2- or Qwen3-type language model on the standard library's own sources.
+"""Train a small language model on the standard library's own sources.
 
     OMP_NUM_THREADS=1 python examples/train_small.py qwen2 --out examples/models/pycode-qwen2
+    OMP_NUM_THREADS=1 python examples/train_small.py recall --out examples/models/recall-llama
 
-The shipped model has neither biases nor query and key norms; these two kinds have one each, and so
-they are where a method meets what the shipped model does not show. Text and tokenizer are those of
-the shipped model: files that occur in its `heldout.txt` or `calibration.txt` are left out. In half
-of the rows a span comes again later, every second time a span of tokens drawn at random, so that
-copying heads grow and need to know where to look.
+The shipped model has neither biases nor query and key norms; `qwen2` and `qwen3` have one each, and
+so they are where a method meets what the shipped model does not show. In half of their rows a span
+comes again later, every second time a span of tokens drawn at random, so that copying heads grow
+and need to know where to look. `recall` is a Llama that has to look things up over a thousand
+tokens (`recall_rows.py`). Text and tokenizer are those of the shipped model: files that occur in
+its `heldout.txt` or `calibration.txt` are left out.
 
 Deterministic for one seed, machine type, thread count and Python version (the sources are Python's
 own); `measured.json` beside the weights says what was used.
@@ -21,10 +23,13 @@ import math
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import campaign
+from recall_rows import RecallRows, look_back
 
 ROWS, LENGTH, WARM_UP, DECAY = 6, 512, 0.02, 0.5
 #: learning rates of matrices (Muon) and of everything else (AdamW)
@@ -62,6 +67,66 @@ def sources(text: Path) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: its share of the tokens, rows of a batch, tokens of a row.
+
+    `copies`: rows are nothing but random tokens that begin again.
+    """
+
+    share: float
+    rows: int
+    length: int
+    copies: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and on what."""
+
+    model_type: str
+    sizes: dict[str, int | bool]
+    stages: tuple[Stage, ...]
+    tokens: int
+    looks_back: bool = False
+
+    def batches(self, tokens: int) -> Iterator[Stage]:
+        """The stage of every step."""
+        for stage in self.stages:
+            steps = math.ceil(stage.share * tokens / (stage.rows * stage.length))
+            yield from [stage] * steps
+
+
+WHOLE = (Stage(1.0, ROWS, LENGTH),)
+RECIPES = {
+    "qwen2": Recipe("qwen2", SIZES, WHOLE, 2_400_000),
+    "qwen3": Recipe("qwen3", SIZES, WHOLE, 2_400_000),
+    "recall": Recipe(
+        "llama",
+        {**SIZES, "hidden_size": 128, "intermediate_size": 256},
+        # one thing at a time: to find a token by what came before it, among text, and far away
+        (
+            Stage(0.15, 32, 32, copies=True),
+            Stage(0.12, 32, 64, copies=True),
+            Stage(0.08, 8, 256, copies=True),
+            Stage(0.15, 8, 256),
+            Stage(0.25, 4, 512),
+            Stage(0.25, 2, 1024),
+        ),
+        2_700_000,
+        looks_back=True,
+    ),
+}
+
+
+class Source(Protocol):
+    """Where rows come from."""
+
+    def batch(self, stage: Stage) -> tuple[Any, Any]:
+        """(rows, length) token ids, and which of them the loss counts; None: all."""
+        ...
+
+
 class Rows:
     """Rows of token ids from one long stream, some of them repeating themselves."""
 
@@ -92,20 +157,24 @@ class Rows:
             row_N[again : again + size] = row_N[first : first + size].clone()
         return row_N
 
-    def batch(self) -> Any:
-        """(ROWS, LENGTH) token ids."""
+    def batch(self, stage: Stage) -> tuple[Any, Any]:
+        """(ROWS, LENGTH) token ids; all of them count."""
         import torch
 
-        return torch.stack([self.row() for _ in range(ROWS)])
+        return torch.stack([self.row() for _ in range(stage.rows)]), None
 
 
-def fresh(kind: str, seed: int) -> Any:
+def fresh(recipe: Recipe, seed: int) -> Any:
     """The untrained model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+    config = AutoConfig.for_model(recipe.model_type, **recipe.sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    if recipe.looks_back:
+        look_back(model)
+    return model
 
 
 def rate(step: int, steps: int) -> float:
@@ -114,8 +183,8 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, up, (steps - step) / (DECAY * steps))
 
 
-def train(model: Any, rows: Rows, steps: int) -> list[float]:
-    """Next-token loss over `steps` batches; the losses, in nats per token.
+def train(model: Any, rows: Source, stages: list[Stage]) -> list[float]:
+    """Next-token loss over one batch per stage given; the losses, in nats per token.
 
     Products run in bfloat16, weights and their updates in float32.
     """
@@ -130,15 +199,17 @@ def train(model: Any, rows: Rows, steps: int) -> list[float]:
         torch.optim.AdamW(rest, lr=REST, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     first = [group["lr"] for o in optimizers for group in o.param_groups]
-    losses, begin = [], time.perf_counter()
-    for step in range(steps):
+    losses, begin, steps = [], time.perf_counter(), len(stages)
+    for step, stage in enumerate(stages):
         share = rate(step, steps)
         for group, lr in zip((g for o in optimizers for g in o.param_groups), first, strict=True):
             group["lr"] = lr * share
-        ids_BN = rows.batch()
+        ids_BN, counted_BN = rows.batch(stage)
+        chosen = slice(None) if counted_BN is None else counted_BN[:, 1:]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits_BNV = model(input_ids=ids_BN, use_cache=False).logits
-        loss = cross_entropy(logits_BNV[:, :-1].flatten(0, 1).float(), ids_BN[:, 1:].flatten())
+            hidden_BND = model.model(input_ids=ids_BN, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden_BND[:, :-1][chosen]).flatten(0, -2)
+        loss = cross_entropy(logits.float(), ids_BN[:, 1:][chosen].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -154,10 +225,10 @@ def train(model: Any, rows: Rows, steps: int) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("kind", choices=("qwen2", "qwen3"))
+    parser.add_argument("kind", choices=sorted(RECIPES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", type=Path, default=Path("examples/models/pycode-gqa"))
-    parser.add_argument("--tokens", type=int, default=2_400_000)
+    parser.add_argument("--tokens", type=int, help="of all batches; default: the kind's own")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.out.exists():
@@ -167,24 +238,29 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers import AutoTokenizer
 
+    recipe = RECIPES[args.kind]
+    tokens = args.tokens or recipe.tokens
     tokenizer = AutoTokenizer.from_pretrained(args.text)
     files = sources(args.text)
     encoded = tokenizer(files, add_special_tokens=False)["input_ids"]
     stream = torch.tensor([i for ids in encoded for i in (*ids, tokenizer.eos_token_id)])
     print(f"{len(files)} files, {len(stream):,} tokens", flush=True)
-    model = fresh(args.kind, args.seed)
-    steps = math.ceil(args.tokens / (ROWS * LENGTH))
+    model = fresh(recipe, args.seed)
+    stages = list(recipe.batches(tokens))
+    rows: Any = Rows(stream, args.seed)
+    if args.kind == "recall":
+        rows = RecallRows(stream, args.seed)
     begin = time.perf_counter()
-    losses = train(model, Rows(stream, args.seed), steps)
+    losses = train(model, rows, stages)
     seconds = time.perf_counter() - begin
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     measured = {
         "command": f"python examples/train_small.py {args.kind} --out {campaign.shown(args.out)} "
-        f"--tokens {args.tokens} --seed {args.seed}",
+        f"--tokens {tokens} --seed {args.seed}",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps,
-        "tokens": steps * ROWS * LENGTH,
+        "steps": len(stages),
+        "tokens": sum(stage.rows * stage.length for stage in stages),
         "corpus_tokens": len(stream),
         "corpus": hashlib.sha256(stream.numpy().tobytes()).hexdigest(),
         "training_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
