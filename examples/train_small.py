@@ -205,11 +205,11 @@ def train(model: Any, rows: Source, stages: list[Stage]) -> list[float]:
         for group, lr in zip((g for o in optimizers for g in o.param_groups), first, strict=True):
             group["lr"] = lr * share
         ids_BN, counted_BN = rows.batch(stage)
-        chosen = slice(None) if counted_BN is None else counted_BN[:, 1:]
+        taken = slice(None) if counted_BN is None else counted_BN[:, 1:]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden_BND = model.model(input_ids=ids_BN, use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden_BND[:, :-1][chosen]).flatten(0, -2)
-        loss = cross_entropy(logits.float(), ids_BN[:, 1:][chosen].flatten())
+            logits = model.lm_head(hidden_BND[:, :-1][taken]).flatten(0, -2)
+        loss = cross_entropy(logits.float(), ids_BN[:, 1:][taken].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
