@@ -88,6 +88,7 @@ def script(name):
         ("latent-norm", "latent_norm", "latent_norm", "docs/deepseek.md"),
         ("coverage", "coverage", "coverage", "README.md"),
         ("sparse", "sparse_table", "sparse_table", "README.md"),
+        ("sparse-recall", "sparse_recall", "sparse_recall", "README.md"),
     ],
 )
 def test_a_committed_table_is_that_of_its_json(mark, name, file, document, monkeypatch):
