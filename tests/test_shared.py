@@ -110,3 +110,31 @@ def test_a_wrong_hand_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callcheck, "Adapter", swapped)
     reasons = [r.reason for r in find_attention(made(), inputs()).refused]
     assert reasons == [f"layers.{i} hands on other keys or values than the model's" for i in (1, 3)]
+
+
+@pytest.mark.slow
+def test_a_model_that_shares_writes_the_same_with_a_cache() -> None:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        vocab_size=99, vocab_size_per_layer_input=99, hidden_size=32, hidden_size_per_layer_input=8,
+        intermediate_size=[48] * 4, num_hidden_layers=4, num_kv_shared_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8, laurel_rank=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma3nForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=2 / parameter.shape[-1] ** 0.5)
+    found = find_attention(model)
+    assert [s.spec.k.site for s in found.sites][2:] == [
+        f"model.layers.{i}.self_attn" for i in (0, 1)
+    ]
+    converted = convert(model, plan="identity").model
+    ids = torch.randint(1, 99, (2, 13), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    asked = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(ids, **asked), converted.generate(ids, **asked))
