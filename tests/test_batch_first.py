@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reattend import convert, find_attention
-from reattend.errors import ArgumentError
+from reattend.errors import ArgumentError, RefusedError
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.batch_first import BatchFirst
 from reattend.passes.normalize.forms import aten, is_op
@@ -156,9 +156,19 @@ def test_keys_and_values_of_other_widths(widths: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("more", [{"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_keys_that_are_no_tokens_are_refused_by_what_they_are(more: dict[str, bool]) -> None:
+def test_keys_that_are_no_tokens_are_the_models_own_steps(more: dict[str, bool]) -> None:
+    """A learned or empty key beside the tokens': identity carries it, what needs tokens refuses."""
     model = Net(batch_first=True, need_weights=False)
     model.att = nn.MultiheadAttention(D, 4, batch_first=True, **more)
-    found = find_attention(alive(model), {"x": tokens(True)})
-    assert not found.sites
-    assert "a learned or empty key beside" in found.refused[0].reason
+    alive(model)
+    inputs = {"x": tokens(True)}
+    result = convert(model, plan=PLAN, inputs=inputs)
+    assert [site.action for site in result.report.sites] == ["converted"]
+    for length, batch in ((N, B), (5, 3)):
+        assert gap(model, result.model, {"x": tokens(True, length, batch)}) <= 1e-6
+    for rule, why in (
+        ({"to": "mla", "kv_keep": 0.5}, "the model's own steps, not by a projection"),
+        ({"to": "sparse", "pattern": {"window": 2}}, "keys are not one for each token"),
+    ):
+        with pytest.raises(RefusedError, match=why):
+            convert(model, plan={"rules": [{"sites": "*", **rule}]}, inputs=inputs)
