@@ -29,6 +29,7 @@ from reattend.predict_statistics import (
     moments_bytes,
     sharing_bytes,
     spreading_bytes,
+    training,
 )
 from reattend.preflight import Choice
 
@@ -143,7 +144,8 @@ def memory(
         kept = max(4, element) * ROWS * length * sizes.saved if learns else 0
         found["choose"] = base + moments + 8 * 8 * width**2 + sharing + kept
     # moments go as new weights come
-    found["rewrite"] = base + max(moments, new) + 8 * 8 * width**2
+    taught = max((training(c, length)[1] for c in converted), default=0.0)
+    found["rewrite"] = base + max(moments, new) + 8 * 8 * width**2 + taught
     base += new
     if calibrate.trains:
         trained = _training(sizes, converted, batch, plan)

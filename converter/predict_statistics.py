@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reattend.divergence import OUTPUT_BYTES, ROWS
 from reattend.preflight import Choice
-from reattend.statistics import SAMPLE_ROWS, SAMPLE_TOKENS
+from reattend.statistics import SAMPLE_ROWS, SAMPLE_TOKENS, TEXT_ROWS, TEXT_TOKENS
 
 
 def gram_width(choice: Choice) -> int:
@@ -25,6 +25,7 @@ def moments_bytes(choice: Choice) -> int:
         "attention": gram_width(choice) ** 2 + core.heads * core.qk_head_dim**2,
         "inputs": inputs**2,
         "sample": SAMPLE_ROWS * SAMPLE_TOKENS * inputs // 2,
+        "texts": TEXT_ROWS * TEXT_TOKENS * inputs // 2,
     }
     return 8 * sum(found[need] for need in choice.needs)
 
@@ -54,3 +55,10 @@ def solves(choice: Choice) -> int:
     """How often a site's latent is solved: `auto` sizes try many rotary widths."""
     undecided = choice.conversion is not None and choice.conversion.undecided(choice.options)
     return 20 if undecided else 1
+
+
+def training(choice: Choice, length: int) -> tuple[float, float]:
+    """Floating-point operations and bytes of what building a site trains."""
+    if choice.conversion is None:
+        return 0.0, 0.0
+    return choice.conversion.training(choice.config, choice.options, length)

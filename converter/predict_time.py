@@ -14,7 +14,7 @@ from reattend.allocation import trials, waiting
 from reattend.divergence import ROWS
 from reattend.plan import Plan
 from reattend.predict_memory import OWN_BATCH, OWN_LENGTH, OWN_ROWS, Sizes, held_rows
-from reattend.predict_statistics import gram_width, solves
+from reattend.predict_statistics import gram_width, solves, training
 from reattend.preflight import Choice
 from reattend.probe import Probe
 
@@ -67,7 +67,9 @@ def seconds(
     if groups:
         tried = sum(cubes[c.site.path] * (solves(c) - 1) for group in groups for c in group)
         found["choose"] = tried + forward * ROWS * seq_len * trials(groups)
+    trained = sum(training(c, seq_len)[0] for c in converted)
     found["rewrite"] = sum(cubes.values()) + sizes.weights / 4e9
+    found["rewrite"] += trained / speed(torch.float32) if trained else 0.0
     if calibrate.trains:
         dtype = {2: torch.bfloat16, 8: torch.float64}.get(sizes.element, torch.float32)
         # products are only part of a pass, so a model in half precision gains less than they do

@@ -30,10 +30,11 @@ from reattend.running import evaluation
 Inside = Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor | None]]]
 
 #: `gram` is always there; the others: second moments of all queries, `AttentionMoments`, second
-#: moments of the block's input, and a few rows of that input.
-Need = Literal["gram", "queries", "attention", "inputs", "sample"]
-#: Rows and tokens per row of a sample.
+#: moments of the block's input, a few rows of that input, and rows enough to train on.
+Need = Literal["gram", "queries", "attention", "inputs", "sample", "texts"]
+#: Rows and tokens per row of a sample, and of texts.
 SAMPLE_ROWS, SAMPLE_TOKENS = 4, 256
+TEXT_ROWS, TEXT_TOKENS = 64, 1024
 
 
 @dataclass
@@ -48,6 +49,7 @@ class SiteStatistics:
         attention: moments that weigh tokens by the attention they get; None unless asked for.
         input_gram: sum of x x^T of what keys and values are made from; None unless asked for.
         samples: rows of the block's input without padding, [n, D] each; None unless asked for.
+        most: rows, and tokens of each, that `samples` may hold.
     """
 
     gram: Tensor
@@ -57,6 +59,7 @@ class SiteStatistics:
     attention: AttentionMoments | None = None
     input_gram: Tensor | None = None
     samples: list[Tensor] | None = field(default=None)
+    most: tuple[int, int] = (SAMPLE_ROWS, SAMPLE_TOKENS)
 
     @classmethod
     def empty(cls, dense: DenseAttention, needs: Collection[Need] = ()) -> SiteStatistics:
@@ -71,7 +74,8 @@ class SiteStatistics:
             query_gram=torch.zeros(q, q, dtype=wide) if "queries" in needs else None,
             attention=AttentionMoments.empty(dense) if "attention" in needs else None,
             input_gram=torch.zeros(inputs, inputs, dtype=wide) if "inputs" in needs else None,
-            samples=[] if "sample" in needs else None,
+            samples=[] if {"sample", "texts"} & set(needs) else None,
+            most=(TEXT_ROWS, TEXT_TOKENS) if "texts" in needs else (SAMPLE_ROWS, SAMPLE_TOKENS),
         )
 
     def add(
@@ -89,10 +93,11 @@ class SiteStatistics:
         if self.input_gram is not None:
             z = _real(source, valid if memory is None else None)
             self.input_gram += z.t() @ z
-        if self.samples is not None and len(self.samples) < SAMPLE_ROWS:
-            for row, x in enumerate(x_BND[: SAMPLE_ROWS - len(self.samples)]):
+        rows, tokens = self.most
+        if self.samples is not None and len(self.samples) < rows:
+            for row, x in enumerate(x_BND[: rows - len(self.samples)]):
                 x = x if valid is None else x[valid[row].bool()]
-                self.samples.append(x[:SAMPLE_TOKENS].cpu().clone())
+                self.samples.append(x[:tokens].cpu().clone())
         if self.query_gram is not None:
             q = _real(torch.nn.functional.linear(x_BND, dense.q_proj.weight), valid)
             self.query_gram += q.t() @ q
@@ -128,7 +133,7 @@ class SiteStatistics:
     @classmethod
     def from_tensors(cls, stored: dict[str, Tensor]) -> SiteStatistics:
         """The inverse of `tensors`."""
-        samples = [stored[f"sample.{i}"] for i in range(SAMPLE_ROWS) if f"sample.{i}" in stored]
+        samples = [stored[f"sample.{i}"] for i in range(TEXT_ROWS) if f"sample.{i}" in stored]
         return cls(
             stored["gram"], stored["total"], stored.get("query_gram"), int(stored["count"]),
             AttentionMoments.from_tensors(stored), stored.get("input_gram"), samples or None,

@@ -168,8 +168,11 @@ def test_what_is_chosen_equals_a_naive_mask(
     assert ran == ([] if name == "channels" else [2, 2] if by_query else [1, 1])  # the long call
 
 
-def test_later_tokens_change_nothing_where_queries_choose_by_themselves() -> None:
-    mixer = converted(dense(config()), select={"kind": "blocks", "block": 16, "topk": 2})
+@pytest.mark.parametrize("budget", [{"topk": 2}, {"topp": 0.5}, {"threshold": 0.2}], ids=str)
+def test_later_tokens_change_nothing_where_queries_choose_by_themselves(
+    budget: dict[str, Any],
+) -> None:
+    mixer = converted(dense(config()), select={"kind": "blocks", "block": 16, **budget})
     x, real = inputs(LONG, (0,))
     changed = x.clone()
     changed[:, 130:] = torch.randn_like(x[:, 130:])

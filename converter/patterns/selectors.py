@@ -10,82 +10,13 @@ Layout letters: d key head width, N queries, M keys, G key/value heads.
 
 from __future__ import annotations
 
-from math import ceil, prod
+from math import prod
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from reattend.mixers.config import CoreConfig, Frozen
-
-#: Calls of one new token are decoding, all others are prefill.
-Phase = Literal["prefill", "decode", "both"]
-
-
-class Selector(Frozen):
-    """One way to choose keys."""
-
-    @property
-    def acts(self) -> Phase:
-        """In which calls keys are left out; in the others the block attends to every key."""
-        return "both"
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it is set from calibration data, and stored with the weights."""
-        return False
-
-    @property
-    def depends_on_calls(self) -> bool:
-        """Whether cached decoding and one pass over the same text differ, by design.
-
-        Otherwise a query's choice depends on itself and the keys before it alone.
-        """
-        return self.acts != "both"
-
-    def reads(self, length: int) -> int:
-        """Keys that the last of `length` queries has selected, at most."""
-        raise NotImplementedError
-
-    def stored(self, core: CoreConfig) -> float:
-        """Numbers per token and KV head that a cache holds beside keys and values."""
-        return 0.0
-
-    def work(self, length: int, core: CoreConfig) -> float:
-        """Multiply-adds per query head to choose for one new token, while decoding."""
-        return 0.0
-
-    def misfit(self, core: CoreConfig) -> str | None:
-        """Why a block cannot have this selector."""
-        return None
-
-
-class Budgeted(Selector):
-    """Chooses the best of some units by exactly one rule.
-
-    Attributes:
-        topk: so many units.
-        ratio: this share of the units a query may see, rounded up.
-        topp: as few units as hold this share of the softmax over units.
-        threshold: units whose softmax over units is at least this.
-    """
-
-    topk: int | None = Field(default=None, gt=0)
-    ratio: float | None = Field(default=None, gt=0.0, le=1.0)
-    topp: float | None = Field(default=None, gt=0.0, le=1.0)
-    threshold: float | None = Field(default=None, ge=0.0, lt=1.0)
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Budgeted:
-        given = [b for b in (self.topk, self.ratio, self.topp, self.threshold) if b is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one budget: topk, ratio, topp or threshold")
-        return self
-
-    def units(self, many: int) -> int:
-        """Of so many units, how many are chosen at most."""
-        if self.topk is not None:
-            return min(self.topk, many)
-        return many if self.ratio is None else ceil(self.ratio * many)
+from reattend.mixers.config import CoreConfig
+from reattend.patterns.selector import Budgeted, Phase, Selector
 
 
 class VerticalSlash(Selector):
@@ -235,6 +166,52 @@ class Channels(Budgeted):
         return None if core.causal else "select: channels needs a causal block"
 
 
+class Gate(Budgeted):
+    """Blocks by a trained score: SeerAttention (Gao et al., arXiv 2410.13276), per query.
+
+    A block of keys is summarised by a linear map of its largest, smallest and mean keys, the
+    queries that read a KV head by a linear map of all of them; the product ranks the blocks, for
+    those queries together, as in the paper's form for decoding (SeerAttention-R). A query's own
+    block is always read, takes no part in the ranking, and counts. `finder: gate` trains the maps.
+
+    Attributes:
+        block: tokens per block. Units of the budget are blocks, the own one included.
+        gate_dim: width of both maps.
+    """
+
+    kind: Literal["gate"]
+    block: int = Field(default=64, gt=0)
+    gate_dim: int = Field(default=128, gt=0)
+
+    @property
+    def calibrated(self) -> bool:
+        """Trained."""
+        return True
+
+    def parameters(self, core: CoreConfig) -> int:
+        """Of one KV head's maps."""
+        group = core.heads // core.kv_heads
+        return self.gate_dim * core.qk_head_dim * (group + 3)
+
+    def reads(self, length: int) -> int:
+        """Blocks of the budget, whole."""
+        return min(length, self.units(-(-length // self.block)) * self.block)
+
+    def stored(self, core: CoreConfig) -> float:
+        """Summaries."""
+        return self.gate_dim / self.block
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """Per query head, its share of the group's map and of the products with summaries."""
+        group = core.heads // core.kv_heads
+        summaries = core.qk_head_dim * 3 / self.block + length / self.block
+        return self.gate_dim * (core.qk_head_dim + summaries / group)
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """Its cache holds blocks that are complete."""
+        return None if core.causal else "select: gate needs a causal block"
+
+
 class Recorded(Selector):
     """The best tokens of one layer, read by the layers behind it (TidalDecode).
 
@@ -282,4 +259,6 @@ class Recorded(Selector):
         return None
 
 
-AnySelector = Annotated[VerticalSlash | Blocks | Channels | Recorded, Field(discriminator="kind")]
+AnySelector = Annotated[
+    VerticalSlash | Blocks | Channels | Gate | Recorded, Field(discriminator="kind")
+]

@@ -157,6 +157,10 @@ class Conversion(ABC):
         """Whether `allocate` takes gradients through the model."""
         return False
 
+    def training(self, config: DenseConfig, options: Any, length: int) -> tuple[float, float]:
+        """Floating-point operations and bytes of what `build` trains, on texts of this length."""
+        return 0.0, 0.0
+
     def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The calibration rows on which `Measure` compares, changed to ask what matters here."""
         return batch

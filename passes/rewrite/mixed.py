@@ -93,6 +93,16 @@ class Mixed(Conversion):
             sum(c.kept for c in costs) + out,
         )
 
+    def training(
+        self, config: DenseConfig, options: MixedOptions, length: int
+    ) -> tuple[float, float]:
+        """The parts' sum, and the largest."""
+        each = [
+            conversion(p.to)().training(part_config(config, p.heads), p.options, length)
+            for p in options.groups
+        ]
+        return sum(work for work, _ in each), max(held for _, held in each)
+
     def build(
         self, dense: DenseAttention, statistics: SiteStatistics | None, options: MixedOptions
     ) -> Built:

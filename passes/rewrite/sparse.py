@@ -29,6 +29,7 @@ from reattend.passes.rewrite.base import (
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
 from reattend.passes.rewrite.sparse_find import find, trials
+from reattend.passes.rewrite.sparse_gate import effort, taught
 from reattend.passes.rewrite.sparse_profile import ProfileOptions
 from reattend.passes.rewrite.sparse_search import repeated
 from reattend.passes.rewrite.sparse_select import at_layer, calibrate, misfit, stated
@@ -53,7 +54,8 @@ class SparseOptions(Frozen):
         finder: how heads are chosen (`sparse_find`). For `keep_full`: `search` measures every head
             once, `alpha` trains a number for each as DuoAttention does, in `steps` steps,
             `retrieval` counts how often it looks at what the model copies, `instant` asks its mean
-            query and key. For `kv_density`: `search`, or `profile` as MoA does.
+            query and key. For `kv_density`: `search`, or `profile` as MoA does. `gate`
+            trains the selectors of kind gate (`sparse_gate`), in `steps` steps.
         profile: how that looks; without candidates it has a grid of its own.
         chosen: what a finder says of its choice; not for plans.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
@@ -70,7 +72,7 @@ class SparseOptions(Frozen):
     candidates: tuple[HeadPattern, ...] = ()
     kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
     density_at: int = Field(default=4096, gt=0)
-    finder: Literal["search", "alpha", "profile", "retrieval", "instant"] = "search"
+    finder: Literal["search", "alpha", "profile", "retrieval", "instant", "gate"] = "search"
     steps: int = Field(default=2000, gt=0)
     profile: ProfileOptions = ProfileOptions()
     chosen: str = ""
@@ -105,6 +107,11 @@ class SparseOptions(Frozen):
         """Whether heads are chosen by measuring."""
         return self.keep_full is not None or self.kv_density is not None
 
+    @property
+    def patterns(self) -> tuple[HeadPattern, ...]:
+        """All that heads may get."""
+        return (self.pattern, *self.candidates, *(c.pattern for c in self.head_patterns))
+
     def decided(self, patterns: Mapping[int, HeadPattern]) -> SparseOptions:
         """With the pattern of each KV head."""
         full = tuple(h for h, p in patterns.items() if p.full)
@@ -129,8 +136,12 @@ class SparseOptions(Frozen):
             raise ValueError("candidates and kv_density go together")
         if self.finder in ("alpha", "retrieval", "instant") and self.keep_full is None:
             raise ValueError(f"finder: {self.finder} chooses by keep_full")
-        asked = [self.pattern, *self.candidates, *(c.pattern for c in self.head_patterns)]
-        if self.image_grid and not any(p.grids or p.select for p in asked):
+        kinds = [p.select.kind for p in self.patterns if p.select is not None]
+        if ("gate" in kinds) != (self.finder == "gate"):
+            raise ValueError("select: {kind: gate} and finder: gate go together: gates are trained")
+        if self.finder == "gate" and self.searches:
+            raise ValueError("gates are trained for `pattern` or `head_patterns`, not to be chosen")
+        if self.image_grid and not any(p.grids or p.select for p in self.patterns):
             raise ValueError("image_grid is for a pattern over a grid: give grid, tiles or radial")
         if self.kv_density is not None and (named or not self.pattern.full):
             raise ValueError("candidates are chosen for every head: give no pattern beside them")
@@ -202,10 +213,11 @@ class ToSparse(Conversion):
 
     def wants(self, config: DenseConfig, options: SparseOptions) -> frozenset[Need]:
         """The rows of statistics are where heads are measured, and selectors learn."""
-        wanted = [options.pattern, *options.candidates, *(c.pattern for c in options.head_patterns)]
-        learns = any(p.select is not None and p.select.calibrated for p in wanted)
-        needs: set[Need] = {"gram"} if learns or self.undecided(options) else set()
-        return frozenset(needs | ({"sample"} if learns else set()))
+        found = [p.select for p in options.patterns if p.select is not None]
+        needs: set[Need] = {"sample"} if any(s.calibrated for s in found) else set()
+        if options.finder == "gate":
+            needs = {"texts"}
+        return frozenset(needs | ({"gram"} if needs or self.undecided(options) else set()))
 
     def for_layer(self, options: SparseOptions, layer: int, layers: int) -> SparseOptions:
         """Selectors that reach across layers are told where they are."""
@@ -213,8 +225,7 @@ class ToSparse(Conversion):
 
     def decodes_apart(self, options: SparseOptions) -> bool:
         """Selectors that act while decoding only."""
-        asked = (options.pattern, *options.candidates, *(c.pattern for c in options.head_patterns))
-        return any(p.select is not None and p.select.acts == "decode" for p in asked)
+        return any(p.select is not None and p.select.acts == "decode" for p in options.patterns)
 
     def trials(self, configs: Sequence[DenseConfig], options: SparseOptions) -> int:
         """As many as the finder says."""
@@ -223,6 +234,14 @@ class ToSparse(Conversion):
     def learns(self, options: SparseOptions) -> bool:
         """DuoAttention's finder trains; MoA's takes gradients."""
         return options.finder in ("alpha", "profile")
+
+    def training(
+        self, config: DenseConfig, options: SparseOptions, length: int
+    ) -> tuple[float, float]:
+        """Gates are trained in `build`."""
+        if options.finder != "gate":
+            return 0.0, 0.0
+        return effort(self.described(config, options), options.steps, length)
 
     def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Text that repeats itself."""
@@ -265,13 +284,16 @@ class ToSparse(Conversion):
         return sparse_like(dense, self.described(dense.config, options), SparseAttention)
 
     def build(self, dense: DenseAttention, statistics: Any, options: SparseOptions) -> Built:
-        """The same weights; nothing is computed."""
+        """The same weights; selectors are set from rows of the block's input."""
         mixer = self.made(dense, options)
-        calibrate(mixer, statistics.samples if statistics is not None else None)
+        texts = statistics.samples if statistics is not None else None
+        calibrate(mixer, texts)
         exact = all(c.pattern.full for c in mixer.config.classes)
         evidence = _evidence(mixer.config) | stated(mixer.config, options.density_at)
         if options.chosen:
             evidence["chosen"] = options.chosen
+        if options.finder == "gate":
+            evidence |= taught(mixer, texts, options.steps)
         return Built(mixer, "exact" if exact else "learned", evidence)
 
 

@@ -24,7 +24,9 @@ def settled(config: DenseConfig, made: SparseConfig) -> Cost:
         rows = seen if made.evict and c.pattern.monotone else length
         kept += len(c.kv_heads) * (each * rows + beside(c.pattern, core) * length)
     flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
-    return Cost(-(-round(kept) // length), before.parameters, flops, length)
+    chosen_by = [(len(c.kv_heads), c.pattern.select) for c in made.classes]
+    own = sum(n * s.parameters(core) for n, s in chosen_by if s is not None)
+    return Cost(-(-round(kept) // length), before.parameters + own, flops, length)
 
 
 def searched(config: DenseConfig, candidates: Sequence[HeadPattern], share: float) -> Cost:

@@ -49,12 +49,11 @@ def at_layer(pattern: HeadPattern, layer: int) -> HeadPattern:
 
 @torch.no_grad()
 def calibrate(mixer: SparseAttention, samples: list[Tensor] | None) -> None:
-    """Set what selectors learn from rows of the block's input [n, D]; nothing if none learns."""
+    """Choose the channels of labels from rows of the block's input [n, D], where there are some."""
     for number, c in enumerate(mixer.config.classes):
-        if c.pattern.select is None or not c.pattern.select.calibrated or not samples:
+        method = mixer.selecting[str(number)] if c.pattern.select is not None else None
+        if not isinstance(method, ChannelsMethod) or not samples:
             continue
-        method = mixer.selecting[str(number)]
-        assert isinstance(method, ChannelsMethod)
         like = next(mixer.parameters())
         rows = [x[None].to(like) for x in samples]
         made = [mixer.project(x, x, Context(), None) for x in rows]

@@ -97,7 +97,11 @@ class BlocksMethod(Method):
         own = None
         if asked.core.causal:
             own = last_R // s.block == torch.arange(regions, device=i.device)
-        chosen = self._within(asked.scores(query, keys), allowed, own)
+        scores = asked.scores(query, keys)
+        if own is not None and s.queries == "each":
+            # read in any case, and its mean may hold later keys: no part in softmax or ranking
+            scores = scores.masked_fill(own, float("-inf"))
+        chosen = self._within(scores, allowed, own)
         step, each = s.block % 64 == 0, s.queries == "each"
         return Routes(chosen, row_N, region_M, asked.first, s.block * step, s.block * each)
 

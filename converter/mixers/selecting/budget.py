@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reattend.patterns.selectors import Budgeted
+from reattend.patterns.selector import Budgeted
 
 
 def within(

@@ -8,10 +8,11 @@ from reattend.mixers.config import CoreConfig
 from reattend.mixers.selecting.base import Method
 from reattend.mixers.selecting.blocks import BlocksMethod
 from reattend.mixers.selecting.channels import ChannelsMethod
+from reattend.mixers.selecting.gate import GateMethod
 from reattend.mixers.selecting.recorded import RecordedMethod
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse_config import SparseConfig
-from reattend.patterns.selectors import AnySelector, Blocks, Channels, Recorded
+from reattend.patterns.selectors import AnySelector, Blocks, Channels, Gate, Recorded
 
 
 def methods(config: SparseConfig) -> nn.ModuleDict:
@@ -31,6 +32,8 @@ def method(selector: AnySelector, core: CoreConfig) -> Method:
         return BlocksMethod(selector)
     if isinstance(selector, Channels):
         return ChannelsMethod(selector, core)
+    if isinstance(selector, Gate):
+        return GateMethod(selector, core)
     if isinstance(selector, Recorded):
         return RecordedMethod(selector)
     return VerticalSlashMethod(selector)

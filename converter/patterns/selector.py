@@ -1,0 +1,84 @@
+"""What every selector of keys answers, and the budgets that most of them share."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from reattend.mixers.config import CoreConfig, Frozen
+
+#: Calls of one new token are decoding, all others are prefill.
+Phase = Literal["prefill", "decode", "both"]
+
+
+class Selector(Frozen):
+    """One way to choose keys."""
+
+    @property
+    def acts(self) -> Phase:
+        """In which calls keys are left out; in the others the block attends to every key."""
+        return "both"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is set from calibration data, and stored with the weights."""
+        return False
+
+    @property
+    def depends_on_calls(self) -> bool:
+        """Whether cached decoding and one pass over the same text differ, by design.
+
+        Otherwise a query's choice depends on itself and the keys before it alone.
+        """
+        return self.acts != "both"
+
+    def reads(self, length: int) -> int:
+        """Keys that the last of `length` queries has selected, at most."""
+        raise NotImplementedError
+
+    def stored(self, core: CoreConfig) -> float:
+        """Numbers per token and KV head that a cache holds beside keys and values."""
+        return 0.0
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """Multiply-adds per query head to choose for one new token, while decoding."""
+        return 0.0
+
+    def parameters(self, core: CoreConfig) -> int:
+        """Weights of its own, per KV head."""
+        return 0
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """Why a block cannot have this selector."""
+        return None
+
+
+class Budgeted(Selector):
+    """Chooses the best of some units by exactly one rule.
+
+    Attributes:
+        topk: so many units.
+        ratio: this share of the units a query may see, rounded up.
+        topp: as few units as hold this share of the softmax over units.
+        threshold: units whose softmax over units is at least this.
+    """
+
+    topk: int | None = Field(default=None, gt=0)
+    ratio: float | None = Field(default=None, gt=0.0, le=1.0)
+    topp: float | None = Field(default=None, gt=0.0, le=1.0)
+    threshold: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Budgeted:
+        given = [b for b in (self.topk, self.ratio, self.topp, self.threshold) if b is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one budget: topk, ratio, topp or threshold")
+        return self
+
+    def units(self, many: int) -> int:
+        """Of so many units, how many are chosen at most."""
+        if self.topk is not None:
+            return min(self.topk, many)
+        return many if self.ratio is None else ceil(self.ratio * many)
