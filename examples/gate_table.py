@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import campaign
@@ -121,7 +122,9 @@ class Campaign:
                 "rules": [{**rule, "steps": STEPS}],
                 "calibrate": {"seq_len": TOKENS, "statistics_tokens": STATISTICS_TOKENS},
             }
-            made = convert(self.model, plan=plan, data=self.calibration.packed[0])
+            made = convert(
+                self.model, plan=plan, data=self.calibration.packed[0], out=self.args.keep
+            )
             self.trained = made.model.eval()
             self.gates = [m.selecting.state_dict() for m in sparse_blocks(self.trained)]
             self.learned = [site.options["gate_kl"] for site in made.report.sites]
@@ -237,6 +240,7 @@ def table(results: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = campaign.arguments(str(__doc__), "examples/results/gate_table.json")
     parser.add_argument("--only", default="", help="rows whose name contains this, separated by /")
+    parser.add_argument("--keep", type=Path, help="folder for the trained model, to continue with")
     return campaign.run(parser.parse_args(argv), table, _run)
 
 
