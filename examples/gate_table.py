@@ -78,7 +78,7 @@ class Campaign:
         )  # fmt: skip
         self.trained: Any = None
         self.gates: list[Any] = []
-        self.learned: list[str] = []
+        self.learned: list[Any] = []
 
     def inputs(self) -> dict[str, Any]:
         """What the rows depend on; a results file of other inputs is not continued."""

@@ -26,13 +26,13 @@ from reattend.passes.rewrite.base import (
     dense_cost,
     regrouped,
 )
-from reattend.passes.rewrite.sparse_build import sparse_like
+from reattend.passes.rewrite.sparse_build import head_classes, sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
 from reattend.passes.rewrite.sparse_find import find, trials
 from reattend.passes.rewrite.sparse_gate import effort, taught
 from reattend.passes.rewrite.sparse_profile import ProfileOptions
 from reattend.passes.rewrite.sparse_search import repeated
-from reattend.passes.rewrite.sparse_select import at_layer, calibrate, misfit, stated
+from reattend.passes.rewrite.sparse_select import at_layer, calibrate, heads_seen, misfit, stated
 from reattend.patterns.grids import GridWindow
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
@@ -289,29 +289,9 @@ class ToSparse(Conversion):
         texts = statistics.samples if statistics is not None else None
         calibrate(mixer, texts)
         exact = all(c.pattern.full for c in mixer.config.classes)
-        evidence = _evidence(mixer.config) | stated(mixer.config, options.density_at)
+        evidence = heads_seen(mixer.config) | stated(mixer.config, options.density_at)
         if options.chosen:
             evidence["chosen"] = options.chosen
         if options.finder == "gate":
             evidence |= taught(mixer, texts, options.steps)
         return Built(mixer, "exact" if exact else "learned", evidence)
-
-
-def _evidence(config: SparseConfig) -> dict[str, Any]:
-    """What the report shows: which heads see what."""
-    full = [h for c in config.classes if c.pattern.full for h in c.kv_heads]
-    words = list(dict.fromkeys(c.pattern.words() for c in config.classes if not c.pattern.full))
-    found: dict[str, Any] = {"heads_full": ", ".join(map(str, sorted(full))) or "none"}
-    return {**found, "pattern": "; ".join(words)} if words else found
-
-
-def head_classes(config: DenseConfig, options: SparseOptions) -> tuple[HeadClass, ...]:
-    """KV heads by pattern, heads of one pattern together."""
-    heads = config.core.kv_heads
-    found: dict[HeadPattern, list[int]] = {}
-    given = {h: c.pattern for c in options.head_patterns for h in c.kv_heads}
-    given |= dict.fromkeys(options.heads_full, HeadPattern(full=True))
-    for h in range(heads):
-        pattern = given[h] if h in given else options.pattern.for_head(h, heads)
-        found.setdefault(pattern, []).append(h)
-    return tuple(HeadClass(kv_heads=tuple(v), pattern=p) for p, v in found.items())

@@ -1,14 +1,15 @@
-"""A mixer of another class around the modules of a dense one."""
+"""A mixer of another class around the modules of a dense one, and which heads share a pattern."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from reattend.mixers.dense import DenseAttention
+from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.sparse import SparseAttention
-from reattend.mixers.sparse_config import SparseConfig
+from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.patterns.pattern import HeadPattern
 
 Dense = TypeVar("Dense", bound=DenseAttention)
 Made = TypeVar("Made", bound=SparseAttention)
@@ -31,3 +32,15 @@ def sparse_like(dense: DenseAttention, config: SparseConfig, kind: type[Made]) -
     if hasattr(mixer, "selecting"):
         mixer.selecting.to(dense.q_proj.weight)  # what selects is where the block is, in its dtype
     return mixer
+
+
+def head_classes(config: DenseConfig, options: Any) -> tuple[HeadClass, ...]:
+    """KV heads by pattern, heads of one pattern together."""
+    heads = config.core.kv_heads
+    found: dict[HeadPattern, list[int]] = {}
+    given = {h: c.pattern for c in options.head_patterns for h in c.kv_heads}
+    given |= dict.fromkeys(options.heads_full, HeadPattern(full=True))
+    for h in range(heads):
+        pattern = given[h] if h in given else options.pattern.for_head(h, heads)
+        found.setdefault(pattern, []).append(h)
+    return tuple(HeadClass(kv_heads=tuple(v), pattern=p) for p, v in found.items())

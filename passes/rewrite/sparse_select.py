@@ -106,3 +106,11 @@ def kv_density(config: SparseConfig, at: int) -> float:
             kept = c.pattern.reads(at, core)
         held += len(c.kv_heads) * (kept * each + at * beside(c.pattern, core))
     return held / (at * core.kv_heads * each)
+
+
+def heads_seen(config: SparseConfig) -> dict[str, Any]:
+    """What the report shows: which heads see what."""
+    full = [h for c in config.classes if c.pattern.full for h in c.kv_heads]
+    words = list(dict.fromkeys(c.pattern.words() for c in config.classes if not c.pattern.full))
+    found: dict[str, Any] = {"heads_full": ", ".join(map(str, sorted(full))) or "none"}
+    return {**found, "pattern": "; ".join(words)} if words else found
