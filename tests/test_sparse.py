@@ -212,6 +212,7 @@ def test_a_converted_model_is_saved_loaded_and_converted_again(tmp_path: Any) ->
     site = result.report.sites[0]
     assert site.exactness == "learned"
     assert result.report.totals.cache_ratio < 0.04
+    assert "of the original bytes at 4,096 tokens" in result.report.to_markdown()
 
 
 def test_packed_texts_are_refused_with_a_cache() -> None:

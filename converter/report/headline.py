@@ -115,10 +115,22 @@ def _cache(report: Report) -> Fact:
     before, after = total.cache_bytes_per_token_before, total.cache_bytes_per_token_after
     if before is None or after is None or not before:
         return Fact("Cache per token", "not counted", "no site has a cost")
-    detail = f"{size(before)} → {size(after)} per token"
+    detail = f"{size(before)} → {size(after)} per token{_counted_at(report)}"
     change = after / before - 1
     state: State = "good" if change < 0 else "bad" if change > 0 else "open"
     return Fact("Cache per token", signed_percent(change), detail, state)
+
+
+def _counted_at(report: Report) -> str:
+    """At which length the cache was counted, where its bytes per token depend on that."""
+    lengths = {
+        site.cost.after.context
+        for site in report.sites
+        if site.cost is not None
+        for options in (site.options, *(g.options for g in site.groups))
+        if "kv_density" in options
+    }
+    return f" at {max(n or 0 for n in lengths):,} tokens" if lengths else ""
 
 
 def _quality(report: Report) -> Fact:
@@ -174,7 +186,8 @@ def _sentences(report: Report) -> list[str]:
     ratio = total.cache_ratio
     if ratio is not None and total.converted:
         if ratio < 1:
-            parts.append(f"The cache shrinks to {percent(ratio)} of the original bytes.")
+            at = _counted_at(report)
+            parts.append(f"The cache shrinks to {percent(ratio)} of the original bytes{at}.")
         elif ratio == 1:
             parts.append("The cache needs as many bytes as before.")
         else:
