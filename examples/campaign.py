@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,37 @@ def add(results: dict[str, Any], row: dict[str, Any], out: Path) -> None:
     results["date"] = row["date"] = datetime.date.today().isoformat()
     results["rows"].append(row)
     write(out, results)
+
+
+def fill(
+    results: dict[str, Any],
+    names: Iterable[str],
+    measure: Callable[[str], dict[str, Any]],
+    args: argparse.Namespace,
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure the rows that are missing, writing after each, and print the table.
+
+    `--only`: parts of names, separated by a slash or a comma.
+    """
+    done = {row["name"] for row in results["rows"]}
+    wanted = [part for part in re.split("[/,]", args.only) if part]
+    for name in names:
+        if name in done or (wanted and not any(part in name for part in wanted)):
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        add(results, measure(name), args.out)
+    print(table(results))
+    return 0
+
+
+def opened(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model in float32 on its device, in eval mode, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    return model.to(args.device).eval(), AutoTokenizer.from_pretrained(args.model)
 
 
 def command(script: str, args: argparse.Namespace) -> list[str]:

@@ -61,15 +61,10 @@ class Campaign:
     """Model and data, loaded once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         from reattend.data import load_data
 
         self.args = args
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        self.model = model.to(args.device).eval()
+        self.model, tokenizer = campaign.opened(args)
         held_out = args.model / "heldout.txt"
         self.text = load_data(held_out, tokenizer, seq_len=TOKENS, seed=args.seed).take(args.rows)
         self.calibration = load_data(
@@ -239,7 +234,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = campaign.arguments(str(__doc__), "examples/results/gate_table.json")
-    parser.add_argument("--only", default="", help="rows whose name contains this, separated by /")
+    parser.add_argument("--only", default="", help="parts of the names wanted, separated by commas")
     parser.add_argument("--keep", type=Path, help="folder for the trained model, to continue with")
     return campaign.run(parser.parse_args(argv), table, _run)
 
@@ -250,15 +245,7 @@ def _run(args: argparse.Namespace) -> int:
     results = campaign.begun("gate_table.py", args, subject.inputs())
     if results is None:
         return 2
-    done = {row["name"] for row in results["rows"]}
-    wanted = [part for part in args.only.split("/") if part]
-    for name in ["original", *ROWS]:
-        if name in done or (wanted and not any(part in name for part in wanted)):
-            continue
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        campaign.add(results, subject.row(name), args.out)
-    print(table(results))
-    return 0
+    return campaign.fill(results, ["original", *ROWS], subject.row, args, table)
 
 
 if __name__ == "__main__":

@@ -79,15 +79,10 @@ class Campaign:
     """Model and data, loaded once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         from reattend.data import load_data
 
         self.args = args
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        self.model = model.to(args.device).eval()
+        self.model, tokenizer = campaign.opened(args)
         read = {"seq_len": args.tokens, "seed": args.seed}
         self.text = load_data(args.text / "heldout.txt", tokenizer, **read).take(args.rows)
         self.calibration = load_data(
@@ -200,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(model=Path("examples/models/recall-llama"))
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--text", type=Path, default=Path("examples/models/pycode-gqa"))
-    parser.add_argument("--only", default="", help="rows whose name contains this, comma-separated")
+    parser.add_argument("--only", default="", help="parts of the names wanted, separated by commas")
     return campaign.run(parser.parse_args(argv), table, _run)
 
 
@@ -211,15 +206,7 @@ def _run(args: argparse.Namespace) -> int:
     results = campaign.begun("sparse_recall.py", args, subject.inputs(), *words)
     if results is None:
         return 2
-    done = {row["name"] for row in results["rows"]}
-    wanted = [part for part in args.only.split(",") if part]
-    for name in ORDER:
-        if name in done or (wanted and not any(part in name for part in wanted)):
-            continue
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        campaign.add(results, subject.row(name), args.out)
-    print(table(results))
-    return 0
+    return campaign.fill(results, ORDER, subject.row, args, table)
 
 
 if __name__ == "__main__":
