@@ -15,6 +15,7 @@ from reattend import convert
 from reattend.errors import PlanError
 from reattend.mixers.base import Context
 from reattend.passes.rewrite.base import Answered, Subject
+from reattend.passes.rewrite.repeats import sources
 from reattend.passes.rewrite.sparse import SparseOptions
 from reattend.passes.rewrite.sparse_instant import area, averaged, distant
 from reattend.passes.rewrite.sparse_retrieval import retrieval
@@ -36,17 +37,19 @@ class Copying:
     def answers(self, mixers: dict[str, Any], length: int, rows: int) -> Any:
         """Queries and keys are unit vectors: a key is found by the number it is written as."""
         keys = 9.0 * torch.eye(N)[None, None].expand(1, 2, N, N)
-        own, source = torch.eye(N), torch.eye(N).roll(1 - N // 2, 1)
+        own, following = torch.eye(N), torch.arange(N)
+        following[N // 2 - 1 : -1] = sources(N)
+        source = own[following]
         q = torch.stack([own, own, own, source])[None]
         core = config().core.model_copy(update={"qk_head_dim": N, "v_head_dim": N})
         mixers["a"].watch(Look(q, keys, keys, None, None, core), q)
-        ids, place = torch.arange(N) % (N // 2), torch.arange(N // 2, N - 1)
+        ids, place = torch.cat([torch.arange(N // 2), sources(N)]), torch.arange(N // 2, N - 1)
         yield iter([Answered(ids, place, torch.zeros(len(place), 4), self.told)])
 
 
 def test_the_head_that_looks_at_the_source_is_found() -> None:
     sites: list[Any] = [Subject("a", dense(config()), None, None)]
-    ids = torch.arange(1, N // 2)
+    ids = sources(N)[1:]
     assert retrieval(sites, Copying(ids))["a"].tolist() == [0.0, 1.0]  # type: ignore[arg-type]
     wrong: Any = Copying(ids + 1)
     with pytest.raises(PlanError, match="a model that copies"):

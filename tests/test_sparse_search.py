@@ -16,7 +16,6 @@ from reattend.mixers.base import Mixer
 from reattend.mixers.sparse import SparseAttention
 from reattend.passes.rewrite.base import Subject
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
-from reattend.passes.rewrite.sparse_search import repeated
 
 
 def options(keep: float, **more: Any) -> SparseOptions:
@@ -89,15 +88,6 @@ def test_candidates_share_one_budget() -> None:
 def test_options_that_contradict_each_other_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         SparseOptions(**given)
-
-
-def test_rows_repeat_their_first_half() -> None:
-    batch = {"input_ids": torch.arange(14).view(2, 7), "attention_mask": torch.ones(2, 7)}
-    made = repeated(batch)
-    assert made["input_ids"].tolist() == [[0, 1, 2] * 2, [7, 8, 9] * 2]
-    assert made["attention_mask"].shape == (2, 6)
-    pixels = {"pixel_values": torch.zeros(1, 3, 8, 8)}
-    assert repeated(pixels) is pixels
 
 
 @pytest.mark.parametrize("keep", [0.25, 1.0])

@@ -57,7 +57,7 @@ Gap = Callable[[], Tensor]
 
 @dataclass
 class Answered:
-    """One row in which the second half repeats the first, and what the model says of that half.
+    """One row whose second half repeats pieces of its first, and what the model says of that half.
 
     Attributes:
         ids_N: the row.

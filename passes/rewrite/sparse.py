@@ -26,12 +26,12 @@ from reattend.passes.rewrite.base import (
     dense_cost,
     regrouped,
 )
+from reattend.passes.rewrite.repeats import repeated
 from reattend.passes.rewrite.sparse_build import head_classes, sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
 from reattend.passes.rewrite.sparse_find import find, trials
 from reattend.passes.rewrite.sparse_gate import effort, taught
 from reattend.passes.rewrite.sparse_profile import ProfileOptions
-from reattend.passes.rewrite.sparse_search import repeated
 from reattend.passes.rewrite.sparse_select import at_layer, calibrate, heads_seen, misfit, stated
 from reattend.patterns.grids import GridWindow
 from reattend.patterns.pattern import HeadPattern, laid_out

@@ -5,7 +5,7 @@ alpha from 1 on; all weights are frozen; the loss is what the model's output mov
 on alpha. Heads whose alpha stays high see everything. AdamW at 0.02 with warm-up and cool-down over
 a fifth of the steps each, alpha clamped to [0, 1], as in the released code. What differs: both
 branches read the student's own activations, the distance is the KL of the model's output on text
-that repeats itself (`sparse_search.repeated`), not an error of hidden states on passkeys.
+that repeats itself (`repeats.repeated`), not an error of hidden states on passkeys.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reattend.errors import PlanError
 from reattend.passes.rewrite.base import Answered, Measure, Subject
+from reattend.passes.rewrite.repeats import sources
 from reattend.passes.rewrite.sparse_watch import Look, answering, watched
 
 #: Rows that are watched; "few samples suffice" (Wu et al., section 2).
@@ -41,8 +42,9 @@ def retrieval(sites: list[Subject], measure: Measure) -> dict[str, Tensor]:
         for run in runs:
             asked = emitted(run)
             copied += len(asked)
+            before = sources(len(run.ids_N)).to(asked.device)
+            source = before[asked + 1 - len(before)]
             for path, top_HN in looked.items():
-                source = asked + 1 - len(run.ids_N) // 2
                 hits[path] += (top_HN[:, asked] == source).sum(-1).cpu()
     if not copied:
         raise PlanError(

@@ -1,19 +1,16 @@
 """What each KV head needs: it is made sparse alone, and the model's output is compared.
 
-The rows are calibration text whose second half repeats its first, so that heads which look things
-up show it: perplexity of plain text hardly moves without them (DuoAttention, Xiao et al., arXiv
-2410.10819; retrieval heads, Wu et al., arXiv 2404.15574). No gradient and no label is needed. The
-divergences of single heads are added up as if they were independent, and the sum is minimised
-exactly under one budget for all sites.
+The rows are calibration text whose second half repeats its first (`repeats`), so that heads which
+look things up show it: perplexity of plain text hardly moves without them (DuoAttention, Xiao et
+al., arXiv 2410.10819; retrieval heads, Wu et al., arXiv 2404.15574). No gradient and no label is
+needed. The divergences of single heads are added up as if they were independent, and the sum is
+minimised exactly under one budget for all sites.
 """
 
 from __future__ import annotations
 
 from math import inf
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from reattend.errors import PlanError
 from reattend.mixers.config import CoreConfig
@@ -23,19 +20,6 @@ from reattend.patterns.pattern import HeadPattern
 
 #: what every key of a head costs, when candidates share a budget
 STEPS = 64
-
-
-def repeated(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with every row's second half replaced by its first; other inputs as they are."""
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        return batch
-    half = ids.shape[1] // 2
-    changed = {**batch, "input_ids": torch.cat([ids[:, :half], ids[:, :half]], 1)}
-    for name in ("attention_mask", "position_ids", "token_type_ids"):
-        if isinstance(batch.get(name), Tensor) and batch[name].shape[:2] == ids.shape:
-            changed[name] = batch[name][:, : 2 * half]
-    return changed
 
 
 def search(conversion: Conversion, sites: list[Subject], measure: Measure) -> list[Any]:

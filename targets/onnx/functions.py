@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from reattend.targets.onnx.fragments import CAP, CAPPED
 from reattend.targets.onnx.pattern_body import TERMS, pattern_body
 from reattend.targets.onnx.sparse_body import sparse_body
 
@@ -108,26 +109,12 @@ _ROPE_OR_NONE = """
   >"""
 
 # score_rows -> weights [b, h, n, m] in their dtype; alive [b, 1, n, 1], false where a query sees
-# nothing; and the number 0. What an attribute decides is an If with a constant condition: a runtime
-# folds it when it loads the file. The softmax is in float32.
+# nothing; and the number 0. The softmax is in float32.
 _SOFTMAX = """
   scores_own = Reshape (score_rows, score_shape)
   scores = Cast <to = 1> (scores_own)
-  cap = Constant <value_float: float = @softcap> ()
-  zero_float = Constant <value_float = 0.0> ()
-  is_capped = Greater (cap, zero_float)
-  capped = If (is_capped) <
-    then_branch = with_cap () => (then_scores)
-    {
-      shrunk = Div (scores, cap)
-      bent = Tanh (shrunk)
-      then_scores = Mul (bent, cap)
-    },
-    else_branch = without_cap () => (else_scores)
-    {
-      else_scores = Identity (scores)
-    }
-  >
+CAP
+CAPPED
   zero = Constant <value_int = 0> ()
   one = Constant <value_int = 1> ()
   axis_0 = Constant <value_ints = [0]> ()
@@ -216,6 +203,7 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
     header = _HEADER.format(name=name, inputs=", ".join(_INPUTS[name]))
     rope = _ROPE_OR_NONE if uses.rope_may_be_empty else _ROPE
     body = _BODIES[name].replace("SOFTMAX", _SOFTMAX).replace("ROPE", rope)
+    body = body.replace("CAPPED", CAPPED).replace("CAP", CAP)
     return _DOMAIN_LINE + header + body
 
 

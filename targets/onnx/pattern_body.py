@@ -10,33 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from reattend.targets.onnx.sparse_body import finished
+from reattend.targets.onnx.fragments import finished
 
 _PATTERN = """PatternAttention
 <scale: float, sliding_window: int = 0, softcap: float = 0.0, sinks: int = 0, window: int = 0,
  window_slope: tensor, stride: ints, powers: int = 0, columns: ints, slashes: ints>
 (q, key, value, kv_start, kv_len) => (y)
 {
-  scale_float = Constant <value_float: float = @scale> ()
-  factor = CastLike (scale_float, q)
-  shown_score = Constant <value_float = 0.0> ()
-  hidden_score = Constant <value_float = -1.0e38> ()
-  zero = Constant <value_int = 0> ()
-  one = Constant <value_int = 1> ()
-  axis_0 = Constant <value_ints = [0]> ()
-  axis_1 = Constant <value_ints = [1]> ()
-  axis_2 = Constant <value_ints = [2]> ()
+COMMON
   axes_01 = Constant <value_ints = [0, 1]> ()
-  same = Constant <value_ints = [0]> ()
-  others = Constant <value_ints = [-1]> ()
-CAP
-  n_1 = Shape <start = 2, end = 3> (q)
-  n = Squeeze (n_1, axis_0)
   m_1 = Shape <start = 2, end = 3> (key)
   m = Squeeze (m_1, axis_0)
-  g = Shape <start = 1, end = 2> (key)
-  start = Cast <to = 7> (kv_start)
-  lengths = Cast <to = 7> (kv_len)
   start_b1 = Unsqueeze (start, axis_1)
   length_b1 = Unsqueeze (lengths, axis_1)
   query = Range (zero, n, one)
@@ -51,10 +35,6 @@ CAP
   apart = Sub (index, row)
   is_past = GreaterOrEqual (apart, zero)
   is_real = GreaterOrEqual (j, zero)
-  own = Constant <value_int: int = @sliding_window> ()
-  is_own = Greater (own, zero)
-  endless = Constant <value_int = 4611686018427387904> ()
-  reach = Where (is_own, own, endless)
   is_near = Less (apart, reach)
   past_real = And (is_past, is_real)
   allowed = And (past_real, is_near)

@@ -16,39 +16,21 @@ Positions count from the first real token; a row of padding gets finite numbers 
 
 from __future__ import annotations
 
+from reattend.targets.onnx.fragments import finished
+
 _SPARSE = """SparseAttention
 <scale: float, window: int, sinks: int = 0, sliding_window: int = 0, softcap: float = 0.0>
 (q, key, value, past_key, past_value, kv_start, kv_len) => (y, present_key, present_value)
 {
-  scale_float = Constant <value_float: float = @scale> ()
-  factor = CastLike (scale_float, q)
-  shown_score = Constant <value_float = 0.0> ()
-  hidden_score = Constant <value_float = -1.0e38> ()
-  zero = Constant <value_int = 0> ()
-  one = Constant <value_int = 1> ()
-  endless = Constant <value_int = 4611686018427387904> ()
-  axis_0 = Constant <value_ints = [0]> ()
-  axis_1 = Constant <value_ints = [1]> ()
-  axis_2 = Constant <value_ints = [2]> ()
+COMMON
   axes_12 = Constant <value_ints = [1, 2]> ()
   axes_13 = Constant <value_ints = [1, 3]> ()
-  same = Constant <value_ints = [0]> ()
-  others = Constant <value_ints = [-1]> ()
-CAP
   w = Constant <value_int: int = @window> ()
   s = Constant <value_int: int = @sinks> ()
-  own = Constant <value_int: int = @sliding_window> ()
-  is_own = Greater (own, zero)
-  reach = Where (is_own, own, endless)
   s_1 = Unsqueeze (s, axis_0)
   size = Add (s, w)
   sink = Range (zero, s, one)
-  start = Cast <to = 7> (kv_start)
-  lengths = Cast <to = 7> (kv_len)
   total = Gather (lengths, zero)
-  n_1 = Shape <start = 2, end = 3> (q)
-  n = Squeeze (n_1, axis_0)
-  g = Shape <start = 1, end = 2> (key)
   newest = Sub (total, one)
   turn = Mod (newest, w)
   is_step = Equal (n, one)
@@ -203,45 +185,7 @@ SOFTMAX
   >
 }"""
 
-# scores_any, visible -> weights in the scores' dtype. The softmax is in float32. The mask is added:
-# a Where over all heads takes ONNX Runtime twice as long.
-_SOFTMAX = """
-      scores = Cast <to = 1> (scores_any)
-CAPPED
-      bias = Where (visible, shown_score, hidden_score)
-      masked = Add (capped, bias)
-      weights_float = Softmax <axis = -1> (masked)
-      weights = CastLike (weights_float, scores_any)"""
-
-_CAP = """
-  cap = Constant <value_float: float = @softcap> ()
-  zero_float = Constant <value_float = 0.0> ()
-  is_capped = Greater (cap, zero_float)"""
-
-_CAPPED = """
-      capped = If (is_capped) <
-        then_branch = with_cap () => (then_scores)
-        {
-          shrunk = Div (scores, cap)
-          bent = Tanh (shrunk)
-          then_scores = Mul (bent, cap)
-        },
-        else_branch = without_cap () => (else_scores)
-        {
-          else_scores = Identity (scores)
-        }
-      >"""
-_NOT_CAPPED = """
-      capped = Identity (scores)"""
-
 
 def sparse_body(capped: bool = True) -> str:
     """`SparseAttention` without the domain's line; `capped`: some node may have a softcap."""
     return finished(_SPARSE, capped)
-
-
-def finished(body: str, capped: bool) -> str:
-    """A body with its softmax in the places of SOFTMAX and CAP."""
-    cap = _CAPPED if capped else _NOT_CAPPED
-    body = body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", cap)
-    return body.replace("CAP", _CAP if capped else "")

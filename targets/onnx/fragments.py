@@ -1,0 +1,74 @@
+"""Lines that the bodies of several nodes share, in ONNX's textual syntax.
+
+What an attribute decides is an If with a constant condition: a runtime folds it when it loads the
+file.
+"""
+
+from __future__ import annotations
+
+#: the softcap, and whether there is one
+CAP = """
+  cap = Constant <value_float: float = @softcap> ()
+  zero_float = Constant <value_float = 0.0> ()
+  is_capped = Greater (cap, zero_float)"""
+
+#: scores -> capped
+CAPPED = """
+  capped = If (is_capped) <
+    then_branch = with_cap () => (then_scores)
+    {
+      shrunk = Div (scores, cap)
+      bent = Tanh (shrunk)
+      then_scores = Mul (bent, cap)
+    },
+    else_branch = without_cap () => (else_scores)
+    {
+      else_scores = Identity (scores)
+    }
+  >"""
+_NOT_CAPPED = """
+  capped = Identity (scores)"""
+
+# Constants, the factor of queries, sizes, and how far the block itself looks back.
+_COMMON = """
+  scale_float = Constant <value_float: float = @scale> ()
+  factor = CastLike (scale_float, q)
+  shown_score = Constant <value_float = 0.0> ()
+  hidden_score = Constant <value_float = -1.0e38> ()
+  zero = Constant <value_int = 0> ()
+  one = Constant <value_int = 1> ()
+  endless = Constant <value_int = 4611686018427387904> ()
+  axis_0 = Constant <value_ints = [0]> ()
+  axis_1 = Constant <value_ints = [1]> ()
+  axis_2 = Constant <value_ints = [2]> ()
+  same = Constant <value_ints = [0]> ()
+  others = Constant <value_ints = [-1]> ()
+  own = Constant <value_int: int = @sliding_window> ()
+  is_own = Greater (own, zero)
+  reach = Where (is_own, own, endless)
+  start = Cast <to = 7> (kv_start)
+  lengths = Cast <to = 7> (kv_len)
+  n_1 = Shape <start = 2, end = 3> (q)
+  n = Squeeze (n_1, axis_0)
+  g = Shape <start = 1, end = 2> (key)"""
+
+# scores_any, visible -> weights in the scores' dtype. The softmax is in float32. The mask is added:
+# a Where over all heads takes ONNX Runtime twice as long.
+_SOFTMAX = """
+  scores = Cast <to = 1> (scores_any)
+CAPPED
+  bias = Where (visible, shown_score, hidden_score)
+  masked = Add (capped, bias)
+  weights_float = Softmax <axis = -1> (masked)
+  weights = CastLike (weights_float, scores_any)"""
+
+
+def finished(body: str, capped: bool) -> str:
+    """The body of a sparse node with what stands for COMMON and SOFTMAX.
+
+    Args:
+        body: with these words on lines of their own.
+        capped: some node may have a softcap.
+    """
+    body = body.replace("COMMON", _COMMON + (CAP if capped else ""))
+    return body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", CAPPED if capped else _NOT_CAPPED)
