@@ -37,6 +37,13 @@ def query_heads(core: CoreConfig, kv_heads: Sequence[int]) -> list[int]:
     return [g * each + i for g in kv_heads for i in range(each)]
 
 
+def picked(x_BHNd: Tensor, heads: Sequence[int]) -> Tensor:
+    """These heads of a tensor [B, H, ..]; the tensor itself where that is all of them in order."""
+    if list(heads) == list(range(x_BHNd.shape[1])):
+        return x_BHNd
+    return x_BHNd.index_select(1, torch.tensor(heads, device=x_BHNd.device))
+
+
 def part_config(config: DenseConfig, kv_heads: Sequence[int]) -> DenseConfig:
     """The description of the part."""
     heads = query_heads(config.core, kv_heads)

@@ -23,8 +23,8 @@ from reattend.mixers.scores import attend, per_head, shown
 from reattend.mixers.selecting.frame import attend_selected
 from reattend.mixers.selecting.methods import methods
 from reattend.mixers.sparse_blocks import Layouts, by_blocks
-from reattend.mixers.sparse_config import HeadClass, SparseConfig
-from reattend.parts import query_heads
+from reattend.mixers.sparse_config import SparseConfig
+from reattend.parts import picked, query_heads
 
 
 class New(NamedTuple):
@@ -49,8 +49,7 @@ class SparseAttention(DenseAttention):
         """What there is beside the block's own modules: what selects, and layouts."""
         self.config = config
         self.layouts = Layouts()
-        if any(c.pattern.select for c in config.classes):
-            self.selecting = methods(config)
+        self.selecting = methods(config)
 
     def project(
         self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
@@ -89,7 +88,7 @@ class SparseAttention(DenseAttention):
             place = places(rows.valid_BN, q_BHNd.shape[2], q_BHNd.device)
             _fits(self.config, place)
             kept = [
-                Kept(_heads(rows.keys, c), _heads(rows.values, c), place, place)
+                Kept(picked(rows.keys, c.kv_heads), picked(rows.values, c.kv_heads), place, place)
                 for c in self.config.classes
             ]
             if mask is not None and usual(mask, place, self.config.core):
@@ -97,12 +96,16 @@ class SparseAttention(DenseAttention):
         else:
             self._known(mask, rows[0])
             kept, mask = rows, None
-        outputs = [self._class(q_BHNd, number, part, mask) for number, part in enumerate(kept)]
+        return self.together(
+            [self._class(q_BHNd, number, part, mask) for number, part in enumerate(kept)]
+        )
+
+    def together(self, outputs: list[Tensor]) -> Tensor:
+        """The classes' outputs [B, heads, N, e] as one, heads in the block's own order."""
         if len(outputs) == 1:
             return outputs[0]
         order = [h for c in self.config.classes for h in query_heads(self.config.core, c.kv_heads)]
-        back = torch.tensor(order, device=q_BHNd.device).argsort()
-        return torch.cat(outputs, 1).index_select(1, back)
+        return picked(torch.cat(outputs, 1), [order.index(h) for h in range(len(order))])
 
     def _known(self, mask: Tensor | None, kept: Kept) -> None:
         """The cache knows the block's own pattern and padding, nothing else a mask may say."""
@@ -133,7 +136,7 @@ class SparseAttention(DenseAttention):
         head_class, core = self.config.classes[number], self.config.core
         heads = query_heads(core, head_class.kv_heads)
         whole = len(heads) == core.heads
-        q = q_BHNd if whole else _pick(q_BHNd, heads)
+        q = picked(q_BHNd, heads)
         sinks = per_head(self.sinks)
         if sinks is not None and not whole:
             sinks = sinks[heads]
@@ -155,8 +158,8 @@ class SparseAttention(DenseAttention):
         visible = head_class.pattern.sees(i, j, core) | (i < 0)  # a padded row stays finite
         if mask is not None:
             given = shown(mask[..., : j.shape[-1]])
-            if given.shape[1] == core.heads > 1 and not whole:
-                given = _pick(given, heads)
+            if given.shape[1] == core.heads > 1:
+                given = picked(given, heads)
             visible = visible & given
         return attend(q, kept.keys, kept.values, own, visible, None, sinks)
 
@@ -175,15 +178,3 @@ def _fits(config: SparseConfig, place_BN: Tensor) -> None:
                     next_step="pass images of that size, or convert with another image_grid, "
                     "text_before or text_after",
                 )
-
-
-def _heads(x_BGNd: Tensor, head_class: HeadClass) -> Tensor:
-    return (
-        x_BGNd
-        if len(head_class.kv_heads) == x_BGNd.shape[1]
-        else _pick(x_BGNd, head_class.kv_heads)
-    )
-
-
-def _pick(x: Tensor, heads: Any) -> Tensor:
-    return x.index_select(1, torch.tensor(heads, device=x.device))

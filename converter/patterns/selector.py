@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import ceil
 from typing import Literal
 
@@ -13,7 +14,7 @@ from reattend.mixers.config import CoreConfig, Frozen
 Phase = Literal["prefill", "decode", "both"]
 
 
-class Selector(Frozen):
+class Selector(Frozen, ABC):
     """One way to choose keys."""
 
     @property
@@ -34,9 +35,9 @@ class Selector(Frozen):
         """
         return self.acts != "both"
 
+    @abstractmethod
     def reads(self, length: int) -> int:
         """Keys that the last of `length` queries has selected, at most."""
-        raise NotImplementedError
 
     def stored(self, core: CoreConfig) -> float:
         """Numbers per token and KV head that a cache holds beside keys and values."""

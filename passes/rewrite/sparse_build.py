@@ -29,8 +29,7 @@ def sparse_like(dense: DenseAttention, config: SparseConfig, kind: type[Made]) -
     """A SparseAttention, or a subclass of it, that holds the modules of `dense`."""
     mixer = like(dense, kind)
     mixer.begin(config)
-    if hasattr(mixer, "selecting"):
-        mixer.selecting.to(dense.q_proj.weight)  # what selects is where the block is, in its dtype
+    mixer.selecting.to(dense.q_proj.weight)  # what selects is where the block is, in its dtype
     return mixer
 
 

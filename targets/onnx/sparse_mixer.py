@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from reattend.install.adapter import Adapter
@@ -17,7 +16,7 @@ from reattend.mixers.dense import DenseAttention
 from reattend.mixers.mixed import MixedAttention
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import HeadClass
-from reattend.parts import query_heads
+from reattend.parts import picked, query_heads
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.targets.onnx.sparse_ops import pattern_attention, sink_window_attention
 from reattend.targets.onnx.state import FixedGroups, FixedState
@@ -57,23 +56,20 @@ class TracedSparse(SparseAttention):
         """See `Mixer.attend`."""
         if not isinstance(rows, _New):
             return super().attend(query, rows, ctx, span)
-        outputs = [
-            self._node(query, rows, c, state)
-            for c, state in zip(self.config.classes, rows.states.parts, strict=True)
-        ]
-        if len(outputs) == 1:
-            return outputs[0]
-        order = [h for c in self.config.classes for h in query_heads(self.config.core, c.kv_heads)]
-        back = [order.index(h) for h in range(len(order))]
-        return torch.cat(outputs, 1).index_select(1, torch.tensor(back))
+        return self.together(
+            [
+                self._node(query, rows, c, state)
+                for c, state in zip(self.config.classes, rows.states.parts, strict=True)
+            ]
+        )
 
     def _node(self, q_BHNd: Tensor, new: _New, head_class: HeadClass, state: Any) -> Tensor:
         """The output of one class' query heads, [B, heads, N, e]."""
         assert isinstance(state, FixedState)
         form, core, kv_heads = state.layout.sparse, self.config.core, head_class.kv_heads
         assert form is not None
-        keys, values = _pick(new.keys, kv_heads), _pick(new.values, kv_heads)
-        q = _pick(q_BHNd, query_heads(core, kv_heads))
+        keys, values = picked(new.keys, kv_heads), picked(new.values, kv_heads)
+        q = picked(q_BHNd, query_heads(core, kv_heads))
         rules = {"scale": core.scale, "sliding_window": core.window, "softcap": core.softcap}
         y: Tensor
         if form.op == "SparseAttention":
@@ -90,11 +86,6 @@ class TracedSparse(SparseAttention):
         else:
             y = attention(q, *rows, *state.span(), **rules)[0]
         return y
-
-
-def _pick(x_BHNd: Tensor, heads: Any) -> Tensor:
-    whole = list(heads) == list(range(x_BHNd.shape[1]))
-    return x_BHNd if whole else x_BHNd.index_select(1, torch.tensor(heads))
 
 
 def make_traceable(model: nn.Module) -> None:

@@ -103,9 +103,12 @@ class Method(nn.Module, ABC):
 
     Attributes:
         block: tokens of a block that is summarised in a cache; 0: nothing is.
+        pairwise: whether choosing forms a number for every query and key, so that of many queries
+            some are served at a time.
     """
 
     block: int = 0
+    pairwise: bool = False
 
     @abstractmethod
     def choose(self, asked: Asked) -> Chosen:

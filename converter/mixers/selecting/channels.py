@@ -25,7 +25,7 @@ class ChannelsMethod(Method):
         channels_Gr: which numbers of a key its label has, in the normal form's order.
     """
 
-    block = 1
+    block, pairwise = 1, True
     channels_Gr: Tensor
 
     def __init__(self, selector: Channels, core: CoreConfig) -> None:

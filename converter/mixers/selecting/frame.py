@@ -24,7 +24,6 @@ from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import attend, own_pattern
 from reattend.mixers.selecting.base import Asked, Chosen, Method
 from reattend.mixers.selecting.blocks import Routes
-from reattend.mixers.selecting.channels import ChannelsMethod
 from reattend.mixers.selecting.compile import Fixed, compiled
 from reattend.mixers.selecting.memo import Memo
 from reattend.mixers.selecting.routed import attend_routed
@@ -169,7 +168,7 @@ def _one(
     if pattern.select.acts == ("prefill" if n == 1 else "decode"):
         return attend(q, k, v, core, None, None, sinks)
     step = max(1, MASK // (q.shape[0] * core.heads * m))
-    if isinstance(method, ChannelsMethod) and n > step:  # a mask: some queries at a time
+    if method.pairwise and n > step:
         done = []
         for begin in range(0, n, step):
             end = m - n + min(begin + step, n)
