@@ -7,7 +7,7 @@ import torch
 from reattend.materials import Materials
 from reattend.plan import Plan
 from reattend.source import Source
-from reattend.workdir import digest
+from reattend.workdir import VERSIONS, digest
 
 
 def run_fingerprint(source: Source, plan: Plan, materials: Materials, seed: int) -> dict[str, str]:
@@ -16,12 +16,11 @@ def run_fingerprint(source: Source, plan: Plan, materials: Materials, seed: int)
 
     from reattend import __version__
 
+    versions = (__version__, torch.__version__, transformers.__version__)
     return {
         "weights": digest(source.state),
         "plan": plan.fingerprint(),
         "data": materials.fingerprint,
         "seed": str(seed),
-        "reattend": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **dict(zip(VERSIONS, versions, strict=True)),
     }

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 WORK = "work"
 VOLATILE = frozenset({"run.json"})
+#: parts of a fingerprint that every stage depends on: other code may store, or compute, differently
+VERSIONS = ("reattend", "torch", "transformers")
 
 
 def digest(value: Any) -> str:
@@ -170,14 +172,14 @@ class Workdir:
     def has(self, stage: str, inputs_hash: str) -> bool:
         """Whether a stage was finished with these inputs; a record of other inputs is dropped.
 
-        A stage that is reused keeps its files; those of a stage that is dropped are removed.
+        A stage that other versions (`VERSIONS`) finished is of other inputs. A stage that is reused keeps its files; those of a stage that is dropped are removed.
         """
         record = self.partial / _record(stage)
         known = read_json(record)
         if known is None:
             return False
         files = [str(name) for name in known.get("files", [])]
-        if known.get("inputs") == inputs_hash and all(self.path(f).is_file() for f in files):
+        if known.get("inputs") == self._asked(inputs_hash) and all(self.path(f).is_file() for f in files):
             self._kept.update(files, [_record(stage)])
             self._since_mark.clear()
             return True
@@ -190,8 +192,11 @@ class Workdir:
     def mark(self, stage: str, inputs_hash: str) -> None:
         """Record that a stage is finished; it owns the files published since the last record."""
         files = sorted(set(self._since_mark) - {FINGERPRINT})
-        self.publish_json(_record(stage), {"inputs": inputs_hash, "files": files})
+        self.publish_json(_record(stage), {"inputs": self._asked(inputs_hash), "files": files})
         self._since_mark.clear()
+
+    def _asked(self, inputs_hash: str) -> str:
+        return digest([inputs_hash, [self.fingerprint.get(name) for name in VERSIONS]])
 
     def finish(self) -> Path:
         """Make the result visible: remove what this run did not want, then rename to `out`.

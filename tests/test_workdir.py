@@ -112,6 +112,14 @@ def test_a_dropped_stage_loses_its_files(tmp_path):
         assert not work.has("a", "1")
 
 
+def test_a_stage_that_other_versions_finished_is_not_reused(tmp_path):
+    for version, reused in (("1", False), ("1", True), ("2", False)):
+        with Workdir.open(tmp_path / "out", PRINT | {"reattend": version}) as work:
+            assert work.has("a", "1") is reused
+            work.publish_bytes("a.bin", b"a")
+            work.mark("a", "1")
+
+
 def test_a_stage_whose_file_is_gone_is_not_reused(tmp_path):
     with Workdir.open(tmp_path / "out", PRINT) as work:
         work.publish_bytes("a.bin", b"a")
