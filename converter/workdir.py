@@ -172,14 +172,16 @@ class Workdir:
     def has(self, stage: str, inputs_hash: str) -> bool:
         """Whether a stage was finished with these inputs; a record of other inputs is dropped.
 
-        A stage that other versions (`VERSIONS`) finished is of other inputs. A stage that is reused keeps its files; those of a stage that is dropped are removed.
+        A stage that is reused keeps its files; those of a stage that is dropped are removed. What
+        other versions (`VERSIONS`) finished is dropped.
         """
         record = self.partial / _record(stage)
         known = read_json(record)
         if known is None:
             return False
         files = [str(name) for name in known.get("files", [])]
-        if known.get("inputs") == self._asked(inputs_hash) and all(self.path(f).is_file() for f in files):
+        same = known.get("inputs") == self._asked(inputs_hash)
+        if same and all(self.path(f).is_file() for f in files):
             self._kept.update(files, [_record(stage)])
             self._since_mark.clear()
             return True

@@ -167,6 +167,17 @@ def shown(path: Path) -> str:
         return path.name
 
 
+#: heads of the columns that `recall_cells` fills
+RECALL = "copy: right (nats) | passkey: right (gain) | several keys: right (gain) |"
+
+
+def recall_cells(recall: dict[str, Any]) -> str:
+    """What a row measured of recall on the shipped text, as cells of a Markdown table."""
+    copy, *keyed = (recall[kind] for kind in ("copy", "passkey", "multi_key"))
+    cells = [(copy["accuracy"], copy["loss"]), *((k["accuracy"], k["gain"]) for k in keyed)]
+    return " | ".join(f"{100 * right:.1f} % ({nats:.2f})" for right, nats in cells) + " |"
+
+
 def sha256(path: Path) -> str:
     """Hash of a file."""
     with path.open("rb") as file:

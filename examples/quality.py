@@ -126,19 +126,15 @@ class Campaign:
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| model | cache bytes/token (share) | perplexity | KL | top-1 "
-        "| copy: right (nats) | passkey: right (gain) | several keys: right (gain) |",
+        f"| model | cache bytes/token (share) | perplexity | KL | top-1 | {campaign.RECALL}",
         "|---|---|---|---|---|---|---|---|",
     ]
     order = {name: place for place, name in enumerate(row_names())}
     for row in sorted(results["rows"], key=lambda row: order[row["name"]]):
-        copy, one, many = (row["recall"][k] for k in ("copy", "passkey", "multi_key"))
         lines.append(
             f"| {row['name']} | {row['cache_bytes_per_token']['256']:.0f} "
             f"({100 * row['share']['256']:.1f} %) | {row['perplexity']:.2f} | {row['kl']:.3f} "
-            f"| {100 * row['top1']:.1f} % | {100 * copy['accuracy']:.1f} % ({copy['loss']:.2f}) "
-            f"| {100 * one['accuracy']:.1f} % ({one['gain']:.2f}) "
-            f"| {100 * many['accuracy']:.1f} % ({many['gain']:.2f}) |"
+            f"| {100 * row['top1']:.1f} % | {campaign.recall_cells(row['recall'])}"
         )
     dates = ", ".join(sorted({row.get("date", results["date"]) for row in results["rows"]}))
     rows, backend = results["inputs"]["rows"], results["inputs"]["kv_backend"]

@@ -93,12 +93,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     order = ["original", *ROWS]
     for row in sorted(results["rows"], key=lambda row: order.index(row["name"])):
-        copy, one, many = (row["recall"][k] for k in ("copy", "passkey", "multi_key"))
         lines.append(
             f"| {row['name']} | {100 * row['share']:.1f} % | {row['perplexity']:.2f} "
-            f"| {row['kl']:.4f} | {100 * copy['accuracy']:.1f} % ({copy['loss']:.2f}) "
-            f"| {100 * one['accuracy']:.1f} % ({one['gain']:.2f}) "
-            f"| {100 * many['accuracy']:.1f} % ({many['gain']:.2f}) |"
+            f"| {row['kl']:.4f} | {campaign.recall_cells(row['recall'])}"
         )
     lines += [
         "",

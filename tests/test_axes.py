@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lone_block import WIDTH, inputs, made
 from torch import Tensor, nn
 
 from reattend import convert, find_attention
 
-WIDTH, HEADS, WINDOW = 32, 4, 3
+HEADS, WINDOW = 4, 3
 
 
 class Windows(nn.Module):
@@ -56,24 +57,6 @@ class Summed(Groups):
         v = v + self.k(x).unflatten(-1, (2, 1, -1)).permute(0, 2, 3, 1, 4)
         y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
         return self.o(y.permute(0, 3, 1, 2, 4).flatten(2))
-
-
-class Model(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.attn = nn.LayerNorm(WIDTH), block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attn(self.norm(x))
-
-
-def made(block: Callable[[], nn.Module]) -> Model:
-    torch.manual_seed(3)
-    return Model(block()).eval()
-
-
-def inputs(batch: int, length: int) -> dict[str, Tensor]:
-    return {"x": torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1))}
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from lone_block import WIDTH, inputs, made
 from torch import Tensor, nn
 
 from reattend import convert, find_attention
 from reattend.spec import Opaque
 
-WIDTH, HEADS, WINDOW = 32, 4, 3
+HEADS, WINDOW = 4, 3
 
 
 class Windows(nn.Module):
@@ -56,24 +57,6 @@ class Mixed(Windows):
         q, k, v = y.view(-1, WINDOW, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.o(y.transpose(1, 2).reshape(b, n, WIDTH))
-
-
-class Model(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.attn = nn.LayerNorm(WIDTH), block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attn(self.norm(x))
-
-
-def made(block: Callable[[], nn.Module]) -> Model:
-    torch.manual_seed(3)
-    return Model(block()).eval()
-
-
-def inputs(batch: int, length: int) -> dict[str, Tensor]:
-    return {"x": torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1))}
 
 
 @pytest.mark.parametrize("block", [Windows, Half])
