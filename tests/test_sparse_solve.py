@@ -15,7 +15,7 @@ pytest.importorskip("scipy")
 
 def problem(heads: int = 5, rules: int = 4, lengths: int = 2, **more: object) -> Problem:
     rng = np.random.default_rng(3)
-    size = np.sort(rng.random((lengths + 1, 1, rules)), -1).repeat(heads, 1)
+    size = np.sort(rng.random((lengths, 1, rules)), -1).repeat(heads, 1)
     loss = -np.sort(-rng.random((lengths, heads, rules)), -1) * 1e-5
     loss[..., -1], size[..., -1] = 0.0, 1.0
     made = Problem(loss, size, np.arange(1.0, heads + 1), np.arange(heads) // 3, density=0.6)
@@ -27,7 +27,7 @@ def every(p: Problem) -> dict[tuple[int, ...], tuple[float, ...]]:
     _, heads, rules = p.loss_LHC.shape
     found, at = {}, np.arange(heads)
     for rule in product(range(rules), repeat=heads):
-        shares = (p.size_MHC[:, at, rule] * p.weight_H).sum(1) / p.weight_H.sum()
+        shares = (p.size_LHC[:, at, rule] * p.weight_H).sum(1) / p.weight_H.sum()
         few = [len({r for r, s in zip(rule, p.site_H, strict=True) if s == n}) for n in (0, 1)]
         if (shares <= p.density + 1e-9).all() and max(few) <= (p.max_rules or rules):
             found[rule] = tuple(p.loss_LHC[:, at, rule].sum(1))
@@ -53,4 +53,4 @@ def test_the_plans_are_on_the_front_and_the_best_of_each_length_is_found(
 
 
 def test_bounds_that_nothing_keeps_to_give_no_plan() -> None:
-    assert problem(size_MHC=np.full((3, 5, 4), 0.7)).pareto() == []
+    assert problem(size_LHC=np.full((2, 5, 4), 0.7)).pareto() == []

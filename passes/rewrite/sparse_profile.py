@@ -3,9 +3,11 @@
 Fu et al., arXiv 2406.14909. What every head costs with every rule is predicted from first-order
 influences at several lengths (`sparse_influence`); the plans that no other beats at every length
 are found under one density (`sparse_solve`); the last word has a run of each on longer rows. What
-differs: the answers are the model's own on the second half of text that repeats itself, where MoA
-has it answer questions about several documents; a window counts by the query's own position and in
-tokens, not in blocks (`reattend.patterns.terms.Window`).
+differs: influences are measured at the length of that last run too, where MoA stops short of it and
+a window as wide as its longest text looks as good as everything; the answers are the model's own on
+the second half of text that repeats itself, where MoA has it answer questions about several
+documents; a window counts by the query's own position and in tokens, not in blocks
+(`reattend.patterns.terms.Window`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class ProfileOptions(Frozen):
     Attributes:
         lengths: tokens of the rows that influences are measured on. Where the calibration rows are
             no longer than the longest, as many lengths are spread evenly below theirs.
-        choose_at: tokens of the rows that the plans are run on for the last choice.
+        choose_at: tokens of the rows that the plans are run on for the last choice; influences are
+            measured there as well.
         sinks: first tokens that every rule of the grid keeps.
         samples: rows at each length.
         max_rules: different rules in one block, for kernels that want few (MoA: 2).
@@ -91,11 +94,12 @@ def profile(conversion: Conversion, sites: list[Subject], measure: Measure) -> l
             next_step="raise calibrate.seq_len, or give more text (data sampled from the model "
             "itself is short)",
         )
+    lengths = (*lengths, last)
     rules = options.candidates or grid(lengths, wanted.sinks)
-    problem = _problem(sites, measure, rules, lengths, last, options)
+    problem = _problem(sites, measure, rules, lengths, options)
     plans = problem.pareto()
     if not plans:
-        least = zip((*lengths, last), problem.size_MHC.min(2).mean(1), strict=True)
+        least = zip(lengths, problem.size_LHC.min(2).mean(1), strict=True)
         raise PlanError(
             f"no plan reaches kv_density {options.kv_density}",
             where="to: sparse",
@@ -110,7 +114,9 @@ def profile(conversion: Conversion, sites: list[Subject], measure: Measure) -> l
     chosen = plans[int(np.argmin(losses))]
     published = ", ".join(map(str, wanted.lengths))
     fits = (
-        "" if lengths == wanted.lengths else f" ({published} do not fit rows of {measure.length})"
+        ""
+        if lengths[:-1] == wanted.lengths
+        else f" ({published} do not fit rows of {measure.length})"
     )
     words = (
         f"profiled at {', '.join(map(str, lengths))} tokens{fits}; best of {len(plans)} plans at "
@@ -127,7 +133,6 @@ def _problem(
     measure: Measure,
     rules: tuple[HeadPattern, ...],
     lengths: tuple[int, ...],
-    last: int,
     options: Any,
 ) -> Problem:
     """Predicted losses and sizes of every head with every rule."""
@@ -143,7 +148,7 @@ def _problem(
         loss.append(torch.cat(heads).numpy())
     sizes = [
         [[p.reads(n, core) / n for p in rules] for core in cores for _ in range(core.kv_heads)]
-        for n in (*lengths, last)
+        for n in lengths
     ]
     each = [c.qk_head_dim + c.v_head_dim for c in cores for _ in range(c.kv_heads)]
     site = [n for n, c in enumerate(cores) for _ in range(c.kv_heads)]

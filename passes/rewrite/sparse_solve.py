@@ -7,7 +7,9 @@ while those of the others stay under caps. Layout letters: L lengths, H heads, C
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,6 +20,8 @@ from reattend.errors import MissingExtraError
 
 #: Stop at this relative gap between plan and bound, or after so many seconds.
 GAP, SECONDS = 1e-3, 120.0
+#: Whole numbers may miss a bound by this, in the bound's own unit.
+SLACK = 1e-6
 #: Caps tried on every other length's loss, between its best and its worst.
 CAPS = 4
 #: Losses are scaled to add up to this: HiGHS has absolute tolerances of about 1e-6.
@@ -45,7 +49,7 @@ class Problem:
 
     Attributes:
         loss_LHC: of every head with every rule at every length.
-        size_MHC: share of the keys that a head reads and keeps, at every length that is bounded.
+        size_LHC: share of the keys that a head reads and keeps, at every length.
         weight_H: numbers cached per row of each head.
         site_H: the block each head belongs to.
         density: bound on the weighted mean of the shares.
@@ -53,7 +57,7 @@ class Problem:
     """
 
     loss_LHC: np.ndarray
-    size_MHC: np.ndarray
+    size_LHC: np.ndarray
     weight_H: np.ndarray
     site_H: np.ndarray
     density: float
@@ -62,8 +66,8 @@ class Problem:
     def pareto(self) -> list[Plan]:
         """Plans that no other one beats at every length, best at the first length first.
 
-        Every length is minimised under every combination of caps on the others (the epsilon
-        constraint method). Empty where no plan keeps to the bounds.
+        The last length is minimised under every combination of caps on the others (the epsilon
+        constraint method), and each length alone. Empty where no plan keeps to the bounds.
         """
         found = {plan.rule_H: plan for plan in self._tried()}
         plans = sorted(found.values(), key=lambda plan: plan.loss_L)
@@ -77,12 +81,11 @@ class Problem:
         yield from plans
         table = np.array([plan.loss_L for plan in plans])
         steps = np.linspace(table.min(0), table.max(0), CAPS + 1)[1:]
-        for first in range(len(plans)):
-            others = [n for n in range(len(plans)) if n != first]
-            for pick in product(range(CAPS), repeat=len(others)):
-                caps = {n: float(steps[p, n]) for n, p in zip(others, pick, strict=True)}
-                if caps and (plan := self.best(first, caps)) is not None:
-                    yield plan
+        last = len(plans) - 1
+        for pick in product(range(CAPS), repeat=last):
+            caps = {n: float(steps[p, n]) for n, p in enumerate(pick)}
+            if caps and (plan := self.best(last, caps)) is not None:
+                yield plan
 
     def best(self, first: int, caps: dict[int, float]) -> Plan | None:
         """The least loss at one length with those at others at most their caps; None: nothing fits.
@@ -95,7 +98,7 @@ class Problem:
         unit_L = SCALE / np.maximum(self.loss_LHC.max(2).sum(1), 1e-300)
         weight_H = self.weight_H / self.weight_H.sum()
         one = sparse.kron(sparse.eye_array(heads), np.ones((1, rules)))
-        shares = (self.size_MHC * weight_H[:, None]).reshape(len(self.size_MHC), -1)
+        shares = (self.size_LHC * weight_H[:, None]).reshape(len(self.size_LHC), -1)
         bounds: list[tuple[Any, float, float]] = [
             (one, 1.0, 1.0),
             (sparse.csr_array(shares), -np.inf, self.density + 1e-9),
@@ -107,14 +110,15 @@ class Problem:
         if self.max_rules is not None:
             bounds = self._few(bounds, sparse)
             objective = np.pad(objective, (0, bounds[0][0].shape[1] - len(objective)))
-        found = optimize.milp(
-            objective,
-            integrality=np.ones(len(objective)),
-            bounds=optimize.Bounds(0, 1),
-            constraints=[optimize.LinearConstraint(*bound) for bound in bounds],
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-        )
-        if found.x is None:
+        with _stdout_kept():
+            found = optimize.milp(
+                objective,
+                integrality=np.ones(len(objective)),
+                bounds=optimize.Bounds(0, 1),
+                constraints=[optimize.LinearConstraint(*bound) for bound in bounds],
+                options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+            )
+        if found.x is None or not _holds(found.x, bounds):
             return None
         rule_H = found.x[: heads * rules].reshape(heads, rules).argmax(1)
         loss_L = self.loss_LHC[:, np.arange(heads), rule_H].sum(1)
@@ -138,6 +142,26 @@ class Problem:
         empty = sparse.csr_array((sites, len(place)))
         wider.append((sparse.hstack([empty, counted]), -np.inf, float(self.max_rules or rules)))
         return wider
+
+
+def _holds(x: Any, bounds: list[tuple[Any, float, float]]) -> bool:
+    """Whether the whole numbers nearest to a solution keep to the bounds; see scipy#24141."""
+    return all(
+        bool(((rows @ x.round() >= low - SLACK) & (rows @ x.round() <= high + SLACK)).all())
+        for rows, low, high in bounds
+    )
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """HiGHS 1.12 prints a line however quiet it is told to be (HiGHS.jl#312): not to our output."""
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(ours, 1)
+        os.close(ours)
 
 
 def _beats(one: Plan, other: Plan) -> bool:
