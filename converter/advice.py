@@ -54,6 +54,8 @@ def advise(found: FoundAttention) -> list[Fit]:
         kinds = Counter(c.config for c in choices)
         reasons = {c.config: c.reason for c in choices if c.action == "refused"}
         for config, blocks in kinds.items():
+            if not config.cache_per_token:  # it reads what another block caches
+                continue
             options: Any = plan.rules[0].options
             fits.append(_fit(name, blocks, config, options, reasons.get(config, "")))
     return fits

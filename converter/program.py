@@ -94,10 +94,22 @@ def cut(
                 kwargs={k: coded(v) for k, v in node.kwargs.items()},
             )
         )
+        if _floats_of_integers(node):  # the dtype's name follows the program's input
+            kept = {"torch": str(node.meta["val"].dtype)[6:]}
+            names[node] = f"{name}f"
+            steps.append(Step(name=f"{name}f", call="aten.to.dtype", args=({"value": name}, kept)))
     program = Program(
         inputs=tuple(inputs.values()), weights=weights, steps=tuple(steps), output=names[output]
     )
     return program, sources
+
+
+def _floats_of_integers(node: fx.Node) -> bool:
+    """Whether torch's default dtype decides what this gives: integers divided, say."""
+    made = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
+    told = any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    floats = [isinstance(v, Tensor) and v.is_floating_point() for v in made]
+    return floats[0] and not any(floats[1:]) and not told
 
 
 def _call_name(node: fx.Node) -> str:

@@ -275,8 +275,9 @@ class AttentionSpec:
 
     @property
     def cache_per_token(self) -> int:
-        """Numbers cached per token by the block as it is: keys and values of all kv heads."""
-        return self.core.kv_heads * (self.core.qk_head_dim + self.core.v_head_dim)
+        """Numbers cached per token by the block as it is: its own keys and values, all kv heads."""
+        widths = ((self.k, self.core.qk_head_dim), (self.v, self.core.v_head_dim))
+        return self.core.kv_heads * sum(width for stream, width in widths if not stream.site)
 
     def summary(self) -> str:
         """One line for people."""

@@ -190,6 +190,7 @@ def _stream_config(stream: Stream, heads: list[int]) -> StreamConfig:
         if isinstance(norm, Norm)
         else None,
         scale=scale.value if isinstance(scale, Scale) else 1.0,
+        handed=bool(stream.site),
         growth=GrowthConfig(
             beta=scale.growth.beta, offset=scale.growth.offset, period=scale.growth.period
         )

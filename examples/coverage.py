@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python examples/coverage.py --out examples/results/coverage.json
 
 Every architecture that can be built tiny from its config (`tiny_models.py`), random weights, one
-forked process each with a time limit. A row is written as soon as it is measured, so the same
-command continues after an interruption; `--shard 1/4` does a quarter; `--only NAME` (a part of a
-class name) measures again; `--table` prints the Markdown table of an existing file. Cores are
-counted a second way, by watching the model run (`core_count.py`), so what the finder overlooks is
-seen.
+forked process each with a limit of processor time. A row is written as soon as it is measured, so
+the same command continues after an interruption; `--shard 1/4` does a quarter; `--only NAME` (a
+part of a class name) measures again; `--table` prints the Markdown table of an existing file.
+Cores are counted a second way, by watching the model run (`core_count.py`), so what the finder
+overlooks is seen.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import argparse
 import datetime
 import json
 import os
-import select
+import resource
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -31,6 +30,7 @@ import campaign
 import tiny_models
 from coverage_report import reasons, table, total, verified
 
+#: seconds of processor time for one architecture, so that a busy machine changes no row
 LIMIT_S = 240
 #: models without softmax attention (or with approximations of it): nothing must be found
 NO_ATTENTION = (
@@ -157,12 +157,13 @@ def first(output: Any) -> Any:
 
 
 def isolated(task: str, kind: str, name: str) -> dict[str, Any]:
-    """`measure` in a forked process that may die or hang."""
+    """`measure` in a forked process that may die or hang; seconds are of processor time."""
     read, write = os.pipe()
-    began = time.monotonic()
     child = os.fork()
     if child == 0:
         os.close(read)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
+        signal.alarm(20 * LIMIT_S)  # one that waits for ever uses no processor time
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
@@ -178,23 +179,12 @@ def isolated(task: str, kind: str, name: str) -> dict[str, Any]:
             tell(row | {"crash": crashed(problem).removeprefix("crash: ")})
         os._exit(0)
     os.close(write)
-    data, over = b"", False
-    while (left := LIMIT_S - (time.monotonic() - began)) > 0:
-        if not select.select([read], [], [], left)[0]:
-            break
-        part = os.read(read, 1 << 16)
-        if not part:
-            over = True
-            break
-        data += part
-    os.close(read)
-    if not over:
-        os.kill(child, signal.SIGKILL)
-    over = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    seconds = round(time.monotonic() - began, 1)
-    lines = data.decode().splitlines()
+    with os.fdopen(read, "rb") as told:
+        lines = told.read().decode().splitlines()
+    _, status, used = os.wait4(child, 0)
     row = json.loads(lines[-1]) if lines else {"task": task, "kind": kind, "class": name}
-    if not over:
+    seconds = round(used.ru_utime + used.ru_stime, 1)
+    if os.waitstatus_to_exitcode(status) != 0:
         late = seconds >= LIMIT_S
         reason = f"no answer within {LIMIT_S} s" if late else "the process died"
         row = _cut_short(row, reason)

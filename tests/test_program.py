@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from reattend.capture import capture
 from reattend.errors import ModelError
-from reattend.passes.evaluate import attribute
+from reattend.passes.evaluate import Evaluator, attribute
 from reattend.passes.normalize import normalize
 from reattend.program import Program, ProgramModule, Step, Uncuttable, cut
 
@@ -103,3 +103,21 @@ def test_only_named_operators_are_run() -> None:
         step = Step(name="s0", call=call, args=({"value": "x"},))
         with pytest.raises(ModelError, match="operation"):
             ProgramModule(Program(inputs=("x",), steps=(step,), output="s0"))
+
+
+def test_integers_divided_are_as_wide_as_the_input() -> None:
+    """Quotients are float32 for torch; what is computed of them in a float64 run is not."""
+
+    class Shares(nn.Module):
+        def forward(self, x: Tensor, r: Tensor) -> Tensor:
+            at = torch.arange(1, x.shape[1] + 1)
+            return x * (at / (at + 2)).log()[:, None] + r
+
+    gm, (x, r), out = graph_of(Shares())
+    program, sources = cut(gm, out, {x: "x", r: "r"})
+    module = rebuilt(gm, program, sources)
+    a, b = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    torch.testing.assert_close(module(a, b), Shares()(a, b), rtol=0, atol=0)
+    wide = {x: a.double(), r: b.double()}
+    wanted = Evaluator(gm, promote=torch.float64).run([out], wide)[0]
+    torch.testing.assert_close(module.double()(a.double(), b.double()), wanted, rtol=0, atol=1e-15)

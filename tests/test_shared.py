@@ -69,7 +69,12 @@ def test_readers_name_the_maker_and_identity_hands_on() -> None:
     assert [s.spec.k.site for s in found.sites] == ["", "", "layers.1", "", "layers.3"]
     assert all(s.verified and s.owner == "module" for s in found.sites)
     assert [s.spec.core.kv_heads for s in found.sites] == [HEADS] * 5
-    converted = convert(model, plan="identity", inputs=inputs()).model
+    result = convert(model, plan="identity", inputs=inputs())
+    cost = [s.cost for s in result.report.sites]  # who makes keys and values is who caches them
+    cached = HEADS * 2 * (WIDTH // HEADS)
+    assert [c.before.cache_numbers_per_token for c in cost if c] == [cached, cached, 0, cached, 0]
+    assert [c.after for c in cost if c] == [c.before for c in cost if c]
+    converted = result.model
     for batch, length in ((2, 7), (3, 12)):
         given = inputs(batch, length)
         with torch.no_grad():

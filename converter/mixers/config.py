@@ -73,13 +73,17 @@ class GrowthConfig(Frozen):
 
 
 class StreamConfig(Frozen):
-    """One of q, k, v after its projection; `opaque` in place of a linear one."""
+    """One of q, k, v after its projection; `opaque` in place of a linear one.
+
+    `handed`: finished keys or values of another block, which is the one that caches them.
+    """
 
     bias: bool = False
     opaque: OpaqueConfig | None = None
     norm: NormConfig | None = None
     scale: float = 1.0
     growth: GrowthConfig | None = None
+    handed: bool = False
 
 
 class RotaryConfig(Frozen):
@@ -201,4 +205,5 @@ class BlockConfig(Frozen):
     @property
     def cache_per_token(self) -> int:
         """Numbers the original block caches per token."""
-        return self.core.kv_heads * (self.core.qk_head_dim + self.core.v_head_dim)
+        widths = ((self.k, self.core.qk_head_dim), (self.v, self.core.v_head_dim))
+        return self.core.kv_heads * sum(width for stream, width in widths if not stream.handed)

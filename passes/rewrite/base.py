@@ -220,4 +220,4 @@ def dense_cost(config: DenseConfig, context: int = 4096) -> Cost:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in DenseAttention(config).parameters())
     attention = c.heads * (c.qk_head_dim + c.v_head_dim) * context
-    return Cost(kv, parameters, 2 * (parameters + attention), context)
+    return Cost(config.cache_per_token, parameters, 2 * (parameters + attention), context)
