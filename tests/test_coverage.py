@@ -98,3 +98,20 @@ def test_cores_are_counted_by_watching() -> None:
     count = script("core_count").count_cores
     assert count(Routed(), {"x": torch.randn(2, 6, 8)}) == 2
     assert count(nn.Softmax(-1), {"input": torch.randn(2, 3)}) == 0
+
+
+class Headed(nn.Module):
+    """A block whose result is returned or not."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.block, self.returned = Routed(), returned
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.block(x)
+        return y + x if self.returned else x
+
+
+@pytest.mark.parametrize(("returned", "cores"), [(True, 2), (False, 0)])
+def test_cores_that_nobody_reads_are_not_counted(returned: bool, cores: int) -> None:
+    assert script("core_count").count_cores(Headed(returned), {"x": torch.randn(2, 6, 8)}) == cores
