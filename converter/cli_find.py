@@ -55,9 +55,11 @@ def find(
     quiet()
     from reattend.find_table import show_found
     from reattend.finder import find_attention
+    from reattend.pages import given_back
 
-    opened = _opened(model, weights, meta, trust_remote_code)
-    found = find_attention(opened, example_inputs(inputs, opened))
+    with given_back():
+        opened = _opened(model, weights, meta, trust_remote_code)
+        found = find_attention(opened, example_inputs(inputs, opened))
     if why is not None:
         _explained(found, why, json)
         return

@@ -14,6 +14,7 @@ from reattend.host import inputs_on_host, on_host
 from reattend.judge import judged
 from reattend.missed import already_converted, missed, never_fused
 from reattend.overlooked import overlooked
+from reattend.pages import given_back
 from reattend.passes.find.sites import Found, Missed, find
 from reattend.repeated import accept, numbered
 from reattend.search import Search
@@ -41,7 +42,13 @@ def find_attention(
         ArgumentError: inputs are needed.
         ModelError: a buffer has no data, or the folder cannot be loaded.
     """
-    search, seen = _read(on_host(readable(model)), inputs_on_host(as_inputs(inputs)))
+    with given_back():
+        return _found(on_host(readable(model)), inputs_on_host(as_inputs(inputs)))
+
+
+def _found(model: nn.Module, inputs: dict[str, Any] | None) -> FoundAttention:
+    """`find_attention` for a module on the CPU."""
+    search, seen = _read(model, inputs)
     search.locate([item for item in seen if isinstance(item, Found)])
     result = FoundAttention(search.captured)
     for item in seen:

@@ -3,7 +3,8 @@
     python examples/find_scale.py --out examples/results/find_scale.json
 
 Every row is a process of its own. `peak_gib` is its largest resident memory; `anonymous_gib` leaves
-out pages of weight files that the kernel keeps as long as nobody else needs the memory.
+out pages of files. Weights on disk are opened by `find_attention` itself, which gives their pages
+back (`converter/pages.py`): 32 layers take the memory of 8.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ def main() -> int:
     import torch
     import transformers
 
-    with tempfile.TemporaryDirectory() as folder:
-        rows: list[dict[str, Any]] = [{"layers": n} for n in (2, 8, 32)]
-        for layers in (2, 4):
-            rows.append({"layers": layers, "folder": str(stored(layers, Path(folder)))})
-        table = [alone(row, given) for row in rows]
+    table = [alone({"layers": n, "width": 4096}, given) for n in (2, 8, 32)]
+    for layers, width in ((2, 4096), (4, 4096), (8, 2048), (32, 2048)):
+        with tempfile.TemporaryDirectory() as folder:
+            stored(layers, width, Path(folder))
+            table.append(alone({"layers": layers, "width": width, "folder": folder}, given))
     result = {
         "command": "python examples/find_scale.py --out examples/results/find_scale.json",
         "date": datetime.date.today().isoformat(),
@@ -48,7 +49,8 @@ def main() -> int:
         "transformers": transformers.__version__,
         "machine": platform.machine(),
         "threads": given.threads,
-        "shape": "LlamaConfig: hidden 4096, 32 heads of 128, MLP 11008, vocabulary 32000, bfloat16",
+        "shape": "LlamaConfig: hidden 4096 (MLP 11008) or 2048 (5504), heads of 128, vocabulary "
+        "32000, bfloat16",
         "rows": table,
     }
     given.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -76,14 +78,11 @@ def measure(row: dict[str, Any], threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     peak = Anonymous()
     begin = time.perf_counter()
-    model: Any
-    if row.get("folder"):
-        model = transformers.LlamaForCausalLM.from_pretrained(row["folder"], dtype="auto").eval()
-    else:
-        model = empty(transformers.LlamaForCausalLM, config(row["layers"]))
-    found = find_attention(model)
+    model = empty(transformers.LlamaForCausalLM, config(row["layers"], row["width"]))
+    found = find_attention(row.get("folder") or model)
     return {
         "layers": row["layers"],
+        "width": row["width"],
         "weights": "safetensors on disk" if row.get("folder") else "meta",
         "parameters": sum(p.numel() for p in model.parameters()),
         "sites": len(found.sites),
@@ -96,14 +95,17 @@ def measure(row: dict[str, Any], threads: int) -> dict[str, Any]:
     }
 
 
-def config(layers: int) -> Any:
-    """Llama 2 7B's shape."""
+def config(layers: int, width: int) -> Any:
+    """Llama 2 7B's shape, or that of half its width."""
     import transformers
 
-    return transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
+    return transformers.LlamaConfig(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=11008 * width // 4096,
+        num_attention_heads=width // 128, num_key_value_heads=width // 128, dtype="bfloat16",
+    )  # fmt: skip
 
 
-def stored(layers: int, folder: Path) -> Path:
+def stored(layers: int, width: int, folder: Path) -> None:
     """A checkpoint of that shape with stand-ins for weights."""
     import torch
     import transformers
@@ -112,14 +114,13 @@ def stored(layers: int, folder: Path) -> Path:
     from reattend.hollow import empty, stand_in
 
     torch.set_default_dtype(torch.bfloat16)
-    model = empty(transformers.LlamaForCausalLM, config(layers))
+    model = empty(transformers.LlamaForCausalLM, config(layers, width))
     for number, (name, weight) in enumerate(list(model.named_parameters())):
         where, _, leaf = name.rpartition(".")
         made = stand_in(weight, number).clone(memory_format=torch.contiguous_format)
         setattr(model.get_submodule(where), leaf, nn.Parameter(made, requires_grad=False))
-    model.save_pretrained(folder / f"{layers}")  # type: ignore[operator]
+    model.save_pretrained(folder)  # type: ignore[operator]
     torch.set_default_dtype(torch.float32)
-    return folder / f"{layers}"
 
 
 def status(name: str) -> int:
