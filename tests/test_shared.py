@@ -117,19 +117,29 @@ def test_a_wrong_hand_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons == [f"layers.{i} hands on other keys or values than the model's" for i in (1, 3)]
 
 
+TINY = {
+    "vocab_size": 99, "vocab_size_per_layer_input": 99, "hidden_size": 32, "pad_token_id": 0,
+    "hidden_size_per_layer_input": 8, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+#: what their configs have besides
+MORE = {
+    "Gemma3n": {
+        "intermediate_size": [48] * 4, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "Gemma4": {"intermediate_size": 48, "global_head_dim": 16},
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_model_that_shares_writes_the_same_with_a_cache() -> None:
-    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+@pytest.mark.parametrize("family", MORE)
+def test_a_model_that_shares_writes_the_same_with_a_cache(family: str) -> None:
+    import transformers
 
     torch.manual_seed(0)
-    config = Gemma3nTextConfig(
-        vocab_size=99, vocab_size_per_layer_input=99, hidden_size=32, hidden_size_per_layer_input=8,
-        intermediate_size=[48] * 4, num_hidden_layers=4, num_kv_shared_layers=2, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=8, laurel_rank=8,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
-    )  # fmt: skip
-    model = Gemma3nForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}TextConfig")(**TINY, **MORE[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=2 / parameter.shape[-1] ** 0.5)
