@@ -2,8 +2,9 @@
 
 Weights in safetensors are mapped, not read: the kernel loads a page when it is first touched and
 keeps it for as long as nobody else wants the memory, so one run of a model leaves all of it
-resident. While a model is only looked at, a thread tells the kernel which of these pages are not
-needed (madvise(2), MADV_DONTNEED); those that are still in use are mapped again by the next touch.
+resident. While a model is only looked at, a thread asks the kernel to take these pages back now
+(madvise(2), MADV_PAGEOUT: nothing is lost whatever other threads do); those that are still in use are
+mapped again by the next touch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 #: bytes of file pages above those at the start from which pages are given back
 MOST = 256 << 20
 _PERIOD_S = 0.05
-_DONTNEED = 4
+_PAGEOUT = 21
 
 
 @contextmanager
@@ -52,16 +53,16 @@ def file_bytes() -> int:
 
 
 def give_back() -> None:
-    """Unmap the pages of every weight file that nobody wrote to; their addresses stay valid."""
+    """Take back the pages of every weight file that nobody wrote to; their addresses stay valid."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for start, end in _unwritten():
-        madvise(start, end - start, _DONTNEED)
+        madvise(start, end - start, _PAGEOUT)
 
 
 def _unwritten() -> Iterator[tuple[int, int]]:
     """Address ranges of weight files. A range with a page that was written to is left alone: such
-    a page is a copy that the file does not have.
+    a page is a copy that the file does not have, and would go to the swap.
     """
     place: tuple[int, int] | None = None
     for line in Path("/proc/self/smaps").read_text().splitlines():

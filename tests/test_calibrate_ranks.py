@@ -122,6 +122,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], State]:
     return get
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, int], list[State]]:
+    """What two processes make, by whether they share the weights out, and LoRA rank."""
+    made: dict[tuple[bool, int], list[State]] = {}
+
+    def get(sharded: bool, lora: int) -> list[State]:
+        asked = sharded, lora
+        if asked not in made:
+            made[asked] = run(tmp_path_factory.mktemp("two") / "all", 2, sharded=sharded, lora=lora)
+        return made[asked]
+
+    return get
+
+
 def assert_same_up_to_rounding(got: list[State], expected: State) -> None:
     for name, tensor in expected.items():
         if name == "resumed_at":
@@ -134,17 +148,21 @@ def assert_same_up_to_rounding(got: list[State], expected: State) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("sharded", "lora"), [(False, 0), (True, 0), (True, 2)])
 def test_two_processes_equal_one(
-    sharded: bool, lora: int, alone: Callable[[int], State], tmp_path: Path
+    sharded: bool,
+    lora: int,
+    alone: Callable[[int], State],
+    together: Callable[[bool, int], list[State]],
 ) -> None:
-    both = run(tmp_path / "two", 2, sharded=sharded, lora=lora)
-    assert_same_up_to_rounding(both, alone(lora))
+    assert_same_up_to_rounding(together(sharded, lora), alone(lora))
 
 
 @pytest.mark.slow
 def test_sharded_and_killed_it_resumes_from_one_ordinary_checkpoint(
-    alone: Callable[[int], State], tmp_path: Path
+    alone: Callable[[int], State],
+    together: Callable[[bool, int], list[State]],
+    tmp_path: Path,
 ) -> None:
-    whole = run(tmp_path / "whole", 2, sharded=True)
+    whole = together(True, 0)
     code, _ = launch(tmp_path / "two", 2, sharded=True, die=400)
     assert code != 0
     work = tmp_path / "two" / "out.partial" / "work" / "calibrate"

@@ -113,7 +113,7 @@ def test_every_stage_of_a_run_that_trains(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", ["self", "heldout.txt"])
 def test_memory_with_text_and_without_data(data: str, shipped_path: Path, tmp_path: Path) -> None:
     chosen = data if data == "self" else str(shipped_path / data)
-    memory, _ = compared(shipped_path, 4096, tmp_path / "out", chosen, seq_len=256)
+    memory, _ = compared(shipped_path, 4096, tmp_path / "out", chosen, seq_len=128)
     assert set(memory) == STAGES
     assert off(memory) == {}, memory
 
