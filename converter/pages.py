@@ -3,8 +3,8 @@
 Weights in safetensors are mapped, not read: the kernel loads a page when it is first touched and
 keeps it for as long as nobody else wants the memory, so one run of a model leaves all of it
 resident. While a model is only looked at, a thread asks the kernel to take these pages back now
-(madvise(2), MADV_PAGEOUT: nothing is lost whatever other threads do); those that are still in use are
-mapped again by the next touch.
+(madvise(2), MADV_PAGEOUT: nothing is lost whatever other threads do); those that are still in use
+are mapped again by the next touch.
 """
 
 from __future__ import annotations
