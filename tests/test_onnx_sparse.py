@@ -233,8 +233,7 @@ def test_blocks_with_a_window_of_their_own(name: str, tmp_path: Path) -> None:
     artifact = export_onnx(model, tmp_path / "out")
     assert {s.capacity for s in artifact.manifest.states} == {2 + 6}
     assert error_over(model, in_session(Session(artifact.path, threads=1))) <= 1e-4
-    if name == "mistral":  # Gemma 2's own norms do not export in float16
-        assert export_onnx(model, tmp_path / "half", dtype="float16").max_error <= 3e-2
+    assert export_onnx(model, tmp_path / "half", dtype="float16").max_error <= 3e-2
 
 
 @pytest.mark.slow

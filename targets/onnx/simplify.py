@@ -17,7 +17,38 @@ def fuse_norms(model: Any) -> int:
     from onnxscript.rewriter.rules.fusion import _rms_normalization as rules
 
     count: int = rules.rms_normalization_ruleset.apply_to_model(model)
+    for node in model.graph.all_nodes():
+        if node.op_type == "RMSNormalization" and not node.domain:
+            _one_type(node)
     return count
+
+
+def _one_type(node: Any) -> None:
+    """Give the input of a norm the type of its scale, the wider one of both always.
+
+    A norm whose gain is wider than its input (Gemma's, in float16) gives the type of the gain, as
+    the operator is specified; onnx's own shape inference expects that of the input (1.23).
+    """
+    import onnx_ir as ir
+
+    x, scale = node.inputs[:2]
+    if x.dtype == scale.dtype:
+        return
+    wide = max(x.dtype, scale.dtype, key=lambda kind: kind.itemsize)
+    for index, value in enumerate((x, scale)):
+        if value.dtype != wide:
+            cast = ir.node("Cast", [value], {"to": wide})
+            cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(wide)
+            node.graph.insert_before(node, cast)
+            node.replace_input_with(index, cast.outputs[0])
+    given = node.outputs[0]
+    if given.dtype != wide:  # the gain was the narrower one: what follows reads its type
+        back = ir.node("Cast", [given], {"to": given.dtype})
+        back.outputs[0].shape, back.outputs[0].type = given.shape, given.type
+        node.graph.insert_after(node, back)
+        ir.convenience.replace_all_uses_with(given, back.outputs[0], replace_graph_outputs=True)
+        back.replace_input_with(0, given)
+        given.type = ir.TensorType(wide)
 
 
 def cancel_squeezes(model: Any) -> int:
