@@ -156,8 +156,8 @@ def test_other_folders_and_newer_manifests(made: tuple[Any, Path], tmp_path: Pat
     shutil.copytree(made[1], tmp_path / "copy")
     path = tmp_path / "copy" / "manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"schema_version": 4}))
-    with pytest.raises(ModelError, match="version 4"):
+    path.write_text(json.dumps(content | {"schema_version": 5}))
+    with pytest.raises(ModelError, match="version 5"):
         Session(tmp_path / "copy")
     del content["states"]
     path.write_text(json.dumps(content))

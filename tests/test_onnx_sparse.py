@@ -23,6 +23,7 @@ pytest.importorskip("onnxruntime")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from reattend.targets.onnx import Artifact, Session, export_onnx  # noqa: E402
+from reattend.targets.onnx.buffers import StateSpec  # noqa: E402
 from reattend.targets.onnx.forecast import foresee  # noqa: E402
 from reattend.targets.onnx.sparse_layout import sparse_form  # noqa: E402
 
@@ -97,13 +98,12 @@ def test_a_prompt_single_steps_and_chunks_equal_torch(made: Any) -> None:
     assert error_over(model, in_session(Session(artifact.path, threads=1))) <= 1e-4
 
 
-def test_reference_evaluator_gives_the_same(made: Any) -> None:
+def in_reference(artifact: Artifact) -> Any:
     """onnx's own evaluator runs the same file, states passed on by hand."""
-    model, artifact = made
     evaluator, states = ReferenceEvaluator(str(artifact.model)), {}
-    sizes = {"B": 2, "C": sum(PIECES)}
     for s in artifact.manifest.states:
-        states[s.input] = np.zeros([sizes.get(x, x) for x in s.shape], np.float32)
+        sizes = StateSpec(s.input, s.output, tuple(s.shape)).sizes(2, sum(PIECES))
+        states[s.input] = np.zeros(sizes, np.float32)
     names = ["logits", *(s.output for s in artifact.manifest.states)]
 
     def feed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -113,7 +113,11 @@ def test_reference_evaluator_gives_the_same(made: Any) -> None:
         states.update(zip(states, written, strict=True))
         return logits
 
-    assert error_over(model, feed) <= 1e-4
+    return feed
+
+
+def test_reference_evaluator_gives_the_same(made: Any) -> None:
+    assert error_over(made[0], in_reference(made[1])) <= 1e-4
 
 
 @pytest.mark.parametrize("prefill_chunk", [512, 4])

@@ -63,7 +63,9 @@ def masked(pattern: HeadPattern, own: int, softcap: float) -> tuple[np.ndarray, 
     return y.numpy(), real[:, None, :, None].numpy()
 
 
-def one_node(name: str, values: dict[str, Any], outputs: list[str], attributes: Any) -> Any:
+def one_node(
+    name: str, values: dict[str, Any], outputs: list[str], attributes: Any, uses: Any = None
+) -> Any:
     """A model of one node; `values`: its inputs as arrays, whose second to last size varies."""
     given = []
     for key, array in values.items():
@@ -71,7 +73,7 @@ def one_node(name: str, values: dict[str, Any], outputs: list[str], attributes: 
         kind = KINDS.get(array.dtype.type, TensorProto.INT64)
         given.append(helper.make_tensor_value_info(key, kind, letters))
     kind = KINDS[next(iter(values.values())).dtype.type]
-    uses = Uses(capped=bool(attributes["softcap"]))
+    uses = uses or Uses(capped=bool(attributes["softcap"]))
     made = helper.make_model(
         helper.make_graph(
             [helper.make_node(name, list(values), outputs, domain=DOMAIN, **attributes)],

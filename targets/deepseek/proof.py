@@ -64,7 +64,7 @@ def prove(
 def _compare(loaded: Any, converted: nn.Module, what: Any, limit: float) -> list[Check]:
     generator = torch.Generator().manual_seed(7)
     words, found = int(loaded.config.vocab_size), []
-    for batch, prompt, padding, steps in SHAPES:
+    for batch, prompt, padding, steps, _ in SHAPES:
         ids = torch.randint(0, words, (batch, prompt + steps), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, :padding] = 0

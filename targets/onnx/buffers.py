@@ -19,7 +19,8 @@ GROWTH = 256
 class StateSpec:
     """A state tensor as the manifest lists it; `shape` holds letters B and C and numbers.
 
-    One without a C is of bounded size: it is the same whatever the capacity is.
+    C/64 is a row for every 64 tokens, rounded up. One without a C is of bounded size: it is the
+    same whatever the capacity is.
     """
 
     input: str
@@ -28,13 +29,21 @@ class StateSpec:
 
     @property
     def row_axis(self) -> int | None:
-        """Which axis is the capacity."""
-        return self.shape.index("C") if "C" in self.shape else None
+        """Which axis grows with the capacity."""
+        return next((i for i, s in enumerate(self.shape) if str(s).startswith("C")), None)
+
+    def rows(self, tokens: int) -> int:
+        """Rows of that axis that so many tokens have."""
+        assert self.row_axis is not None
+        block = int(str(self.shape[self.row_axis]).partition("/")[2] or 1)
+        return -(-tokens // block)
 
     def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
         """The shape in numbers."""
-        letters: dict[str | int, int] = {"B": batch, "C": capacity}
-        return tuple(letters.get(s, s if isinstance(s, int) else 0) for s in self.shape)
+        return tuple(
+            s if isinstance(s, int) else batch if s == "B" else self.rows(capacity)
+            for s in self.shape
+        )
 
 
 class StateBuffers:
@@ -117,7 +126,7 @@ class StateBuffers:
                 grown.append(held)
                 continue
             array = np.zeros(spec.sizes(self.batch, capacity), self.dtype)
-            rows = (slice(None),) * spec.row_axis + (slice(0, used),)
+            rows = (slice(None),) * spec.row_axis + (slice(0, spec.rows(used)),)
             array[rows] = held[rows]
             grown.append(array)
         self.capacity = capacity

@@ -16,6 +16,7 @@ from typing import Any
 
 from reattend.targets.onnx.functions import DOMAIN
 from reattend.targets.onnx.rewriting import attribute, forget, producer, take_over
+from reattend.targets.onnx.selected_body import SELECTED
 
 CONTRIB = "com.microsoft"
 # Large enough that exp(-x) is 0, small enough that a score can be added in float16.
@@ -64,7 +65,7 @@ def group_queries(model: Any, ids: Any, mask: Any) -> dict[str, Form]:
 
 def state_output(node: Any) -> str:
     """The name of the first state that belongs to a node of ours, as it is after the call."""
-    if node.op_type == "SparseAttention":
+    if node.op_type in ("SparseAttention", *SELECTED):
         written = node.outputs[1]
     else:
         written = node.inputs[2 if node.op_type == "LatentAttention" else 1]
@@ -76,6 +77,8 @@ def _why_not(node: Any) -> str:
     """The reason why GroupQueryAttention cannot stand for a node; empty if it can."""
     if node.op_type in _SPARSE:
         return _SPARSE[node.op_type]
+    if node.op_type in SELECTED:
+        return "no operator of ONNX Runtime for CPUs chooses keys"
     if node.op_type != "Attention":
         return "no operator of ONNX Runtime for CPUs reads latent rows faster than plain products"
     key, value = (producer(v) for v in node.inputs[1:3])

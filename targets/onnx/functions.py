@@ -1,10 +1,11 @@
 """The meaning of our nodes in standard ops: one function body each, attached to every model.
 
-The text below is ONNX's own textual syntax; the bodies of the sparse nodes are in `sparse_body.py`
-and `pattern_body.py`. Both bodies here take the *row-wise* form: the query heads that share keys
-become rows of one matrix product, so a decode step reads the cache once and not once per head (on a
-CPU 2 to 3 times faster than the Attention op for latent rows). Only standard operators are used, so
-any runtime runs the file; a kernel registered for the node's name takes over where one is loaded.
+The text below is ONNX's own textual syntax; the bodies of the sparse nodes are in `sparse_body.py`,
+`pattern_body.py` and `selected_body.py`. Both bodies here take the *row-wise* form: the query heads
+that share keys become rows of one matrix product, so a decode step reads the cache once and not
+once per head (on a CPU 2 to 3 times faster than the Attention op for latent rows). Only standard
+operators are used, so any runtime runs the file; a kernel registered for the node's name takes over
+where one is loaded.
 
 Where some layer has no rotary part (R = 0) the latent body branches on it, because a product over
 zero columns is not zero in ONNX Runtime 1.31 (its fused transposed MatMul leaves the output unset).
@@ -22,6 +23,8 @@ from typing import Any
 
 from reattend.targets.onnx.fragments import CAP, CAPPED
 from reattend.targets.onnx.pattern_body import TERMS, pattern_body
+from reattend.targets.onnx.selected_body import SELECTED, selected_body
+from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.sparse_body import sparse_body
 
 DOMAIN = "ai.reattend"
@@ -183,11 +186,13 @@ class Uses:
     Attributes:
         rope_may_be_empty: some latent node has R = 0.
         terms: terms that some `PatternAttention` has.
+        budgets: budgets that some node of `selected_body` has.
         capped: some sparse node has a softcap.
     """
 
     rope_may_be_empty: bool = True
     terms: tuple[str, ...] = TERMS
+    budgets: tuple[str, ...] = tuple(BUDGETS)
     capped: bool = True
 
 
@@ -200,6 +205,8 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
         return _DOMAIN_LINE + sparse_body(uses.capped)
     if name == "PatternAttention":
         return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped)
+    if name in SELECTED:
+        return _DOMAIN_LINE + selected_body(name, uses.budgets, uses.capped)
     header = _HEADER.format(name=name, inputs=", ".join(_INPUTS[name]))
     rope = _ROPE_OR_NONE if uses.rope_may_be_empty else _ROPE
     body = _BODIES[name].replace("SOFTMAX", _SOFTMAX).replace("ROPE", rope)
@@ -216,7 +223,7 @@ def function_proto(name: str, uses: Uses = EVERYTHING) -> Any:
             key [B, G, C, d], value [B, G, C, e], kv_start, kv_len) -> y [B, H, N, e],
             `PatternAttention` (the same inputs), or `SparseAttention` (q, key [B, G, N, d], value
             [B, G, N, e], past_key [B, G, sinks + window, d], past_value, kv_start, kv_len) -> y,
-            present_key, present_value.
+            present_key, present_value; or one of `selected_body.KINDS`.
         uses: what the nodes of the file need.
     """
     import onnx.parser

@@ -23,6 +23,7 @@ from reattend.targets.onnx.layout import LayerLayout, StateTensor
 from reattend.targets.onnx.pattern_body import TERMS
 from reattend.targets.onnx.rewriting import attribute
 from reattend.targets.onnx.rotary import fuse_rotary
+from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.simplify import cancel_squeezes, fuse_norms
 from reattend.targets.onnx.sparse_translate import has_term
 from reattend.targets.onnx.translate import translation_table
@@ -147,6 +148,11 @@ def _uses(model: Any, layers: list[LayerLayout]) -> Uses:
     return Uses(
         rope_may_be_empty=any(not g.second.width for layer in layers for g in layer.groups),
         terms=tuple(term for term in TERMS if any(has_term(node, term) for node in nodes)),
+        budgets=tuple(
+            name
+            for name, none in BUDGETS.items()
+            if any(attribute(node, name, none) != none for node in nodes)
+        ),
         capped=any(attribute(node, "softcap") for node in nodes),
     )
 

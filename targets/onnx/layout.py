@@ -18,7 +18,8 @@ from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.latent_config import LatentConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
-from reattend.targets.onnx.sparse_layout import SparseForm, sparse_form
+from reattend.targets.onnx.sparse_form import SparseForm
+from reattend.targets.onnx.sparse_layout import sparse_form
 
 KEEP_DENSE = "convert the rest too, with the rule `to: dense` (or use plan identity)"
 
@@ -28,7 +29,7 @@ class StateTensor:
     """One fixed-capacity tensor: [B, C, width], or [B, heads, C, width] where `heads` > 0.
 
     `name` begins with the number of the node, and a dot, where the layer has several. `rows`: its
-    own capacity, whatever that of the session is; 0: C.
+    own capacity, whatever that of the session is; 0: C. `block`: tokens that a row is for.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class StateTensor:
     heads: int
     width: int
     rows: int = 0
+    block: int = 1
 
     @property
     def input(self) -> str:
@@ -55,23 +57,23 @@ class StateTensor:
     @property
     def letters(self) -> list[str | int]:
         """Its shape for the manifest."""
-        rows: str | int = self.rows or "C"
+        rows: str | int = self.rows or ("C" if self.block == 1 else f"C/{self.block}")
         return ["B", self.heads, rows, self.width] if self.heads else ["B", rows, self.width]
 
     def shape(self, batch: int, capacity: int) -> tuple[int, ...]:
         """Its shape for these sizes."""
-        capacity = self.rows or capacity
+        capacity = self.rows or -(-capacity // self.block)
         middle = (self.heads, capacity) if self.heads else (capacity,)
         return (batch, *middle, self.width)
 
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """A node: a head group, or a class of heads of a sparse one, and its two state tensors.
+    """A node: a head group, or a class of heads of a sparse one, and its state tensors.
 
     Attributes:
         op: the node.
-        first, second: the state.
+        first, second: the state; third: what chooses keys keeps beside it.
         part: the number of the head group in its layer.
         sparse, pattern: of a class of sparse heads: what it becomes, and what it sees, in words.
     """
@@ -82,11 +84,12 @@ class GroupLayout:
     part: int = 0
     sparse: SparseForm | None = None
     pattern: str = ""
+    third: StateTensor | None = None
 
     @property
     def tensors(self) -> list[StateTensor]:
         """What crosses the graph's border; a rotary part of width 0 holds nothing and does not."""
-        return [t for t in (self.first, self.second) if t.width]
+        return [t for t in (self.first, self.second, self.third) if t is not None and t.width]
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,6 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "its queries grow with position, which has no place in the ONNX node yet"
     elif config.alibi is not None or config.relative is not None or config.added is not None:
         why = "what it adds to its scores has no input in the ONNX node yet"
-    elif any(c.pattern.select for c in getattr(config, "classes", ())):
-        why = "its heads select keys at run time (`select`), which has no ONNX form"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 
@@ -193,8 +194,11 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
         form = sparse_form(path, config, head_class)
         heads = len(head_class.kv_heads)
         first, second = _key_value(layer, group, config, heads, form.rows)
-        words = head_class.pattern.words()
-        return GroupLayout(form.op, first, second, part, form, words)
+        words, third = head_class.pattern.words(), None
+        if form.extra is not None:
+            name, width, block = form.extra.name, form.extra.width, form.extra.block
+            third = StateTensor(layer, f"{group}{name}", heads, width, block=block)
+        return GroupLayout(form.op, first, second, part, form, words, third)
     raise RefusedError(
         f"a layer of kind {type(config).__name__} has no ONNX form yet",
         where=path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,7 +16,7 @@ from reattend.targets.onnx.contrib import CONTRIB, Form
 from reattend.targets.onnx.flavours import Flavour
 from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -39,7 +40,7 @@ class StateEntry(_Part):
     Attributes:
         input, output: of the graph.
         layer, name: whose it is.
-        shape: letters and numbers.
+        shape: letters and numbers; `C/64`: a row for every 64 tokens, rounded up.
         capacity: rows that it has, however many tokens there are; null: C, at least one per token.
     """
 
@@ -57,7 +58,8 @@ class LayerEntry(_Part):
     Attributes:
         path, layer: the module and the number of the layer.
         op: what it is in our words: `Attention`, `LatentAttention`, `SparseAttention` (sinks and a
-            window, state of bounded size) or `PatternAttention` (any pattern, state of every row).
+            window, state of bounded size), `PatternAttention` (any pattern, state of every row), or
+            what chooses keys at run time (state of every row): `BlocksAttention`, `GateAttention`.
         form: the operator that stands in the graph, as `domain::name`.
         reason: why it is not the operator that the flavour prefers; empty where it is.
         pattern: what sparse heads see.
@@ -90,6 +92,9 @@ class CheckEntry(_Part):
             single steps after the prompt.
         error: relative: largest |difference| / max(1, largest |logit|). No unit.
         limit: the largest `error` that is published.
+        share: of the tokens, those with the least differences, that `error` is of. Where long
+            texts choose keys at run time, rounding decides near ties differently for some tokens,
+            and half of all tokens are looked at.
     """
 
     runtime: str
@@ -99,12 +104,13 @@ class CheckEntry(_Part):
     steps: int
     error: float = Field(description="largest |difference| / max(1, largest |logit|)")
     limit: float = Field(description="largest error that is published")
+    share: float = 1.0
 
 
 class Manifest(_Part):
     """The file as a whole; `schema_version` rises when a reader must change."""
 
-    schema_version: Literal[1, 2, 3] = 3
+    schema_version: Literal[1, 2, 3, 4] = 4
     file: str = MODEL
     data: str = DATA
     dtype: Literal["float32", "float16"]
@@ -152,8 +158,9 @@ def describe(
         "inputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.inputs],
         "outputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.outputs],
         "states": [_state(t) for t in tensors],
-        "cache_bytes_per_token": size
-        * sum(max(t.heads, 1) * t.width for t in tensors if not t.rows),
+        "cache_bytes_per_token": ceil(
+            size * sum(max(t.heads, 1) * t.width / t.block for t in tensors if not t.rows)
+        ),
         "cache_bytes_fixed": size * sum(t.heads * t.width * t.rows for t in tensors),
         # ONNX Runtime's GroupQueryAttention takes a later chunk of one row only.
         "chunk_rows": 1 if any(f.op.startswith(CONTRIB) for f in forms.values()) else None,

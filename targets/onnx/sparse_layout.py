@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from reattend.errors import RefusedError
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.patterns.pattern import HeadPattern
+from reattend.targets.onnx.selected_layout import selected_form
+from reattend.targets.onnx.sparse_form import SparseForm
 
 #: what the nodes know of a pattern, a class and a block; a field added later is refused by name
 _PATTERN = {
@@ -17,24 +17,6 @@ _BLOCK = {
     "hidden_size", "memory_size", "q", "k", "v", "rotary", "core", "out_features", "out_bias",
     "relative", "alibi", "added", "gate", "join", "kind", "classes", "evict",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SparseForm:
-    """What a class of heads becomes.
-
-    Attributes:
-        op: `Attention`, `SparseAttention` or `PatternAttention`.
-        rows: of its state; 0: the capacity of the session.
-        sinks, window: of a state of bounded size.
-        saves: what of the pattern's saving the file has, for the manifest.
-    """
-
-    op: str
-    rows: int = 0
-    sinks: int = 0
-    window: int = 0
-    saves: str = ""
 
 
 def sparse_form(path: str, config: SparseConfig, head_class: HeadClass) -> SparseForm:
@@ -50,6 +32,8 @@ def sparse_form(path: str, config: SparseConfig, head_class: HeadClass) -> Spars
     """
     _check_known(path, config, head_class)
     pattern, core = head_class.pattern, config.core
+    if pattern.select is not None:
+        return selected_form(path, pattern, core)
     if pattern.full:
         return SparseForm("Attention")
     why = _why_every_row(pattern, config)
@@ -80,6 +64,8 @@ def _why_every_row(pattern: HeadPattern, config: SparseConfig) -> str:
 def _check_known(path: str, config: SparseConfig, head_class: HeadClass) -> None:
     """Refuse what was added to patterns after these nodes were written."""
     given = head_class.pattern.model_dump(exclude_defaults=True)
+    if head_class.pattern.select is not None:  # its nodes know less: `selected_form`
+        given = {}
     unknown = [f"pattern.{name}" for name in given if name not in _PATTERN]
     unknown += [n for n in head_class.model_dump(exclude_defaults=True) if n not in _CLASS]
     unknown += [n for n in config.model_dump(exclude_defaults=True) if n not in _BLOCK]

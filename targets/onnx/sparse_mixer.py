@@ -15,9 +15,9 @@ from reattend.mixers.base import Context, State
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.mixed import MixedAttention
 from reattend.mixers.sparse import SparseAttention
-from reattend.mixers.sparse_config import HeadClass
 from reattend.parts import picked, query_heads
 from reattend.passes.rewrite.sparse_build import sparse_like
+from reattend.targets.onnx.selected_ops import selected_attention
 from reattend.targets.onnx.sparse_ops import pattern_attention, sink_window_attention
 from reattend.targets.onnx.state import FixedGroups, FixedState
 
@@ -57,15 +57,13 @@ class TracedSparse(SparseAttention):
         if not isinstance(rows, _New):
             return super().attend(query, rows, ctx, span)
         return self.together(
-            [
-                self._node(query, rows, c, state)
-                for c, state in zip(self.config.classes, rows.states.parts, strict=True)
-            ]
+            [self._node(query, rows, i, state) for i, state in enumerate(rows.states.parts)]
         )
 
-    def _node(self, q_BHNd: Tensor, new: _New, head_class: HeadClass, state: Any) -> Tensor:
+    def _node(self, q_BHNd: Tensor, new: _New, number: int, state: Any) -> Tensor:
         """The output of one class' query heads, [B, heads, N, e]."""
         assert isinstance(state, FixedState)
+        head_class = self.config.classes[number]
         form, core, kv_heads = state.layout.sparse, self.config.core, head_class.kv_heads
         assert form is not None
         keys, values = picked(new.keys, kv_heads), picked(new.values, kv_heads)
@@ -79,9 +77,18 @@ class TracedSparse(SparseAttention):
             )  # fmt: skip
             state.put(first, second)
             return y
+        pattern = head_class.pattern.model_dump_json(exclude_defaults=True)
+        if head_class.pattern.select is not None:
+            method, (first, second, *more) = self.selecting[str(number)], state.past()
+            weights = [*method.parameters(), *method.buffers()]
+            y, *kept = selected_attention(
+                q, keys, values, first, second, more[0] if more else first, weights,
+                *state.span(), pattern=pattern, **rules,
+            )  # fmt: skip
+            state.put(*kept[: 2 + len(more)])
+            return y
         rows = state.update(keys, values)
         if form.op == "PatternAttention":
-            pattern = head_class.pattern.model_dump_json(exclude_defaults=True)
             y = pattern_attention(q, *rows, *state.span(), pattern=pattern, **rules)
         else:
             y = attention(q, *rows, *state.span(), **rules)[0]
@@ -100,4 +107,6 @@ def make_traceable(model: nn.Module) -> None:
 
 
 def _traced(mixer: SparseAttention) -> TracedSparse:
-    return sparse_like(mixer, mixer.config, TracedSparse)
+    made = sparse_like(mixer, mixer.config, TracedSparse)
+    made.selecting = mixer.selecting  # what chooses keeps its weights
+    return made

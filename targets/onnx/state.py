@@ -46,14 +46,14 @@ class FixedState:
         self.written[name] = kept
         return kept.unsqueeze(1) if one_head else kept
 
-    def past(self) -> tuple[Tensor, Tensor]:
-        """Both tensors before the call, for an op that writes them itself."""
-        return self.given[self.layout.first.input], self.given[self.layout.second.input]
+    def past(self) -> list[Tensor]:
+        """The tensors before the call, for an op that writes them itself."""
+        return [self.given[tensor.input] for tensor in self.layout.tensors]
 
-    def put(self, first: Tensor, second: Tensor) -> None:
+    def put(self, *tensors: Tensor) -> None:
         """What such an op wrote."""
-        self.written[self.layout.first.input] = first
-        self.written[self.layout.second.input] = second
+        for tensor, kept in zip(self.layout.tensors, tensors, strict=True):
+            self.written[tensor.input] = kept
 
     def seen(self) -> int:
         """Tokens before this call."""

@@ -15,6 +15,7 @@ import torch
 
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION
+from reattend.targets.onnx.selected_translate import selected_translations
 from reattend.targets.onnx.sparse_translate import sparse_translations
 
 _TYPES = ["tensor(float)", "tensor(float16)"]
@@ -44,11 +45,15 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def translate_put(cache: Any, new: Any, start: Any, axis: int) -> Any:
         return scatter(cache, new, start, axis=axis)
 
-    return sparse_translations() | {
-        torch.ops.reattend.attention.default: translate_attention,
-        torch.ops.reattend.latent_attention.default: translate_latent,
-        torch.ops.reattend.cache_put.default: translate_put,
-    }
+    return (
+        sparse_translations()
+        | selected_translations()
+        | {
+            torch.ops.reattend.attention.default: translate_attention,
+            torch.ops.reattend.latent_attention.default: translate_latent,
+            torch.ops.reattend.cache_put.default: translate_put,
+        }
+    )
 
 
 def _attributes(

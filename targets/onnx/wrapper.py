@@ -61,9 +61,14 @@ class Step(nn.Module):
     def example(
         self, batch: int, new: int, past: int, capacity: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Arguments of these sizes: zero states, no padding."""
+        """Arguments of these sizes: zero states, no padding.
+
+        States with a row for several tokens get a number of rows that is nothing else's.
+        """
         position = torch.arange(past, past + new)[None].expand(batch, -1).contiguous()
-        states = [torch.zeros(t.shape(batch, capacity), dtype=dtype) for t in self.state_tensors]
+        rows = [capacity if t.block == 1 else (capacity + 6) * t.block for t in self.state_tensors]
+        shapes = [t.shape(batch, c) for t, c in zip(self.state_tensors, rows, strict=True)]
+        states = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         mask = torch.ones(batch, past + new, dtype=torch.int64)
         return torch.zeros(batch, new, dtype=torch.int64), mask, position, states
 

@@ -1,0 +1,61 @@
+"""How the torch op of heads that select keys becomes an ONNX node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from reattend.patterns.pattern import HeadPattern
+from reattend.targets.onnx.functions import DOMAIN, VERSION
+from reattend.targets.onnx.selected_body import INTEGERS, KINDS
+from reattend.targets.onnx.selected_layout import attributes, node_name
+from reattend.targets.onnx.selected_ops import selected_attention as _op  # noqa: F401
+
+_FLOATS = ["tensor(float)", "tensor(float16)"]
+_WHOLE = ["tensor(int64)", "tensor(int32)"]
+
+
+def selected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The entry of `custom_translation_table`."""
+
+    def translate(
+        q: Any, k: Any, v: Any, past_key: Any, past_value: Any, more: Any, weights: Any,
+        start: Any, length: Any, *, pattern: str, scale: float, sliding_window: int = 0,
+        softcap: float = 0.0,
+    ) -> Any:  # fmt: skip
+        from onnxscript import opset18
+
+        described = HeadPattern.model_validate_json(pattern)
+        assert described.select is not None
+        name = node_name(described.select)
+        kept = [more] if KINDS[name].outputs else []
+        y, *states = _node(name)(
+            q, k, v, past_key, past_value, *kept, *weights, start, length, scale=float(scale),
+            sliding_window=int(sliding_window), softcap=float(softcap), **attributes(described),
+        )  # fmt: skip
+        # the torch op always gives a third state; nothing reads the value that stands for it
+        return (y, *states) if kept else (y, *states, opset18.Identity(y))
+
+    return {torch.ops.reattend.selected_attention.default: translate}
+
+
+def _node(name: str) -> Any:
+    """The op of a node of `selected_body.KINDS`."""
+    import onnx.defs as defs
+    from onnxscript import values
+
+    parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
+    types = {float: kind.FLOAT, int: kind.INT}
+    said = KINDS[name]
+    schema = defs.OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=[parameter(x, "I" if x in INTEGERS else "T") for x in said.all_inputs],
+        outputs=[parameter(x, "T") for x in said.all_outputs],
+        type_constraints=[("T", _FLOATS, ""), ("I", _WHOLE, "")],
+        attributes=[defs.OpSchema.Attribute(n, types[t]) for n, t in said.attributes.items()],
+    )
+    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)

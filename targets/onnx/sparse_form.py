@@ -1,0 +1,36 @@
+"""What a class of sparse heads becomes in ONNX: the node, and what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A state beside keys and values: [B, G, one row per `block` tokens, width]."""
+
+    name: str
+    width: int
+    block: int
+
+
+@dataclass(frozen=True)
+class SparseForm:
+    """What a class of heads becomes.
+
+    Attributes:
+        op: the node.
+        rows: of its state; 0: the capacity of the session.
+        sinks, window: of a state of bounded size.
+        saves: what of the pattern's saving the file has, for the manifest.
+        extra: a third state, for what chooses at run time.
+        tokens: where keys are chosen at run time, a text so long leaves something out; else 0.
+    """
+
+    op: str
+    rows: int = 0
+    sinks: int = 0
+    window: int = 0
+    saves: str = ""
+    extra: Extra | None = None
+    tokens: int = 0

@@ -1,0 +1,137 @@
+"""The bodies of nodes that choose keys, and the torch op they stand for, in one go and in pieces.
+
+Long texts are fed in pieces on one state, in memory that holds something else before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+from test_onnx_sparse_functions import SCALE, START, B, D, E, G, H, T, one_node, rows  # noqa: E402
+
+from reattend.mixers.config import CoreConfig  # noqa: E402
+from reattend.mixers.selecting.methods import method  # noqa: E402
+from reattend.patterns.pattern import HeadPattern  # noqa: E402
+from reattend.targets.onnx.functions import Uses  # noqa: E402
+from reattend.targets.onnx.selected_layout import attributes, selected_form  # noqa: E402
+from reattend.targets.onnx.selected_ops import selected_attention  # noqa: E402
+
+#: single steps, and chunks that begin and end inside of blocks
+PIECES = ([T], [1, 2, 5, *[1] * 13, 3, 11, 1, 17], [5, 2, 13, 1, 1, 31])
+BLOCKS = {"kind": "blocks", "block": 4}
+GATE = {"kind": "gate", "block": 5, "gate_dim": 3}
+#: pattern, window of the block, softcap
+CASES: dict[str, tuple[dict[str, Any], int, float]] = {
+    "moba": ({"select": {**BLOCKS, "topk": 3}}, 0, 0.0),
+    "moba beside sinks and a window": (
+        {"select": {**BLOCKS, "topk": 2}, "sinks": 3, "window": 6}, 0, 0.0,
+    ),
+    "moba in a block with a window": ({"select": {**BLOCKS, "topp": 0.6}}, 14, 1.5),
+    "moba, own block only": ({"select": {**BLOCKS, "topk": 1}}, 0, 0.0),
+    "gate": ({"select": {**GATE, "ratio": 0.4}}, 0, 0.0),
+    "gate with a threshold": ({"select": {**GATE, "threshold": 0.2}, "window": 3}, 0, 2.0),
+}  # fmt: skip
+
+
+def core_of(own: int, softcap: float) -> CoreConfig:
+    return CoreConfig(
+        heads=H, kv_heads=G, qk_head_dim=D, v_head_dim=E, scale=SCALE, softcap=softcap,
+        pattern="sliding" if own else "causal", window=own,
+    )  # fmt: skip
+
+
+class Node:
+    """A node with its states, in one of three runtimes."""
+
+    def __init__(self, pattern: HeadPattern, core: CoreConfig, runtime: str) -> None:
+        self.pattern, self.core, self.runtime = pattern, core, runtime
+        self.form = selected_form("here", pattern, core)
+        torch.manual_seed(3)
+        assert pattern.select is not None
+        weights = method(pattern.select, core).state_dict().values()
+        self.weights = [torch.randn(w.shape) if w.is_floating_point() else w + 1 for w in weights]
+        shapes = [(B, G, T, D), (B, G, T, E)]
+        if self.form.extra is not None:
+            shapes.append((B, G, -(-T // self.form.extra.block), self.form.extra.width))
+        random = np.random.default_rng(1)
+        self.state = [(9 * random.standard_normal(s)).astype(np.float32) for s in shapes]
+        self.run: Any = None
+
+    def step(self, new: list[np.ndarray], total: int) -> np.ndarray:
+        rules = {"scale": SCALE, "sliding_window": self.core.window, "softcap": self.core.softcap}
+        ends = [START, np.full(B, total)]
+        if self.runtime == "torch":
+            given = [torch.from_numpy(x) for x in [*new, *self.state, *ends]]
+            more = given[5] if len(self.state) > 2 else torch.zeros(0)
+            y, *state = selected_attention(
+                *given[:5], more, self.weights, *given[-2:],
+                pattern=self.pattern.model_dump_json(), **rules,
+            )  # fmt: skip
+            self.state = [s.numpy() for s in state][: len(self.state)]
+            return y.numpy()
+        names = ["q", "key", "value", "past_key", "past_value", "past_more"][: 3 + len(self.state)]
+        weights = [w.numpy() for w in self.weights]
+        names += [f"w{i}" for i in range(len(weights))] + ["kv_start", "kv_len"]
+        feed: Any = dict(zip(names, [*new, *self.state, *weights, *ends], strict=True))
+        outputs = ["y", "present_key", "present_value", "present_more"][: 1 + len(self.state)]
+        if self.run is None:
+            more = attributes(self.pattern)
+            budgets = tuple(n for n in Uses().budgets if getattr(self.pattern.select, n, None))
+            uses = Uses(budgets=budgets, capped=bool(self.core.softcap))
+            made = one_node(self.form.op, feed, outputs, rules | more, uses)
+            self.run = (
+                ReferenceEvaluator(made)
+                if self.runtime == "reference"
+                else onnxruntime.InferenceSession(
+                    made.SerializeToString(), providers=["CPUExecutionProvider"]
+                )
+            )
+        y, *self.state = self.run.run(None, feed)
+        return y
+
+
+def outputs(node: Node, pieces: list[int]) -> np.ndarray:
+    at, got = 0, []
+    for n in pieces:
+        new = [np.ascontiguousarray(x[:, :, at : at + n]) for x in rows()]
+        at += n
+        got.append(node.step(new, at))
+    y = np.concatenate(got, 2)
+    assert np.isfinite(y).all()
+    return y
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_chosen_in_one_go_and_in_pieces(case: str) -> None:
+    given, own, softcap = CASES[case]
+    pattern, core = HeadPattern.model_validate(given), core_of(own, softcap)
+    real = np.arange(T) >= START[:, None]
+    every = outputs(Node(HeadPattern.model_validate({**given, "window": T}), core, "torch"), [T])
+    for pieces in PIECES:
+        want = outputs(Node(pattern, core, "torch"), pieces)
+        assert np.abs(every - want)[real[:, None, :, None].repeat(H, 1).repeat(E, 3)].max() > 1e-2
+        for runtime in ("onnxruntime", "reference"):
+            y = outputs(Node(pattern, core, runtime), pieces)
+            error = np.where(real[:, None, :, None], y - want, 0)
+            assert np.abs(error).max() <= 1e-5, (runtime, pieces)
+
+
+@pytest.mark.parametrize("case", ["moba", "gate"])
+def test_a_step_reads_nothing_that_is_not_chosen(case: str) -> None:
+    """Every row behind the two blocks that it may choose from holds no numbers."""
+    select = {**CASES[case][0]["select"], "ratio": None, "topk": 2}
+    block = select["block"]
+    node = Node(HeadPattern.model_validate({"select": select}), core_of(block, 0.0), "onnxruntime")
+    outputs(node, [T - 1])
+    for state in node.state[:2]:
+        state[:, :, : ((T - 1 - START[1]) // block - 1) * block] = np.nan
+    new = [np.ascontiguousarray(x[:, :, T - 1 :]) for x in rows()]
+    assert np.isfinite(node.step(new, T)).all()
