@@ -17,31 +17,27 @@ Ways:
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from one_node import Array, Call, bound, session
+from onnx import helper
 from record import head, write
 from table import onnx_sparse_table
+from timing import in_turns, times_faster
 
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.pattern import HeadPattern
-from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, Uses, function_proto
+from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
 from reattend.targets.onnx.sparse_translate import pattern_attributes
 
 COMMAND = "python kernels/bench/onnx_sparse.py --out kernels/bench/results/onnx_sparse.json"
 HEADS, WIDTH, SCALE = 8, 64, 64**-0.5
 LIMIT = 1e-4
-Array = np.ndarray[Any, Any]
-Call = Callable[[], Array]
 
 
 @dataclass(frozen=True)
@@ -106,54 +102,6 @@ class Rows:
         found = {"q": self.q, "key": self.k[:, :, late], "value": self.v[:, :, late]}
         found = {name: np.ascontiguousarray(array) for name, array in found.items()}
         return found | {"kv_start": np.zeros(1, np.int64), "kv_len": np.full(1, self.case.m)}
-
-
-def session(
-    nodes: list[Any], inputs: dict[str, Array], outputs: list[str], functions: list[Any]
-) -> Any:
-    """A model of these nodes, opened with one thread."""
-    given = [
-        helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), [None] * v.ndim)
-        for k, v in inputs.items()
-    ]
-    ranks = {"y_rows": 3}
-    made = [
-        helper.make_tensor_value_info(o, TensorProto.FLOAT, [None] * ranks.get(o, 4))
-        for o in outputs
-    ]
-    domains = {"": OPSET, DOMAIN: VERSION, "com.microsoft": 1}
-    model = helper.make_model(
-        helper.make_graph(nodes, "bench", given, made),
-        opset_imports=[helper.make_opsetid(k, v) for k, v in domains.items()],
-        functions=functions, ir_version=11,
-    )  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def bound(run: Any, inputs: dict[str, Array], states: dict[str, tuple[str, Array]]) -> Call:
-    """A call of a session; `states`: input -> output and the buffer that is both."""
-    binding = run.io_binding()
-    for name, array in inputs.items():
-        if name not in states:
-            binding.bind_cpu_input(name, array)
-    for name, (out, array) in states.items():
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(out, value)
-    first = next(o.name for o in run.get_outputs())
-    binding.bind_output(first)
-
-    def call() -> Array:
-        run.run_with_iobinding(binding)
-        y: Array = binding.get_outputs()[-1].numpy()  # what was bound last
-        return y
-
-    return call
 
 
 def ring(rows: Rows) -> Call:
@@ -262,37 +210,13 @@ def check(rows: Rows, name: str, call: Call, mask: Array) -> float:
     return error
 
 
-def measure(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians in ms; ways take turns, each runs before its clock starts; short calls in tens."""
-    cpu: dict[str, list[float]] = {name: [] for name in calls}
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times = 10 if time.perf_counter() - start < 0.02 else 1
-            for _ in range(times):
-                start, busy = time.perf_counter(), time.thread_time()
-                call()
-                cpu[name].append(1000 * (time.thread_time() - busy))
-                wall[name].append(1000 * (time.perf_counter() - start))
-    return {
-        name: {
-            "cpu_ms": round(statistics.median(cpu[name]), 4),
-            "wall_ms": round(statistics.median(wall[name]), 4),
-        }
-        for name in calls
-    }
-
-
 def run(case: Case, rounds: int) -> dict[str, Any]:
     """One row of the results."""
     rows = Rows(case)
     made = ways(rows)
     different = {name: check(rows, name, call, mask) for name, (call, mask) in made.items()}
-    found = measure({name: call for name, (call, _) in made.items()}, rounds)
-    ours = found["ours"]["cpu_ms"]
-    ratio = {name: round(row["cpu_ms"] / ours, 2) for name, row in found.items() if name != "ours"}
+    found = in_turns({name: call for name, (call, _) in made.items()}, rounds)
+    ours, ratio = found["ours"]["cpu_ms"], times_faster(found)
     sys.stdout.write(f"{case.name}: {ours:.3f} ms, {ratio}\n")
     return {
         "case": case.name,

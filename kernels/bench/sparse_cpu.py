@@ -16,9 +16,7 @@ Ways:
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from record import head, write
 from table import sparse_table
+from timing import in_turns, times_faster
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -110,26 +109,6 @@ def ways(case: Case) -> tuple[dict[str, Call], float]:
     return made, density
 
 
-def measure(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians in ms; ways take turns, each once before the clock of its turn starts."""
-    cpu: dict[str, list[float]] = {name: [] for name in calls}
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()
-            start, busy = time.perf_counter(), time.thread_time()
-            call()
-            cpu[name].append(1000 * (time.thread_time() - busy))
-            wall[name].append(1000 * (time.perf_counter() - start))
-    return {
-        name: {
-            "cpu_ms": round(statistics.median(cpu[name]), 3),
-            "wall_ms": round(statistics.median(wall[name]), 3),
-        }
-        for name in calls
-    }
-
-
 def run(case: Case, rounds: int) -> dict[str, Any]:
     calls, density = ways(case)
     want = calls["sdpa-mask"]()
@@ -141,9 +120,8 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     wrong = {name: error for name, error in different.items() if not error < 1e-5}
     if wrong:
         raise RuntimeError(f"{case.name}: another result than SDPA's: {wrong}")
-    found = measure(calls, rounds)
-    ours = found["ours"]["cpu_ms"]
-    ratio = {name: round(row["cpu_ms"] / ours, 2) for name, row in found.items() if name != "ours"}
+    found = in_turns(calls, rounds)
+    ours, ratio = found["ours"]["cpu_ms"], times_faster(found)
     sys.stdout.write(f"{case.name}: {ours:.2f} ms, {ratio}\n")
     shape = {"n": case.n, "m": case.m, "h": case.h, "g": case.g, "d": WIDTH, "block": BLOCK}
     return {

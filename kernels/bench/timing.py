@@ -1,4 +1,5 @@
-"""How the benchmark measures: graph replay over rotating inputs, host time, and the two ceilings.
+"""How the benchmark measures: graph replay over rotating inputs, host time, and the two ceilings;
+ways that take turns on a CPU.
 
 A replayed CUDA graph holds one call per input set, so launches cost the device what they cost it
 and nothing waits for Python. Input sets together are several times the L2, so no call finds its
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,38 @@ def call_ms(call: Call, rounds: int = ROUNDS) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times[1:])
+
+
+def in_turns(calls: Mapping[str, Call], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of processor and wall time in ms, on a CPU, under the names of the calls.
+
+    Calls take turns, each once before the clock of its turn starts, short ones in tens.
+    """
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times = 10 if time.perf_counter() - start < 0.02 else 1
+            for _ in range(times):
+                start, busy = time.perf_counter(), time.thread_time()
+                call()
+                cpu[name].append(1000 * (time.thread_time() - busy))
+                wall[name].append(1000 * (time.perf_counter() - start))
+    return {
+        name: {
+            "cpu_ms": round(statistics.median(cpu[name]), 4),
+            "wall_ms": round(statistics.median(wall[name]), 4),
+        }
+        for name in calls
+    }
+
+
+def times_faster(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """How many times as long as `ours` the others took, by processor time."""
+    ours = found["ours"]["cpu_ms"]
+    return {name: round(row["cpu_ms"] / ours, 2) for name, row in found.items() if name != "ours"}
 
 
 def copy_gb_per_s(size: int = 1 << 32) -> float:
