@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx_tiny import sequences
+from onnx_tiny import sequences, torch_logits
 
 from reattend.errors import RefusedError
 from reattend.mixers.sparse_config import HeadClass
@@ -15,73 +16,92 @@ from reattend.patterns.pattern import HeadPattern
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from test_onnx_sparse import build, error_over, in_reference, in_session  # noqa: E402
+from test_onnx_sparse import PIECES, build, in_reference, in_session  # noqa: E402
 
 from reattend.targets.onnx import Artifact, Session, export_onnx  # noqa: E402
 from reattend.targets.onnx.sparse_layout import sparse_form  # noqa: E402
+from reattend.targets.onnx.state import FixedState  # noqa: E402
+from reattend.targets.onnx.verify import torch_calls  # noqa: E402
 
 MOBA: dict[str, Any] = {"kind": "blocks", "block": 4, "topk": 3}
-#: layer 0: routed heads, some beside sinks and a window, and full ones; layer 1: a trained gate
+POOLED = {"kind": "blocks", "block": 8, "queries": "pooled", "ratio": 0.4}
+LABELS = {"kind": "channels", "share": 0.3, "topk": 5}
+#: layer 0: a node of its own for every head; layer 1 notes what 2 reads
 PLAN: dict[str, Any] = {
     "rules": [
         {
-            "layers": [0], "to": "sparse", "pattern": {"select": MOBA}, "heads_full": [3],
+            "layers": [0], "heads": [0], "to": "sparse", "finder": "gate", "steps": 5,
+            "pattern": {"select": {"kind": "gate", "block": 5, "gate_dim": 6, "topk": 3}},
+        },
+        {
+            "layers": [0], "to": "sparse", "pattern": {"select": MOBA},
             "head_patterns": [
-                {
-                    "kv_heads": [1],
-                    "pattern": {
-                        "sinks": 2, "window": 3,
-                        "select": {"kind": "blocks", "block": 8, "ratio": 0.4},
-                    },
-                },
+                {"kv_heads": [1], "pattern": {"sinks": 2, "window": 3, "select": POOLED}},
+                {"kv_heads": [2], "pattern": {"select": LABELS}},
             ],
         },
         {
-            "sites": "*", "to": "sparse", "finder": "gate", "steps": 5,
-            "pattern": {"select": {"kind": "gate", "block": 5, "gate_dim": 6, "topk": 3}},
+            "sites": "*", "to": "sparse",
+            "pattern": {"select": {"kind": "recorded", "at": [1], "topk": 6}},
         },
     ]
 }  # fmt: skip
+OPS = [
+    "GateAttention", "BlocksAttention", "PooledBlocksAttention", "ChannelsAttention",
+    "NotingAttention", "NotedAttention",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifact]:
-    model = build(PLAN)
+    model = build(PLAN, layers=3)
     return model, export_onnx(model, tmp_path_factory.mktemp("onnx") / "out")
 
 
-def test_a_prompt_single_steps_and_chunks_equal_torch(made: Any) -> None:
+def test_a_prompt_single_steps_and_chunks_equal_torch_with_a_cache(made: Any) -> None:
+    """In the same calls: what is chosen depends on them, and in one pass it is something else."""
     model, artifact = made
-    for prefill_chunk in (512, 3):
-        session = Session(artifact.path, threads=1, prefill_chunk=prefill_chunk)
-        assert error_over(model, in_session(session)) <= 1e-4
-    assert error_over(model, in_reference(artifact)) <= 1e-4
+    ids, mask = sequences(2, sum(PIECES), padding=3)
+    begins = [sum(PIECES[:i]) for i in range(len(PIECES))]
+    want = torch_calls(model, ids, mask, begins).numpy()
+    real = mask.bool().numpy()
+    assert np.abs(torch_logits(model, ids, mask) - want)[real].max() > 1
+    for feed in (in_session(Session(artifact.path, threads=1)), in_reference(artifact)):
+        got = [
+            feed(ids[:, at : at + n].numpy(), mask[:, : at + n].numpy())
+            for at, n in zip(begins, PIECES, strict=True)
+        ]
+        assert np.abs(np.concatenate(got, 1) - want)[real].max() <= 1e-4
 
 
-def test_what_is_chosen_is_held_in_blocks_beside_every_row(made: Any) -> None:
-    manifest = made[1].manifest
-    ops = ["BlocksAttention", "BlocksAttention", "Attention", "GateAttention"]
-    assert [e.op for e in manifest.layers] == ops
-    assert "no memory" in manifest.layers[0].saves
-    shapes = {s.input: s.shape for s in manifest.states}
-    assert shapes["state.0.1.summary"] == ["B", 1, "C/8", 8]
-    assert shapes["state.1.summary"] == ["B", 4, "C/5", 6]
-    # keys and values, then summaries: a mean key of two heads, of one, and a gate's of four
-    assert manifest.cache_bytes_per_token == np.ceil(4 * (2 * 64 + 2 * 8 / 4 + 8 / 8 + 4 * 6 / 5))
+def test_states_hold_what_is_chosen_by_beside_every_row(made: Any) -> None:
+    artifact = made[1]
+    manifest = artifact.manifest
+    assert [e.op for e in manifest.layers] == OPS
+    saves = [e.saves for e in manifest.layers]
+    assert all("no memory" in saves[i] for i in (0, 1, 2, 3, 5))
+    assert "prompts are dense" in saves[3] and "decoding is dense" in saves[2]
+    more = {s.input: s.shape for s in manifest.states if s.name[-3:] not in ("key", "lue")}
+    assert more == {
+        "state.0.0.summary": ["B", 1, "C/5", 6],
+        "state.0.1.summary": ["B", 1, "C/4", 8],
+        "state.0.3.label": ["B", 1, "C", 2],
+    }
+    assert manifest.cache_bytes_per_token == np.ceil(4 * (3 * 64 + 6 / 5 + 8 / 4 + 2))
     assert [(c.prefill, c.share) for c in manifest.checks] == [(6, 1.0), (9, 1.0), (64, 0.5)]
-    session = Session(made[1].path, threads=1)
-    ids, _ = sequences(2, 17, padding=0)
-    session.prefill(ids[:, :9].numpy())
-    rows = [a.shape[2] for a, s in zip(session.states.arrays, manifest.states, strict=True)
-            if s.name.endswith("summary")]  # fmt: skip
-    assert rows == [3, 2, 2]
-    got = session.step(ids[:, 9:].numpy())  # the states move to larger buffers
-    again = Session(made[1].path, threads=1, capacity=64)
-    assert np.abs(again.prefill(ids.numpy())[:, 9:] - got).max() <= 1e-4
+    session = Session(artifact.path, threads=1)
+    ids, _ = sequences(2, 18, padding=0)
+    session.prefill(ids[:, :17].numpy())
+    held = zip(manifest.states, session.states.arrays, strict=True)
+    assert [a.shape[2] for s, a in held if s.input in more] == [4, 5, 17]
+    got = session.step(ids[:, 17:].numpy())  # the states move to larger buffers
+    again = Session(artifact.path, threads=1, capacity=64)
+    again.prefill(ids[:, :17].numpy())
+    assert np.abs(again.step(ids[:, 17:].numpy()) - got).max() <= 1e-4
 
 
 def test_what_no_node_chooses_is_refused_by_name(made: Any) -> None:
-    config = made[0].model.layers[0].self_attn.mixer.config
+    config = made[0].model.layers[1].self_attn.mixer.config
     for pattern, words in (
         ({"select": MOBA, "window": 2, "window_slope": 0.5}, r"pattern\.window_slope"),
         ({"select": {**MOBA, "tile": [2, 2], "shape": [4, 4]}}, r"select\.shape, select\.tile"),
@@ -89,3 +109,11 @@ def test_what_no_node_chooses_is_refused_by_name(made: Any) -> None:
         head_class = HeadClass(kv_heads=(0,), pattern=HeadPattern.model_validate(pattern))
         with pytest.raises(RefusedError, match=words):
             sparse_form("here", config, head_class)
+
+
+def test_a_layer_that_reads_notes_of_none_is_refused() -> None:
+    select = {"kind": "recorded", "at": [0], "topk": 4, "layer": 1}
+    cache: Any = SimpleNamespace(notes={2: None})
+    state = FixedState(SimpleNamespace(), {}, cache)  # type: ignore[arg-type]
+    with pytest.raises(RefusedError, match="layer 0 chose, which chose none"):
+        state.noted(HeadPattern.model_validate({"select": select}))

@@ -23,7 +23,14 @@ from cases import SPEED, Case, bytes_of, case_calls, compile_case
 from correctness import check
 from peers import inputs_of, peers
 from record import head, place, write
-from table import decode_table, model_table, onnx_sparse_table, sparse_table, table
+from table import (
+    decode_table,
+    model_table,
+    onnx_selected_table,
+    onnx_sparse_table,
+    sparse_table,
+    table,
+)
 from timing import copy_gb_per_s, eager_ms, input_sets, matmul_tflops, replay_ms
 
 EXIT_WRONG, EXIT_NO_DEVICE = 1, 5
@@ -112,6 +119,7 @@ def main() -> int:
             "onnx_decode": decode_table,
             "sparse_cpu": sparse_table,
             "onnx_sparse": onnx_sparse_table,
+            "onnx_selected": onnx_selected_table,
         }
         for name, shown in made.items():
             say(shown(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")

@@ -151,6 +151,15 @@ def onnx_sparse_table(results: dict[str, Any]) -> str:
     return peers_table(results, what, ("mask", "causal", "gqa", "gqa-window"))
 
 
+def onnx_selected_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/onnx_selected.py` as Markdown."""
+    what = (
+        "one layer's attention to one decoded token in ONNX Runtime, states written, batch 1,"
+        " float32, 8 heads of 64, selectors as in the plans of these names"
+    )
+    return peers_table(results, what, ("dense", "gqa"))
+
+
 def digits(ms: float) -> str:
     """Milliseconds for people."""
     return f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"

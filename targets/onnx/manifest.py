@@ -59,7 +59,7 @@ class LayerEntry(_Part):
         path, layer: the module and the number of the layer.
         op: what it is in our words: `Attention`, `LatentAttention`, `SparseAttention` (sinks and a
             window, state of bounded size), `PatternAttention` (any pattern, state of every row), or
-            what chooses keys at run time (state of every row): `BlocksAttention`, `GateAttention`.
+            what chooses keys at run time (state of every row), see `selected_body.KINDS`.
         form: the operator that stands in the graph, as `domain::name`.
         reason: why it is not the operator that the flavour prefers; empty where it is.
         pattern: what sparse heads see.

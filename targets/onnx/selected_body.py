@@ -24,6 +24,16 @@ from reattend.targets.onnx.selected_choice import (
     SUMMARY,
     ranking,
 )
+from reattend.targets.onnx.selected_prompts import LINES, POOLED
+from reattend.targets.onnx.selected_tokens import (
+    BY_LABEL,
+    EVERY,
+    LABELS,
+    MASK_OF_TOKENS,
+    NOTING,
+    PICK_OF_NOTED,
+    PICK_OF_TOKENS,
+)
 
 _NODE = """NAME <ATTRIBUTES>
 (INPUTS) => (OUTPUTS)
@@ -117,6 +127,23 @@ SOFTMAX
       by_head = Concat <axis = 0> (same, others, n_1, same)
       step_y = Reshape (y_rows, by_head)"""
 
+# one token, every row
+_DENSE = """
+      row = Range (zero, room, one)
+      apart = Sub (place, row)
+      is_past = GreaterOrEqual (apart, zero)
+      is_near = Less (apart, reach)
+      visible = And (is_past, is_near)
+      by_group = Concat <axis = 0> (same, g, others, same)
+      q_rows = Reshape (q, by_group)
+      q_scaled = Mul (q_rows, factor)
+      key_t = Transpose <perm = [0, 1, 3, 2]> (present_key)
+      scores_any = MatMul (q_scaled, key_t)
+SOFTMAX
+      y_rows = MatMul (weights, present_value)
+      by_head = Concat <axis = 0> (same, others, n_1, same)
+      step_y = Reshape (y_rows, by_head)"""
+
 # chosen [B, S, N, M]: what each of several tokens has chosen of the first M rows
 _MASKED = """
       total = Gather (lengths, zero)
@@ -159,14 +186,15 @@ class Kind:
         options: attributes of its own, and their types.
         inputs, outputs: beside those that all have: states, and what it knows.
         always: lines for every call.
-        step, several: lines that choose for one token (`pick`, `picked`) and several (`chosen`).
+        step: lines that choose for one token (`pick`, `picked`); None: it reads every row.
+        several: lines that choose for several (`chosen`).
     """
 
     options: dict[str, type]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     always: str
-    step: str
+    step: str | None
     several: str
 
     @property
@@ -187,7 +215,10 @@ class Kind:
         return {"scale": float, **self.options, **common}
 
 
-_BLOCK = {"block": int} | {name: type(none) for name, none in BUDGETS.items()}
+_BUDGETS: dict[str, type] = {name: type(none) for name, none in BUDGETS.items()}
+_BLOCK = {"block": int, **_BUDGETS}
+_LABEL_INPUTS, _LABEL = ("past_label", "channels"), ("present_label",)
+_LINES = ("columns", "slashes", "last_queries", "first_columns", "last_slashes")
 _SUMMARY = ("present_summary",)
 KINDS = {
     "BlocksAttention": Kind(
@@ -197,9 +228,20 @@ KINDS = {
         _BLOCK, ("past_summary", "query_map", "key_map"), _SUMMARY, SUMMARY + GATE,
         PICK_OF_BLOCKS, MASK_OF_BLOCKS,
     ),
+    "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED),
+    "VerticalSlashAttention": Kind(dict.fromkeys(_LINES, int), (), (), "", None, LINES),
+    "ChannelsAttention": Kind(
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, EVERY
+    ),
+    # prompts too
+    "EveryChannelsAttention": Kind(
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS + BY_LABEL, PICK_OF_TOKENS, MASK_OF_TOKENS
+    ),
+    "NotingAttention": Kind({"topk": int}, (), ("noted",), NOTING, None, EVERY),
+    "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, EVERY),
 }  # fmt: skip
-#: inputs that are whole numbers
-INTEGERS = ("kv_start", "kv_len")
+#: inputs and outputs that are whole numbers
+INTEGERS = ("kv_start", "kv_len", "channels", "noted")
 SELECTED = tuple(KINDS)
 
 
@@ -218,7 +260,7 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
         "INPUTS": ", ".join(kind.all_inputs),
         "OUTPUTS": ", ".join(kind.all_outputs),
         "ALWAYS": kind.always,
-        "STEP": kind.step + _GATHERED,
+        "STEP": _DENSE if kind.step is None else kind.step + _GATHERED,
         "SEVERAL": _MASKED.replace("CHOSEN", kind.several),
     }
     body = _NODE

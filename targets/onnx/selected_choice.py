@@ -20,7 +20,8 @@ _RANK = """
   hidden_rank = Constant <value_float = -1.0e38> ()
   barely = Constant <value_float = -0.9e38> ()
 CAP_RANKS
-  ranked = Where (candidate, ranks, hidden_rank)
+LIFT
+  ranked = Where (candidate, lifted, hidden_rank)
   candidate_int = Cast <to = 7> (candidate)
   candidates = ReduceSum <keepdims = 1> (candidate_int, others)
   free = Add (candidates, forced)
@@ -62,9 +63,9 @@ _PARTS = """
 _SHARES = {
     "topp": """
   topp_float = Constant <value_float: float = @topp> ()
-  nothing_float = Constant <value_float = 0.0> ()
+  no_topp = Constant <value_float = 0.0> ()
   whole_float = Constant <value_float = 1.0> ()
-  has_topp = Greater (topp_float, nothing_float)
+  has_topp = Greater (topp_float, no_topp)
   is_part = Less (topp_float, whole_float)
   cuts = And (has_topp, is_part)
   is_whole = Not (cuts)
@@ -78,10 +79,13 @@ _SHARES = {
 }
 
 # New rows are summarised in whole blocks: those that they are in, from their first row on, and
-# blocks before them where the state ends. An incomplete block's summary is never looked at.
+# blocks before them where the state ends. Nobody looks at an incomplete block's summary, so where
+# no block becomes complete what was there is written again, and no key is read.
 SUMMARY = """
   c = Constant <value_int: int = @block> ()
   c_1 = Unsqueeze (c, axis_0)
+  d = Shape <start = 3, end = 4> (key)
+  axis_3 = Constant <value_ints = [3]> ()
   many_1 = Shape <start = 2, end = 3> (past_summary)
   many = Squeeze (many_1, axis_0)
   c_less = Sub (c, one)
@@ -93,23 +97,40 @@ SUMMARY = """
   latest_start = Sub (many, touched)
   write_block = Div (write, c)
   from_block = Min (write_block, latest_start)
-  from_row = Mul (from_block, c)
-  from_row_1 = Unsqueeze (from_row, axis_1)
-  span = Mul (touched, c)
-  reads = Range (zero, span, one)
-  block_row_any = Add (from_row_1, reads)
-  block_row = Min (block_row_any, last_row)
-  block_row_b1 = Unsqueeze (block_row, axes_13)
-  block_rows = Expand (block_row_b1, by_key_head)
-  block_key_any = GatherND <batch_dims = 2> (present_key, block_rows)
-  block_key_own = Cast <to = 1> (block_key_any)
-  d = Shape <start = 3, end = 4> (key)
-  as_blocks = Concat <axis = 0> (same, g, others, c_1, d)
-  block_key = Reshape (block_key_own, as_blocks)
-  axis_3 = Constant <value_ints = [3]> ()
-  block_mean = ReduceMean <keepdims = 0> (block_key, axis_3)
+  written = Add (write, n)
+  whole_blocks = Div (written, c)
+  new_blocks = Sub (whole_blocks, write_block)
+  most_new = ReduceMax <keepdims = 0> (new_blocks)
+  completes = Greater (most_new, zero)
+  new_summary = If (completes) <
+    then_branch = summarised () => (block_summary)
+    {
+      from_row = Mul (from_block, c)
+      from_row_1 = Unsqueeze (from_row, axis_1)
+      span = Mul (touched, c)
+      reads = Range (zero, span, one)
+      block_row_any = Add (from_row_1, reads)
+      block_row = Min (block_row_any, last_row)
+      block_row_b1 = Unsqueeze (block_row, axes_13)
+      block_rows = Expand (block_row_b1, by_key_head)
+      block_key_any = GatherND <batch_dims = 2> (present_key, block_rows)
+      block_key_own = Cast <to = 1> (block_key_any)
+      as_blocks = Concat <axis = 0> (same, g, others, c_1, d)
+      block_key = Reshape (block_key_own, as_blocks)
+      block_mean = ReduceMean <keepdims = 0> (block_key, axis_3)
 SUMMARISED
-  new_summary = CastLike (summary_any, past_summary)
+      block_summary = CastLike (summary_any, past_summary)
+    },
+    else_branch = as_before () => (old_summary)
+    {
+      from_block_1 = Unsqueeze (from_block, axis_1)
+      old_reads = Range (zero, touched, one)
+      old_row = Add (from_block_1, old_reads)
+      old_row_b1 = Unsqueeze (old_row, axes_13)
+      old_rows = Expand (old_row_b1, by_key_head)
+      old_summary = GatherND <batch_dims = 2> (past_summary, old_rows)
+    }
+  >
   present_summary = TensorScatter <axis = 2> (past_summary, new_summary, from_block)
   summary_t = Transpose <perm = [0, 1, 3, 2]> (present_summary)
   number = Range (zero, many, one)
@@ -217,10 +238,24 @@ def ranking(body: str, name: str, budgets: tuple[str, ...], capped: bool) -> str
         more += f"{_SHARES[b]}\n  and_{b} = And ({last}, in_{b})"
         last = f"and_{b}"
     rank = _RANK.replace("COUNT", lines).replace("SHARES", more).replace("LAST", last)
-    bent = capped and name != "GateAttention"
-    return body.replace("RANK", rank.replace("CAP_RANKS", _capped() if bent else _PLAIN))
+    rank = rank.replace("LIFT", _LIFT if name == "PooledBlocksAttention" else _NO_LIFT)
+    bent = _capped() if capped and name != "GateAttention" else _PLAIN
+    return body.replace("\nRANK", rank).replace("CAP_RANKS", bent)
 
 
+_NO_LIFT = """
+  lifted = Identity (ranks)"""
+# What is certain comes first where numbers are counted, and has its share where shares are.
+_LIFT = """
+  top_int = Constant <value_int: int = @topk> ()
+  top_ratio = Constant <value_float: float = @ratio> ()
+  is_top = Greater (top_int, zero)
+  no_top_ratio = Constant <value_float = 0.0> ()
+  is_top_ratio = Greater (top_ratio, no_top_ratio)
+  is_counted = Or (is_top, is_top_ratio)
+  is_first = And (certain, is_counted)
+  highest = Constant <value_float = 1.0e38> ()
+  lifted = Where (is_first, highest, ranks)"""
 _PLAIN = """
   ranks = Identity (rank_scores)"""
 

@@ -8,7 +8,7 @@ from reattend.errors import RefusedError
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selector import Budgeted, Selector
-from reattend.patterns.selectors import Blocks, Gate
+from reattend.patterns.selectors import Blocks, Channels, Gate, Recorded, VerticalSlash
 from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.sparse_form import Extra, SparseForm
 
@@ -18,8 +18,18 @@ _BUDGET = {"kind", *BUDGETS}
 _KNOWN: dict[type[Selector], set[str]] = {
     Blocks: {*_BUDGET, "block", "queries"},
     Gate: {*_BUDGET, "block", "gate_dim"},
+    Channels: {*_BUDGET, "share", "phase"},
+    Recorded: {"kind", "at", "topk", "layer"},
+    VerticalSlash: {
+        "kind", "columns", "slashes", "last_queries", "first_columns", "last_slashes",
+    },
+}  # fmt: skip
+#: what is saved, by the calls in which a selector acts
+_SAVES = {
+    "both": "reads while decoding: the rows that are chosen; prompts are read under a mask",
+    "decode": "reads while decoding: the rows that are chosen; prompts are dense",
+    "prefill": "nothing: prompts are read under a mask, and decoding is dense",
 }
-_READS = "reads while decoding: the rows that are chosen; prompts are read under a mask"
 _NO_MEMORY = "no memory, because any row may be chosen again"
 
 
@@ -35,20 +45,41 @@ def selected_form(path: str, pattern: HeadPattern, core: CoreConfig) -> SparseFo
         RefusedError: no node chooses so.
     """
     select = pattern.select
+    assert select is not None
     _check_known(path, pattern)
-    assert isinstance(select, Blocks | Gate)
-    width = select.gate_dim if isinstance(select, Gate) else core.qk_head_dim
-    return SparseForm(
-        node_name(select),
-        saves=f"{_READS}; {_NO_MEMORY}",
-        extra=Extra("summary", width, select.block),
-        tokens=_beyond(select, select.block),
-    )
+    name, tokens = node_name(select), _beyond(select)
+    if name == "Attention":
+        return SparseForm(name, saves="nothing: the layers before the first that notes are dense")
+    if name == "NotingAttention":
+        saves = "nothing: it reads every row, and notes which ones later layers read"
+    else:
+        saves = f"{_SAVES[select.acts]}; {_NO_MEMORY}"
+    return SparseForm(name, saves=saves, extra=_extra(select, core), tokens=tokens)
 
 
 def node_name(select: Selector) -> str:
     """The node that chooses so."""
-    return "GateAttention" if isinstance(select, Gate) else "BlocksAttention"
+    if isinstance(select, Gate):
+        return "GateAttention"
+    if isinstance(select, Blocks):
+        return "BlocksAttention" if select.queries == "each" else "PooledBlocksAttention"
+    if isinstance(select, Channels):
+        return "ChannelsAttention" if select.phase == "decode" else "EveryChannelsAttention"
+    if isinstance(select, Recorded):
+        if select.layer in select.at:
+            return "NotingAttention"
+        return "Attention" if select.source is None else "NotedAttention"
+    return "VerticalSlashAttention"
+
+
+def _extra(select: Selector, core: CoreConfig) -> Extra | None:
+    if isinstance(select, Gate):
+        return Extra("summary", select.gate_dim, select.block)
+    if isinstance(select, Blocks) and select.queries == "each":
+        return Extra("summary", core.qk_head_dim, select.block)
+    if isinstance(select, Channels):
+        return Extra("label", select.width(core), 1)
+    return None
 
 
 def attributes(pattern: HeadPattern) -> dict[str, Any]:
@@ -60,14 +91,23 @@ def attributes(pattern: HeadPattern) -> dict[str, Any]:
         found |= {k: BUDGETS[k] if v is None else v for k, v in given.items()}
     if isinstance(select, Blocks | Gate):
         found["block"] = select.block
+    elif isinstance(select, VerticalSlash):
+        found |= {k: v for k, v in select.model_dump().items() if k != "kind"}
+    elif isinstance(select, Recorded) and node_name(select) == "NotingAttention":
+        found["topk"] = select.topk
     return found
 
 
-def _beyond(select: Budgeted, unit: int) -> int:
+def _beyond(select: Selector) -> int:
     """Tokens of which about half are left out."""
-    if select.topk is not None:
+    if isinstance(select, VerticalSlash):
+        return 2 * (select.columns + select.slashes)
+    if isinstance(select, Recorded):
+        return 2 * select.topk
+    unit = select.block if isinstance(select, Blocks | Gate) else 1
+    if isinstance(select, Budgeted) and select.topk is not None:
         return 2 * select.topk * unit
-    return 8 * unit
+    return 8 * max(unit, 8)
 
 
 def _check_known(path: str, pattern: HeadPattern) -> None:
@@ -86,8 +126,6 @@ def _check_known(path: str, pattern: HeadPattern) -> None:
     else:
         told = select.model_dump(exclude_defaults=True)
         unknown += [f"select.{name}" for name in told if name not in known]
-    if isinstance(select, Blocks) and select.queries != "each":
-        unknown.append("select: blocks with `queries: pooled`")
     if unknown:
         raise RefusedError(
             "this sparse layer cannot be exported to ONNX",

@@ -13,8 +13,11 @@ from torch import Tensor
 from reattend.mixers.base import Kept
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.selecting.frame import attend_selected
+from reattend.mixers.selecting.memo import Memo
 from reattend.mixers.selecting.methods import method
 from reattend.patterns.pattern import HeadPattern
+from reattend.patterns.selector import Selector
+from reattend.patterns.selectors import Recorded
 
 
 @torch.library.custom_op(
@@ -45,8 +48,9 @@ def selected_attention(
     Args:
         q_BHNd, k_BGNd, v_BGNe: of the new tokens.
         past_key, past_value: [B, G, C, d or e]: row j is token j of its sequence, padding left out.
-        more: what the selector keeps beside them, [B, G, ?, ?]; anything where it keeps nothing.
-            It follows from the keys, so it is neither read nor written here.
+        more: what the selector keeps beside them, [B, G, ?, ?], which follows from the keys and is
+            neither read nor written here; or tokens that another layer noted, [B, H, 1, K]; or
+            anything.
         weights: the selector's own, in the order of its state dict.
         kv_start_B: padding of each row, on the left.
         kv_len_B: tokens so far, padding and the new ones included; the same in every row.
@@ -55,7 +59,7 @@ def selected_attention(
         sliding_window: of the block; 0: none.
 
     Returns:
-        y [B, H, N, e], both states after the last token, and `more`.
+        y [B, H, N, e], both states after the last token, and what was noted, or `more`.
     """
     keys, values = past_key.clone(), past_value.clone()
     heads, n = q_BHNd.shape[1:3]
@@ -71,13 +75,29 @@ def selected_attention(
         values[row, :, place_N[real]] = v_BGNe[row, :, real]
     held = torch.arange(keys.shape[2])
     place_BM = torch.where(held <= place_BN[:, -1:], held, -1)
-    kept = Kept(keys, values, place_BM, place_BN.clamp_min(-1))
     described = HeadPattern.model_validate_json(pattern)
-    assert described.select is not None
-    chooser = method(described.select, core).to(q_BHNd.dtype)
+    select = described.select
+    assert select is not None
+    memo = None
+    if isinstance(select, Recorded):
+        memo = Memo()
+        if select.source is not None:
+            memo.write(torch.arange(len(q_BHNd)), 0, more, len(q_BHNd))
+    kept = Kept(keys, values, place_BM, place_BN.clamp_min(-1), memo)
+    chooser = method(select, core).to(q_BHNd.dtype)
     chooser.load_state_dict(dict(zip(chooser.state_dict(), weights, strict=True)))
     y = attend_selected(q_BHNd, kept, described, core, chooser)
-    return y, keys, values, more.clone()
+    noted = _noted(select, more, q_BHNd)
+    if noted is not more and memo is not None and memo.rows_BGQw is not None:
+        noted = memo.rows_BGQw
+    return y, keys, values, noted.clone()
+
+
+def _noted(select: Selector, more: Tensor, q_BHNd: Tensor) -> Tensor:
+    """`more`, or a place for what a layer notes."""
+    if not isinstance(select, Recorded) or select.layer not in select.at:
+        return more
+    return q_BHNd.new_zeros(*q_BHNd.shape[:2], 1, select.topk, dtype=torch.int64)
 
 
 @selected_attention.register_fake
@@ -87,6 +107,8 @@ def _fake(
     pattern: str, scale: float, sliding_window: int = 0, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = q.new_empty(*q.shape[:3], v.shape[3])
-    states = (past_key, past_value, more)
+    select = HeadPattern.model_validate_json(pattern).select
+    assert select is not None
+    states = (past_key, past_value, _noted(select, more, q))
     first, second, third = (x.new_empty(x.shape) for x in states)
     return y, first, second, third

@@ -30,13 +30,14 @@ def selected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         described = HeadPattern.model_validate_json(pattern)
         assert described.select is not None
         name = node_name(described.select)
-        kept = [more] if KINDS[name].outputs else []
-        y, *states = _node(name)(
-            q, k, v, past_key, past_value, *kept, *weights, start, length, scale=float(scale),
+        kind = KINDS[name]
+        given = [more] if len(kind.inputs) > len(weights) else []
+        y, *others = _node(name)(
+            q, k, v, past_key, past_value, *given, *weights, start, length, scale=float(scale),
             sliding_window=int(sliding_window), softcap=float(softcap), **attributes(described),
         )  # fmt: skip
-        # the torch op always gives a third state; nothing reads the value that stands for it
-        return (y, *states) if kept else (y, *states, opset18.Identity(y))
+        # the torch op always gives four values; nothing reads what stands for a missing one
+        return (y, *others) if kind.outputs else (y, *others, opset18.Identity(y))
 
     return {torch.ops.reattend.selected_attention.default: translate}
 
@@ -54,7 +55,7 @@ def _node(name: str) -> Any:
         DOMAIN,
         VERSION,
         inputs=[parameter(x, "I" if x in INTEGERS else "T") for x in said.all_inputs],
-        outputs=[parameter(x, "T") for x in said.all_outputs],
+        outputs=[parameter(x, "I" if x in INTEGERS else "T") for x in said.all_outputs],
         type_constraints=[("T", _FLOATS, ""), ("I", _WHOLE, "")],
         attributes=[defs.OpSchema.Attribute(n, types[t]) for n, t in said.attributes.items()],
     )

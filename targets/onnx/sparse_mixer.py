@@ -17,6 +17,7 @@ from reattend.mixers.mixed import MixedAttention
 from reattend.mixers.sparse import SparseAttention
 from reattend.parts import picked, query_heads
 from reattend.passes.rewrite.sparse_build import sparse_like
+from reattend.targets.onnx.selected_body import SELECTED
 from reattend.targets.onnx.selected_ops import selected_attention
 from reattend.targets.onnx.sparse_ops import pattern_attention, sink_window_attention
 from reattend.targets.onnx.state import FixedGroups, FixedState
@@ -78,14 +79,16 @@ class TracedSparse(SparseAttention):
             state.put(first, second)
             return y
         pattern = head_class.pattern.model_dump_json(exclude_defaults=True)
-        if head_class.pattern.select is not None:
+        if form.op in SELECTED:
             method, (first, second, *more) = self.selecting[str(number)], state.past()
             weights = [*method.parameters(), *method.buffers()]
+            third = more[0] if more else state.noted(head_class.pattern)
             y, *kept = selected_attention(
-                q, keys, values, first, second, more[0] if more else first, weights,
+                q, keys, values, first, second, first if third is None else third, weights,
                 *state.span(), pattern=pattern, **rules,
             )  # fmt: skip
             state.put(*kept[: 2 + len(more)])
+            state.note(kept[2])
             return y
         rows = state.update(keys, values)
         if form.op == "PatternAttention":

@@ -16,6 +16,8 @@ from reattend.errors import RefusedError
 from reattend.kernels.attention import attention as _attention  # noqa: F401  (registered here)
 from reattend.kernels.cache_put import cache_put
 from reattend.kernels.latent_attention import latent_attention as _latent  # noqa: F401
+from reattend.patterns.pattern import HeadPattern
+from reattend.patterns.selectors import Recorded
 from reattend.targets.onnx.layout import KEEP_DENSE, GroupLayout, LayerLayout
 
 
@@ -54,6 +56,28 @@ class FixedState:
         """What such an op wrote."""
         for tensor, kept in zip(self.layout.tensors, tensors, strict=True):
             self.written[tensor.input] = kept
+
+    def note(self, found: Tensor) -> None:
+        """What the op gave for the layers behind, see `noted`."""
+        self.cache.notes[self.layout.first.layer] = found
+
+    def noted(self, pattern: HeadPattern) -> Tensor | None:
+        """The tokens that the layer named by a pattern's selector noted; None: it names none.
+
+        Raises:
+            RefusedError: that layer noted none.
+        """
+        select = pattern.select
+        if not isinstance(select, Recorded) or select.source is None:
+            return None
+        found = self.cache.notes.get(select.source)
+        if found is None:
+            raise RefusedError(
+                f"layer {select.layer} reads the tokens that layer {select.source} chose,"
+                " which chose none",
+                next_step="convert both in one plan, whole blocks, with the same `at` and `topk`",
+            )
+        return found
 
     def seen(self) -> int:
         """Tokens before this call."""
@@ -115,6 +139,7 @@ class FixedCache(Cache):
         self.length_B = torch.full((batch,), total, dtype=torch.int64, device=mask_BT.device)
         self.past_B = self.length_B - new
         self.start_B = self.length_B - mask_BT.to(torch.int64).sum(-1)
+        self.notes: dict[int, Tensor] = {}
         self.states = {
             layer.layer: [FixedState(group, states, self) for group in layer.groups]
             for layer in layers

@@ -1,0 +1,214 @@
+"""Nodes whose heads choose keys at run time against dense ones: one decoded token, on a CPU.
+
+    python kernels/bench/onnx_selected.py --out kernels/bench/results/onnx_selected.json
+
+One attention layer in ONNX Runtime, one thread, batch 1, float32, heads of 64, patterns as in the
+plans. All ways run in one process and take turns; figures are medians of processor time. Every way
+writes the token's rows to its states first. Outputs are compared before anything is timed.
+
+Ways:
+    ours   the node that an export has for this pattern
+    dense  `ai.reattend::Attention`, the node of a dense layer, over all keys
+    gqa    ONNX Runtime's GroupQueryAttention over all keys
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from one_node import Array, Call, bound, session
+from onnx import helper
+from record import head, write
+from table import onnx_selected_table
+from timing import in_turns, times_faster
+
+from reattend.mixers.config import CoreConfig
+from reattend.mixers.selecting.methods import method
+from reattend.patterns.pattern import HeadPattern
+from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
+from reattend.targets.onnx.selected_body import KINDS
+from reattend.targets.onnx.selected_layout import attributes, selected_form
+from reattend.targets.onnx.selected_ops import selected_attention
+
+COMMAND = "python kernels/bench/onnx_selected.py --out kernels/bench/results/onnx_selected.json"
+HEADS, WIDTH, SCALE = 8, 64, 64**-0.5
+LIMIT = 1e-4
+RULES: dict[str, Any] = {"scale": SCALE, "sliding_window": 0, "softcap": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The token behind M - 1 others; it completes no block."""
+
+    name: str
+    m: int
+    kv_heads: int
+    select: dict[str, Any]
+
+    @property
+    def pattern(self) -> HeadPattern:
+        """What the heads see."""
+        return HeadPattern.model_validate({"select": self.select})
+
+
+MOBA = {"kind": "blocks", "block": 512, "topk": 3}
+SEER = {"kind": "gate", "block": 64, "gate_dim": 128, "ratio": 0.25}
+LABELS = {"kind": "channels", "share": 1 / 16, "ratio": 1 / 16}
+PLANS = {"moba": MOBA, "seer": SEER, "double-sparsity": LABELS}
+CASES = tuple(
+    Case(f"{name}: token {m}, {kv_heads} KV heads", m, kv_heads, select)
+    for name, select in PLANS.items()
+    for m in (2000, 8000)
+    for kv_heads in (8, 2)
+)
+
+
+class Rows:
+    """A case's tensors: queries of the last token, keys and values of all, what chooses."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.q = torch.randn(1, HEADS, 1, WIDTH)
+        self.k, self.v = (torch.randn(1, case.kv_heads, case.m, WIDTH) for _ in range(2))
+        core = CoreConfig(
+            heads=HEADS, kv_heads=case.kv_heads, qk_head_dim=WIDTH, v_head_dim=WIDTH, scale=SCALE
+        )
+        assert case.pattern.select is not None
+        self.form = selected_form(case.name, case.pattern, core)
+        self.method: Any = method(case.pattern.select, core)
+        weights = self.method.state_dict()
+        floats = {n: torch.randn_like(w) for n, w in weights.items() if w.is_floating_point()}
+        self.method.load_state_dict({**weights, **floats})
+        self.density = case.pattern.reads(case.m, core) / case.m
+
+    def new(self) -> dict[str, Array]:
+        """Of the token, and how many there are."""
+        late = {"q": self.q, "key": self.k[:, :, -1:], "value": self.v[:, :, -1:]}
+        found = {name: np.ascontiguousarray(x.numpy()) for name, x in late.items()}
+        return found | {"kv_start": np.zeros(1, np.int64), "kv_len": np.full(1, self.case.m)}
+
+    def more(self) -> list[torch.Tensor]:
+        """What the method keeps of the tokens before."""
+        extra = self.form.extra
+        if extra is None:
+            return []
+        rows = torch.zeros(1, self.case.kv_heads, -(-self.case.m // extra.block), extra.width)
+        whole = (self.case.m - 1) // extra.block
+        blocks = self.k[:, :, : whole * extra.block].unflatten(2, (whole, extra.block))
+        with torch.no_grad():
+            rows[:, :, :whole] = self.method.summary(blocks)
+        return [rows]
+
+
+def ours(rows: Rows) -> Call:
+    """The node that chooses; it writes its states itself."""
+    kind, new = KINDS[rows.form.op], rows.new()
+    states = [rows.k.clone(), rows.v.clone(), *rows.more()]
+    weights = [w.numpy() for w in rows.method.state_dict().values()]
+    given = [*(x.numpy() for x in states), *weights]
+    values = [*list(new.values())[:3], *given, *list(new.values())[3:]]
+    inputs = dict(zip(kind.all_inputs, values, strict=True))
+    outputs = list(kind.all_outputs)
+    pasts = list(kind.all_inputs)[3 : 3 + len(states)]
+    held = {p: (o, inputs[p]) for p, o in zip(pasts, outputs[1:], strict=True)}
+    rules = RULES | attributes(rows.case.pattern)
+    node = helper.make_node(rows.form.op, list(inputs), outputs, domain=DOMAIN, **rules)
+    budgets = tuple(b for b in Uses().budgets if getattr(rows.case.pattern.select, b, None))
+    functions = [function_proto(rows.form.op, Uses(budgets=budgets, capped=False))]
+    return bound(session([node], inputs, outputs, functions), inputs, held)
+
+
+def dense(rows: Rows) -> Call:
+    """`Attention` behind the writing of its state, as in an export."""
+    inputs = rows.new() | {"at": np.full(1, rows.case.m - 1)}
+    states, nodes = {}, []
+    for name, tensor in (("key", rows.k), ("value", rows.v)):
+        inputs[f"past_{name}"] = tensor.clone().numpy()
+        written = [f"past_{name}", name, "at"]
+        nodes.append(helper.make_node("TensorScatter", written, [f"present_{name}"], axis=2))
+        states[f"past_{name}"] = (f"present_{name}", inputs[f"past_{name}"])
+    read = ["q", "present_key", "present_value", "kv_start", "kv_len"]
+    nodes.append(helper.make_node("Attention", read, ["y"], domain=DOMAIN, causal=1, **RULES))
+    outputs = ["y", "present_key", "present_value"]
+    return bound(session(nodes, inputs, outputs, [function_proto("Attention")]), inputs, states)
+
+
+def group_query(rows: Rows) -> Call:
+    """ONNX Runtime's own operator."""
+    flat = {n: x.reshape(1, 1, -1) for n, x in rows.new().items() if n in ("q", "key", "value")}
+    inputs = {
+        **flat, "past_key": rows.k.clone().numpy(), "past_value": rows.v.clone().numpy(),
+        "last": np.full(1, rows.case.m - 1, np.int32), "total": np.array(rows.case.m, np.int32),
+    }  # fmt: skip
+    states = {f"past_{x}": (f"present_{x}", inputs[f"past_{x}"]) for x in ("key", "value")}
+    rules = {"num_heads": HEADS, "kv_num_heads": rows.case.kv_heads, "scale": SCALE}
+    outputs = ["y_rows", "present_key", "present_value"]
+    node = helper.make_node(
+        "GroupQueryAttention", list(inputs), outputs, domain="com.microsoft", **rules
+    )
+    return bound(session([node], inputs, outputs, []), inputs, states)
+
+
+def wanted(rows: Rows, chosen: bool) -> Array:
+    """By torch: of the keys that are chosen, or of all."""
+    if not chosen:
+        y = torch.nn.functional.scaled_dot_product_attention(
+            rows.q, rows.k, rows.v, scale=SCALE, enable_gqa=True
+        )
+        return y.numpy()
+    more = rows.more() or [rows.k]
+    weights = list(rows.method.state_dict().values())
+    new = (rows.q, rows.k[:, :, -1:], rows.v[:, :, -1:])
+    span = torch.zeros(1, dtype=torch.long), torch.full((1,), rows.case.m)
+    text = rows.case.pattern.model_dump_json()
+    y = selected_attention(*new, rows.k, rows.v, *more, weights, *span, pattern=text, **RULES)[0]
+    return y.numpy()  # type: ignore[no-any-return]
+
+
+def run(case: Case, rounds: int) -> dict[str, Any]:
+    """One row of the results."""
+    rows = Rows(case)
+    calls = {"ours": ours(rows), "dense": dense(rows), "gqa": group_query(rows)}
+    different = {}
+    for name, call in calls.items():
+        y = call().reshape(1, HEADS, 1, WIDTH)
+        different[name] = float(np.abs(y - wanted(rows, name == "ours")).max())
+        if not different[name] <= LIMIT:
+            raise SystemExit(f"{case.name}: {name} is off by {different[name]:.2g}")
+    found = in_turns(calls, rounds)
+    ratio = times_faster(found)
+    sys.stdout.write(f"{case.name}: {found['ours']['cpu_ms']:.3f} ms, {ratio}\n")
+    return {
+        "case": case.name,
+        "shape": {"m": case.m, "h": HEADS, "g": case.kv_heads, "d": WIDTH},
+        "pattern": {"select": case.select},
+        "density": round(rows.density, 4),
+        "ms": found,
+        "times_faster": ratio,
+        "difference": different,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="cases named so")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    found = [run(case, asked.rounds) for case in CASES if asked.only in case.name]
+    packages = ("onnx", "onnxruntime")
+    report = {**head(COMMAND, *packages), "threads": 1, "rounds": asked.rounds, "rows": found}
+    write(report, asked.out)
+    sys.stdout.write(onnx_selected_table(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()
