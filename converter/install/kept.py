@@ -21,14 +21,11 @@ from reattend.install.stock import StockState
 from reattend.mixers.base import Kept
 from reattend.mixers.places import places
 from reattend.mixers.scores import own_pattern
-from reattend.mixers.selecting.memo import Memo
+from reattend.mixers.selecting.memo import ROLLBACK, Memo
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 
 #: layers whose bookkeeping is known here
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer)
-#: tokens of one call that `crop` may take back: assisted decoding tries candidates that way, and
-#: does not say so before the first call
-ROLLBACK = 64
 
 Layer = TypeVar("Layer", bound="KeptLayer")
 
@@ -134,7 +131,7 @@ class KeptLayer(DynamicLayer):
     @property
     def rows(self) -> list[Tensor]:
         """The keys and values of every class, and what is held for selectors."""
-        memos = [m.rows_BGQw for m in self.memos if m is not None and m.rows_BGQw is not None]
+        memos = [t for m in self.memos if m is not None for t in m.rows]
         return [t for part in self.parts for t in part[:2]] + memos
 
     def get_seq_length(self) -> int:
@@ -203,8 +200,8 @@ class KeptLayer(DynamicLayer):
         for part in self.parts:
             part[:] = [change(t) for t in part]
         for memo in self.memos:
-            if memo is not None and memo.rows_BGQw is not None:
-                memo.rows_BGQw = change(memo.rows_BGQw)
+            if memo is not None:
+                memo.change(change)
         if self.real_B is not None:
             self.real_B = change(self.real_B)
         self._show()

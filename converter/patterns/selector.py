@@ -43,6 +43,10 @@ class Selector(Frozen, ABC):
         """Numbers per token and KV head that a cache holds beside keys and values."""
         return 0.0
 
+    def held(self, core: CoreConfig) -> float:
+        """Numbers per KV head that a cache holds however long the text is."""
+        return 0.0
+
     def work(self, length: int, core: CoreConfig) -> float:
         """Multiply-adds per query head to choose for one new token, while decoding."""
         return 0.0

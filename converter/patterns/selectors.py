@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from reattend.mixers.config import CoreConfig
+from reattend.mixers.selecting.memo import ROLLBACK
 from reattend.patterns.selector import Budgeted, Phase, Selector
 
 
@@ -56,11 +57,15 @@ class Blocks(Budgeted):
     and in decoding, where the cache holds the mean keys of whole blocks. `queries: pooled` routes
     blocks of queries by their mean: MInference's block-sparse heads (arXiv 2407.02490), and
     DraftAttention (arXiv 2505.14708) or BiFormer (arXiv 2303.08810) where the block is not causal;
-    decoding is dense then.
+    decoding is dense then. `key: attended`, with the first block and the last two always chosen, is
+    LongHeads (Lu et al., arXiv 2402.10685).
 
     Attributes:
         block: tokens per block. Units of the budget are blocks, the own one included.
         queries: what is routed.
+        key: what stands for a block: its mean key, or for every query head the keys that its mean
+            output looks at, and then the query without its position.
+        first, last: blocks at the start, and up to the own one, that are always chosen, and count.
         tile: places along every axis of a grid of image or video tokens; these are then the blocks.
             Text sees and is seen, and does not count. For blocks that are not causal.
         shape, text_before, text_after: where the grid lies, as `reattend.patterns.grids.Grid`; an
@@ -72,6 +77,9 @@ class Blocks(Budgeted):
     kind: Literal["blocks"]
     block: int = Field(default=64, gt=0)
     queries: Literal["each", "pooled"] = "each"
+    key: Literal["mean", "attended"] = "mean"
+    first: int = Field(default=0, ge=0)
+    last: int = Field(default=1, gt=0)
     tile: tuple[int, ...] = Field(default=(), max_length=3)
     shape: tuple[int, ...] = ()
     text_before: int = Field(default=0, ge=0)
@@ -85,6 +93,12 @@ class Blocks(Budgeted):
             or any(t < 1 or n % t for t, n in zip(self.tile, self.shape, strict=True))
         ):
             raise ValueError(f"tile {self.tile} does not divide the grid {self.shape}")
+        if self.tile and (self.key != "mean" or self.first or self.last > 1):
+            raise ValueError("key, first and last are for blocks in a row, not for tiles")
+        if self.key == "attended" and self.queries == "pooled":
+            raise ValueError("key: attended is compared with single queries: queries: each")
+        if self.topk is not None and self.topk < self.first + self.last:
+            raise ValueError(f"topk {self.topk} is less than first + last, which are always chosen")
         return self
 
     @property
@@ -99,18 +113,39 @@ class Blocks(Budgeted):
 
     def reads(self, length: int) -> int:
         """Blocks of the budget, whole."""
-        return min(length, self.units(-(-length // self.size)) * self.size)
+        many = -(-length // self.size)
+        sure = 0 if self.tile else min(many, self.first + self.last)
+        return min(length, max(sure, self.units(many)) * self.size)
 
     def stored(self, core: CoreConfig) -> float:
-        """Mean keys, where decoding asks for them."""
-        return core.qk_head_dim / self.size if self.acts == "both" and core.causal else 0.0
+        """What stands for blocks, where decoding asks for it."""
+        if self.acts != "both" or not core.causal:
+            return 0.0
+        heads = core.heads // core.kv_heads if self.key == "attended" else 1
+        return heads * core.qk_head_dim / self.size
+
+    def held(self, core: CoreConfig) -> float:
+        """Queries of the last block, until it is whole; of some more, in case tokens go back."""
+        if self.key == "mean" or self.acts != "both":
+            return 0.0
+        return (self.block + ROLLBACK) * core.qk_head_dim * core.heads / core.kv_heads
 
     def work(self, length: int, core: CoreConfig) -> float:
-        """A product with every mean key."""
-        return core.qk_head_dim * length / self.size if self.acts == "both" else 0.0
+        """A product with what stands for every block; once per block, its making."""
+        if self.acts != "both":
+            return 0.0
+        making = (2 * self.block + 3) * core.qk_head_dim if self.key == "attended" else 0
+        return core.qk_head_dim * length / self.size + making
 
     def misfit(self, core: CoreConfig) -> str | None:
-        """Grids and budgets for a whole head look ahead."""
+        """Grids and budgets for a whole head look ahead; attended keys are of complete blocks."""
+        if self.key == "attended" and not core.causal:
+            return "select: blocks with key: attended needs a causal block"
+        if self.key == "attended" and core.qk_head_dim != core.v_head_dim:
+            return (
+                "select: blocks with key: attended multiplies outputs with keys, and their widths "
+                f"are {core.v_head_dim} and {core.qk_head_dim}"
+            )
         if core.causal and (self.tile or self.across == "head"):
             return "select: blocks with a tile or across: head looks ahead, the block is causal"
         if self.tile and not self.shape:

@@ -22,7 +22,7 @@ def settled(config: DenseConfig, made: SparseConfig) -> Cost:
         chosen = select.work(length, core) if select is not None else 0.0
         read += len(c.kv_heads) * group * (each * seen + chosen)
         rows = seen if made.evict and c.pattern.monotone else length
-        kept += len(c.kv_heads) * (each * rows + beside(c.pattern, core) * length)
+        kept += len(c.kv_heads) * (each * rows + beside(c.pattern, core, length))
     flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
     chosen_by = [(len(c.kv_heads), c.pattern.select) for c in made.classes]
     own = sum(n * s.parameters(core) for n, s in chosen_by if s is not None)
@@ -53,9 +53,10 @@ def read_at(pattern: HeadPattern, length: int, core: CoreConfig, *, decode: bool
     return pattern.reads(length, core)
 
 
-def beside(pattern: HeadPattern, core: CoreConfig) -> float:
-    """Numbers per token and KV head that a cache holds for the selector."""
-    return pattern.select.stored(core) if pattern.select is not None else 0.0
+def beside(pattern: HeadPattern, core: CoreConfig, length: int) -> float:
+    """Numbers per KV head that a cache of so many tokens holds for the selector."""
+    select = pattern.select
+    return 0.0 if select is None else select.stored(core) * length + select.held(core)
 
 
 def _attention(cost: Cost, core: CoreConfig) -> int:

@@ -104,7 +104,7 @@ def kv_density(config: SparseConfig, at: int) -> float:
         kept = at
         if config.evict and c.pattern.monotone:
             kept = c.pattern.reads(at, core)
-        held += len(c.kv_heads) * (kept * each + at * beside(c.pattern, core))
+        held += len(c.kv_heads) * (kept * each + beside(c.pattern, core, at))
     return held / (at * core.kv_heads * each)
 
 

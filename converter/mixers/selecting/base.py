@@ -42,6 +42,7 @@ class Asked:
         summaries_BGQw: of every whole block of keys, where the method has a `summary` and the
             call has a cache; None: the method makes what it needs from the keys.
         notes: what a layer's method wrote into the cache; None: there is no cache.
+        v_BGMe: values, for methods that look at them.
     """
 
     q_BHNd: Tensor
@@ -49,6 +50,7 @@ class Asked:
     core: CoreConfig
     summaries_BGQw: Tensor | None = None
     notes: Notes | None = None
+    v_BGMe: Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -63,12 +65,38 @@ class Asked:
         ]
 
     def scores(self, q_BHNd: Tensor, k_BGMd: Tensor) -> Tensor:
-        """Scaled products [B, H, N, M], capped as the block does."""
-        rows = q_BHNd.unflatten(1, (k_BGMd.shape[1], -1)).flatten(2, 3)
-        s = (rows @ k_BGMd.transpose(-1, -2)).view(*q_BHNd.shape[:3], -1) * self.core.scale
-        wide = s if s.dtype == torch.float64 else s.float()
-        cap = self.core.softcap
-        return cap * torch.tanh(wide / cap) if cap else wide
+        """See `products`."""
+        return products(q_BHNd, k_BGMd, self.core)
+
+    def whole(self, block: int) -> Whole:
+        """All whole blocks, of a call that holds every query."""
+        assert self.first == 0 and self.v_BGMe is not None
+        end = self.k_BGMd.shape[2] // block * block
+        k, v, q = (
+            x[:, :, :end].unflatten(2, (-1, block)) for x in (self.k_BGMd, self.v_BGMe, self.q_BHNd)
+        )
+        return Whole(k, v, q)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole blocks of c tokens, for their summaries; the first of them is number `number`.
+
+    `q_BHQcd` is None where the method does not recall queries.
+    """
+
+    k_BGQcd: Tensor
+    v_BGQce: Tensor
+    q_BHQcd: Tensor | None
+    number: int = 0
+
+
+def products(q_BHNd: Tensor, k_BGMd: Tensor, core: CoreConfig) -> Tensor:
+    """Scaled products [B, H, N, M], capped as the block does, float32 or wider."""
+    rows = q_BHNd.unflatten(1, (k_BGMd.shape[1], -1)).flatten(2, 3)
+    s = (rows @ k_BGMd.transpose(-1, -2)).view(*q_BHNd.shape[:3], k_BGMd.shape[2]) * core.scale
+    wide = s if s.dtype == torch.float64 else s.float()
+    return core.softcap * torch.tanh(wide / core.softcap) if core.softcap else wide
 
 
 class Chosen(ABC):
@@ -105,10 +133,13 @@ class Method(nn.Module, ABC):
         block: tokens of a block that is summarised in a cache; 0: nothing is.
         pairwise: whether choosing forms a number for every query and key, so that of many queries
             some are served at a time.
+        recalls: whether summaries need the queries of their blocks; the cache then holds those of
+            the last tokens.
     """
 
     block: int = 0
     pairwise: bool = False
+    recalls: bool = False
 
     @abstractmethod
     def choose(self, asked: Asked) -> Chosen:
@@ -117,6 +148,10 @@ class Method(nn.Module, ABC):
     def summary(self, k_BGQcd: Tensor) -> Tensor:
         """[B, G, Q, w] of Q whole blocks of c keys each, for caches."""
         raise NotImplementedError
+
+    def summarise(self, whole: Whole) -> Tensor:
+        """[B, G, Q, w]: `summary`, or of more than keys."""
+        return self.summary(whole.k_BGQcd)
 
 
 def reach(core: CoreConfig, i: Tensor, block: int, blocks: int, m: int) -> Tensor:

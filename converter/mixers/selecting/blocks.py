@@ -1,7 +1,7 @@
 """Blocks of keys by the score of their mean key: MoBA, and pooled maps over blocks or grid tiles.
 
 Lu et al., arXiv 2502.13189 (MoBA); arXiv 2407.02490 (MInference), 2505.14708 (DraftAttention),
-2303.08810 (BiFormer), 2506.23858 (VMoBA). Nothing is trained.
+2303.08810 (BiFormer), 2506.23858 (VMoBA), 2402.10685 (LongHeads). Nothing is trained.
 
 Layout letters: as in `base`; c tokens per block.
 """
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from reattend.errors import ArgumentError
 from reattend.kernels.sparse_attention.mask import pack
-from reattend.mixers.selecting.base import Asked, Chosen, Method, reach
+from reattend.mixers.config import CoreConfig, RotaryConfig
+from reattend.mixers.selecting.attended import attended_keys, turned
+from reattend.mixers.selecting.base import Asked, Chosen, Method, Whole, reach
 from reattend.mixers.selecting.budget import within
 from reattend.patterns.selectors import Blocks
 
@@ -63,23 +65,32 @@ class Routes(Chosen):
 class BlocksMethod(Method):
     """See `Blocks`."""
 
-    def __init__(self, selector: Blocks) -> None:
+    def __init__(self, selector: Blocks, core: CoreConfig, rotary: RotaryConfig | None) -> None:
         super().__init__()
-        self.selector = selector
+        self.selector, self.core, self.rotary = selector, core, rotary
         self.block = selector.block if selector.acts == "both" and not selector.tile else 0
+        self.attended = self.recalls = selector.key == "attended"
 
     def summary(self, k_BGQcd: Tensor) -> Tensor:
         """The mean key."""
         return k_BGQcd.mean(-2)
 
+    def summarise(self, whole: Whole) -> Tensor:
+        """The mean key, or for every query head an attended one."""
+        if not self.attended:
+            return self.summary(whole.k_BGQcd)
+        return attended_keys(whole, self.core, self.rotary)
+
     def choose(self, asked: Asked) -> Routes:
-        """Products of queries, or of their means, with mean keys."""
+        """Products of queries, or of their means, with what stands for blocks."""
         s, m = self.selector, asked.k_BGMd.shape[2]
         if s.tile:
             return self._tiles(asked)
         i, _ = asked.positions()
         region_M = torch.arange(-(-m // s.block), device=i.device).repeat_interleave(s.block)[:m]
         query, row_N = asked.q_BHNd, torch.arange(len(i), device=i.device)
+        if self.attended:
+            query = turned(query, -i[:, 0], self.rotary)
         first_R = last_R = i
         if s.queries == "pooled":
             row_N = region_M[asked.first :] - region_M[asked.first]
@@ -90,24 +101,26 @@ class BlocksMethod(Method):
                 none.scatter_reduce(0, row_N, i[:, 0], end, include_self=False)[:, None]
                 for end in ("amin", "amax")
             )
-        keys = self._means(asked)
+        keys = self._keys(asked)
         regions = keys.shape[2]
         allowed = reach(asked.core, first_R, s.block, regions, m)
         allowed = allowed | reach(asked.core, last_R, s.block, regions, m)
-        own = None
-        if asked.core.causal:
-            own = last_R // s.block == torch.arange(regions, device=i.device)
+        sure = None
         scores = asked.scores(query, keys)
-        if own is not None and s.queries == "each":
-            # read in any case, and its mean may hold later keys: no part in softmax or ranking
-            scores = scores.masked_fill(own, float("-inf"))
-        chosen = self._within(scores, allowed, own)
+        if asked.core.causal:
+            number = torch.arange(regions, device=i.device)
+            back = last_R // s.block - number
+            sure = (back >= 0) & (back < s.last) | (number < s.first)
+            if s.queries == "each":
+                # read in any case, and its mean may hold later keys: no part in softmax or ranking
+                scores = scores.masked_fill(back == 0, float("-inf"))
+        chosen = self._within(scores, allowed, sure)
         step, each = s.block % 64 == 0, s.queries == "each"
         return Routes(chosen, row_N, region_M, asked.first, s.block * step, s.block * each)
 
-    def _within(self, scores: Tensor, allowed: Tensor, own: Tensor | None) -> Tensor:
+    def _within(self, scores: Tensor, allowed: Tensor, sure: Tensor | None) -> Tensor:
         if self.selector.across == "row":
-            return within(scores, allowed, self.selector, own)
+            return within(scores, allowed, self.selector, sure)
         flat = within(scores.flatten(-2), allowed.flatten(), self.selector)
         return flat.view_as(scores)
 
@@ -144,10 +157,15 @@ class BlocksMethod(Method):
             text = (0, 1, s.text_before, rest)
         return Routes(torch.nn.functional.pad(chosen, text, value=True), row_N, region_M, 0)
 
-    def _means(self, asked: Asked) -> Tensor:
-        """Mean keys [B, G, Q, d]; a cache holds those of whole blocks."""
+    def _keys(self, asked: Asked) -> Tensor:
+        """What stands for blocks [B, G or H, Q, d]; a cache holds that of whole ones."""
         k, block = asked.k_BGMd, self.selector.block
         whole, told = k.shape[2] // block, asked.summaries_BGQw
+        if self.attended:
+            told = self.summarise(asked.whole(block)) if told is None else told
+            told = told.unflatten(-1, (-1, k.shape[-1])).transpose(2, 3).flatten(1, 2)
+            # an incomplete block is nobody's but its own queries'
+            return torch.nn.functional.pad(told, (0, 0, 0, -(-k.shape[2] // block) - whole))
         if told is None:
             told = self.summary(k[:, :, : whole * block].unflatten(2, (whole, block)))
         rest = k[:, :, whole * block :]

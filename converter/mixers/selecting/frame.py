@@ -22,7 +22,7 @@ from reattend.kernels.sparse_attention import BlockLayout, sparse_attention
 from reattend.mixers.base import Kept
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import attend, own_pattern
-from reattend.mixers.selecting.base import Asked, Chosen, Method
+from reattend.mixers.selecting.base import Asked, Chosen, Method, Whole
 from reattend.mixers.selecting.blocks import Routes
 from reattend.mixers.selecting.compile import Fixed, compiled
 from reattend.mixers.selecting.memo import Memo
@@ -94,7 +94,7 @@ def attend_selected(
     for part in together(kept):
         q = _taken(q_BHNd, part.rows, part.queries)
         k, v = (_taken(x, part.rows, part.keys) for x in (kept.keys, kept.values))
-        held = _summaries(kept, part, k, q, method)
+        held = _summaries(kept, part, q, k, v, method)
         notes = None if kept.memo is None else RowNotes(kept.memo, part.rows, kept.keys.shape[0])
         out = _one(q, k, v, pattern, core, method, held, notes, sinks_H11)
         y = _put(y, out, part)
@@ -143,18 +143,27 @@ def _put(y: Tensor, part: Tensor, where: Together) -> Tensor:
 
 
 def _summaries(
-    kept: Kept, part: Together, k_BGMd: Tensor, q_BHNd: Tensor, method: Method
+    kept: Kept, part: Together, q_BHNd: Tensor, k_BGMd: Tensor, v_BGMe: Tensor, method: Method
 ) -> Tensor | None:
     """What the cache holds of whole blocks, brought up to this call."""
     if kept.memo is None or not method.block:
         return None
-    m, block = k_BGMd.shape[2], method.block
-    done, whole = (m - q_BHNd.shape[2]) // block, m // block
+    m, block, batch = k_BGMd.shape[2], method.block, kept.keys.shape[0]
+    first = m - q_BHNd.shape[2]
+    done, whole = first // block, m // block
+    begin, count = done * block, (whole - done) * block
     with torch.no_grad():
+        queries = None
+        if method.recalls:
+            queries = kept.memo.recalled(part.rows, q_BHNd.detach(), first, begin, block, batch)
+            queries = queries[:, :, :count].unflatten(2, (-1, block)) if whole > done else None
         if whole > done:
-            new = k_BGMd[:, :, done * block : whole * block].detach()
-            summary = method.summary(new.unflatten(2, (-1, block)))
-            kept.memo.write(part.rows, done, summary, kept.keys.shape[0])
+            k, v = (
+                x[:, :, begin : begin + count].detach().unflatten(2, (-1, block))
+                for x in (k_BGMd, v_BGMe)
+            )
+            summary = method.summarise(Whole(k, v, queries, done))
+            kept.memo.write(part.rows, done, summary, batch)
     return kept.memo.read(part.rows, whole)
 
 
@@ -177,7 +186,8 @@ def _one(
             done.append(_one(q[:, :, begin : begin + step], k[:, :, :end], v[:, :, :end], *rest))
         return torch.cat(done, 2)
     with torch.no_grad():
-        chosen = method.choose(Asked(q.detach(), k.detach(), core, summaries, notes))
+        asked = Asked(q.detach(), k.detach(), core, summaries, notes, v.detach())
+        chosen = method.choose(asked)
     if n >= LEAST and sinks is None and _routes(chosen, pattern, q, k, v):
         return attend_routed(q, k, v, chosen.map_BHRQ, chosen.each, core)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from reattend.mixers.config import CoreConfig
+from reattend.mixers.config import CoreConfig, RotaryConfig
 from reattend.mixers.selecting.base import Method
 from reattend.mixers.selecting.blocks import BlocksMethod
 from reattend.mixers.selecting.channels import ChannelsMethod
@@ -22,14 +22,15 @@ def methods(config: SparseConfig) -> nn.ModuleDict:
         if c.pattern.select is not None:
             group = core.heads // core.kv_heads
             heads = {"heads": group * len(c.kv_heads), "kv_heads": len(c.kv_heads)}
-            found[str(number)] = method(c.pattern.select, core.model_copy(update=heads))
+            own = core.model_copy(update=heads)
+            found[str(number)] = method(c.pattern.select, own, config.rotary)
     return found
 
 
-def method(selector: AnySelector, core: CoreConfig) -> Method:
-    """The module that selects, for heads of this core."""
+def method(selector: AnySelector, core: CoreConfig, rotary: RotaryConfig | None) -> Method:
+    """The module that selects, for heads of this core, which are turned by `rotary`."""
     if isinstance(selector, Blocks):
-        return BlocksMethod(selector)
+        return BlocksMethod(selector, core, rotary)
     if isinstance(selector, Channels):
         return ChannelsMethod(selector, core)
     if isinstance(selector, Gate):
