@@ -139,7 +139,7 @@ class Campaign:
             if kind is not None:
                 mixer.selecting.to(mixer.q_proj.weight)
             if kind == "gate":
-                mixer.selecting["0"].start(mixer.config.core)
+                mixer.selecting["0"].start()
                 if trained:
                     mixer.selecting.load_state_dict(gates)
 

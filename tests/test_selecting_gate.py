@@ -18,7 +18,7 @@ from reattend.mixers.base import Context, build_mixer
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.scores import own_pattern
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
-from reattend.passes.rewrite.sparse_gate import _lesson
+from reattend.passes.rewrite.sparse_gate import lesson as lesson_of
 from reattend.statistics import SiteStatistics
 
 
@@ -127,7 +127,7 @@ def test_what_is_taught_is_the_largest_probability_of_each_block(name: str) -> N
     block = dense(CASES[name])
     mixer = ToSparse().build(block, None, options(block=2, topk=2)).mixer
     x = torch.randn(11, HIDDEN, dtype=torch.float64)
-    lesson = _lesson(mixer, x, (0, 1), 2)
+    lesson = lesson_of(mixer, x, (0, 1), 2)
     assert lesson is not None
     with torch.no_grad():
         s, core = scores(block, x)[2], block.config.core
@@ -197,7 +197,7 @@ def test_a_converted_model_decodes_alike_with_and_without_a_cache(tmp_path: Any)
 
 def test_rows_without_a_choice_are_refused() -> None:
     block = dense(config())
-    with pytest.raises(DataError, match=r"more than two blocks of 40 tokens"):
+    with pytest.raises(DataError, match=r"too short to train"):
         ToSparse().build(block, statistics(block, 2), options(block=40, topk=2))
 
 

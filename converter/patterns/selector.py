@@ -23,9 +23,14 @@ class Selector(Frozen, ABC):
         return "both"
 
     @property
+    def trained(self) -> bool:
+        """Whether `finder: gate` trains it."""
+        return False
+
+    @property
     def calibrated(self) -> bool:
         """Whether it is set from calibration data, and stored with the weights."""
-        return False
+        return self.trained
 
     @property
     def depends_on_calls(self) -> bool:
@@ -50,6 +55,11 @@ class Selector(Frozen, ABC):
     def work(self, length: int, core: CoreConfig) -> float:
         """Multiply-adds per query head to choose for one new token, while decoding."""
         return 0.0
+
+    def lesson(self, length: int, core: CoreConfig) -> tuple[float, float]:
+        """Multiply-adds to score one token of a text of this length in training, and numbers held
+        of it, per KV head."""
+        return 0.0, 0.0
 
     def parameters(self, core: CoreConfig) -> int:
         """Weights of its own, per KV head."""

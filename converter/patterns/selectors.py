@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.selecting.memo import ROLLBACK
+from reattend.patterns.learned import Gate
 from reattend.patterns.selector import Budgeted, Phase, Selector
 
 
@@ -199,52 +200,6 @@ class Channels(Budgeted):
     def misfit(self, core: CoreConfig) -> str | None:
         """It acts while decoding."""
         return None if core.causal else "select: channels needs a causal block"
-
-
-class Gate(Budgeted):
-    """Blocks by a trained score: SeerAttention (Gao et al., arXiv 2410.13276), per query.
-
-    A block of keys is summarised by a linear map of its largest, smallest and mean keys, the
-    queries that read a KV head by a linear map of all of them; the product ranks the blocks, for
-    those queries together, as in the paper's form for decoding (SeerAttention-R). A query's own
-    block is always read, takes no part in the ranking, and counts. `finder: gate` trains the maps.
-
-    Attributes:
-        block: tokens per block. Units of the budget are blocks, the own one included.
-        gate_dim: width of both maps.
-    """
-
-    kind: Literal["gate"]
-    block: int = Field(default=64, gt=0)
-    gate_dim: int = Field(default=128, gt=0)
-
-    @property
-    def calibrated(self) -> bool:
-        """Trained."""
-        return True
-
-    def parameters(self, core: CoreConfig) -> int:
-        """Of one KV head's maps."""
-        group = core.heads // core.kv_heads
-        return self.gate_dim * core.qk_head_dim * (group + 3)
-
-    def reads(self, length: int) -> int:
-        """Blocks of the budget, whole."""
-        return min(length, self.units(-(-length // self.block)) * self.block)
-
-    def stored(self, core: CoreConfig) -> float:
-        """Summaries."""
-        return self.gate_dim / self.block
-
-    def work(self, length: int, core: CoreConfig) -> float:
-        """Per query head, its share of the group's map and of the products with summaries."""
-        group = core.heads // core.kv_heads
-        summaries = core.qk_head_dim * 3 / self.block + length / self.block
-        return self.gate_dim * (core.qk_head_dim + summaries / group)
-
-    def misfit(self, core: CoreConfig) -> str | None:
-        """Its cache holds blocks that are complete."""
-        return None if core.causal else "select: gate needs a causal block"
 
 
 class Recorded(Selector):

@@ -30,9 +30,9 @@ from reattend.passes.rewrite.repeats import repeated
 from reattend.passes.rewrite.sparse_build import head_classes, sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
 from reattend.passes.rewrite.sparse_find import find, trials
-from reattend.passes.rewrite.sparse_gate import effort, taught
 from reattend.passes.rewrite.sparse_profile import ProfileOptions
 from reattend.passes.rewrite.sparse_select import at_layer, calibrate, heads_seen, misfit, stated
+from reattend.passes.rewrite.sparse_teach import effort, taught
 from reattend.patterns.grids import GridWindow
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
@@ -55,7 +55,7 @@ class SparseOptions(Frozen):
             once, `alpha` trains a number for each as DuoAttention does, in `steps` steps,
             `retrieval` counts how often it looks at what the model copies, `instant` asks its mean
             query and key. For `kv_density`: `search`, or `profile` as MoA does. `gate`
-            trains the selectors of kind gate (`sparse_gate`), in `steps` steps.
+            trains the selectors that learn (`sparse_teach`), in `steps` steps.
         profile: how that looks; without candidates it has a grid of its own.
         chosen: what a finder says of its choice; not for plans.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
@@ -136,9 +136,12 @@ class SparseOptions(Frozen):
             raise ValueError("candidates and kv_density go together")
         if self.finder in ("alpha", "retrieval", "instant") and self.keep_full is None:
             raise ValueError(f"finder: {self.finder} chooses by keep_full")
-        kinds = [p.select.kind for p in self.patterns if p.select is not None]
-        if ("gate" in kinds) != (self.finder == "gate"):
-            raise ValueError("select: {kind: gate} and finder: gate go together: gates are trained")
+        kinds = [p.select.kind for p in self.patterns if p.select is not None and p.select.trained]
+        if bool(kinds) != (self.finder == "gate"):
+            kind = kinds[0] if kinds else "gate"
+            raise ValueError(
+                f"select: {{kind: {kind}}} and finder: gate go together: it is trained"
+            )
         if self.finder == "gate" and self.searches:
             raise ValueError("gates are trained for `pattern` or `head_patterns`, not to be chosen")
         if self.image_grid and not any(p.grids or p.select for p in self.patterns):

@@ -154,6 +154,17 @@ class Method(nn.Module, ABC):
         return self.summary(whole.k_BGQcd)
 
 
+class Learner(Method):
+    """A method with weights that `finder: gate` trains (`reattend.passes.rewrite.sparse_teach`).
+
+    They are frozen in the model: what is chosen passes no gradient on, copies of them are trained.
+    """
+
+    @abstractmethod
+    def start(self) -> None:
+        """Weights before training, always the same."""
+
+
 def reach(core: CoreConfig, i: Tensor, block: int, blocks: int, m: int) -> Tensor:
     """Whether queries at positions i [R, 1] may see any key of each block, bool [R, Q]."""
     begin = torch.arange(blocks, device=i.device)[None] * block

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from reattend.mixers.config import CoreConfig
-from reattend.mixers.selecting.base import Asked, Method, reach
+from reattend.mixers.selecting.base import Asked, Learner, reach
 from reattend.mixers.selecting.blocks import Routes
 from reattend.mixers.selecting.budget import within
-from reattend.patterns.selectors import Gate
+from reattend.patterns.learned import Gate
 
 
-class GateMethod(Method):
+class GateMethod(Learner):
     """See `Gate`.
 
     Attributes:
@@ -32,9 +32,8 @@ class GateMethod(Method):
 
     def __init__(self, selector: Gate, core: CoreConfig) -> None:
         super().__init__()
-        self.selector, self.block = selector, selector.block
+        self.selector, self.block, self.core = selector, selector.block, core
         d, group = core.qk_head_dim, core.heads // core.kv_heads
-        # frozen: what is chosen passes no gradient on; `finder: gate` trains copies of them
         for name, rows in (("query_GJw", group * d), ("key_Gdw", 3 * d)):
             zeros = torch.zeros(core.kv_heads, rows, selector.gate_dim)
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
@@ -43,19 +42,19 @@ class GateMethod(Method):
     key_Gdw: nn.Parameter
 
     @torch.no_grad()
-    def start(self, core: CoreConfig) -> None:
+    def start(self) -> None:
         """Weights under which the score of a block is the sum of its mean key's products.
 
         That is exact if `gate_dim` is at least the head width; further columns start at zero on
         the side of the queries, and at small numbers (always the same) on that of the keys.
         """
-        d, w = core.qk_head_dim, self.selector.gate_dim
+        d, w, scale = self.core.qk_head_dim, self.selector.gate_dim, self.core.scale
         generator = torch.Generator().manual_seed(0)
         key = torch.randn(self.key_Gdw.shape, generator=generator) * (3 * d) ** -0.5
         same = torch.eye(d, w)
         key[:, :, :d] = 0
         key[:, 2 * d :] += same
-        query = (same * core.scale * w**0.5).repeat(self.query_GJw.shape[1] // d, 1)
+        query = (same * scale * w**0.5).repeat(self.query_GJw.shape[1] // d, 1)
         self.key_Gdw.copy_(key)
         self.query_GJw.copy_(query.expand_as(self.query_GJw))
 

@@ -12,7 +12,8 @@ from reattend.mixers.selecting.gate import GateMethod
 from reattend.mixers.selecting.recorded import RecordedMethod
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse_config import SparseConfig
-from reattend.patterns.selectors import AnySelector, Blocks, Channels, Gate, Recorded
+from reattend.patterns.learned import Gate
+from reattend.patterns.selectors import AnySelector, Blocks, Channels, Recorded
 
 
 def methods(config: SparseConfig) -> nn.ModuleDict:
