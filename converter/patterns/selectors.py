@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.selecting.memo import ROLLBACK
-from reattend.patterns.learned import Gate
+from reattend.patterns.learned import Gate, Segments
 from reattend.patterns.selector import Budgeted, Phase, Selector
 
 
@@ -250,5 +250,5 @@ class Recorded(Selector):
 
 
 AnySelector = Annotated[
-    VerticalSlash | Blocks | Channels | Gate | Recorded, Field(discriminator="kind")
+    VerticalSlash | Blocks | Channels | Gate | Segments | Recorded, Field(discriminator="kind")
 ]

@@ -75,20 +75,25 @@ class Asked:
         k, v, q = (
             x[:, :, :end].unflatten(2, (-1, block)) for x in (self.k_BGMd, self.v_BGMe, self.q_BHNd)
         )
-        return Whole(k, v, q)
+        return Whole(k, v, q, 0, self.k_BGMd[:, :, :end])
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole blocks of c tokens, for their summaries; the first of them is number `number`.
+    """Whole blocks of c tokens, for their summaries.
 
-    `q_BHQcd` is None where the method does not recall queries.
+    Attributes:
+        k_BGQcd, v_BGQce: of these blocks.
+        q_BHQcd: None where the method does not recall queries.
+        number: of the first of these blocks.
+        k_BGMd: all keys so far.
     """
 
     k_BGQcd: Tensor
     v_BGQce: Tensor
     q_BHQcd: Tensor | None
-    number: int = 0
+    number: int
+    k_BGMd: Tensor
 
 
 def products(q_BHNd: Tensor, k_BGMd: Tensor, core: CoreConfig) -> Tensor:

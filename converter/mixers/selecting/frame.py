@@ -162,7 +162,8 @@ def _summaries(
                 x[:, :, begin : begin + count].detach().unflatten(2, (-1, block))
                 for x in (k_BGMd, v_BGMe)
             )
-            summary = method.summarise(Whole(k, v, queries, done))
+            all_keys = k_BGMd[:, :, : begin + count].detach()
+            summary = method.summarise(Whole(k, v, queries, done, all_keys))
             kept.memo.write(part.rows, done, summary, batch)
     return kept.memo.read(part.rows, whole)
 

@@ -10,9 +10,10 @@ from reattend.mixers.selecting.blocks import BlocksMethod
 from reattend.mixers.selecting.channels import ChannelsMethod
 from reattend.mixers.selecting.gate import GateMethod
 from reattend.mixers.selecting.recorded import RecordedMethod
+from reattend.mixers.selecting.segments import SegmentsMethod
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse_config import SparseConfig
-from reattend.patterns.learned import Gate
+from reattend.patterns.learned import Gate, Segments
 from reattend.patterns.selectors import AnySelector, Blocks, Channels, Recorded
 
 
@@ -36,6 +37,8 @@ def method(selector: AnySelector, core: CoreConfig, rotary: RotaryConfig | None)
         return ChannelsMethod(selector, core)
     if isinstance(selector, Gate):
         return GateMethod(selector, core)
+    if isinstance(selector, Segments):
+        return SegmentsMethod(selector, core)
     if isinstance(selector, Recorded):
         return RecordedMethod(selector)
     return VerticalSlashMethod(selector)

@@ -1,0 +1,140 @@
+"""Selectors that `finder: gate` trains by the attention that a block itself pays.
+
+Layout letters: d key head width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from reattend.mixers.config import CoreConfig
+from reattend.patterns.selector import Budgeted
+
+
+class Gate(Budgeted):
+    """Blocks by a trained score: SeerAttention (Gao et al., arXiv 2410.13276), per query.
+
+    A block of keys is summarised by a linear map of its largest, smallest and mean keys, the
+    queries that read a KV head by a linear map of all of them; the product ranks the blocks, for
+    those queries together, as in the paper's form for decoding (SeerAttention-R). A query's own
+    block is always read, takes no part in the ranking, and counts. `finder: gate` trains the maps.
+
+    Attributes:
+        block: tokens per block. Units of the budget are blocks, the own one included.
+        gate_dim: width of both maps.
+    """
+
+    kind: Literal["gate"]
+    block: int = Field(default=64, gt=0)
+    gate_dim: int = Field(default=128, gt=0)
+
+    @property
+    def trained(self) -> bool:
+        """See the class."""
+        return True
+
+    def lesson(self, length: int, core: CoreConfig) -> tuple[float, float]:
+        """Maps and products with summaries; queries and shares of blocks."""
+        queries, blocks = core.qk_head_dim * core.heads / core.kv_heads, length / self.block
+        return self.gate_dim * (queries + blocks), queries + blocks
+
+    def parameters(self, core: CoreConfig) -> int:
+        """Of one KV head's maps."""
+        group = core.heads // core.kv_heads
+        return self.gate_dim * core.qk_head_dim * (group + 3)
+
+    def reads(self, length: int) -> int:
+        """Blocks of the budget, whole."""
+        return min(length, self.units(-(-length // self.block)) * self.block)
+
+    def stored(self, core: CoreConfig) -> float:
+        """Summaries."""
+        return self.gate_dim / self.block
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """Per query head, its share of the group's map and of the products with summaries."""
+        group = core.heads // core.kv_heads
+        summaries = core.qk_head_dim * 3 / self.block + length / self.block
+        return self.gate_dim * (core.qk_head_dim + summaries / group)
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """Its cache holds blocks that are complete."""
+        return None if core.causal else "select: gate needs a causal block"
+
+
+class Segments(Budgeted):
+    """Tokens by the chunk they are in, where chunks end as a trained predictor says: DHSA.
+
+    Dynamic hierarchical sparse attention, Xiong et al., arXiv 2510.24606. Every KV head cuts the
+    text where later queries look at one side of a gap and not at the other, which a small network
+    predicts from the keys on both sides (`finder: gate` trains it). A query ranks the chunks by the
+    product with their mean key x sqrt(tokens), reads whole chunks in that order, and of the last
+    one as many tokens as the budget leaves, the nearest ones.
+
+    Attributes:
+        window: tokens on either side of a gap that the predictor sees.
+        apart: no two ends are nearer; the likelier one counts.
+        theta: a gap is an end where the attention to its sides is predicted to differ by more.
+        longest: tokens of a chunk at most: it ends at every multiple in any case.
+        local: last tokens that every query reads. Tokens behind the last known end are read too;
+            both count.
+        hidden: width of the predictor's layers.
+    """
+
+    kind: Literal["segments"]
+    window: int = Field(default=4, gt=0)
+    apart: int = Field(default=8, ge=0)
+    theta: float = Field(default=1.1, ge=1.0)
+    longest: int = Field(default=128, gt=0)
+    local: int = Field(default=128, gt=0)
+    hidden: int = Field(default=64, gt=0)
+
+    @model_validator(mode="after")
+    def _counts_tokens(self) -> Segments:
+        if self.topp is not None or self.threshold is not None:
+            raise ValueError("the budget of segments is a number of tokens: topk or ratio")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """See the class."""
+        return True
+
+    @property
+    def delay(self) -> int:
+        """Tokens after which a gap is known to be an end, or not."""
+        return self.window + self.apart
+
+    def lesson(self, length: int, core: CoreConfig) -> tuple[float, float]:
+        """Both windows of a gap; a key and a target."""
+        return self._predicting(core), core.qk_head_dim + 1
+
+    def _predicting(self, core: CoreConfig) -> float:
+        """Multiply-adds for one gap."""
+        windows = 2 * core.qk_head_dim * (self.window + self.hidden)
+        return windows + self.hidden * (4 * self.hidden + 2)
+
+    def parameters(self, core: CoreConfig) -> int:
+        """Of one KV head's predictor."""
+        d, w = core.qk_head_dim, self.hidden
+        return d * (self.window + 1) + w * (d + 1) + w * (4 * w + 2) + w + 1
+
+    def reads(self, length: int) -> int:
+        """Tokens of the budget, or those that are read in any case."""
+        return min(length, max(self.units(length), self.local, self.longest + self.delay))
+
+    def stored(self, core: CoreConfig) -> float:
+        """What is predicted of a gap."""
+        return 1.0
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """Per query head: its share of chunks' sums and of predicting; products with chunks."""
+        d = core.qk_head_dim
+        shared = (length * d / 2 + self._predicting(core)) / (core.heads // core.kv_heads)
+        return shared + d * length / (self.apart + 1)
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """Chunks are of what came before."""
+        return None if core.causal else "select: segments needs a causal block"
