@@ -154,6 +154,33 @@ class Blocks(Budgeted):
         return None
 
 
+class Observed(Budgeted):
+    """Blocks by the attention of one pass that saw everything, kept for the passes behind it.
+
+    SparseD, Wang et al., arXiv 2509.24014, for diffusion language models, which fill in a text in
+    many passes: the first see every key; in the last of those every head's probabilities are summed
+    over blocks of queries and keys, and each block of queries keeps its best blocks, of the prompt
+    and of what is filled in apart. `reattend.denoising` says which passes belong together; a pass
+    by itself finds its own map and reads it at once.
+
+    Attributes:
+        block: tokens per block. Units of the budget are blocks.
+        skip: share of the passes that see everything.
+    """
+
+    kind: Literal["observed"]
+    block: int = Field(default=128, gt=0)
+    skip: float = Field(default=0.2, ge=0.0, lt=1.0)
+
+    def reads(self, length: int) -> int:
+        """Blocks of the budget, whole."""
+        return min(length, self.units(-(-length // self.block)) * self.block)
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """A causal block has no passes over one text."""
+        return "select: observed is for blocks that are not causal" if core.causal else None
+
+
 class Channels(Budgeted):
     """Tokens by a product over a few channels of queries and keys (Double Sparsity).
 
@@ -250,5 +277,6 @@ class Recorded(Selector):
 
 
 AnySelector = Annotated[
-    VerticalSlash | Blocks | Channels | Gate | Segments | Recorded, Field(discriminator="kind")
+    VerticalSlash | Blocks | Observed | Channels | Gate | Segments | Recorded,
+    Field(discriminator="kind"),
 ]

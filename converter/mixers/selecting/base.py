@@ -150,6 +150,10 @@ class Method(nn.Module, ABC):
     def choose(self, asked: Asked) -> Chosen:
         """What the queries select. Called without gradients."""
 
+    def remembered(self, rows: Tensor) -> Notes | None:
+        """Where these rows of the batch are noted if the call has no cache."""
+        return None
+
     def summary(self, k_BGQcd: Tensor) -> Tensor:
         """[B, G, Q, w] of Q whole blocks of c keys each, for caches."""
         raise NotImplementedError

@@ -22,7 +22,7 @@ from reattend.kernels.sparse_attention import BlockLayout, sparse_attention
 from reattend.mixers.base import Kept
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import attend, own_pattern
-from reattend.mixers.selecting.base import Asked, Chosen, Method, Whole
+from reattend.mixers.selecting.base import Asked, Chosen, Method, Notes, Whole
 from reattend.mixers.selecting.blocks import Routes
 from reattend.mixers.selecting.compile import Fixed, compiled
 from reattend.mixers.selecting.memo import Memo
@@ -95,7 +95,9 @@ def attend_selected(
         q = _taken(q_BHNd, part.rows, part.queries)
         k, v = (_taken(x, part.rows, part.keys) for x in (kept.keys, kept.values))
         held = _summaries(kept, part, q, k, v, method)
-        notes = None if kept.memo is None else RowNotes(kept.memo, part.rows, kept.keys.shape[0])
+        notes = method.remembered(part.rows)
+        if kept.memo is not None:
+            notes = RowNotes(kept.memo, part.rows, kept.keys.shape[0])
         out = _one(q, k, v, pattern, core, method, held, notes, sinks_H11)
         y = _put(y, out, part)
     return y
@@ -170,7 +172,7 @@ def _summaries(
 
 def _one(
     q: Tensor, k: Tensor, v: Tensor, pattern: HeadPattern, core: CoreConfig, method: Method,
-    summaries: Tensor | None, notes: RowNotes | None, sinks: Tensor | None,
+    summaries: Tensor | None, notes: Notes | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Rows without padding: queries are the last of the keys' tokens."""
     assert pattern.select is not None

@@ -9,12 +9,13 @@ from reattend.mixers.selecting.base import Method
 from reattend.mixers.selecting.blocks import BlocksMethod
 from reattend.mixers.selecting.channels import ChannelsMethod
 from reattend.mixers.selecting.gate import GateMethod
+from reattend.mixers.selecting.observed import ObservedMethod
 from reattend.mixers.selecting.recorded import RecordedMethod
 from reattend.mixers.selecting.segments import SegmentsMethod
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse_config import SparseConfig
 from reattend.patterns.learned import Gate, Segments
-from reattend.patterns.selectors import AnySelector, Blocks, Channels, Recorded
+from reattend.patterns.selectors import AnySelector, Blocks, Channels, Observed, Recorded
 
 
 def methods(config: SparseConfig) -> nn.ModuleDict:
@@ -33,6 +34,8 @@ def method(selector: AnySelector, core: CoreConfig, rotary: RotaryConfig | None)
     """The module that selects, for heads of this core, which are turned by `rotary`."""
     if isinstance(selector, Blocks):
         return BlocksMethod(selector, core, rotary)
+    if isinstance(selector, Observed):
+        return ObservedMethod(selector)
     if isinstance(selector, Channels):
         return ChannelsMethod(selector, core)
     if isinstance(selector, Gate):
