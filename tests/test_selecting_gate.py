@@ -37,10 +37,14 @@ def untrained(dense_block: DenseAttention, **select: Any) -> Any:
     return mixer
 
 
-def statistics(block: DenseAttention, rows: int = 8, tokens: int = 60) -> SiteStatistics:
+def statistics(
+    block: DenseAttention, rows: int = 8, tokens: int = 60, common: float = 0.0
+) -> SiteStatistics:
+    """Rows at random, all tokens moved by `common` x one vector."""
     found = SiteStatistics.empty(block, {"texts"})
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(rows, tokens, HIDDEN, dtype=torch.float64, generator=generator)
+    x = x + common * torch.randn(HIDDEN, dtype=torch.float64, generator=generator)
     with torch.no_grad():
         found.add(block, x, None, torch.ones(rows, tokens))
     return found

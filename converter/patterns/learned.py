@@ -138,3 +138,48 @@ class Segments(Budgeted):
     def misfit(self, core: CoreConfig) -> str | None:
         """Chunks are of what came before."""
         return None if core.causal else "select: segments needs a causal block"
+
+
+class Values(Budgeted):
+    """Tokens by a trained score of their values, whatever the query: dynamic mask attention (DMA).
+
+    Shi et al., arXiv 2508.02124: gain x softplus(rate · the values of all KV heads), for every KV
+    head; a query reads the best of the tokens before it, and itself. `finder: gate` trains both.
+    """
+
+    kind: Literal["values"]
+
+    @model_validator(mode="after")
+    def _counts_tokens(self) -> Values:
+        if self.topp is not None or self.threshold is not None:
+            raise ValueError("the budget of values is a number of tokens: topk or ratio")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """See the class."""
+        return True
+
+    def lesson(self, length: int, core: CoreConfig) -> tuple[float, float]:
+        """The score, and its sums over what each query sees; values."""
+        return core.kv_heads * core.v_head_dim + length, core.v_head_dim + 1
+
+    def parameters(self, core: CoreConfig) -> int:
+        """Rate and gain."""
+        return core.kv_heads * core.v_head_dim + 1
+
+    def reads(self, length: int) -> int:
+        """Tokens of the budget."""
+        return self.units(length)
+
+    def stored(self, core: CoreConfig) -> float:
+        """Scores."""
+        return 1.0
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """Per query head, its share of the new token's score."""
+        return core.kv_heads * core.v_head_dim * core.kv_heads / core.heads
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """A token is compared with those before it."""
+        return None if core.causal else "select: values needs a causal block"

@@ -24,8 +24,12 @@ def settled(config: DenseConfig, made: SparseConfig) -> Cost:
         rows = seen if made.evict and c.pattern.monotone else length
         kept += len(c.kv_heads) * (each * rows + beside(c.pattern, core, length))
     flops = before.flops_per_token - _attention(before, core) + 2 * round(read)
-    chosen_by = [(len(c.kv_heads), c.pattern.select) for c in made.classes]
-    own = sum(n * s.parameters(core) for n, s in chosen_by if s is not None)
+    own = 0
+    for c in made.classes:
+        if c.pattern.select is not None:
+            n = len(c.kv_heads)
+            mine = core.model_copy(update={"heads": n * group, "kv_heads": n})
+            own += n * c.pattern.select.parameters(mine)
     return Cost(-(-round(kept) // length), before.parameters + own, flops, length)
 
 

@@ -135,13 +135,14 @@ def _lessons(
     """What each row teaches this method; None where it is too short."""
     from reattend.mixers.selecting.gate import GateMethod
     from reattend.mixers.selecting.segments import SegmentsMethod
-    from reattend.passes.rewrite import sparse_boundaries, sparse_gate
+    from reattend.passes.rewrite import sparse_boundaries, sparse_gate, sparse_values
 
     if isinstance(method, GateMethod):
         return [sparse_gate.lesson(mixer, x, kv_heads, method.block) for x in texts]
-    assert isinstance(method, SegmentsMethod)
-    window = method.selector.window
-    return [sparse_boundaries.lesson(mixer, x, kv_heads, window) for x in texts]
+    if isinstance(method, SegmentsMethod):
+        window = method.selector.window
+        return [sparse_boundaries.lesson(mixer, x, kv_heads, window) for x in texts]
+    return [sparse_values.lesson(mixer, x, kv_heads) for x in texts]
 
 
 def _train(method: Learner, lessons: Sequence[Lesson], steps: int) -> str:
