@@ -5,6 +5,7 @@ Layout letters: d key head width.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -183,3 +184,77 @@ class Values(Budgeted):
     def misfit(self, core: CoreConfig) -> str | None:
         """A token is compared with those before it."""
         return None if core.causal else "select: values needs a causal block"
+
+
+class LowRank(Budgeted):
+    """Tokens of an image by a low-rank guess of the attention: Sparsifiner.
+
+    Wei et al., arXiv 2303.13755: softmax(q' (k' down)) up, with narrower queries and keys, the keys
+    summed into a few columns, and those spread over the image again; all four are trained, for
+    images of one size. Text sees everything, and is chosen like any other token.
+
+    Attributes:
+        reduce_channels: what the width of queries and keys is divided by.
+        reduce_tokens: what the number of keys is divided by.
+        shape, text_before, text_after: where the image lies, as `reattend.patterns.grids.Grid`; an
+            open shape is taken from a plan's `image_grid`.
+    """
+
+    kind: Literal["low-rank"]
+    reduce_channels: int = Field(default=2, gt=0)
+    reduce_tokens: int = Field(default=8, gt=0)
+    shape: tuple[int, ...] = Field(default=(), max_length=3)
+    text_before: int = Field(default=0, ge=0)
+    text_after: int | None = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _counts_tokens(self) -> LowRank:
+        if self.topp is not None or self.threshold is not None:
+            raise ValueError("the budget of low-rank is a number of tokens: topk or ratio")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """See the class."""
+        return True
+
+    @property
+    def tokens(self) -> int:
+        """Of the image and its text."""
+        return self.text_before + prod(self.shape) + (self.text_after or 0)
+
+    def width(self, core: CoreConfig) -> int:
+        """Of narrow queries and keys."""
+        return max(1, core.qk_head_dim // self.reduce_channels)
+
+    @property
+    def columns(self) -> int:
+        """That keys are summed into."""
+        return max(1, self.tokens // self.reduce_tokens)
+
+    def lesson(self, length: int, core: CoreConfig) -> tuple[float, float]:
+        """The guess and what it is compared with, which is formed anew; queries and keys."""
+        group, d = core.heads // core.kv_heads, core.qk_head_dim
+        return self.work(length, core) * group, (group + 1) * d
+
+    def parameters(self, core: CoreConfig) -> int:
+        """Of one KV head."""
+        narrow = 2 * (core.qk_head_dim + 1) * self.width(core)
+        return narrow + 2 * self.tokens * self.columns
+
+    def reads(self, length: int) -> int:
+        """Tokens of the budget."""
+        return self.units(length)
+
+    def work(self, length: int, core: CoreConfig) -> float:
+        """Per query: narrowing it and a key, the key's sums, products with columns, and back."""
+        c = self.width(core)
+        return c * (2 * core.qk_head_dim + 2 * self.columns) + self.columns * length
+
+    def misfit(self, core: CoreConfig) -> str | None:
+        """It guesses a whole image."""
+        if core.causal:
+            return "select: low-rank is for blocks that are not causal"
+        if not self.shape or self.text_after is None:
+            return "select: low-rank has no size: give image_grid, for example [14, 14]"
+        return None

@@ -170,7 +170,8 @@ def laid_out(pattern: Any, where: dict[str, Any]) -> Any:
     if not isinstance(given, Mapping):
         return given
     names = [n for n in ("grid", "tiles", "radial") if isinstance(given.get(n), Mapping)]
-    if isinstance(given.get("select"), Mapping) and given["select"].get("tile"):
+    select = given.get("select")
+    if isinstance(select, Mapping) and (select.get("tile") or select.get("kind") == "low-rank"):
         names.append("select")
     return {**given, **{n: {**given[n], **where} for n in names if not given[n].get("shape")}}
 

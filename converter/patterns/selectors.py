@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.selecting.memo import ROLLBACK
-from reattend.patterns.learned import Gate, Segments, Values
+from reattend.patterns.learned import Gate, LowRank, Segments, Values
 from reattend.patterns.selector import Budgeted, Phase, Selector
 
 
@@ -277,6 +277,6 @@ class Recorded(Selector):
 
 
 AnySelector = Annotated[
-    VerticalSlash | Blocks | Observed | Channels | Gate | Segments | Values | Recorded,
+    VerticalSlash | Blocks | Observed | Channels | Gate | Segments | Values | LowRank | Recorded,
     Field(discriminator="kind"),
 ]

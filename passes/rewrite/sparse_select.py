@@ -15,8 +15,10 @@ from reattend.mixers.sparse_config import SparseConfig
 from reattend.parts import query_heads
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.sparse_cost import beside, read_at
+from reattend.patterns.learned import LowRank
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Recorded
+from reattend.statistics import TEXT_TOKENS
 
 
 def misfit(config: DenseConfig, patterns: list[HeadPattern]) -> Refusal | None:
@@ -29,6 +31,11 @@ def misfit(config: DenseConfig, patterns: list[HeadPattern]) -> Refusal | None:
             return Refusal(
                 f"select: {pattern.select.kind} is calibrated on the block's input alone, and its "
                 "queries or keys read more"
+            )
+        if isinstance(pattern.select, LowRank) and pattern.select.tokens > TEXT_TOKENS:
+            return Refusal(
+                f"select: low-rank learns from rows of {TEXT_TOKENS} tokens at most, and an image "
+                f"with its text has {pattern.select.tokens}"
             )
         reason = pattern.select.misfit(core) if pattern.select is not None else None
         if reason is not None:

@@ -134,14 +134,18 @@ def _lessons(
 ) -> list[Any]:
     """What each row teaches this method; None where it is too short."""
     from reattend.mixers.selecting.gate import GateMethod
+    from reattend.mixers.selecting.low_rank import LowRankMethod
     from reattend.mixers.selecting.segments import SegmentsMethod
-    from reattend.passes.rewrite import sparse_boundaries, sparse_gate, sparse_values
+    from reattend.passes.rewrite import sparse_boundaries, sparse_gate, sparse_guess, sparse_values
 
     if isinstance(method, GateMethod):
         return [sparse_gate.lesson(mixer, x, kv_heads, method.block) for x in texts]
     if isinstance(method, SegmentsMethod):
         window = method.selector.window
         return [sparse_boundaries.lesson(mixer, x, kv_heads, window) for x in texts]
+    if isinstance(method, LowRankMethod):
+        tokens = method.selector.tokens
+        return [sparse_guess.lesson(mixer, x, kv_heads, tokens) for x in texts]
     return [sparse_values.lesson(mixer, x, kv_heads) for x in texts]
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from reattend.errors import ArgumentError
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import own_pattern
 
@@ -172,6 +173,17 @@ class Learner(Method):
     @abstractmethod
     def start(self) -> None:
         """Weights before training, always the same."""
+
+
+def off_grid(kind: str, tokens: int, given: int) -> ArgumentError:
+    """The error of a block that chooses over a grid, for another number of tokens."""
+    return ArgumentError(
+        f"a block with a grid of {tokens} tokens was given {given}",
+        where=f"select: {kind}",
+        why="it was converted for images of one size",
+        next_step="pass images of that size, or convert with another image_grid, "
+        "text_before or text_after",
+    )
 
 
 def reach(core: CoreConfig, i: Tensor, block: int, blocks: int, m: int) -> Tensor:

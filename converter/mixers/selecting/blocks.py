@@ -14,11 +14,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from reattend.errors import ArgumentError
 from reattend.kernels.sparse_attention.mask import pack
 from reattend.mixers.config import CoreConfig, RotaryConfig
 from reattend.mixers.selecting.attended import attended_keys, turned
-from reattend.mixers.selecting.base import Asked, Chosen, Method, Whole, reach
+from reattend.mixers.selecting.base import Asked, Chosen, Method, Whole, off_grid, reach
 from reattend.mixers.selecting.budget import within
 from reattend.patterns.selectors import Blocks
 
@@ -129,13 +128,7 @@ class BlocksMethod(Method):
         s, m = self.selector, asked.k_BGMd.shape[2]
         rest = m - s.text_before - prod(s.shape)
         if rest < 0 or s.text_after not in (None, rest):
-            raise ArgumentError(
-                f"a block with a grid of {prod(s.shape)} tokens was given {m}",
-                where="select: blocks",
-                why="it was converted for images of one size",
-                next_step="pass images of that size, or convert with another image_grid, "
-                "text_before or text_after",
-            )
+            raise off_grid(s.kind, prod(s.shape), m)
         place = torch.arange(prod(s.shape), device=asked.k_BGMd.device)
         tiles, region = prod(s.shape) // s.size, torch.zeros_like(place)
         many = 1

@@ -9,13 +9,14 @@ from reattend.mixers.selecting.base import Method
 from reattend.mixers.selecting.blocks import BlocksMethod
 from reattend.mixers.selecting.channels import ChannelsMethod
 from reattend.mixers.selecting.gate import GateMethod
+from reattend.mixers.selecting.low_rank import LowRankMethod
 from reattend.mixers.selecting.observed import ObservedMethod
 from reattend.mixers.selecting.recorded import RecordedMethod
 from reattend.mixers.selecting.segments import SegmentsMethod
 from reattend.mixers.selecting.values import ValuesMethod
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse_config import SparseConfig
-from reattend.patterns.learned import Gate, Segments, Values
+from reattend.patterns.learned import Gate, LowRank, Segments, Values
 from reattend.patterns.selectors import AnySelector, Blocks, Channels, Observed, Recorded
 
 
@@ -43,6 +44,8 @@ def method(selector: AnySelector, core: CoreConfig, rotary: RotaryConfig | None)
         return GateMethod(selector, core)
     if isinstance(selector, Segments):
         return SegmentsMethod(selector, core)
+    if isinstance(selector, LowRank):
+        return LowRankMethod(selector, core)
     if isinstance(selector, Values):
         return ValuesMethod(selector, core)
     if isinstance(selector, Recorded):

@@ -1,0 +1,51 @@
+"""What an image teaches a low-rank guess: the attention of every query, by squared error.
+
+Sparsifiner, Wei et al., arXiv 2303.13755 (its attention reconstruction; the paper then trains the
+whole model with what is chosen). Probabilities are formed anew at every step: all of them would be
+many times the queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reattend.mixers.selecting.low_rank import LowRankMethod
+from reattend.mixers.sparse import SparseAttention
+from reattend.passes.rewrite.sparse_teach import Watched, watched
+
+
+@dataclass(frozen=True)
+class GuessLesson:
+    """An image, as the heads see it; `like` tells the dtype."""
+
+    measure: ClassVar[str] = "error"
+    unit: ClassVar[str] = "squared, per query"
+    seen: Watched
+    like: Tensor
+
+    def loss(self, student: LowRankMethod) -> Tensor:
+        """Sum over keys, mean over the image's queries and heads."""
+        s, seen = student.selector, self.seen
+        guessed = student.guess(seen.q_HNd[None], seen.k_GNd[None])[0]
+        guessed = guessed.unflatten(0, (seen.core.kv_heads, -1))
+        total, image = guessed.new_zeros(()), slice(s.text_before, s.tokens - (s.text_after or 0))
+        for g, rows, p in seen.probabilities():
+            mine = slice(max(image.start - rows.start, 0), max(image.stop - rows.start, 0))
+            total = total + (guessed[g][:, rows] - p)[:, mine].square().sum()
+        mean: Tensor = total / ((image.stop - image.start) * seen.core.heads)
+        return mean
+
+
+@torch.no_grad()
+def lesson(
+    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], tokens: int
+) -> GuessLesson | None:
+    """None: the row is no image of this size."""
+    if len(x_ND) != tokens:
+        return None
+    seen = watched(mixer, x_ND, kv_heads)
+    return GuessLesson(seen, seen.q_HNd)
