@@ -59,6 +59,33 @@ def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
     Raises:
         ModelError: the block has a tensor that no rule here divides among heads.
     """
+    return _holding(part_config(dense.config, kv_heads), _picked_state(dense, kv_heads))
+
+
+def reordered(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
+    """The same block with its KV groups, and the heads that read them, in another order.
+
+    Args:
+        dense: the block.
+        kv_heads: the number in `dense` of each group of the result; all of them, once.
+
+    Raises:
+        ModelError: as `part`.
+    """
+    outside = {"out_features": dense.config.out_features, "out_bias": dense.config.out_bias}
+    config = part_config(dense.config, kv_heads).model_copy(update=outside)
+    state = _picked_state(dense, kv_heads)
+    if isinstance(dense.o_proj, torch.nn.Linear):
+        heads = query_heads(config.core, kv_heads)
+        columns = dense.o_proj.weight.detach().t()
+        state["o_proj.weight"] = rows_of(columns, heads, config.core.heads).t().contiguous()
+        if dense.o_proj.bias is not None:
+            state["o_proj.bias"] = dense.o_proj.bias.detach()
+    return _holding(config, state)
+
+
+def _picked_state(dense: DenseAttention, kv_heads: Sequence[int]) -> dict[str, Tensor]:
+    """Everything but the output projection."""
     core = dense.config.core
     picked = {"q": query_heads(core, kv_heads), "k": list(kv_heads), "v": list(kv_heads)}
     totals = {"q": core.heads, "k": core.kv_heads, "v": core.kv_heads}
@@ -79,8 +106,12 @@ def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
             state[name] = tensor[:, picked["q"]].clone()
         else:
             raise ModelError(f"the heads of a block with {name} cannot be converted apart")
+    return state
+
+
+def _holding(config: DenseConfig, state: dict[str, Tensor]) -> DenseAttention:
     with torch.device("meta"):
-        mixer = DenseAttention(part_config(dense.config, kv_heads))
+        mixer = DenseAttention(config)
     mixer.load_state_dict(state, strict=True, assign=True)
     for parameter in mixer.parameters():
         parameter.requires_grad_(True)

@@ -268,7 +268,7 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     """An empty mixer from what a checkpoint stores.
 
     Args:
-        kind: `dense`, `latent`, `mixed`, `sparse`, or the name of an entry point of group
+        kind: `dense`, `latent`, `mixed`, `routed`, `sparse`, or the name of an entry point of group
             `reattend.mixers` that a third party's package registers for its `Mixer` subclass.
         config: fields of that class's config; third parties implement `from_config(mapping)`.
 
@@ -279,17 +279,20 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     from reattend.mixers.latent import LatentAttention
     from reattend.mixers.latent_config import LatentConfig
     from reattend.mixers.mixed import MixedAttention, MixedConfig
+    from reattend.mixers.routed import RoutedAttention
+    from reattend.mixers.routed_config import RoutedConfig
     from reattend.mixers.sparse import SparseAttention
     from reattend.mixers.sparse_config import SparseConfig
 
-    if kind == DenseAttention.kind:
-        return DenseAttention(DenseConfig.model_validate(config))
-    if kind == LatentAttention.kind:
-        return LatentAttention(LatentConfig.model_validate(config))
-    if kind == MixedAttention.kind:
-        return MixedAttention(MixedConfig.model_validate(config))
-    if kind == SparseAttention.kind:
-        return SparseAttention(SparseConfig.model_validate(config))
+    own: tuple[tuple[Any, Any], ...] = (
+        (DenseAttention, DenseConfig), (LatentAttention, LatentConfig),
+        (MixedAttention, MixedConfig), (RoutedAttention, RoutedConfig),
+        (SparseAttention, SparseConfig),
+    )  # fmt: skip
+    for mixer, described in own:
+        if kind == mixer.kind:
+            built: Mixer = mixer(described.model_validate(config))
+            return built
     for entry in entry_points(group="reattend.mixers", name=kind):
         made: Mixer = entry.load().from_config(config)
         return made

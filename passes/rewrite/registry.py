@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _OWN = {
     "dense": "reattend.passes.rewrite.dense:ToDense",
     "mla": "reattend.passes.rewrite.mla:ToMla",
+    "moh": "reattend.passes.rewrite.moh:ToMoh",
     "sparse": "reattend.passes.rewrite.sparse:ToSparse",
 }
 GROUP = "reattend.conversions"

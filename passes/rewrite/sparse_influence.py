@@ -62,7 +62,7 @@ def influences(
     probes: list[Tensor] = []
     blocks = {s.path: watched(s.dense, partial(watch, s.path)) for s in sites}
     count = 0
-    with answering("profile", sites, measure, blocks, length, rows) as runs:
+    with answering("finder: profile", sites, measure, blocks, length, rows) as runs:
         runs = iter(runs)
         while True:
             with torch.enable_grad():

@@ -180,5 +180,6 @@ def _tried(
         for s, found in zip(sites, _by_site(sites, rules, plan), strict=True)
     }
     rows = sites[0].options.profile.samples
-    with answering("profile", sites, measure, mixers, length, rows) as runs, torch.no_grad():
+    told = answering("finder: profile", sites, measure, mixers, length, rows)
+    with told as runs, torch.no_grad():
         return float(np.mean([float(run.loss) for run in runs]))

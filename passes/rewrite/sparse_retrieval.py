@@ -37,7 +37,7 @@ def retrieval(sites: list[Subject], measure: Measure) -> dict[str, Tensor]:
     blocks = {s.path: watched(s.dense, partial(watch, s.path)) for s in sites}
     hits = {s.path: torch.zeros(s.dense.config.core.heads) for s in sites}
     copied = 0
-    told = answering("retrieval", sites, measure, blocks, measure.length, ROWS)
+    told = answering("finder: retrieval", sites, measure, blocks, measure.length, ROWS)
     with told as runs, torch.no_grad():
         for run in runs:
             asked = emitted(run)

@@ -7,7 +7,7 @@ queries of a strip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -88,10 +88,11 @@ def watched(dense: DenseAttention, watch: Callable[[Look, Tensor], Tensor]) -> W
 
 @contextmanager
 def answering(
-    finder: str, sites: list[Subject], measure: Measure, mixers: Mapping[str, Mixer],
-    length: int, rows: int,
+    asked: str, sites: Sequence[Subject], measure: Measure, mixers: Mapping[str, Mixer],
+    length: int, rows: int, *, where: str = "to: sparse",
+    instead: str = "use finder: search, or name the heads that stay in heads_full",
 ) -> Iterator[Iterator[Answered]]:  # fmt: skip
-    """`Measure.answers`, for a finder that cannot do without.
+    """`Measure.answers`, for an option (`asked`) that cannot do without.
 
     Raises:
         PlanError: the model is not a causal language model that runs with its blocks replaced.
@@ -99,11 +100,11 @@ def answering(
     told = measure.answers(mixers, length, rows)
     if told is None or not all(s.dense.config.core.causal for s in sites):
         raise PlanError(
-            f"finder: {finder} watches a causal language model continue text that repeats itself",
-            where="to: sparse",
+            f"{asked} watches a causal language model continue text that repeats itself",
+            where=where,
             why="this model has no logits, sees what comes later, or cannot run with its blocks "
             "replaced",
-            next_step="use finder: search, or name the heads that stay in heads_full",
+            next_step=instead,
         )
     with told as runs:
         yield runs

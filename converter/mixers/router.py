@@ -1,0 +1,122 @@
+"""Which heads each token uses, and with what weight: the router of Mixture-of-Heads attention.
+
+Jin et al., arXiv 2410.11842, as their code computes it: a token's shared heads get weights of mean
+1, its chosen heads get weights of mean 1 over those chosen, and a softmax of two, times 2, divides
+between both kinds. So a router of zeros that leaves nothing out gives weights of exactly 1.
+`qnorm` is the router of their MoH-LLaMA3-8B, without parameters: the norms of a token's queries.
+
+Layout letters: B batch, N tokens, D hidden, H query heads, U units (query heads or KV groups), S
+shared units, R routed ones, d key head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reattend.mixers.routed_config import RoutedConfig
+
+
+class Routes(NamedTuple):
+    """What a router decided for some tokens.
+
+    `gate_BUN`: the weight of each unit, 0 where it is left out; `active_BUN`: which are used, None
+    where every token uses all.
+    """
+
+    gate_BUN: Tensor
+    active_BUN: Tensor | None
+
+
+class Router(nn.Module):
+    """Zero weights rank units by their number, so that training starts from a known choice.
+
+    Attributes:
+        k: routed units that a token uses now; `RoutedConfig.top_k` unless training says otherwise.
+    """
+
+    def __init__(self, config: RoutedConfig) -> None:
+        super().__init__()
+        self.config, self.k = config, config.top_k
+        linear, weighted = config.router == "linear", config.gate_by == "weighted"
+        sizes = {
+            "routed": config.routed if linear else 0,
+            "shared": config.shared if weighted else 0,
+            "share": 2 if weighted and config.shared and config.routed else 0,
+        }
+        for name, size in sizes.items():
+            layer = nn.Linear(config.hidden_size, size, bias=False) if size else None
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+            self.register_module(name, layer)
+
+    routed: nn.Linear | None
+    shared: nn.Linear | None
+    share: nn.Linear | None
+
+    def forward(self, x_BND: Tensor, q_BHNd: Tensor) -> Routes:
+        """Routes of the tokens whose hidden states and queries these are."""
+        c = self.config
+        wide = torch.float64 if x_BND.dtype == torch.float64 else torch.float32
+        shared_BSN = x_BND.new_ones(x_BND.shape[0], c.shared, x_BND.shape[1], dtype=wide)
+        if self.shared is not None:
+            shared_BSN = mean_one(_scores(self.shared, x_BND, wide))
+        if not c.routed:
+            return Routes(shared_BSN, None)
+        z_BRN = self.ranks(x_BND, q_BHNd, wide)
+        chosen_BRN = best(z_BRN, self.k)
+        if c.gate_by == "weighted":
+            gate_BRN = mean_one(z_BRN, chosen_BRN)
+            if self.share is not None:
+                each_B2N = mean_one(_scores(self.share, x_BND, wide))
+                shared_BSN, gate_BRN = shared_BSN * each_B2N[:, :1], gate_BRN * each_B2N[:, 1:]
+        else:
+            gate_BRN = chosen_BRN.to(wide)
+            if torch.is_grad_enabled():  # the gradient of a gate is that of its probability
+                p_BRN = z_BRN.softmax(1)
+                gate_BRN = gate_BRN + (p_BRN - p_BRN.detach())
+        active = None
+        if self.k < c.routed:
+            active = torch.cat([chosen_BRN.new_ones(shared_BSN.shape), chosen_BRN], 1)
+        return Routes(torch.cat([shared_BSN, gate_BRN], 1), active)
+
+    def ranks(self, x_BND: Tensor, q_BHNd: Tensor, dtype: torch.dtype) -> Tensor:
+        """What routed units are ranked by, and whose softmax is their probability, [B, R, N]."""
+        if self.routed is not None:
+            return _scores(self.routed, x_BND, dtype)
+        norm_BUN = unit_norms(q_BHNd.to(dtype), self.config.units)[:, self.config.shared :]
+        apart = norm_BUN.std(1, keepdim=True, unbiased=self.config.routed > 1)
+        scaled: Tensor = norm_BUN / apart.clamp_min(torch.finfo(dtype).tiny)
+        return scaled
+
+
+def unit_norms(q_BHNd: Tensor, units: int) -> Tensor:
+    """The norm of each unit's queries, [B, U, N]; rotations do not change it."""
+    rows: Tensor = q_BHNd.unflatten(1, (units, -1))
+    return rows.square().sum((2, 4)).sqrt()
+
+
+def best(z_BRN: Tensor, k: int) -> Tensor:
+    """Which of R are among the k highest; the first of equals win."""
+    if k >= z_BRN.shape[1]:
+        return torch.ones_like(z_BRN, dtype=torch.bool)
+    order = z_BRN.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(z_BRN, dtype=torch.bool).scatter_(1, order[:, :k], True)
+
+
+def mean_one(z_BUN: Tensor, chosen_BUN: Tensor | None = None) -> Tensor:
+    """Softmax over the chosen units times their number, 0 elsewhere; equal scores give 1."""
+    if chosen_BUN is not None:
+        z_BUN = z_BUN.masked_fill(~chosen_BUN, float("-inf"))
+    e_BUN = (z_BUN - z_BUN.detach().amax(1, keepdim=True)).exp()
+    count: Tensor | int = z_BUN.shape[1]
+    if chosen_BUN is not None:
+        count = chosen_BUN.sum(1, keepdim=True)
+    return e_BUN * (count / e_BUN.sum(1, keepdim=True))
+
+
+def _scores(layer: nn.Linear, x_BND: Tensor, dtype: torch.dtype) -> Tensor:
+    scores: Tensor = layer(x_BND)
+    return scores.to(dtype).transpose(1, 2)

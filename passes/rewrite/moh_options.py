@@ -1,0 +1,126 @@
+"""Options of `to: moh`, and the numbers of heads they come to in one block."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from reattend.mixers.config import CoreConfig, Frozen
+from reattend.passes.base import Refusal
+
+#: A whole number counts units (query heads, or KV groups), a fraction is a share.
+Count = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, le=1)]
+PerLayer = Count | tuple[Count, ...]
+Score = Literal["output-norm", "input-norm", "first-order", "leave-one-out"]
+
+_LISTED = ("shared", "routed", "top_k")
+
+
+class MohOptions(Frozen):
+    """Which heads a token uses.
+
+    Attributes:
+        shared: heads that every token uses: a count, or a share of all (rounded up; with
+            `route: head` to whole KV groups), or a list with one of these per layer of the stack.
+        routed: the others, likewise; None: all that are not shared.
+        top_k: routed heads that each token uses: a count, or a share of the routed (rounded up),
+            or a list; None: all of them.
+        route: what is chosen: whole `kv-group`s, so that a group that nobody chose is not read, or
+            every query `head` by itself.
+        router: `linear` in the block's input, from zero, or `qnorm`, the norms of the queries,
+            without parameters.
+        gate: `weighted`, heads count by the router's softmax, or `hard`, by 0 or 1.
+        select_shared: the most important KV groups, or the `first` ones.
+        importance: how that is measured (`passes/rewrite/importance.py`).
+        order: KV groups by importance, where they have been measured; not for plans.
+    """
+
+    shared: PerLayer = 0.25
+    routed: PerLayer | None = None
+    top_k: PerLayer | None = None
+    route: Literal["kv-group", "head"] = "kv-group"
+    router: Literal["linear", "qnorm"] = "linear"
+    gate: Literal["weighted", "hard"] = "weighted"
+    select_shared: Literal["importance", "first"] = "importance"
+    importance: Score = "output-norm"
+    order: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _starts_exactly(self) -> MohOptions:
+        if self.router == "qnorm" and self.gate == "weighted":
+            raise ValueError(
+                "router: qnorm has no weights that could start at zero, so weighted gates would "
+                "change the block from the start; use gate: hard"
+            )
+        return self
+
+    def at_layer(self, layer: int, layers: int) -> MohOptions | str:
+        """The options of one layer; the reason where a list has another length."""
+        update: dict[str, object] = {}
+        for name in _LISTED:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                if len(value) != layers:
+                    return f"{name} lists {len(value)} layers, the stack has {layers}"
+                update[name] = value[layer]
+        return self.model_copy(update=update) if update else self
+
+
+class Heads(NamedTuple):
+    """Units of one block: all, those every token uses, and how many of the others it uses."""
+
+    units: int
+    shared: int
+    top_k: int
+
+    @property
+    def routed(self) -> int:
+        """Units that a token may leave out."""
+        return self.units - self.shared
+
+
+def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
+    """What the options come to in one block, or why they do not fit it."""
+    by_head = options.route == "head"
+    units, step = (core.heads, core.heads // core.kv_heads) if by_head else (core.kv_heads, 1)
+    what = "query heads" if by_head else "KV groups"
+    shared = _count(options.shared, units, step)
+    routed = units - shared if options.routed is None else _count(options.routed, units, step)
+    if shared + routed != units:
+        return Refusal(
+            f"{shared} shared and {routed} routed {what} are {shared + routed}, and the block has "
+            f"{units}; leave `routed` out, or make them {units} together"
+        )
+    if shared % step:
+        return Refusal(
+            f"{shared} shared query heads are not whole KV groups: {step} query heads read each, "
+            f"and keys and values that a shared head reads are always read; use {step}, "
+            f"{2 * step} ..., or route: kv-group"
+        )
+    if not routed and isinstance(options.shared, float) and options.shared < 1:
+        return Refusal(
+            f"shared: {options.shared} of {units} {what} is all of them, so there is nothing to "
+            "choose; " + ("use a smaller count" if by_head else "use route: head")
+        )
+    top_k = routed if options.top_k is None else _count(options.top_k, routed, 1)
+    if top_k > routed:
+        return Refusal(
+            f"top_k {top_k} is larger than the {routed} routed {what} ({units} less {shared} "
+            "shared)"
+        )
+    if routed and not top_k:
+        return Refusal(
+            f"top_k 0: no token would ever use the {routed} routed {what}, so they should be "
+            "pruned, not routed"
+        )
+    return Heads(units, shared, top_k)
+
+
+def _count(given: PerLayer, whole: int, step: int) -> int:
+    """A count as it is; a share in units, rounded up to a multiple of `step`."""
+    assert not isinstance(given, tuple)  # `for_layer` has taken the layer's own
+    if isinstance(given, int):
+        return given
+    return step * ceil(given * whole / step - 1e-9)
