@@ -63,8 +63,8 @@ def convert(teacher: nn.Module, rank: int | None) -> nn.Module:
     return student
 
 
-def teacher_and_students() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Teacher, MLA student, identity student; tests copy before they train."""
+def tiny_teacher() -> Any:
+    """A random Llama of two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)
@@ -73,7 +73,12 @@ def teacher_and_students() -> tuple[nn.Module, nn.Module, nn.Module]:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.25,
     )  # fmt: skip
-    teacher = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def teacher_and_students() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Teacher, MLA student, identity student; tests copy before they train."""
+    teacher = tiny_teacher()
     return teacher, convert(teacher, 8), convert(teacher, None)
 
 

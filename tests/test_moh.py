@@ -18,8 +18,10 @@ from reattend.errors import RefusedError
 from reattend.mixers.base import Context, build_mixer
 from reattend.mixers.config import NormConfig, StreamConfig
 from reattend.parts import reordered
+from reattend.passes.rewrite.base import dense_cost
 from reattend.passes.rewrite.moh import ToMoh
 from reattend.passes.rewrite.moh_options import MohOptions
+from reattend.plan import Plan
 
 NEUTRAL: dict[str, dict[str, Any]] = {
     "exact": ToMoh().exact_setting(config()).model_dump(),
@@ -127,6 +129,7 @@ REFUSED = {
     ),
     "top_k 0": (config(8, 4), {"top_k": 0}),
     "of 1 KV groups is all of them": (config(4, 1), {}),
+    "top_k: 0.5 of 1 routed KV groups is all of them": (config(), {"top_k": 0.5}),
     "normalised over all heads at once; set select_shared: first": (
         config(8, 4).model_copy(update={"k": FULL_NORM}), {},
     ),
@@ -156,6 +159,21 @@ def test_counts_are_numbers_shares_or_one_per_layer() -> None:
     assert made.outcome(cfg, MohOptions(shared=0.25, top_k=0.5)).top_k == 2
     with pytest.raises(ValidationError, match="use gate: hard"):
         MohOptions(router="qnorm")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("moh", 0.75), ("moh-vit", 0.75), ("moh-llama3", 0.75)]
+)
+def test_presets_are_of_published_sizes(name: str, share: float) -> None:
+    """On the shape of Llama 3 8B; what a token uses shows in the forecast."""
+    options, cfg = Plan.load(name).rules[0].options, config(32, 8)
+    assert ToMoh().check(cfg, options) is None
+    assert ToMoh().outcome(cfg, options).active == share
+    before, after = dense_cost(cfg), ToMoh().cost(cfg, options)
+    attention = 2 * 32 * (8 + 8) * before.context
+    router = after.parameters - before.parameters
+    assert after.flops_per_token == before.flops_per_token - (1 - share) * attention + 2 * router
+    assert (router == 0) == (options.router == "qnorm")
 
 
 def test_a_converted_model_is_forecast_reported_saved_and_loaded(tmp_path: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from cache_matrix import CHOSEN, CacheMatrix
-from decoder_models import decoder
+from decoder_models import decoder, prompts
 from moh_blocks import shaken
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from reattend import convert
@@ -31,6 +32,12 @@ def routed(name: str, which: str) -> Any:
     return _MADE[name, which]
 
 
+@pytest.fixture(autouse=True)
+def _leaving_out_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models are so small that computing every head is faster."""
+    monkeypatch.setattr("reattend.mixers.routed.pays", lambda *_: True)
+
+
 @pytest.mark.parametrize(
     ("name", "which"),
     [pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow) for cell in CELLS],
@@ -38,6 +45,25 @@ def routed(name: str, which: str) -> Any:
 class TestMatrix(CacheMatrix):
     def model(self, name: str, which: str) -> Any:
         return routed(name, which)
+
+
+def test_generating_computes_only_the_heads_that_are_used() -> None:
+    """Of 2 KV groups each token reads 1; keys that nobody reads may be anything."""
+    model, (ids, mask) = routed("llama", "all"), prompts()
+    used: list[tuple[int, int, int]] = []
+    op = torch.ops.reattend.routed_attention.default
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is op:
+                used.append((args[0].shape[2], args[1].shape[2], int(args[3].sum())))
+            return func(*args, **kwargs or {})
+
+    with Watch():
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert used == [(n, m, 3 * n) for n, m in ((13, 13), (1, 14), (1, 15)) for _ in range(3)]
 
 
 def test_a_cache_holds_every_group_of_every_token() -> None:

@@ -40,6 +40,8 @@ SHAPES = {
     "attention": {"h": 4, "g": 2, "widths": (20, 24)},
     "latent": {"h": 3, "g": 1, "widths": (40, 12)},
     "latent-no-rope": {"h": 2, "g": 1, "widths": (16, 0)},
+    "routed": {"h": 4, "g": 2, "widths": (20, 24), "units": 4},
+    "routed-groups": {"h": 6, "g": 3, "widths": (20, 24), "units": 3},
 }
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
@@ -54,6 +56,8 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
     from reattend.kernels.core import Rule
     from reattend.kernels.latent_attention import launch as latent_launch
     from reattend.kernels.latent_attention import reference as latent_reference
+    from reattend.kernels.routed_attention import launch as routed_launch
+    from reattend.kernels.routed_attention import reference as routed_reference
 
     case = {"causal": True, "window": 0, "softcap": 0.0, "splits": 1, "page": 0} | CASES[name]
     attention_launch.L2_BYTES = case.get("l2", 24_000_000)
@@ -68,7 +72,8 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=gen).to(dtype)
 
-    if shape == "attention":
+    routed = shape.startswith("routed")
+    if not shape.startswith("latent"):
         queries: list[torch.Tensor] = [draw(b, h, n, d)]
         caches = [draw(b, g, m, d), draw(b, g, m, e)]
     else:
@@ -91,23 +96,23 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
             pages.append(out)
         caches = pages
     rule = Rule(0.3, case["causal"], case["window"], case["softcap"])
-    module = attention_launch if shape == "attention" else latent_launch
-    y, lse = module.launch(
-        *queries,
-        *caches,
-        start,
-        length,
-        table,
-        rule,
-        config,
-        decode=name.startswith("decode"),
-        splits=case["splits"],
-    )
-    function = (
-        attention_reference.attention if shape == "attention" else latent_reference.latent_attention
-    )
+    how = {"decode": name.startswith("decode"), "splits": case["splits"]}
+    used = []
+    if routed:  # the first unit of the first row is nobody's
+        used = [torch.rand(b, SHAPES[shape]["units"], n, generator=gen) < 0.6]
+        used[0][0, 0] = False
+        x = routed_reference.Inputs(*queries, *caches, *used, start, length)
+        y, lse = routed_launch.launch(x, rule, config, **how)
+        function: Any = routed_reference.routed_attention
+    else:
+        module: Any = attention_launch if shape == "attention" else latent_launch
+        y, lse = module.launch(*queries, *caches, start, length, table, rule, config, **how)
+        function = latent_reference.latent_attention
+        if shape == "attention":
+            function = attention_reference.attention
     want, want_lse = function(
         *(x.double() for x in (*queries, *dense)),
+        *used,
         start,
         length,
         scale=0.3,
@@ -131,7 +136,10 @@ def names() -> list[tuple[str, str, str]]:
     full = [(s, c, d) for s in ("attention", "latent") for c in CASES for d in DTYPES[:2]]
     few = [(s, c, "bfloat16") for s in ("attention", "latent") for c in ("prefill", "decode-split")]
     none = [("latent-no-rope", c, "float32") for c in ("prefill", "decode-split", "decode-paged")]
-    return full + few + none
+    plain = [c for c in CASES if "paged" not in c and "few-heads" not in c]
+    routed = [("routed", c, "float32") for c in plain] + [("routed", "prefill", "bfloat16")]
+    routed += [("routed-groups", c, "float16") for c in ("prefill", "decode", "decode-small-chunk")]
+    return full + few + none + routed
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +166,7 @@ def test_equals_reference(results: dict[str, Any], shape: str, case: str, dtype:
 
 
 def test_cases_include_rows_that_see_nothing(results: dict[str, Any]) -> None:
-    for shape in ("attention", "latent"):
+    for shape in ("attention", "latent", "routed"):
         assert results[f"{shape} prefill-sees-nothing float32"]["dead"] > 0
         assert results[f"{shape} decode-empty-row float32"]["dead"] > 0
 

@@ -31,12 +31,14 @@ class Loop:
         lr: peak learning rate; None takes the stage's own, times the `pace` of each group.
         saver: where checkpoints go: one per tenth of the budget.
         on_event: told after every step, never inside a durable write.
+        part: the shares of the whole training at which this stage begins and ends.
     """
 
     def __init__(
         self, stage: Stage, stream: Stream, budget: int, lr: float | None, saver: Saver,
-        on_event: OnEvent | None,
+        on_event: OnEvent | None, part: tuple[float, float] = (0.0, 1.0),
     ) -> None:  # fmt: skip
+        self.part = part
         self.stage, self.stream, self.budget = stage, stream, budget
         self.lr, self.paced = lr or stage.lr, lr is None
         self.saver, self.on_event = saver, on_event
@@ -90,6 +92,15 @@ class Loop:
         for parameter in self.parameters.values():
             parameter.grad = None
         inputs, silent = ranks.share(batch)
+        if p.step == 0 and self.stage.anneals:
+            # how far there is to go, which the first step does not show
+            self.stage.trained(1.0)
+            far = self.stage.accumulate(inputs, silent)
+            p.first = {group: float(loss) for group, loss in far.items()}
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        begin, end = self.part
+        self.stage.trained(begin + (end - begin) * p.tokens / self.budget)
         losses = {g: float(v) for g, v in self.stage.accumulate(inputs, silent).items()}
         for group, loss in losses.items():
             if not math.isfinite(loss):

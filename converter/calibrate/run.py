@@ -103,13 +103,16 @@ def calibrate(
     )
     working: Working | None = None
     with _own_random_state(seed):
+        spent, total = 0, settings.tokens
         for name, budget in budgets(settings).items():
+            part = (spent / total, (spent + budget) / total)
+            spent += budget
             with around(name):
                 working = working or _prepared(teacher, student, settings)
                 made = LanguageModel if settings.loss == "lm" else STAGES[name]
                 stage: Stage = made(working, ranks)
                 saver = Saver(workdir, name, digest([key, name, budget]))
-                loop = Loop(stage, stream, budget, settings.lr, saver, on_event)
+                loop = Loop(stage, stream, budget, settings.lr, saver, on_event, part)
                 results.append(loop.run(position))
                 position = loop.progress.position
         assert working is not None

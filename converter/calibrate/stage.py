@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from reattend.calibrate.ranks import Ranks
 from reattend.calibrate.working import Working
 from reattend.errors import ModelError
+from reattend.mixers.schooling import Schooled
 
 
 @dataclass
@@ -73,12 +75,32 @@ class Stage(ABC):
             silent: run, but count no token.
         """
 
+    @property
+    def anneals(self) -> bool:
+        """Whether some mixer starts nearer to the original than it will end."""
+        return any(mixer.anneals for mixer in schooled(self.working.student))
+
+    def trained(self, share: float) -> None:
+        """Tell every mixer which share of the training is done."""
+        for mixer in schooled(self.working.student):
+            mixer.trained(share)
+
+    def own_loss(self, module: nn.Module) -> Tensor | None:
+        """What the mixers below a module add to this process' loss; None: nothing."""
+        found = [loss for mixer in schooled(module) if (loss := mixer.own_loss()) is not None]
+        return torch.stack(found).sum() / self.ranks.world if found else None
+
     def close(self) -> None:  # noqa: B027  (most stages have nothing to undo)
         """Make `working.masters` whole again; called once, after the last step."""
 
     def blame(self, group: str) -> str:
         """The site to name when the loss of `group` is not a number."""
         return group
+
+
+def schooled(module: nn.Module) -> Iterator[Schooled]:
+    """Every mixer below a module that wants to be told of training."""
+    return (m for m in module.modules() if isinstance(m, Schooled))
 
 
 def counted(real: Tensor | None, like: Tensor, silent: bool) -> Tensor | None:

@@ -14,7 +14,8 @@ class RoutedConfig(BlockConfig):
 
     The first `shared` units, counted in the block's own order, are used by every token; of the
     rest each token uses the `top_k` that its router ranks highest. `order`: the number that each KV
-    group had in the original block.
+    group had in the original block. For training: the share of its tokens over which all routed
+    units become `top_k`, and the weight of the loss that spreads tokens over units.
     """
 
     kind: Literal["routed"] = "routed"
@@ -24,6 +25,8 @@ class RoutedConfig(BlockConfig):
     router: Literal["linear", "qnorm"] = "linear"
     gate_by: Literal["weighted", "hard"] = "weighted"
     order: tuple[int, ...]
+    anneal: float = Field(default=0.0, ge=0, le=1)
+    balance_loss: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> RoutedConfig:

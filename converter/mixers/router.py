@@ -11,6 +11,7 @@ shared units, R routed ones, d key head width.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -35,11 +36,13 @@ class Router(nn.Module):
 
     Attributes:
         k: routed units that a token uses now; `RoutedConfig.top_k` unless training says otherwise.
+        balances: while training with a balance loss, that of every call since it was asked for.
     """
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__()
         self.config, self.k = config, config.top_k
+        self.balances: list[Tensor] | None = None
         linear, weighted = config.router == "linear", config.gate_by == "weighted"
         sizes = {
             "routed": config.routed if linear else 0,
@@ -56,8 +59,11 @@ class Router(nn.Module):
     shared: nn.Linear | None
     share: nn.Linear | None
 
-    def forward(self, x_BND: Tensor, q_BHNd: Tensor) -> Routes:
-        """Routes of the tokens whose hidden states and queries these are."""
+    def forward(self, x_BND: Tensor, q_BHNd: Tensor, real_BN: Tensor | None = None) -> Routes:
+        """Routes of the tokens whose hidden states and queries these are.
+
+        `real_BN` says which count for the balance loss; None: all.
+        """
         c = self.config
         wide = torch.float64 if x_BND.dtype == torch.float64 else torch.float32
         shared_BSN = x_BND.new_ones(x_BND.shape[0], c.shared, x_BND.shape[1], dtype=wide)
@@ -67,6 +73,8 @@ class Router(nn.Module):
             return Routes(shared_BSN, None)
         z_BRN = self.ranks(x_BND, q_BHNd, wide)
         chosen_BRN = best(z_BRN, self.k)
+        if self.balances is not None and torch.is_grad_enabled():
+            self.balances.append(balance(z_BRN, chosen_BRN, real_BN))
         if c.gate_by == "weighted":
             gate_BRN = mean_one(z_BRN, chosen_BRN)
             if self.share is not None:
@@ -82,6 +90,14 @@ class Router(nn.Module):
             active = torch.cat([chosen_BRN.new_ones(shared_BSN.shape), chosen_BRN], 1)
         return Routes(torch.cat([shared_BSN, gate_BRN], 1), active)
 
+    def trained(self, share: float) -> None:
+        """See `Schooled.trained`: all routed units are used at first, fewer and fewer later."""
+        c = self.config
+        done = 1.0 if not c.anneal else min(1.0, share / c.anneal)
+        self.k = c.top_k + ceil((c.routed - c.top_k) * (1 - done) - 1e-9)
+        if c.balance_loss and c.routed and self.balances is None:
+            self.balances = []
+
     def ranks(self, x_BND: Tensor, q_BHNd: Tensor, dtype: torch.dtype) -> Tensor:
         """What routed units are ranked by, and whose softmax is their probability, [B, R, N]."""
         if self.routed is not None:
@@ -90,6 +106,19 @@ class Router(nn.Module):
         apart = norm_BUN.std(1, keepdim=True, unbiased=self.config.routed > 1)
         scaled: Tensor = norm_BUN / apart.clamp_min(torch.finfo(dtype).tiny)
         return scaled
+
+
+def balance(z_BRN: Tensor, chosen_BRN: Tensor, real_BN: Tensor | None) -> Tensor:
+    """R sum_u f_u P_u: k where tokens are spread evenly over the routed units, more elsewhere.
+
+    f is the share of tokens that use a unit, without a gradient; P its mean probability. In the
+    paper's code it is mean(f P) R^2, the same.
+    """
+    weight_BN = torch.ones_like(z_BRN[:, 0]) if real_BN is None else real_BN.to(z_BRN.dtype)
+    weight_BN = weight_BN / weight_BN.sum().clamp_min(1)
+    f_R = (chosen_BRN * weight_BN[:, None]).sum((0, 2))
+    p_R = (z_BRN.softmax(1) * weight_BN[:, None]).sum((0, 2))
+    return z_BRN.shape[1] * (f_R * p_R).sum()
 
 
 def unit_norms(q_BHNd: Tensor, units: int) -> Tensor:

@@ -28,6 +28,7 @@ from table import (
     model_table,
     onnx_selected_table,
     onnx_sparse_table,
+    routed_table,
     sparse_table,
     table,
 )
@@ -120,6 +121,7 @@ def main() -> int:
             "sparse_cpu": sparse_table,
             "onnx_sparse": onnx_sparse_table,
             "onnx_selected": onnx_selected_table,
+            "routed_cpu": routed_table,
         }
         for name, shown in made.items():
             say(shown(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")

@@ -142,6 +142,29 @@ def sparse_table(results: dict[str, Any]) -> str:
     return peers_table(results, what, ("sdpa-mask", "sdpa-causal", "flex"))
 
 
+def routed_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/routed_cpu.py` as Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    shares = list(results["rows"][0]["routed"])
+    lines = [
+        f"CPU, {results['threads']} thread, {results['date']}, {versions},"
+        f" `{results['command']}`: processor ms of attention, batch 1, float32; in brackets"
+        " how many times faster that is than all heads in SDPA, and the share of keys"
+        " and values read. FLOPs counted are exactly the share of the heads.",
+        "",
+        f"| problem | SDPA, all heads | {' | '.join(f'ours, {s} used' for s in shares)} |",
+        "|---|" + "---:|" * (len(shares) + 1),
+    ]
+    for row in results["rows"]:
+        shown = []
+        for share in shares:
+            cell = row["routed"][share]
+            read = "" if cell["kv_bytes"] is None else f", {cell['kv_bytes']:.0%}"
+            shown.append(f"{digits(cell['cpu_ms'])} (x{cell['times_faster']:.2f}{read})")
+        lines.append(f"| {row['case']} | {digits(row['dense']['cpu_ms'])} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def onnx_sparse_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/onnx_sparse.py` as Markdown."""
     what = (

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from reattend.kernels.attention import triton_kernel as attention_kernels
 from reattend.kernels.configs import MEASURED, KernelConfig, shipped
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
+from reattend.kernels.routed_attention import triton_kernel as routed_kernels
 from reattend.kernels.sparse_attention import triton_backward as sparse_backward_kernels
 from reattend.kernels.sparse_attention import triton_kernel as sparse_kernels
 from reattend.kernels.targets import SMALL_SHARED_LIMIT, Target
@@ -37,6 +38,7 @@ VARIANTS = ("plain", "full")
 SPARSE_BLOCK = 64
 _POINTERS = {"lse": "fp32", "kv_start": "i64", "kv_len": "i64", "table": "i32"}
 _POINTERS |= dict.fromkeys(("row_ptr", "col", "tile", "head_layout", "col_ptr", "rows"), "i32")
+_POINTERS |= {"count": "i32", "active": "i32"}
 _POINTERS |= {"tiles": "i64", "shift": "fp32"}
 _FLOATS = ("scale", "softcap")
 _DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope", "dy", "dq", "dk", "dv")
@@ -78,6 +80,7 @@ class Compiled:
 
 def _kernel(name: str) -> Any:
     modules = {"attention": attention_kernels, "latent": latent_kernels, "sparse": sparse_kernels}
+    modules["routed"] = routed_kernels
     module = modules[name.partition("_")[0]]
     if name.startswith("sparse_d") and not name.endswith("decode"):
         module = sparse_backward_kernels
@@ -94,7 +97,8 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
         "BLOCK_KEYS": config.keys,
     }
     if not kernel.startswith("sparse"):
-        constants |= {"CAUSAL": True, "HAS_WINDOW": full, "PAGED": full}
+        constants |= {"CAUSAL": True, "HAS_WINDOW": full}
+        constants |= {} if kernel.startswith("routed") else {"PAGED": full}
     else:
         constants |= {"BLOCK": SPARSE_BLOCK}
     if not kernel.startswith("latent"):

@@ -45,14 +45,14 @@ def _slice(cache: Cache, lo: int, hi: int, dtype: torch.dtype) -> Cache:
 
 
 def _blocks(
-    queries: tuple[Tensor, ...], cache: Cache, rule: Rule
+    queries: tuple[Tensor, ...], cache: Cache, rule: Rule, pos_BN: Tensor | None
 ) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, ...], Cache]]:
     """Yield (first query, last query + 1, positions, queries, keys they can see)."""
     b, g, h, n, _ = queries[0].shape
     if n == 0 or b == 0:
         return
     dtype = compute_dtype(queries[0].dtype)
-    pos_BN = query_positions(cache.length, n)
+    pos_BN = query_positions(cache.length, n) if pos_BN is None else pos_BN
     keys_per_row = max(cache.values.shape[2], 1)
     step = min(max(SCORES_PER_BLOCK // (b * g * h * keys_per_row), 16), 64)
     for i in range(0, n, step):
@@ -63,13 +63,16 @@ def _blocks(
         yield i, j, pos, part, _slice(cache, lo, hi, dtype)
 
 
-def attend_blocked(queries: tuple[Tensor, ...], cache: Cache, rule: Rule) -> tuple[Tensor, Tensor]:
+def attend_blocked(
+    queries: tuple[Tensor, ...], cache: Cache, rule: Rule, pos_BN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`attend` over all queries of a row, block by block.
 
     Args:
         queries: tuple of (B, G, h, N, w) in any float dtype.
         cache: the whole cache in its own dtype.
         rule: scale, causality, window, softcap.
+        pos_BN: absolute index of each query, ascending; None: they are the last keys of their row.
 
     Returns:
         ``y (B, G, h, N, e)`` in the dtype of the queries and ``lse (B, G, h, N)`` in the compute
@@ -79,7 +82,7 @@ def attend_blocked(queries: tuple[Tensor, ...], cache: Cache, rule: Rule) -> tup
     q = queries[0]
     y = q.new_zeros(b, g, h, n, cache.values.shape[-1])
     lse = q.new_full((b, g, h, n), float("-inf"), dtype=compute_dtype(q.dtype))
-    for i, j, pos, part, keys in _blocks(queries, cache, rule):
+    for i, j, pos, part, keys in _blocks(queries, cache, rule, pos_BN):
         if keys.values.shape[2] == 0:
             continue
         y[:, :, :, i:j], lse[:, :, :, i:j] = attend(part, keys, pos, rule)
@@ -92,6 +95,7 @@ def attend_blocked_backward(
     queries: tuple[Tensor, ...],
     cache: Cache,
     rule: Rule,
+    pos_BN: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """`attend_backward` over all queries, block by block; results in the compute dtype."""
     dtype = compute_dtype(queries[0].dtype)
@@ -102,7 +106,7 @@ def attend_blocked_backward(
     dqueries = tuple(zeros(q) for q in queries)
     dkeys = tuple(zeros(k) for k in cache.keys)
     dvalues = zeros(cache.values)
-    for i, j, pos, part, keys in _blocks(queries, cache, rule):
+    for i, j, pos, part, keys in _blocks(queries, cache, rule, pos_BN):
         lo, hi = keys.first, keys.first + keys.values.shape[2]
         if lo == hi:
             continue

@@ -1,8 +1,8 @@
 """Tile sizes of every shipped kernel: the one table, no autotuning.
 
 Key: (target, kernel, width class, bytes per element). The width class is the smallest listed width
-that holds max(d, e) for `attention` and `sparse`, and r for `latent`. A shape the table does not
-hold runs the torch implementation. Every entry is compiled ahead of time for its target by
+that holds max(d, e) for `attention`, `routed` and `sparse`, and r for `latent`. A shape the table
+does not hold runs the torch implementation. Every entry is compiled ahead of time for its target by
 `reattend.kernels.aot`, which checks shared memory, registers and spill. Entries of `MEASURED` are
 the fastest of a sweep on that device (`kernels/bench/sweep.py`); all others were chosen by the
 compiler's report: the largest tiles that fit without spill. `latent_decode_wide` and
@@ -57,6 +57,17 @@ def _ranks(*tiles: Tile) -> dict[int, KernelConfig]:
     return {w: KernelConfig(*t) for w, t in zip((128, 256, 512), tiles, strict=True)}
 
 
+def _routed(table: Rows) -> Rows:
+    """`routed` kernels take the tiles of `attention`: the same sweep, with other rows.
+
+    The rows' own addresses take registers, so large prefill tiles of 2 bytes spill: they have their
+    own.
+    """
+    phases = ("prefill", "decode")
+    found = {(f"routed_{p}", s): table[f"attention_{p}", s] for p in phases for s in (2, 4)}
+    return found | {k: c for k, c in table.items() if k[0].startswith("routed")}
+
+
 # fmt: off
 _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
@@ -64,6 +75,7 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("latent_prefill", 2): _ranks((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_decode", 2): _ranks((16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
     ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("routed_prefill", 2): _heads((128, 64, 4, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
     ("attention_prefill", 4): _heads((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
     ("latent_prefill", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
@@ -77,13 +89,16 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("sparse_dq", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("sparse_dkv", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
+_SM_80 |= _routed(_SM_80)
 _SM_90: Rows = {
     **_SM_80,
     ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("routed_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
     ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
+_SM_90 |= _routed(_SM_90)
 # fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
 _H200: Rows = {
     ("attention_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
@@ -112,6 +127,7 @@ _GFX942: Rows = {
     ("sparse_dq", 4): _heads((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     ("sparse_dkv", 4): _heads((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
+_GFX942 |= _routed(_GFX942)
 # fmt: on
 MEASURED: dict[str, Rows] = {"sm_90": _H200}
 _TABLE: dict[str, Rows] = {

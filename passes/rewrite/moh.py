@@ -123,6 +123,8 @@ class ToMoh(Conversion):
                 "router": options.router,
                 "gate_by": options.gate,
                 "order": order,
+                "anneal": options.anneal,
+                "balance_loss": options.balance_loss,
             }
         )
 
@@ -131,13 +133,14 @@ class ToMoh(Conversion):
         return MohOptions(shared=0, select_shared="first")
 
     def cost(self, config: DenseConfig, options: MohOptions) -> Cost:
-        """The original's and the router's: keys and values of all groups are cached."""
-        before = dense_cost(config)
-        router = router_size(self.outcome(config, options))
+        """Keys and values of all groups are cached; scores and sums are of the heads used."""
+        before, core, made = dense_cost(config), config.core, self.outcome(config, options)
+        router, each = router_size(made), core.heads * (core.qk_head_dim + core.v_head_dim)
+        spared = round(each * before.context * (1 - made.active))
         return Cost(
             before.cache,
             before.parameters + router,
-            before.flops_per_token + 2 * router,
+            before.flops_per_token + 2 * (router - spared),
             before.context,
             before.parameters if options.select_shared == "first" else 0,
         )

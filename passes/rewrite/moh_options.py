@@ -34,6 +34,9 @@ class MohOptions(Frozen):
         gate: `weighted`, heads count by the router's softmax, or `hard`, by 0 or 1.
         select_shared: the most important KV groups, or the `first` ones.
         importance: how that is measured (`passes/rewrite/importance.py`).
+        anneal: share of the training tokens over which all routed heads become `top_k`; 0: from the
+            start.
+        balance_loss: weight of the loss that spreads tokens evenly over routed heads.
         order: KV groups by importance, where they have been measured; not for plans.
     """
 
@@ -45,6 +48,8 @@ class MohOptions(Frozen):
     gate: Literal["weighted", "hard"] = "weighted"
     select_shared: Literal["importance", "first"] = "importance"
     importance: Score = "output-norm"
+    anneal: float = Field(default=0.4, ge=0, le=1)
+    balance_loss: float = Field(default=0.01, ge=0)
     order: tuple[int, ...] = ()
 
     @model_validator(mode="after")
@@ -109,6 +114,11 @@ def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
         return Refusal(
             f"top_k {top_k} is larger than the {routed} routed {what} ({units} less {shared} "
             "shared)"
+        )
+    if isinstance(options.top_k, float) and options.top_k < 1 and top_k == routed:
+        return Refusal(
+            f"top_k: {options.top_k} of {routed} routed {what} is all of them, so nothing would be "
+            "left out; " + ("give a count" if by_head else "use route: head, or give counts")
         )
     if routed and not top_k:
         return Refusal(
