@@ -21,7 +21,10 @@ from reattend.passes.base import CAPTURED
 from reattend.passes.evaluate import Evaluator
 from reattend.passes.normalize.writes import WritesToScatter
 from reattend.running import evaluation, uncached
-from reattend.tracing import trace
+from reattend.tracing import RANGES, trace
+
+#: tokens from which a model is not run only to see what it does there
+LONGEST = 8192
 
 
 @dataclass
@@ -72,6 +75,25 @@ class Capture:
         rest = [n for n in nodes if n not in known]
         known.update(zip(rest, Evaluator(self.gm).run(rest, known), strict=True))
         return {n: known[n] for n in nodes}
+
+    def outside(self) -> list[int]:
+        """Lengths that the graph does not hold for, near its ends: Python asked for the length.
+
+        A model may do something else from some length on (compress every 128 tokens), and its
+        graph shows what it does at the example's.
+        """
+        found: set[int] = set()
+        ranges = self.gm.meta.get(RANGES, {})
+        for node, value in self.placeholders().items():
+            if not isinstance(value, Tensor):
+                continue
+            for size, symbol in zip(value.shape, node.meta["val"].shape, strict=True):
+                low, high = ranges.get(str(symbol), (0, None))
+                if size != self.sizes.get("N"):
+                    continue
+                found |= {low - 1} if low > 2 else set()
+                found |= {high + 7} if high is not None and high < LONGEST else set()
+        return sorted(found)
 
     def probe(
         self, length: int | None = None, padded: bool = False, side: slice = slice(0, 3)

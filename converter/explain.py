@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from reattend.capture import Capture
 from reattend.errors import ArgumentError
 from reattend.found import STEPS, AttentionSite, FoundAttention, RefusedSite
+from reattend.passes.base import path_of
 from reattend.passes.evaluate import ancestors
-from reattend.passes.find.owners import path_of
 from reattend.passes.find.sites import Found, Missed
 from reattend.passes.normalize.forms import is_projection
 from reattend.plan_text import nearest

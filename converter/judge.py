@@ -100,12 +100,23 @@ def proven(case: Case) -> RefusedSite | None:
 
 
 def any_length(case: Case) -> RefusedSite | None:
-    """What the model's own steps do at the captured length they do at another one too."""
-    if case.place.binding is None or case.place.number or not case.carries_steps:
+    """What the block does at the captured length it does at another one too.
+
+    One near it, for the model's own steps; and those from which on the graph does not hold.
+    """
+    captured = case.search.captured
+    if case.place.binding is None:
+        reason = case.search.graph_ends()
+        return case.refused(reason) if reason else None
+    if case.place.number:
         return None
-    call = case.search.elsewhere(case.place.path)
-    reason = "" if call is None else size_check(case.search.captured, case.item, case.place, call)
-    return case.refused(reason) if reason else None
+    near = [captured.sizes.get("N", 0) + 6] if case.carries_steps else []
+    for length in (*near, *captured.outside()):
+        call = case.search.elsewhere(case.place.path, length)
+        reason = "" if call is None else size_check(captured, case.item, case.place, call, length)
+        if reason:
+            return case.refused(reason)
+    return None
 
 
 def owner_proven(case: Case) -> RefusedSite | None:

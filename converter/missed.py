@@ -42,11 +42,9 @@ def located_at(refusal: RefusedSite, step: str, item: Found | Missed) -> Refused
 
 def never_fused(search: Search) -> list[RefusedSite]:
     """What looked like a core and was not taken by the passes that normalise cores."""
-    nodes = {n.name: n for n in search.gm.graph.nodes}
     return [
         RefusedSite(
-            owner_of([nodes[name]]) if name in nodes else name, reason, step="normalise", node=name,
-            nearest=CORE_FORM,
+            step.paths[name], reason, step="normalise", node=name, nearest=CORE_FORM,
         )
         for step in search.passes
         if step.name in ("fuse-sdpa", "fuse-eager")

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+from torch import fx
+
 from reattend.capture import Capture
 from reattend.corewatch import cores_by_module
 from reattend.found import FoundAttention, RefusedSite
 from reattend.nearest import CORE_FORM
+from reattend.passes.base import path_of
 from reattend.passes.evaluate import ancestors
-from reattend.passes.find.owners import path_of
+from reattend.passes.find.sites import Found
 from reattend.running import evaluation
 from reattend.search import Search
 
@@ -48,11 +51,20 @@ def overlooked(search: Search, result: FoundAttention) -> list[RefusedSite]:
 
 def _told(result: FoundAttention) -> Counter[str]:
     """Cores that were found or refused, by path of a module they ran in."""
-    told = Counter(r.path for r in result.refused)
+    told: Counter[str] = Counter()
+    for refused in result.refused:
+        item = refused.item
+        core = item.region.core if isinstance(item, Found) else item and item.core
+        told[refused.path if core is None else _ran_in(core, refused.path)] += 1
     for site in result.sites:
-        ran = path_of(site.region.core)  # another, where one takes the weights of many
-        told[site.path if f"{ran}.".startswith(f"{site.path}.") else ran] += site.cores
+        told[_ran_in(site.region.core, site.path)] += site.cores
     return told
+
+
+def _ran_in(core: fx.Node, path: str) -> str:
+    """Where a core ran: in the block at `path`, or elsewhere with weights from there."""
+    ran = path_of(core)
+    return path if f"{ran}.".startswith(f"{path}.") else ran
 
 
 def _why(captured: Capture, path: str) -> str:

@@ -19,6 +19,7 @@ from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import attention, is_op
+from reattend.sizecheck import graph_check
 
 #: what is told of a block that was read from a model without weights
 DEFERRED = "the weights are not here (meta device): its proof waits for them"
@@ -58,7 +59,8 @@ class Search:
         self.whole = whole or bool(captured.left_out)
         self.watched = Watched(self.captured, set())
         self._places: dict[int, Place] = {}
-        self._elsewhere: dict[str, Call] | None = None
+        self._elsewhere: dict[int, dict[str, Call]] = {}
+        self._ends: str | None = None
 
     @property
     def gm(self) -> fx.GraphModule:
@@ -83,18 +85,25 @@ class Search:
         owners = {p.path for p in self._places.values() if p.binding is not None}
         self.watched = Watched(self.captured, owners)
 
-    def elsewhere(self, path: str) -> Call | None:
+    def elsewhere(self, path: str, length: int) -> Call | None:
         """The call of the module at `path` at a length that the graph was not captured at.
 
         None if the model does not run there, or the module does not.
         """
-        if self._elsewhere is None:
+        if length not in self._elsewhere:
             try:
-                inputs = self.captured.probe(self.captured.sizes.get("N", 0) + 6)
-                self._elsewhere = watch(self.captured.model, self.watched.paths, inputs)
+                inputs = self.captured.probe(length)
+                self._elsewhere[length] = watch(self.captured.model, self.watched.paths, inputs)
             except (CaptureError, RuntimeError, AssertionError):
-                self._elsewhere = {}
-        return self._elsewhere.get(path)
+                self._elsewhere[length] = {}
+        return self._elsewhere[length].get(path)
+
+    def graph_ends(self) -> str:
+        """Why the graph cannot take the model's place; empty where it holds for every length."""
+        if self._ends is None:
+            reasons = (graph_check(self.captured, n) for n in self.captured.outside())
+            self._ends = next(filter(None, reasons), "")
+        return self._ends
 
     def place(self, item: Found) -> Place:
         """Where a block lives."""

@@ -24,6 +24,8 @@ from reattend.install.binding import signature_of
 from reattend.running import running_modules
 from reattend.unwieldy import FIXED, has_images, noticing, symbolic_axes
 
+#: key of a graph's `meta`: the sizes it holds for, by symbol: smallest and, where finite, largest
+RANGES = "ranges"
 #: classes of modules that are left out at most
 _ATTEMPTS = 8
 
@@ -74,6 +76,12 @@ def _exported(model: nn.Module, inputs: dict[str, Any], images: bool) -> fx.Grap
         program = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
+    ends = {str(symbol): (r.lower, r.upper) for symbol, r in program.range_constraints.items()}
+    gm.meta[RANGES] = {
+        symbol: (int(low), int(high) if high.is_Integer else None)
+        for symbol, (low, high) in ends.items()
+        if low.is_Integer
+    }
     return gm
 
 

@@ -32,11 +32,15 @@ class Refusal:
 
 @dataclass
 class PassResult:
-    """What a pass did: how many rewrites, and the reasons of those it refused."""
+    """What a pass did: how many rewrites, and the reasons of those it refused.
+
+    `paths`: of the module whose code a refused node comes from; the node may be gone later.
+    """
 
     name: str
     rewrites: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)
 
     @property
     def modified(self) -> bool:
@@ -67,6 +71,7 @@ class GraphPass(ABC):
         for node in list(self.match(gm)):
             if (refusal := self.check(gm, node)) is not None:
                 result.refused.append((node.name, refusal.reason))
+                result.paths[node.name] = path_of(node)
                 continue
             self.rewrite(gm, node)
             result.rewrites += 1
@@ -74,6 +79,12 @@ class GraphPass(ABC):
             gm.graph.lint()
             gm.recompile()
         return result
+
+
+def path_of(node: fx.Node) -> str:
+    """Dotted path of the module whose code computes a node; empty where that is not known."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1] if stack else ""
 
 
 def call(gm: fx.GraphModule, target: Callable[..., Any], *args: Any) -> fx.Node:

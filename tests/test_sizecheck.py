@@ -64,6 +64,47 @@ def test_a_block_that_takes_any_length_is_found() -> None:
     assert found.sites[0].surrounding is not None
 
 
+class Turns(nn.Module):
+    """Attention that from 16 tokens on, or below 5, does something else, unseen in its graph."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.other = other
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        if (self.other == "far" and x.shape[1] >= 16) or (self.other == "near" and x.shape[1] < 5):
+            k = k.flip(2)
+        if self.other == "fails" and x.shape[1] >= 16:
+            raise RuntimeError("too long")
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(y.flatten(2))
+
+
+class Holds(nn.Module):
+    """A module that carries the block."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.layer, self.head = Turns(other), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x) + x)
+
+
+@pytest.mark.parametrize("model", [Holds, Turns])  # the second: only the graph could carry it
+@pytest.mark.parametrize(("other", "length"), [("far", 22), ("near", 4), ("fails", 0)])
+def test_what_happens_from_some_length_on_is_looked_at(
+    model: type[nn.Module], other: str, length: int
+) -> None:
+    found = find_attention(model(other).eval(), INPUTS)
+    assert len(found.sites) == (length == 0)
+    if length:
+        (refused,) = found.refused
+        assert f"at {length} tokens it differs by" in refused.reason and refused.step == "lengths"
+
+
 class Pair(nn.Module):
     """Text and image tokens attend together and part again; nothing reads the text of the last."""
 

@@ -6,14 +6,9 @@ from collections.abc import Collection
 
 from torch import Tensor, fx
 
+from reattend.passes.base import path_of
 from reattend.passes.evaluate import ancestors, parameter_only
 from reattend.passes.normalize.forms import aten, is_op
-
-
-def path_of(node: fx.Node) -> str:
-    """Dotted path of the module whose code computes a node; empty where that is not known."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return stack[-1] if stack else ""
 
 
 def owner_of(nodes: list[fx.Node]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import fx
 
+from reattend.passes.base import path_of
 from reattend.passes.evaluate import ancestors
 from reattend.passes.find.opaque import Start, uncut
-from reattend.passes.find.owners import from_outside, owner_of, path_of
+from reattend.passes.find.owners import from_outside, owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.steps import FoundStream, read_from
 from reattend.passes.normalize.forms import aten, attention, is_op, is_projection
