@@ -16,7 +16,7 @@ from reattend.passes.find.owners import from_outside, owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.rotary import Rotation
 from reattend.passes.find.shared import handed_on, read_shared
-from reattend.passes.find.sources import own_projections, read_added, read_sources
+from reattend.passes.find.sources import Sources, own_projections, read_added, read_sources
 from reattend.passes.find.stored import stored_steps
 from reattend.passes.find.streams import FoundStream, read_carried, read_stream
 from reattend.passes.find.twins import twin
@@ -128,37 +128,12 @@ def _read(
     given: dict[fx.Node, Any],
     mask_of: Callable[[fx.Node | None, bool], FoundMask],
 ) -> Found:
-    q_node, k_node, v_node, mask, scale, softcap, is_causal, sinks = core.args
-    streams = {"q": read_stream(gm, q_node, given)}
-    if _made_outside(streams["q"], core):
-        streams["q"] = read_stream(gm, q_node, given, grows=False)
-    for which, name, node in ((1, "k", k_node), (2, "v", v_node)):
-        streams[name] = read_shared(gm, core, which, given) or read_stream(gm, node, given)
-    for name in _turned_alone(streams):
-        node = core.args["qkv".index(name)]
-        carried = read_carried(gm, node, given)
-        if carried is None:
-            raise NotUnderstood(f"what is rotated differs between q, k and v ({name} alone)")
-        streams[name] = replace(carried, hidden=streams[name].hidden)
-    if any(streams[n].growth for n in "kv"):
-        raise NotUnderstood("keys or values are multiplied by a factor of position")
-    sources, streams = read_sources(gm, core, streams)
+    mask, scale, softcap, _, sinks = core.args[3:]
+    sources, streams = read_sources(gm, core, _read_streams(gm, core, given))
     q, k, v = streams["q"], streams["k"], streams["v"]
     hidden, memory = sources.hidden, sources.memory
     rotation = _shared_rotation(q, k)
-    added: Added | None = None
-    try:
-        found_mask = mask_of(mask, bool(is_causal))
-        if memory is not None and found_mask.bias is not None:
-            raise NotUnderstood("a relative bias in cross-attention")
-    except NotUnderstood as why:
-        if is_causal or mask is None:
-            raise
-        try:
-            added = read_added(gm, core, streams, sources)
-        except NotUnderstood as also:
-            raise NotUnderstood(f"{why}; {also}") from why
-        found_mask = FoundMask(Pattern("full"), False)
+    found_mask, added = _hidden_or_added(gm, core, streams, sources, mask_of)
     source = "hidden" if memory is None else "encoder"
     spec = AttentionSpec(
         q=Stream("hidden", stored_steps(gm, q.projection, q.steps)),
@@ -183,6 +158,50 @@ def _read(
         handed_on(streams, owner), _position(q, owner),
     )  # fmt: skip
     return Found(spec, region, found_mask.follows_padding)
+
+
+def _read_streams(
+    gm: fx.GraphModule, core: fx.Node, given: dict[fx.Node, Any]
+) -> dict[str, FoundStream]:
+    """q, k and v; what the spec has no word for is carried as the model's own steps."""
+    q_node, k_node, v_node = core.args[:3]
+    streams = {"q": read_stream(gm, q_node, given)}
+    if _made_outside(streams["q"], core):
+        streams["q"] = read_stream(gm, q_node, given, grows=False)
+    for which, name, node in ((1, "k", k_node), (2, "v", v_node)):
+        streams[name] = read_shared(gm, core, which, given) or read_stream(gm, node, given)
+    for name in _turned_alone(streams):
+        carried = read_carried(gm, core.args["qkv".index(name)], given)
+        if carried is None:
+            raise NotUnderstood(f"what is rotated differs between q, k and v ({name} alone)")
+        streams[name] = replace(carried, hidden=streams[name].hidden)
+    if any(streams[n].growth for n in "kv"):
+        raise NotUnderstood("keys or values are multiplied by a factor of position")
+    return streams
+
+
+def _hidden_or_added(
+    gm: fx.GraphModule,
+    core: fx.Node,
+    streams: dict[str, FoundStream],
+    sources: Sources,
+    mask_of: Callable[[fx.Node | None, bool], FoundMask],
+) -> tuple[FoundMask, Added | None]:
+    """The mask as a pattern; one of no known kind as what it adds, by the model's own steps."""
+    mask, is_causal = core.args[3], core.args[6]
+    try:
+        found = mask_of(mask, bool(is_causal))
+        if sources.memory is not None and found.bias is not None:
+            raise NotUnderstood("a relative bias in cross-attention")
+    except NotUnderstood as why:
+        if is_causal or mask is None:
+            raise
+        try:
+            added = read_added(gm, core, streams, sources)
+        except NotUnderstood as also:
+            raise NotUnderstood(f"{why}; {also}") from why
+        return FoundMask(Pattern("full"), False), added
+    return found, None
 
 
 def _position(q: FoundStream, owner: str) -> fx.Node | None:

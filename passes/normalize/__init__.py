@@ -19,12 +19,13 @@ from reattend.passes.normalize.norms import FuseRmsNorm
 from reattend.passes.normalize.pointwise import PointwiseToLinear
 from reattend.passes.normalize.regroup import RegroupFirst
 from reattend.passes.normalize.sinks import FoldSinkFactor
+from reattend.passes.normalize.softmax import ToSoftmax
 from reattend.passes.normalize.writes import WritesToScatter
 
 PIPELINE = (
     ToFunctional(), WritesToScatter(), DropNoops(), ViewToReshape(), ToMatmul(),
-    PointwiseToLinear(), ToLinear(), UnfoldLinear(), FuseRmsNorm(), FuseSdpa(), BlendToWhere(),
-    FuseEager(), FoldSinkFactor(), MergeValues(), BatchFirst(), RegroupFirst(),
+    PointwiseToLinear(), ToLinear(), UnfoldLinear(), FuseRmsNorm(), FuseSdpa(), ToSoftmax(),
+    BlendToWhere(), FuseEager(), FoldSinkFactor(), MergeValues(), BatchFirst(), RegroupFirst(),
 )  # fmt: skip
 
 
