@@ -71,7 +71,7 @@ class Node:
         self.form = selected_form("here", pattern, core)
         torch.manual_seed(3)
         assert pattern.select is not None
-        weights = method(pattern.select, core).state_dict().values()
+        weights = method(pattern.select, core, None).state_dict().values()
         self.weights = [torch.randn(w.shape) if w.is_floating_point() else w + 1 for w in weights]
         shapes = [(B, G, T, D), (B, G, T, E)]
         if self.form.extra is not None:

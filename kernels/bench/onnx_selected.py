@@ -82,7 +82,7 @@ class Rows:
         )
         assert case.pattern.select is not None
         self.form = selected_form(case.name, case.pattern, core)
-        self.method: Any = method(case.pattern.select, core)
+        self.method: Any = method(case.pattern.select, core, None)
         weights = self.method.state_dict()
         floats = {n: torch.randn_like(w) for n, w in weights.items() if w.is_floating_point()}
         self.method.load_state_dict({**weights, **floats})

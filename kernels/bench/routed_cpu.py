@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from record import head, write
-from sparse_cpu import measure
+from timing import in_turns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -90,7 +90,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
         each = active.repeat_interleave(case.h // case.units, 1)[..., None]
         if not float((calls[name]() - whole * each).abs().max()) < 1e-5:
             raise RuntimeError(f"{case.name}, {name}: another result than SDPA's")
-    found, counted = measure(calls, rounds), {name: flops(call) for name, call in calls.items()}
+    found, counted = in_turns(calls, rounds), {name: flops(call) for name, call in calls.items()}
     row_bytes = 4 * 2 * case.d * case.m
     whole_bytes = row_bytes * case.g
     read = {n: row_bytes * int(a.view(case.g, -1).any(-1).sum()) for n, a in used.items()}

@@ -6,9 +6,10 @@ from typing import Any
 
 from reattend.errors import RefusedError
 from reattend.mixers.config import CoreConfig
+from reattend.patterns.learned import Gate
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selector import Budgeted, Selector
-from reattend.patterns.selectors import Blocks, Channels, Gate, Recorded, VerticalSlash
+from reattend.patterns.selectors import Blocks, Channels, Recorded, VerticalSlash
 from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.sparse_form import Extra, SparseForm
 

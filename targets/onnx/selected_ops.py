@@ -84,7 +84,7 @@ def selected_attention(
         if select.source is not None:
             memo.write(torch.arange(len(q_BHNd)), 0, more, len(q_BHNd))
     kept = Kept(keys, values, place_BM, place_BN.clamp_min(-1), memo)
-    chooser = method(select, core).to(q_BHNd.dtype)
+    chooser = method(select, core, None).to(q_BHNd.dtype)
     chooser.load_state_dict(dict(zip(chooser.state_dict(), weights, strict=True)))
     y = attend_selected(q_BHNd, kept, described, core, chooser)
     noted = _noted(select, more, q_BHNd)
