@@ -118,6 +118,24 @@ def files_named_in(document):
     return {n for n in named if n.split("/")[0] in top} | set(linked)
 
 
+def test_the_heads_found_keep_what_is_far_and_a_window_does_not():
+    """At half of the cache: 95 % of the recall at every distance, in the committed table."""
+    rows = json.loads((ROOT / "examples/results/sparse_recall.json").read_text("utf-8"))["rows"]
+    recall = {row["name"]: row["recall"] for row in rows}
+    dense = recall["original"]
+
+    def kept(name):
+        return min(
+            found / whole
+            for kind, wholes in dense.items()
+            for found, whole in zip(recall[name][kind], wholes, strict=True)
+        )
+
+    for name in ("moa", "duo-attention", "head-sparse", "head-elastic", "retrieval", "instant"):
+        assert kept(f"{name} 50 %") >= 0.95, name
+    assert kept("a-shape 50 %") == 0
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_files_a_document_names_exist(document):
     named = files_named_in((ROOT / document).read_text("utf-8"))
