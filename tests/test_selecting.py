@@ -19,7 +19,7 @@ from reattend.mixers.selecting.budget import within
 from reattend.mixers.sparse_blocks import LEAST
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
 from reattend.patterns.pattern import HeadPattern
-from reattend.patterns.selectors import Blocks
+from reattend.patterns.routing import Blocks
 
 LONG = LEAST + 41
 FULL = config().core.model_copy(update={"pattern": "full"})

@@ -109,7 +109,7 @@ def test_an_image_model_is_converted() -> None:
     assert (got - expected).abs().max() > 1e-4 and bool(got.isfinite().all())
     said = result.report.sites[0].options
     assert said["select"] == "low-rank (both)" and "low_rank_error" in said
-    assert said["attention_density"].startswith("0.250 in prefill")
+    assert said["attention_density"] == "0.250, at most"
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -226,7 +226,7 @@ def test_packed_texts_are_refused_with_a_cache() -> None:
 
 
 #: presets of selectors for blocks that are not causal
-BOTH_WAYS = {"sparsed", "sparsifiner"}
+BOTH_WAYS = {"biformer", "sparsed", "sparsifiner", "vmoba"}
 
 
 def sparse_presets(grids: bool) -> list[str]:

@@ -171,7 +171,9 @@ def laid_out(pattern: Any, where: dict[str, Any]) -> Any:
         return given
     names = [n for n in ("grid", "tiles", "radial") if isinstance(given.get(n), Mapping)]
     select = given.get("select")
-    if isinstance(select, Mapping) and (select.get("tile") or select.get("kind") == "low-rank"):
+    if isinstance(select, Mapping) and (
+        select.get("tile") or select.get("tiles") or select.get("kind") == "low-rank"
+    ):
         names.append("select")
     return {**given, **{n: {**given[n], **where} for n in names if not given[n].get("shape")}}
 

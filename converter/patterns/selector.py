@@ -40,6 +40,10 @@ class Selector(Frozen, ABC):
         """
         return self.acts != "both"
 
+    def at_layer(self, layer: int) -> Selector:
+        """As it is in this layer of a stack."""
+        return self
+
     @abstractmethod
     def reads(self, length: int) -> int:
         """Keys that the last of `length` queries has selected, at most."""
@@ -78,18 +82,22 @@ class Budgeted(Selector):
         ratio: this share of the units a query may see, rounded up.
         topp: as few units as hold this share of the softmax over units.
         threshold: units whose softmax over units is at least this.
+        measure: what `topp` counts shares of: the softmax, or how far scores are above the least.
     """
 
     topk: int | None = Field(default=None, gt=0)
     ratio: float | None = Field(default=None, gt=0.0, le=1.0)
     topp: float | None = Field(default=None, gt=0.0, le=1.0)
     threshold: float | None = Field(default=None, ge=0.0, lt=1.0)
+    measure: Literal["softmax", "range"] = "softmax"
 
     @model_validator(mode="after")
     def _one_budget(self) -> Budgeted:
         given = [b for b in (self.topk, self.ratio, self.topp, self.threshold) if b is not None]
         if len(given) != 1:
             raise ValueError("give exactly one budget: topk, ratio, topp or threshold")
+        if self.measure == "range" and self.topp is None:
+            raise ValueError("measure: range is for topp")
         return self
 
     def units(self, many: int) -> int:

@@ -18,7 +18,8 @@ def settled(config: DenseConfig, made: SparseConfig) -> Cost:
     group = core.heads // core.kv_heads
     kept = read = 0.0
     for c in made.classes:
-        seen, select = read_at(c.pattern, length, core, decode=True), c.pattern.select
+        # what is not causal decodes nothing
+        seen, select = read_at(c.pattern, length, core, decode=core.causal), c.pattern.select
         chosen = select.work(length, core) if select is not None else 0.0
         read += len(c.kv_heads) * group * (each * seen + chosen)
         rows = seen if made.evict and c.pattern.monotone else length

@@ -49,9 +49,9 @@ def _reads_more(config: DenseConfig) -> bool:
 
 def at_layer(pattern: HeadPattern, layer: int) -> HeadPattern:
     """A pattern whose selector is told which layer of a stack it is for, if it asks."""
-    if not isinstance(pattern.select, Recorded) or pattern.select.layer is not None:
+    if pattern.select is None:
         return pattern
-    return pattern.model_copy(update={"select": pattern.select.model_copy(update={"layer": layer})})
+    return pattern.model_copy(update={"select": pattern.select.at_layer(layer)})
 
 
 @torch.no_grad()
@@ -94,9 +94,11 @@ def stated(config: SparseConfig, at: int) -> dict[str, Any]:
     }
     if found:
         told["select"] = ", ".join(dict.fromkeys(f"{s.kind} ({s.acts})" for s in found))
-        told["attention_density"] = (
-            f"{density(False)} in prefill, {density(True)} in decoding, at most"
-        )
+        told["attention_density"] = f"{density(False)}, at most"
+        if core.causal:
+            told["attention_density"] = (
+                f"{density(False)} in prefill, {density(True)} in decoding, at most"
+            )
     per_call = [s.kind for s in found if s.depends_on_calls]
     if per_call:
         told["depends on how a text is cut into calls"] = ", ".join(dict.fromkeys(per_call))

@@ -19,7 +19,7 @@ from reattend.mixers.config import CoreConfig, RotaryConfig
 from reattend.mixers.selecting.attended import attended_keys, turned
 from reattend.mixers.selecting.base import Asked, Chosen, Method, Whole, off_grid, reach
 from reattend.mixers.selecting.budget import within
-from reattend.patterns.selectors import Blocks
+from reattend.patterns.routing import Blocks
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class BlocksMethod(Method):
     def _within(self, scores: Tensor, allowed: Tensor, sure: Tensor | None) -> Tensor:
         if self.selector.across == "row":
             return within(scores, allowed, self.selector, sure)
-        flat = within(scores.flatten(-2), allowed.flatten(), self.selector)
+        given = None if sure is None else sure.flatten()
+        flat = within(scores.flatten(-2), allowed.flatten(), self.selector, given)
         return flat.view_as(scores)
 
     def _tiles(self, asked: Asked) -> Routes:
@@ -138,12 +139,14 @@ class BlocksMethod(Method):
         region_M = torch.nn.functional.pad(region, (s.text_before, rest), value=tiles)
         keys = _pooled(asked.k_BGMd, region_M, tiles + 1)[:, :, :tiles]
         query, row_N = asked.q_BHNd, torch.arange(m, device=region.device)
+        own_R = torch.arange(tiles, device=region.device) if s.queries == "pooled" else region
+        own = own_R[:, None] == torch.arange(tiles, device=region.device) if s.own else None
         if s.queries == "pooled":
             query, row_N = _pooled(query, region_M, tiles + 1)[:, :, :tiles], region_M
         else:
             query = query[:, :, s.text_before : m - rest]
         scores = asked.scores(query, keys)
-        chosen = self._within(scores, torch.ones_like(scores[0, 0], dtype=torch.bool), None)
+        chosen = self._within(scores, torch.ones_like(scores[0, 0], dtype=torch.bool), own)
         if s.queries == "pooled":
             text = (0, 1, 0, 1)  # the last row and column
         else:

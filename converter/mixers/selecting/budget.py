@@ -28,7 +28,13 @@ def within(
     if budget.threshold is not None:
         return (scores.softmax(-1) >= budget.threshold) & allowed | sure
     if budget.topp is not None:
-        return _nucleus(scores, budget.topp) & allowed | sure
+        if budget.topp >= 1:
+            return allowed.clone()
+        if budget.measure == "softmax":
+            return _nucleus(scores.softmax(-1), budget.topp) & allowed | sure
+        p = _above_least(scores, allowed)
+        left = budget.topp - p.masked_fill(~sure, 0).sum(-1, keepdim=True)
+        return _nucleus(p.masked_fill(sure, 0), left) & allowed | sure
     ranked = scores.masked_fill(sure, float("inf"))
     if budget.topk is not None:
         best = ranked.topk(min(budget.topk, scores.shape[-1]), sorted=False).indices
@@ -40,10 +46,15 @@ def within(
     return torch.zeros_like(allowed).scatter(-1, order, taken) & allowed | sure
 
 
-def _nucleus(scores: Tensor, share: float) -> Tensor:
-    """The fewest units whose softmax sums to `share`."""
-    if share >= 1:
-        return torch.ones_like(scores, dtype=torch.bool)
-    p, order = scores.softmax(-1).sort(-1, descending=True)
-    taken = p.cumsum(-1) - p < share
+def _nucleus(shares: Tensor, least: Tensor | float) -> Tensor:
+    """The fewest units whose shares sum to at least so much."""
+    p, order = shares.sort(-1, descending=True)
+    taken = p.cumsum(-1) - p < least
     return torch.zeros_like(taken).scatter(-1, order, taken)
+
+
+def _above_least(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Shares of how far each score is above the least (VMoBA, arXiv 2506.23858)."""
+    least = scores.masked_fill(~allowed, float("inf")).amin(-1, keepdim=True)
+    above = (scores - least).masked_fill(~allowed, 0)
+    return above / above.sum(-1, keepdim=True).clamp_min(torch.finfo(above.dtype).tiny)

@@ -17,7 +17,8 @@ from reattend.mixers.selecting.values import ValuesMethod
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse_config import SparseConfig
 from reattend.patterns.learned import Gate, LowRank, Segments, Values
-from reattend.patterns.selectors import AnySelector, Blocks, Channels, Observed, Recorded
+from reattend.patterns.routing import Blocks, Observed
+from reattend.patterns.selectors import AnySelector, Channels, Recorded
 
 
 def methods(config: SparseConfig) -> nn.ModuleDict:

@@ -17,7 +17,7 @@ from reattend.errors import ArgumentError
 from reattend.mixers.selecting.base import Asked, Chosen, Method, Tokens
 from reattend.mixers.selecting.blocks import Routes
 from reattend.mixers.selecting.budget import within
-from reattend.patterns.selectors import Observed
+from reattend.patterns.routing import Observed
 
 
 @dataclass
