@@ -19,6 +19,11 @@ from reattend.patterns.learned import Gate, LowRank, Segments, Values
 from reattend.patterns.routing import Blocks, Observed
 from reattend.patterns.selector import Budgeted, Phase, Selector
 
+__all__ = [
+    "AnySelector", "Blocks", "Channels", "Gate", "LowRank", "Observed", "Recorded", "Segments",
+    "Values", "VerticalSlash",
+]  # fmt: skip
+
 
 class VerticalSlash(Selector):
     """Columns and diagonals that the last queries of a prompt look at (MInference, 2407.02490).

@@ -139,9 +139,7 @@ class SparseOptions(Frozen):
         kinds = [p.select.kind for p in self.patterns if p.select is not None and p.select.trained]
         if bool(kinds) != (self.finder == "gate"):
             kind = kinds[0] if kinds else "gate"
-            raise ValueError(
-                f"select: {{kind: {kind}}} and finder: gate go together: it is trained"
-            )
+            raise ValueError(f"select: {kind} and finder: gate go together: it is trained")
         if self.finder == "gate" and self.searches:
             raise ValueError("gates are trained for `pattern` or `head_patterns`, not to be chosen")
         if self.image_grid and not any(p.grids or p.select for p in self.patterns):

@@ -33,7 +33,7 @@ def methods(config: SparseConfig) -> nn.ModuleDict:
     return found
 
 
-def method(selector: AnySelector, core: CoreConfig, rotary: RotaryConfig | None) -> Method:
+def method(selector: AnySelector, core: CoreConfig, rotary: RotaryConfig | None = None) -> Method:
     """The module that selects, for heads of this core, which are turned by `rotary`."""
     if isinstance(selector, Blocks):
         return BlocksMethod(selector, core, rotary)
