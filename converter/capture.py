@@ -77,7 +77,7 @@ class Capture:
         return {n: known[n] for n in nodes}
 
     def outside(self) -> list[int]:
-        """Lengths that the graph does not hold for, near its ends: Python asked for the length.
+        """Lengths that the graph does not hold for, where Python asked for the length.
 
         A model may do something else from some length on (compress every 128 tokens), and its
         graph shows what it does at the example's.
@@ -92,8 +92,9 @@ class Capture:
                 if size != self.sizes.get("N"):
                     continue
                 found |= {low - 1} if low > 2 else set()
-                found |= {high + 7} if high is not None and high < LONGEST else set()
-        return sorted(found)
+                if high is not None:
+                    found |= {high + 7, 4 * high + 7}  # blocks may see their neighbours
+        return sorted(length for length in found if length <= LONGEST)
 
     def probe(
         self, length: int | None = None, padded: bool = False, side: slice = slice(0, 3)

@@ -85,7 +85,8 @@ def owned(case: Case) -> RefusedSite | None:
     place = case.place
     if place.binding is not None or not case.search.whole:
         return None
-    return case.refused(place.reason, case.understood())
+    ends = case.search.graph_ends()  # what is true of the example only is not understood
+    return case.refused(ends or place.reason, not ends and case.understood())
 
 
 def proven(case: Case) -> RefusedSite | None:

@@ -72,7 +72,10 @@ def _why(captured: Capture, path: str) -> str:
     if holes:
         hole = min(holes, key=len)
         return f"torch.export cannot follow {hole}: {captured.left_out[hole]}"
-    return "a softmax averages values here, in a form that is not known as attention"
+    return (
+        "a softmax averages values here, in a form that is not known as attention or for a result "
+        "that nobody reads"
+    )
 
 
 def _around(path: str, modules: Collection[str]) -> list[str]:

@@ -69,6 +69,8 @@ class GraphPass(ABC):
         """Apply to every match; the graph is linted and recompiled if it changed."""
         result = PassResult(self.name)
         for node in list(self.match(gm)):
+            if node._erased:  # nothing read it, and an earlier rewrite tidied up
+                continue
             if (refusal := self.check(gm, node)) is not None:
                 result.refused.append((node.name, refusal.reason))
                 result.paths[node.name] = path_of(node)

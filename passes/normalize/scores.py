@@ -73,7 +73,11 @@ def read_scores(gm: fx.GraphModule, softmax: fx.Node) -> Scores | fx.Node:
     """The parts of a softmax' input, or the node that is not understood."""
     way = _Way(heads=_heads_of(softmax))
     found = _walk(gm, softmax.args[0], way)
-    return found if found is not None else (way.seen[-1] if way.seen else softmax)
+    if found is not None:
+        return found
+    shape = [str(s) for s in softmax.meta["val"].shape]
+    wide = [n for n in way.seen if [str(s) for s in n.meta["val"].shape] == shape]
+    return (wide or way.seen or [softmax])[-1]  # a mask on the way is not what stands there
 
 
 def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
