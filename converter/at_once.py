@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 #: Bytes of logits formed at once where a model's vocabulary allows it (one row at least), and of
 #: the float32 copies that losses take from them.
-LOGITS_BYTES, COPY_BYTES = 32 << 20, 16 << 20
+LOGITS_BYTES, COPY_BYTES = 16 << 20, 4 << 20
 
 
 def vocabulary_of(model: nn.Module) -> int:
@@ -62,3 +63,33 @@ def without_logits(model: nn.Module) -> dict[str, int]:
     """Arguments that spare a language model's logits but those of the last token."""
     known = inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+@contextmanager
+def one_pass(model: nn.Module | None) -> Iterator[None]:
+    """Ask a language model several times for logits of the same rows, running its layers once.
+
+    The first call's hidden states answer the later ones, so that forming logits in stretches costs
+    nothing but the head. A model without a separate body (`base_model`) runs every time; None: for
+    callers that ask once.
+    """
+    body: Any = getattr(model, "base_model", model)
+    if body is model or not isinstance(body, nn.Module):  # None, or one that is all of it
+        yield
+        return
+    before, forward, kept = vars(body).get("forward"), body.forward, []
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        found = kept[0] if kept else forward(*args, **kwargs)
+        if not kept and hasattr(found, "last_hidden_state"):
+            kept.append(found)
+        return found
+
+    body.forward = remembered
+    try:
+        yield
+    finally:
+        if before is None:
+            del body.forward
+        else:
+            body.forward = before

@@ -8,7 +8,7 @@ P rotary pairs, d key width, e value width, Y = G (d + e).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -37,7 +37,6 @@ class AttentionMoments:
         phases: weighted sum of cos and sin of (query - key position) x inv_freq, [H, P, 2].
         head_weight: the sum of the weights in `phases`, [H].
         query_norms, key_norms: sums of the length of each rotary pair, unweighted, [H, P], [G, P].
-        read: what the output projection makes of values, W_O,h^T W_O,h, [H, e, e]; not stored.
     """
 
     gram: Tensor
@@ -48,7 +47,6 @@ class AttentionMoments:
     head_weight: Tensor
     query_norms: Tensor
     key_norms: Tensor
-    read: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def empty(cls, dense: DenseAttention) -> AttentionMoments:
@@ -60,24 +58,24 @@ class AttentionMoments:
             (width, width), (width,), (), (heads, d, d), (heads, pairs, 2), (heads,),
             (heads, pairs), (groups, pairs),
         ]  # fmt: skip
-        sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-        made = cls(*sums)
-        made.read = read_out(dense)
-        return made
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(
         self, dense: DenseAttention, x_BND: Tensor, y_BNY: Tensor, valid: Tensor | None
     ) -> None:
         """Add rows; `y_BNY` are their keys and values, `valid` [B, N] marks real tokens."""
+        read_Hee = read_out(dense)  # not kept: all layers' together are large
         for row in range(x_BND.shape[0]):
             x, y = x_BND[row], y_BNY[row]
             if valid is not None:
                 real = valid[row].bool()
                 x, y = x[real], y[real]
             if len(x):
-                self._add_row(dense, x[None], y.double().cpu())
+                self._add_row(dense, x[None], y.double().cpu(), read_Hee)
 
-    def _add_row(self, dense: DenseAttention, x_1ND: Tensor, y_NY: Tensor) -> None:
+    def _add_row(
+        self, dense: DenseAttention, x_1ND: Tensor, y_NY: Tensor, read_Hee: Tensor
+    ) -> None:
         c = dense.config
         heads, groups, d, n = c.core.heads, c.core.kv_heads, c.core.qk_head_dim, x_1ND.shape[1]
         pairs = c.rotary.pairs if c.rotary else 0
@@ -91,8 +89,7 @@ class AttentionMoments:
         for g in range(groups):  # a group at a time: all heads' scores at once are large
             own = slice(g * heads // groups, (g + 1) * heads // groups)
             scores, seen = scored(dense, q[own].to(wide), k[g].to(wide), own)
-            assert self.read is not None
-            weight_hNN = sensitivity(scores, seen, v[g].to(wide), self.read[own].to(wide))
+            weight_hNN = sensitivity(scores, seen, v[g].to(wide), read_Hee[own].to(wide))
             received += weight_hNN.sum((0, 1)).double()
             by_query = weight_hNN.sum(2).double()
             self.head_weight[own] += by_query.sum(1)
@@ -136,7 +133,7 @@ class AttentionMoments:
         return cls(*(stored[f"attention.{name}"] for name in _SUMS))
 
 
-_SUMS = tuple(f.name for f in fields(AttentionMoments) if f.name != "read")
+_SUMS = tuple(f.name for f in fields(AttentionMoments))
 
 
 def read_out(dense: DenseAttention) -> Tensor:

@@ -106,8 +106,10 @@ class Job:
         if self.out is not None:
             check_claimable(self.out.expanduser().absolute())
         torch.manual_seed(self.seed)
+        from torch.export import _trace  # noqa: F401  (loaded code is no growth)
+
         if not isinstance(model, torch.nn.Module):
-            import reattend.targets.huggingface  # noqa: F401  (loaded code is no growth)
+            import reattend.targets.huggingface  # noqa: F401  (likewise)
         self.log.begin()
         source = self._stage("open", lambda: open_source(model, **opening))
         if isinstance(self.inputs, Path):

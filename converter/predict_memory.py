@@ -36,7 +36,7 @@ from reattend.preflight import Choice
 MIB = 1 << 20
 #: Measured on Linux with torch 2.13, transformers 5.23: loading; what stays of capture, and per
 #: layer; first products; first gradients; the report's page with its plots.
-OPENING, CAPTURED, CAPTURED_LAYER = 17 * MIB, 30 * MIB, 5 * MIB
+OPENING, CAPTURED, CAPTURED_LAYER = 17 * MIB, 12 * MIB, 5 * MIB
 RUNNING, TRAINING, PLOTTING = 12 * MIB, 4 * MIB, 52 * MIB
 #: What the exporter, its graph and ONNX Runtime hold beside weights; measured as above.
 EXPORTING = 117 * MIB
@@ -51,7 +51,6 @@ class Sizes:
     """Numbers of one model and plan. Bytes unless they say otherwise."""
 
     weights: int
-    largest: int  # numbers in the largest tensor
     element: int
     parameters: int
     vocabulary: int
@@ -78,7 +77,6 @@ def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
     outputs = [m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Linear)]
     return Sizes(
         weights=sum(p.numel() * p.element_size() for p in parameters),
-        largest=max(p.numel() for p in parameters),
         element=parameters[0].element_size(),
         parameters=sum(p.numel() for p in parameters),
         vocabulary=vocabulary,
@@ -123,8 +121,7 @@ def memory(
     batch = calibrate.batch_size * (OWN_LENGTH if rows is None else calibrate.seq_len)
     base = sizes.weights + OPENING
     found: dict[str, float] = {}
-    # isfinite holds |x|, two comparisons and their product beside x.
-    found["open"] = base + sizes.largest * (element + 3)
+    found["open"] = base
     base += CAPTURED + CAPTURED_LAYER * sizes.layers
     found["find"] = base + 6 * MIB + 22 * block
     cache = sum(c.before.cache for c in converted) * element
@@ -202,7 +199,7 @@ def _verifying(sizes: Sizes, held: int, seq_len: int, generates: bool) -> float:
     row = 4 * copied * sizes.vocabulary
     stretch = min(logits, LOGITS_BYTES) if sizes.spared else logits
     alive = max(logits + 2 * row, 2 * stretch + 3 * row) if held else logits + row
-    wide = 3 * 8 * 3 * 8 * sizes.vocabulary  # three float64 copies of three rows' last 8 tokens
+    wide = 4 * 8 * min(3 * 8, tokens_at_once(sizes.vocabulary)) * sizes.vocabulary  # float64
     decode = max(wide, sizes.logits(3 * 53)) if generates else 0
     scores = 8 * rows * sizes.heads * seq_len**2  # where torch's own kernel does not fit
     return max(alive, decode) + scores + sizes.activations(rows * seq_len)

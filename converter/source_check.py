@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor, nn
 
 from reattend.errors import ModelError
@@ -18,8 +19,12 @@ def check_weights(model: nn.Module) -> None:
     """
     _check_storage(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        # no copy, as `isfinite` makes; NaN is both
+        low, high = (float(x) for x in tensor.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            kind = "NaN" if math.isnan(low) else "infinity"
             if kind == "NaN" or not name.split(".")[-1].startswith("bias"):
                 raise ModelError(
                     f"a weight holds {kind}",

@@ -18,6 +18,7 @@ from reattend.at_once import without_logits
 from reattend.attention_moments import AttentionMoments
 from reattend.errors import ModelError
 from reattend.host import beside
+from reattend.inputs import without_cache
 from reattend.install.around import Around
 from reattend.install.binding import Binding, bound, read
 from reattend.mixers.config import CoreConfig
@@ -219,7 +220,7 @@ def collect(
                 mask = batch.get("attention_mask")
                 valid = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
                 if len(handles) > 0:
-                    model(**{**batch, **spared})
+                    model(**without_cache(model, {**batch, **spared}))
                 if inside is not None and len(handles) < len(sites):
                     for path, (x, memory) in inside(batch).items():
                         found[path].add(sites[path][0], x, memory, valid)

@@ -66,13 +66,16 @@ def test_models_are_compared_in_stretches_of_a_long_row(
     loss, counted = mean_loss(full_scorer(other), rows, batch_size=1)
     monkeypatch.setattr(at_once, "LOGITS_BYTES", 4 * model.config.vocab_size * 10)
     hook = other.lm_head.register_forward_hook(lambda m, given, out: formed.append(out.shape[1]))
-    pieces = agreement(model, other, rows, batch_size=1)
-    found = measure(other, rows, with_recall=False, batch_size=1)
+    ran: list[int] = []
+    below = other.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    found = measure(other, rows, model, with_recall=False, batch_size=1)
     hook.remove()
+    below.remove()
     assert formed == 10 * [10, 10, 3]
+    assert len(ran) == 10, "the layers run once per row and measurement"
+    assert "forward" not in {*vars(other.model), *vars(model.model)}
     assert (found.tokens, found.loss) == (counted, pytest.approx(loss, rel=1e-6))
-    assert pieces["kl"] == pytest.approx(whole["kl"], rel=1e-5)
-    assert pieces["top1"] == whole["top1"]
+    assert (found.kl, found.top1) == (pytest.approx(whole["kl"], rel=1e-5), whole["top1"])
 
 
 def test_a_large_vocabulary_is_asked_row_by_row(
@@ -84,7 +87,7 @@ def test_a_large_vocabulary_is_asked_row_by_row(
     assert rows_at_once(model, 23, most=8) == 2
 
 
-def test_statistics_need_no_logits_and_are_spent(model: Any) -> None:
+def test_statistics_need_no_logits_no_cache_and_are_spent(model: Any) -> None:
     plan = Plan.load({"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}]})
     choices = preflight(find_attention(model), plan)
     forms = normal_forms(model, choices)
@@ -92,9 +95,14 @@ def test_statistics_need_no_logits_and_are_spent(model: Any) -> None:
     needs = {c.site.path: c.needs for c in choices}
     seen: list[int] = []
     hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    cached: list[bool] = []
+    whole = model.register_forward_pre_hook(
+        lambda _, args, given: cached.append(given["use_cache"]), with_kwargs=True
+    )
     moments = statistics.collect(model, sites, data(model).batches(4), needs=needs)
     hook.remove()
-    assert seen == [1, 1]
+    whole.remove()
+    assert (seen, cached) == ([1, 1], [False, False])
     assert without_logits(zoo_models.build("bert")) == {}
     kept = dict(moments)
     spent = rewrite(model, choices, moments, spend=True)

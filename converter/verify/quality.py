@@ -7,14 +7,14 @@ whatever the model's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reattend.at_once import spans, stretches
+from reattend.at_once import one_pass, spans, stretches
 from reattend.data import Dataset
 from reattend.errors import DataError, GateError
 from reattend.verify.recall import RecallScore, probes, score
@@ -66,7 +66,7 @@ def mean_loss(
     dataset: Dataset,
     *,
     batch_size: int = 8,
-    stretched: Sequence[tuple[slice, Scorer]] = (),
+    stretched: nn.Module | None = None,
 ) -> tuple[float, int]:
     """Mean loss in nats per predicted real token, and the number of such tokens.
 
@@ -74,22 +74,27 @@ def mean_loss(
         scorer: gives the logits of whole rows.
         dataset: token rows; padding is not counted.
         batch_size: rows per forward pass.
-        stretched: what gives the logits of each stretch of a row, in place of `scorer`.
+        stretched: the model to ask for a stretch of a row at a time, in place of `scorer`, where
+            one row's logits are large.
 
     Raises:
         DataError: no token has a real predecessor.
         GateError: NaN in the loss.
     """
     total, tokens = 0.0, 0
-    parts = stretched or [(slice(0, dataset.packed[0].shape[1]), scorer)]
+    length = dataset.packed[0].shape[1]
+    parts = [(slice(0, length), scorer)]
+    if stretched is not None and len(pieces := stretches(stretched, length)) > 1:
+        parts = [(part, full_scorer(stretched, part)) for part in pieces]
     for ids_BN, mask_BN in _batches(dataset, batch_size):
-        for part, ask in parts:
-            known = slice(part.start, part.stop + 1)  # the last token predicts the next stretch
-            logits_BNV = ask(ids_BN, mask_BN)
-            nll_BM, _, real_BM = token_nll(logits_BNV, ids_BN[:, known], mask_BN[:, known])
-            total += float(nll_BM[real_BM].double().sum())
-            tokens += int(real_BM.sum())
-            del logits_BNV  # before the next are made
+        with one_pass(stretched):
+            for part, ask in parts:
+                known = slice(part.start, part.stop + 1)  # the last token predicts the next stretch
+                logits_BNV = ask(ids_BN, mask_BN)
+                nll_BM, _, real_BM = token_nll(logits_BNV, ids_BN[:, known], mask_BN[:, known])
+                total += float(nll_BM[real_BM].double().sum())
+                tokens += int(real_BM.sum())
+                del logits_BNV  # before the next are made
     if tokens == 0:
         raise DataError("No token can be predicted from this data.", where=dataset.description)
     return total / tokens, tokens
@@ -188,21 +193,22 @@ def _both(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits of both models and which tokens are real.
 
-    Where one row's logits are large, a stretch of the row at a time: both models then read the row
-    once per stretch.
+    Where one row's logits are large, a stretch of the row at a time.
     """
     length = dataset.packed[0].shape[1]
     parts = stretches(teacher, length) if scorer is None else [slice(0, length)]
     if len(parts) == 1 or len(stretches(student, length)) == 1:
         parts = [slice(0, length)]
+    pieces = len(parts) > 1
     for ids_BN, mask_BN in _batches(dataset, batch_size):
-        for part in parts:
-            kept = part if len(parts) > 1 else None
-            teacher_BNV = full_scorer(teacher, kept)(ids_BN, mask_BN)
-            ask = full_scorer(student, kept) if kept is not None else _scorer(student, scorer)
-            student_BNV = ask(ids_BN, mask_BN).to(teacher_BNV.device)
-            yield teacher_BNV, student_BNV, mask_BN[:, part].bool().to(teacher_BNV.device)
-            del teacher_BNV, student_BNV
+        with one_pass(teacher if pieces else None), one_pass(student if pieces else None):
+            for part in parts:
+                kept = part if pieces else None
+                teacher_BNV = full_scorer(teacher, kept)(ids_BN, mask_BN)
+                ask = full_scorer(student, kept) if pieces else _scorer(student, scorer)
+                student_BNV = ask(ids_BN, mask_BN).to(teacher_BNV.device)
+                yield teacher_BNV, student_BNV, mask_BN[:, part].bool().to(teacher_BNV.device)
+                del teacher_BNV, student_BNV
 
 
 def measure(
@@ -229,8 +235,7 @@ def measure(
         batch_size: rows per forward pass.
     """
     chosen = _scorer(model, scorer)
-    parts = stretches(model, dataset.packed[0].shape[1]) if scorer is None else []
-    stretched = [(part, full_scorer(model, part)) for part in parts] if len(parts) > 1 else []
+    stretched = model if scorer is None else None
     loss, tokens = mean_loss(chosen, dataset, batch_size=batch_size, stretched=stretched)
     scores: dict[str, RecallScore] = {}
     if with_recall:
@@ -238,7 +243,7 @@ def measure(
         scores = recall(model, rows, seed=seed, scorer=chosen, batch_size=batch_size)
     close: dict[str, float] = {}
     if teacher is not None:
-        close = agreement(teacher, model, dataset, scorer=chosen, batch_size=batch_size)
+        close = agreement(teacher, model, dataset, scorer=scorer, batch_size=batch_size)
     return Quality(
         loss=loss,
         perplexity=_exp(loss),
