@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reattend.callcheck import call_check, mask_of
 from reattend.found import AttentionSite, RefusedSite, cores_of
@@ -60,7 +60,7 @@ def judged(search: Search, item: Found) -> tuple[Case, RefusedSite | None]:
     for gate in (not_latent, not_converted) if search.deferred else STEP_OF:
         refusal = gate(case)
         if refusal is not None:
-            return case, located_at(refusal, STEP_OF[gate], item)
+            return case, located_at(refusal, refusal.step or STEP_OF[gate], item)
     return case, None
 
 
@@ -85,8 +85,8 @@ def owned(case: Case) -> RefusedSite | None:
     place = case.place
     if place.binding is not None or not case.search.whole:
         return None
-    ends = case.search.graph_ends()  # what is true of the example only is not understood
-    return case.refused(ends or place.reason, not ends and case.understood())
+    ends = any_length(case)  # what is true of the example only is not understood
+    return ends or case.refused(place.reason, case.understood())
 
 
 def proven(case: Case) -> RefusedSite | None:
@@ -108,7 +108,7 @@ def any_length(case: Case) -> RefusedSite | None:
     captured = case.search.captured
     if case.place.binding is None:
         reason = case.search.graph_ends()
-        return case.refused(reason) if reason else None
+        return replace(case.refused(reason), step="lengths") if reason else None
     if case.place.number:
         return None
     near = [captured.sizes.get("N", 0) + 6] if case.carries_steps else []

@@ -174,6 +174,8 @@ def small(key: str, value: Any, fields: dict[str, Any]) -> Any:
     """The tiny value of a field, or the value itself."""
     if key == "head_dim" and "qk_rope_head_dim" in fields:
         return 8
+    if key == "n_groups" and "num_heads" in fields:
+        return 1
     if key == "head_dim" and "expand" in fields:
         return int(fields["expand"] * WIDTH) // HEADS
     if value is None and key in OPEN:
