@@ -141,6 +141,28 @@ def each(run: Callable[[Path], None], folder: Path, count: int) -> None:
             raise SystemExit(f"resuming after point {number} ended with {code}")
 
 
+def while_gates_learn(run: Callable[[Path], None], out: Path) -> None:
+    """Die when the gates of the second block begin to learn, then resume."""
+    from reattend.passes.rewrite import sparse_teach
+
+    original, seen = sparse_teach._train, [0]
+
+    def train(*given: Any) -> str:
+        seen[0] += 1
+        if seen[0] == 2:
+            os._exit(KILLED)
+        return original(*given)
+
+    def work() -> None:
+        sparse_teach._train = train
+        run(out)
+
+    if in_child(work) != KILLED:
+        raise SystemExit("no kill while gates learn")
+    if code := in_child(lambda: run(out)):
+        raise SystemExit(f"the resumed run ended with {code}")
+
+
 def at_random(run: Callable[[Path], None], out: Path, seconds: float, seed: int) -> list[float]:
     """Three real kill -9 of one output at random times, then an undisturbed run."""
     times = [random.Random(seed + i).uniform(0.1, 0.95) * seconds for i in range(3)]
@@ -172,6 +194,8 @@ def main() -> None:
         answer["killed"] = chain(run, folder / "chain")
     if "random" in request["do"]:
         answer["times"] = at_random(run, folder / "random", seconds, request["seed"])
+    if "gates" in request["do"]:
+        while_gates_learn(run, folder / "gates")
     if "each" in request["do"]:
         each(run, folder, len(points))
     print(json.dumps(answer))

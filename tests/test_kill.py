@@ -21,6 +21,15 @@ PLAN: dict[str, Any] = {
     "rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}],
     "calibrate": {"seq_len": 64, "statistics_tokens": 1024},
 }
+GATES: dict[str, Any] = {
+    **PLAN,
+    "rules": [
+        {
+            "sites": "*", "to": "sparse", "finder": "gate", "steps": 20,
+            "pattern": {"select": {"kind": "gate", "block": 4, "gate_dim": 4, "topk": 2}},
+        },
+    ],
+}  # fmt: skip
 TRAINS = {**PLAN, "calibrate": {**PLAN["calibrate"], "tokens": 1200, "batch_size": 4}}
 
 
@@ -85,6 +94,19 @@ def test_killed_while_it_trains(tmp_path: Path, tiny_path: Path, tiny_text: Path
     assert any("work/calibrate/end-to-end" in p for p in told["points"])
     for name in ("again", "chain", "random"):
         assert differing(tmp_path / name, tmp_path / "whole") == [], (name, told)
+
+
+def test_killed_while_gates_learn(tmp_path: Path, tiny_path: Path, tiny_text: Path) -> None:
+    """They learn again from the rows that the killed run left."""
+    harness(tmp_path, tiny_path, tiny_text, GATES, ["gates"])
+    for name in ("again", "gates"):
+        assert differing(tmp_path / name, tmp_path / "whole") == [], name
+    stages = {
+        s["name"]: s["reused"]
+        for s in json.loads((tmp_path / "gates" / "run.json").read_text())["stages"]
+    }
+    assert stages["statistics"] is True
+    assert stages["rewrite"] is False
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, tiny_path: Path, tiny_text: Path) -> None:

@@ -64,7 +64,7 @@ PLANS = {"moba": MOBA, "seer": SEER, "double-sparsity": LABELS}
 CASES = tuple(
     Case(f"{name}: token {m}, {kv_heads} KV heads", m, kv_heads, select)
     for name, select in PLANS.items()
-    for m in (2000, 8000)
+    for m in (2010, 8010)
     for kv_heads in (8, 2)
 )
 
