@@ -104,6 +104,7 @@ def test_what_no_node_chooses_is_refused_by_name(made: Any) -> None:
     config = made[0].model.layers[1].self_attn.mixer.config
     for pattern, words in (
         ({"select": MOBA, "window": 2, "window_slope": 0.5}, r"pattern\.window_slope"),
+        ({"select": {"kind": "values", "topk": 4}}, "select: values"),
         ({"select": {**MOBA, "tile": [2, 2], "shape": [4, 4]}}, r"select\.shape, select\.tile"),
     ):
         head_class = HeadClass(kv_heads=(0,), pattern=HeadPattern.model_validate(pattern))

@@ -31,6 +31,9 @@ _SAVES = {
     "decode": "reads while decoding: the rows that are chosen; prompts are dense",
     "prefill": "nothing: prompts are read under a mask, and decoding is dense",
 }
+#: tokens of the longest text that an export is checked with on account of a selector; torch attends
+#: to it densely, on one CPU
+LONGEST = 4096
 _NO_MEMORY = "no memory, because any row may be chosen again"
 
 
@@ -48,7 +51,7 @@ def selected_form(path: str, pattern: HeadPattern, core: CoreConfig) -> SparseFo
     select = pattern.select
     assert select is not None
     _check_known(path, pattern)
-    name, tokens = node_name(select), _beyond(select)
+    name, tokens = node_name(select), min(_beyond(select), LONGEST)
     if name == "Attention":
         return SparseForm(name, saves="nothing: the layers before the first that notes are dense")
     if name == "NotingAttention":

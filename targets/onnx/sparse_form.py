@@ -24,7 +24,8 @@ class SparseForm:
         sinks, window: of a state of bounded size.
         saves: what of the pattern's saving the file has, for the manifest.
         extra: a third state, for what chooses at run time.
-        tokens: where keys are chosen at run time, a text so long leaves something out; else 0.
+        tokens: where keys are chosen at run time, a text so long leaves something out, unless that
+            would be more than an export is checked with; else 0.
     """
 
     op: str
