@@ -8,6 +8,7 @@ of a part are copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
     Raises:
         ModelError: the block has a tensor that no rule here divides among heads.
     """
-    return _holding(part_config(dense.config, kv_heads), _picked_state(dense, kv_heads))
+    heads = query_heads(dense.config.core, kv_heads)
+    return _holding(part_config(dense.config, kv_heads), _picked_state(dense, kv_heads, heads))
 
 
 def reordered(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
@@ -72,22 +74,46 @@ def reordered(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
     Raises:
         ModelError: as `part`.
     """
-    outside = {"out_features": dense.config.out_features, "out_bias": dense.config.out_bias}
-    config = part_config(dense.config, kv_heads).model_copy(update=outside)
-    state = _picked_state(dense, kv_heads)
+    return kept_heads(dense, kv_heads, query_heads(dense.config.core, kv_heads))
+
+
+def kept_heads(
+    dense: DenseAttention, kv_heads: Sequence[int], heads: Sequence[int]
+) -> DenseAttention:
+    """The block with some of its heads, output projection included; copies of their weights.
+
+    Args:
+        dense: the block.
+        kv_heads: the number in `dense` of each KV group of the result.
+        heads: of each query head; equally many for every group, in its order.
+
+    Raises:
+        ModelError: as `part`.
+    """
+    core = dense.config.core
+    outside: dict[str, Any] = {
+        "out_features": dense.config.out_features,
+        "out_bias": dense.config.out_bias,
+    }
+    if dense.config.alibi is not None:
+        outside["alibi"] = tuple(dense.config.alibi[h] for h in heads)
+    config = part_config(dense.config, kv_heads)
+    fewer = config.core.model_copy(update={"heads": len(heads)})
+    state = _picked_state(dense, kv_heads, heads)
     if isinstance(dense.o_proj, torch.nn.Linear):
-        heads = query_heads(config.core, kv_heads)
         columns = dense.o_proj.weight.detach().t()
-        state["o_proj.weight"] = rows_of(columns, heads, config.core.heads).t().contiguous()
+        state["o_proj.weight"] = rows_of(columns, heads, core.heads).t().contiguous()
         if dense.o_proj.bias is not None:
             state["o_proj.bias"] = dense.o_proj.bias.detach()
-    return _holding(config, state)
+    return _holding(config.model_copy(update={**outside, "core": fewer}), state)
 
 
-def _picked_state(dense: DenseAttention, kv_heads: Sequence[int]) -> dict[str, Tensor]:
+def _picked_state(
+    dense: DenseAttention, kv_heads: Sequence[int], heads: Sequence[int]
+) -> dict[str, Tensor]:
     """Everything but the output projection."""
     core = dense.config.core
-    picked = {"q": query_heads(core, kv_heads), "k": list(kv_heads), "v": list(kv_heads)}
+    picked = {"q": list(heads), "k": list(kv_heads), "v": list(kv_heads)}
     totals = {"q": core.heads, "k": core.kv_heads, "v": core.kv_heads}
     state: dict[str, Tensor] = {}
     for name, tensor in dense.state_dict().items():

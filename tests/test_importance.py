@@ -93,7 +93,7 @@ def without(block: Any, groups: list[int], by: float) -> Any:
 def test_leave_one_out_asks_the_model() -> None:
     block, measure = dense(config(8, 4)), Asked()
     site = Subject("a", block, None, MohOptions())  # type: ignore[arg-type]
-    got = leave_one_out([site], measure)["a"]  # type: ignore[arg-type]
+    got = leave_one_out([site], measure, {"a": 4})["a"]  # type: ignore[arg-type]
     expected = [measure("a", without(block, [g], 1.0)) for g in range(4)]
     assert torch.allclose(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12)
 

@@ -19,8 +19,10 @@ from reattend.mixers.base import Context, build_mixer
 from reattend.mixers.config import NormConfig, StreamConfig
 from reattend.parts import reordered
 from reattend.passes.rewrite.base import dense_cost
+from reattend.passes.rewrite.mixed import Mixed, MixedOptions, PartOptions
 from reattend.passes.rewrite.moh import ToMoh
 from reattend.passes.rewrite.moh_options import MohOptions
+from reattend.passes.rewrite.registry import conversion
 from reattend.plan import Plan
 
 NEUTRAL: dict[str, dict[str, Any]] = {
@@ -209,15 +211,18 @@ def test_a_converted_model_is_forecast_reported_saved_and_loaded(tmp_path: Any) 
 
 def test_heads_of_some_groups_only_are_routed() -> None:
     """A plan's `heads`: groups 0 and 2 stay dense, 1 and 3 are chosen from."""
-    rule = {
-        "sites": "*", "heads": [1, 3], "to": "moh", "shared": 0, "top_k": 1,
-        "select_shared": "first",
-    }  # fmt: skip
-    model = decoder("llama", layers=2, groups=4)
-    result = convert(model, plan={"rules": [rule]})
-    ids = torch.randint(3, 97, (1, 15))
+    block = dense(wide(config()))
+    options = MohOptions(shared=0, top_k=1, select_shared="first")
+    parts = (
+        PartOptions(heads=(0, 2), to="dense", options=conversion("dense").Options()),
+        PartOptions(heads=(1, 3), to="moh", options=options),
+    )
+    assert Mixed().check(block.config, MixedOptions(groups=parts)) is None
+    mixer = Mixed().build(block, None, MixedOptions(groups=parts)).mixer
+    x, _ = inputs(9)
     with torch.no_grad():
-        got = result.model(ids).logits
-        for layer in model.model.layers:  # an untrained router takes the first of the two: group 1
-            layer.self_attn.o_proj.weight.unflatten(1, (4, -1))[:, 3] = 0
-        assert torch.allclose(got, model(ids).logits, atol=1e-5)
+        got = mixer(x, Context())
+        # an untrained router takes the first of the two: group 1
+        block.o_proj.weight.unflatten(1, (4, -1))[:, 3] = 0
+        expected = block(x, Context())
+    assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()

@@ -19,8 +19,8 @@ RULES: dict[str, dict[str, Any]] = {
     "gemma2": {"shared": 2, "top_k": 1, "route": "head"},
     "mistral": {"shared": 0, "top_k": 2, "route": "head", "gate": "hard", "router": "qnorm"},
 }
-QUICK = [("llama", "all"), ("gemma2", "first")]
-CELLS = [*QUICK, ("mistral", "all"), ("gemma2", "all"), ("llama", "middle")]
+QUICK = [("llama", "all")]
+CELLS = [*QUICK, ("gemma2", "first"), ("mistral", "all"), ("gemma2", "all"), ("llama", "middle")]
 _MADE: dict[tuple[str, str], Any] = {}
 
 

@@ -7,14 +7,14 @@
   over tokens. It is also the error of leaving the head out of the block.
 - `first-order`: |dL/dg_h|, g_h the weight of the head's output, at 1; L the loss of the model's own
   answers on text that repeats itself (Michel et al., arXiv 1905.10650, averaged with its sign).
-- `leave-one-out`: what the model's output moves by without the KV group, one run per group.
+- `leave-one-out`: what the model's output moves by without the head or KV group, one run each.
 
 Layout letters: H query heads, G KV groups, D hidden, n tokens of a row, e value width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -57,8 +57,15 @@ LOCAL: dict[str, Callable[[DenseAttention, Sequence[Tensor]], Tensor]] = {
 }
 
 
-def first_order(sites: Sequence[Subject], measure: Measure) -> dict[str, Tensor]:
+def first_order(
+    sites: Sequence[Subject], measure: Measure, conversion: str = "moh"
+) -> dict[str, Tensor]:
     """|dL/dg_h| [H] of every site by path, nats per token.
+
+    Args:
+        sites: the blocks.
+        measure: runs the model.
+        conversion: that asks.
 
     Raises:
         PlanError: no causal language model that runs with its blocks replaced.
@@ -68,7 +75,7 @@ def first_order(sites: Sequence[Subject], measure: Measure) -> dict[str, Tensor]
     count = 0
     told = answering(
         "importance: first-order", sites, measure, blocks, measure.length, ROWS,
-        where="to: moh", instead="use importance: output-norm",
+        where=f"to: {conversion}", instead="use importance: output-norm",
     )  # fmt: skip
     with told as runs:
         runs = iter(runs)
@@ -83,34 +90,41 @@ def first_order(sites: Sequence[Subject], measure: Measure) -> dict[str, Tensor]
     return {path: g.abs().double() / max(1, count) for path, g in found.items() if g is not None}
 
 
-def leave_one_out(sites: Sequence[Subject], measure: Measure) -> dict[str, Tensor]:
-    """The model's divergence [G] without each KV group of every site, by path.
+def leave_one_out(
+    sites: Sequence[Subject], measure: Measure, units: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The model's divergence without each unit of every site, by path.
+
+    Args:
+        sites: the blocks.
+        measure: runs the model.
+        units: of each site: its KV groups, or its query heads.
 
     Raises:
         PlanError: the model cannot run with one of its blocks replaced.
     """
     found = {}
     for site in sites:
-        core, moved = site.dense.config.core, []
-        for group in range(core.kv_heads):
-            gate = torch.ones(core.heads)
-            gate.unflatten(0, (core.kv_heads, -1))[group] = 0
+        count, moved = units[site.path], []
+        for unit in range(count):
+            gate = torch.ones(site.dense.config.core.heads)
+            gate.unflatten(0, (count, -1))[unit] = 0
             far = measure(site.path, watched(site.dense, partial(_weighed, gate)))
             if far is None:
                 raise PlanError(
                     "importance: leave-one-out needs a model that can run with one of its blocks "
                     "replaced",
                     where=site.path,
-                    next_step="use importance: output-norm, or select_shared: first",
+                    next_step="use importance: output-norm",
                 )
             moved.append(far)
         found[site.path] = torch.tensor(moved, dtype=torch.float64)
     return found
 
 
-def ranked(scores: Tensor, groups: int) -> tuple[int, ...]:
-    """KV groups from the most to the least important; heads of a group count by their norm."""
-    each = scores.double().cpu().unflatten(0, (groups, -1)).norm(dim=-1)
+def ranked(scores: Tensor, units: int) -> tuple[int, ...]:
+    """Units from the most to the least important; heads of a KV group count by their norm."""
+    each = scores.double().cpu().unflatten(0, (units, -1)).norm(dim=-1)
     return tuple(each.argsort(descending=True, stable=True).tolist())
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from reattend.mixers.config import Frozen
+from reattend.passes.rewrite.per_layer import at_layer
 
 Mixing = Literal["none", "real", "complex", "balanced"]
 RopeSelect = Literal["per-frequency", "global", "per-head", "mean-key"]
@@ -99,11 +100,4 @@ class MlaOptions(Frozen):
 
     def at_layer(self, layer: int, layers: int) -> MlaOptions | str:
         """The options of one layer; the reason where a list has another length."""
-        update: dict[str, object] = {}
-        for name in ("kv_lora_rank", "qk_rope_head_dim"):
-            value = getattr(self, name)
-            if isinstance(value, tuple):
-                if len(value) != layers:
-                    return f"{name} lists {len(value)} layers, the stack has {layers}"
-                update[name] = value[layer]
-        return self.model_copy(update=update) if update else self
+        return at_layer(self, ("kv_lora_rank", "qk_rope_head_dim"), layer, layers)

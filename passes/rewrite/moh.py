@@ -9,33 +9,22 @@ with the symbols used here: docs/math/moh.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import comb
 from typing import Any
 
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.routed import RoutedAttention
 from reattend.mixers.routed_config import RoutedConfig
-from reattend.parts import reordered, why_whole
+from reattend.parts import reordered
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import (
-    TRAINING_TRIALS,
-    Built,
-    Conversion,
-    Cost,
-    Measure,
-    Subject,
-    dense_cost,
-    regrouped,
-)
-from reattend.passes.rewrite.importance import LOCAL, ROWS, first_order, leave_one_out, ranked
-from reattend.passes.rewrite.moh_options import MohOptions, resolve
-from reattend.passes.rewrite.repeats import repeated
+from reattend.passes.rewrite.base import Built, Cost, dense_cost, regrouped
+from reattend.passes.rewrite.moh_options import LISTED, MohOptions, resolve
+from reattend.passes.rewrite.per_layer import at_layer
+from reattend.passes.rewrite.ranking import Ranking
 from reattend.passes.rewrite.sparse_build import like
-from reattend.statistics import Need
 
 
-class ToMoh(Conversion):
+class ToMoh(Ranking):
     """Any block to Mixture-of-Heads."""
 
     name = "moh"
@@ -48,60 +37,23 @@ class ToMoh(Conversion):
         heads = resolve(config.core, options)
         if isinstance(heads, Refusal):
             return heads
-        if options.select_shared == "first":
-            return None
-        why = why_whole(config)
-        if why is None and config.cross:
-            why = "importance is measured on the block's own input, and its keys come from another"
-        if why is None and config.core.pattern == "opaque":
-            why = "importance is measured without the model, and the mask is the model's own"
-        if why is None and options.importance == "output-norm" and config.out_features is None:
-            why = "the block has no output projection of its own to measure importance behind"
+        why = self.unranked(config, options) if self.measures(options) else None
         if why is None:
             return None
         return Refusal(f"heads cannot be ordered by importance: {why}; set select_shared: first")
 
     def for_layer(self, options: MohOptions, layer: int, layers: int) -> MohOptions | Refusal:
         """One entry of every per-layer list."""
-        chosen = options.at_layer(layer, layers)
+        chosen = at_layer(options, LISTED, layer, layers)
         return Refusal(chosen) if isinstance(chosen, str) else chosen
 
-    def wants(self, config: DenseConfig, options: MohOptions) -> frozenset[Need]:
-        """Rows of the block's input, where heads are measured."""
-        measures = options.select_shared == "importance" and not options.order
-        return frozenset({"gram", "sample"}) if measures else frozenset()
+    def measures(self, options: MohOptions) -> bool:
+        """Unless the first ones are shared."""
+        return options.select_shared == "importance"
 
-    def undecided(self, options: MohOptions) -> bool:
-        """Whether the whole model is asked which heads matter."""
-        by_model = options.importance not in LOCAL
-        return options.select_shared == "importance" and by_model and not options.order
-
-    def learns(self, options: MohOptions) -> bool:
-        """Gates of all heads, for their gradients."""
-        return options.importance == "first-order" and self.undecided(options)
-
-    def trials(self, configs: Sequence[DenseConfig], options: MohOptions) -> int:
-        """One per KV group, or gradients on a few rows."""
-        if options.importance == "first-order":
-            return ROWS * TRAINING_TRIALS
-        return sum(config.core.kv_heads for config in configs)
-
-    def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Text that repeats itself: heads that look things up show it."""
-        return repeated(batch)
-
-    def allocate(self, sites: list[Subject], measure: Measure) -> list[Any]:
-        """The order of every site's KV groups."""
-        score = leave_one_out
-        if sites[0].options.importance == "first-order":
-            score = first_order
-        scores = score(sites, measure)
-        return [
-            s.options.model_copy(
-                update={"order": ranked(scores[s.path], s.dense.config.core.kv_heads)}
-            )
-            for s in sites
-        ]
+    def units(self, config: DenseConfig, options: MohOptions) -> int:
+        """KV groups are ordered, whatever is routed."""
+        return config.core.kv_heads
 
     def outcome(self, config: DenseConfig, options: MohOptions) -> RoutedConfig:
         """The mixer's description; which group is where does not show in it but by `order`."""
@@ -147,11 +99,8 @@ class ToMoh(Conversion):
 
     def build(self, dense: DenseAttention, statistics: Any, options: MohOptions) -> Built:
         """The same weights in another order, and a router of zeros."""
-        groups = dense.config.core.kv_heads
-        order = options.order or tuple(range(groups))
-        if self.wants(dense.config, options):
-            order = ranked(LOCAL[options.importance](dense, statistics.samples), groups)
-        if order != tuple(range(groups)):
+        order = self.order(dense, statistics, options)
+        if order != tuple(range(len(order))):
             dense = reordered(dense, order)
         config = self.described(dense.config, options, order)
         mixer = like(dense, RoutedAttention)

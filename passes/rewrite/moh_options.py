@@ -15,7 +15,8 @@ Count = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, le=1)]
 PerLayer = Count | tuple[Count, ...]
 Score = Literal["output-norm", "input-norm", "first-order", "leave-one-out"]
 
-_LISTED = ("shared", "routed", "top_k")
+#: options that may be lists
+LISTED = ("shared", "routed", "top_k")
 
 
 class MohOptions(Frozen):
@@ -61,17 +62,6 @@ class MohOptions(Frozen):
             )
         return self
 
-    def at_layer(self, layer: int, layers: int) -> MohOptions | str:
-        """The options of one layer; the reason where a list has another length."""
-        update: dict[str, object] = {}
-        for name in _LISTED:
-            value = getattr(self, name)
-            if isinstance(value, tuple):
-                if len(value) != layers:
-                    return f"{name} lists {len(value)} layers, the stack has {layers}"
-                update[name] = value[layer]
-        return self.model_copy(update=update) if update else self
-
 
 class Heads(NamedTuple):
     """Units of one block: all, those every token uses, and how many of the others it uses."""
@@ -91,8 +81,8 @@ def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
     by_head = options.route == "head"
     units, step = (core.heads, core.heads // core.kv_heads) if by_head else (core.kv_heads, 1)
     what = "query heads" if by_head else "KV groups"
-    shared = _count(options.shared, units, step)
-    routed = units - shared if options.routed is None else _count(options.routed, units, step)
+    shared = count(options.shared, units, step)
+    routed = units - shared if options.routed is None else count(options.routed, units, step)
     if shared + routed != units:
         return Refusal(
             f"{shared} shared and {routed} routed {what} are {shared + routed}, and the block has "
@@ -109,7 +99,7 @@ def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
             f"shared: {options.shared} of {units} {what} is all of them, so there is nothing to "
             "choose; " + ("use a smaller count" if by_head else "use route: head")
         )
-    top_k = routed if options.top_k is None else _count(options.top_k, routed, 1)
+    top_k = routed if options.top_k is None else count(options.top_k, routed, 1)
     if top_k > routed:
         return Refusal(
             f"top_k {top_k} is larger than the {routed} routed {what} ({units} less {shared} "
@@ -128,7 +118,7 @@ def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
     return Heads(units, shared, top_k)
 
 
-def _count(given: PerLayer, whole: int, step: int) -> int:
+def count(given: PerLayer, whole: int, step: int) -> int:
     """A count as it is; a share in units, rounded up to a multiple of `step`."""
     assert not isinstance(given, tuple)  # `for_layer` has taken the layer's own
     if isinstance(given, int):

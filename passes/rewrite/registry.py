@@ -15,6 +15,7 @@ _OWN = {
     "dense": "reattend.passes.rewrite.dense:ToDense",
     "mla": "reattend.passes.rewrite.mla:ToMla",
     "moh": "reattend.passes.rewrite.moh:ToMoh",
+    "prune-heads": "reattend.passes.rewrite.prune_heads:ToPruneHeads",
     "sparse": "reattend.passes.rewrite.sparse:ToSparse",
 }
 GROUP = "reattend.conversions"
