@@ -77,7 +77,8 @@ def one_pass(model: nn.Module | None) -> Iterator[None]:
     if body is model or not isinstance(body, nn.Module):  # None, or one that is all of it
         yield
         return
-    before, forward, kept = vars(body).get("forward"), body.forward, []
+    before, forward = vars(body).get("forward"), body.forward
+    kept: list[Any] = []
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
         found = kept[0] if kept else forward(*args, **kwargs)
