@@ -88,7 +88,7 @@ def attend_selected(
         raise ArgumentError(
             "a block that selects keys at run time cannot be traced",
             why="which keys it reads depends on the values of queries and keys",
-            next_step="run the model as it is; export a plan without `select`",
+            next_step="run the model as it is, or export it to ONNX, which has nodes that select",
         )
     y = q_BHNd.new_zeros(*q_BHNd.shape[:3], kept.values.shape[-1])
     for part in together(kept):
