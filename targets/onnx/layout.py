@@ -17,6 +17,7 @@ from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.latent_config import LatentConfig
+from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.targets.onnx.sparse_form import SparseForm
 from reattend.targets.onnx.sparse_layout import sparse_form
@@ -163,6 +164,8 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "its queries grow with position, which has no place in the ONNX node yet"
     elif config.alibi is not None or config.relative is not None or config.added is not None:
         why = "what it adds to its scores has no input in the ONNX node yet"
+    elif isinstance(config, RoutedConfig):
+        why = "its heads are chosen token by token, which has no ONNX form yet"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 
