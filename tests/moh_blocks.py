@@ -18,6 +18,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "kv-group": {"shared": 1, "top_k": 2},
     "head": {"shared": 2, "top_k": 3, "route": "head"},
     "head-none-shared": {"shared": 0, "top_k": 3, "route": "head"},
+    "one": {"shared": 0, "top_k": 1},
     "hard": {"shared": 2, "top_k": 3, "route": "head", "gate": "hard"},
     "qnorm": {"shared": 4, "top_k": 2, "route": "head", "gate": "hard", "router": "qnorm"},
     "qnorm-kv-group": {"shared": 0, "top_k": 2, "gate": "hard", "router": "qnorm"},

@@ -96,8 +96,9 @@ def test_an_untrained_router_leaves_out_the_least_important_groups() -> None:
         assert (mixer(x, Context()) - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
-def test_a_hard_gate_passes_on_the_gradient_of_its_probability() -> None:
-    mixer = routed(dense(wide(config())), **WAYS["hard"])
+@pytest.mark.parametrize("way", ["hard", "one"])
+def test_a_gate_of_one_passes_on_the_gradient_of_its_probability(way: str) -> None:
+    mixer = routed(dense(wide(config())), **WAYS[way])
     x, _ = inputs(6)
     (_, routes), _ = mixer.project(x, x, Context(), None)
     pull = torch.randn_like(routes.gate_BUN)

@@ -75,16 +75,15 @@ class Router(nn.Module):
         chosen_BRN = best(z_BRN, self.k)
         if self.balances is not None and torch.is_grad_enabled():
             self.balances.append(balance(z_BRN, chosen_BRN, real_BN))
-        if c.gate_by == "weighted":
-            gate_BRN = mean_one(z_BRN, chosen_BRN)
-            if self.share is not None:
-                each_B2N = mean_one(_scores(self.share, x_BND, wide))
-                shared_BSN, gate_BRN = shared_BSN * each_B2N[:, :1], gate_BRN * each_B2N[:, 1:]
-        else:
-            gate_BRN = chosen_BRN.to(wide)
-            if torch.is_grad_enabled():  # the gradient of a gate is that of its probability
-                p_BRN = z_BRN.softmax(1)
-                gate_BRN = gate_BRN + (p_BRN - p_BRN.detach())
+        weighted = c.gate_by == "weighted"
+        gate_BRN = mean_one(z_BRN, chosen_BRN) if weighted else chosen_BRN.to(wide)
+        if torch.is_grad_enabled() and (not weighted or self.k == 1):
+            # a gate that is 1 whatever its score: its gradient is that of its probability
+            p_BRN = z_BRN.softmax(1)
+            gate_BRN = gate_BRN + (p_BRN - p_BRN.detach())
+        if self.share is not None:
+            each_B2N = mean_one(_scores(self.share, x_BND, wide))
+            shared_BSN, gate_BRN = shared_BSN * each_B2N[:, :1], gate_BRN * each_B2N[:, 1:]
         active = None
         if self.k < c.routed:
             active = torch.cat([chosen_BRN.new_ones(shared_BSN.shape), chosen_BRN], 1)
