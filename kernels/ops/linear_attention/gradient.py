@@ -1,0 +1,74 @@
+"""The closed-form gradient of `chunked.forward`: the same sums, read from the other side.
+
+With ``A_nj = q_n . k_j`` and weights ``w_nj``: ``dq_n = sum_j w (dy_n . v_j) k_j`` is the op itself
+with other arguments; ``dk_j`` and ``dv_j`` are sums over later queries, a scan from the end. Each
+decay moves every weight that spans it: ``d c_n = q_n . dq_n - k_n . dk_n``, summed from the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reattend.kernels.linear_attention.chunked import Chunks, Decays, forward, weights
+
+
+def backward(
+    dy_BHNe: Tensor,
+    dstate_BGfe: Tensor,
+    q_BHNf: Tensor,
+    k_BGNf: Tensor,
+    v_BGNe: Tensor,
+    decay_BGN: Tensor | None,
+    state_BGfe: Tensor,
+    lag: int,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, decay (zeros where there is none) and state."""
+    groups = k_BGNf.shape[1]
+    swapped = state_BGfe.transpose(-1, -2)
+    dq, _ = forward(dy_BHNe, v_BGNe, k_BGNf, decay_BGN, swapped, lag, block)
+    chunks = Chunks.of(q_BHNf.shape[2], lag, block)
+    decays = Decays.of(decay_BGN, chunks)
+    q, dy = (chunks.cut(x.unflatten(1, (groups, -1))) for x in (q_BHNf, dy_BHNe))
+    k, v = chunks.cut(k_BGNf), chunks.cut(v_BGNe)
+    # inside of the bands
+    w = weights(decays, chunks, q.device)
+    scores = (q @ chunks.band(k).transpose(-1, -2)[:, :, None]) * w
+    pulls = (dy @ chunks.band(v).transpose(-1, -2)[:, :, None]) * w
+    dv = chunks.folded((scores.transpose(-1, -2) @ dy).sum(2))
+    dk = chunks.folded((pulls.transpose(-1, -2) @ q).sum(2))
+    # through the states
+    now = q if decays is None else q * decays.within.exp()[:, :, None, ..., None]
+    asked = (now.transpose(-1, -2) @ dy).sum(2)
+    later, first = _later(asked, dstate_BGfe, decays, chunks)
+    left = None if decays is None else (decays.whole[..., None] - decays.within).exp()[..., None]
+    by_v, by_k = v @ later.transpose(-1, -2), k @ later
+    dk = dk + (by_v if left is None else by_v * left)
+    dv = dv + (by_k if left is None else by_k * left)
+    dk, dv = chunks.joined(dk), chunks.joined(dv)
+    if decay_BGN is None:
+        return dq, dk, dv, q.new_zeros(0), first
+    end = forward(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, lag, block)[1]
+    moved = (q_BHNf * dq).sum(-1).unflatten(1, (groups, -1)).sum(2) - (k_BGNf * dk).sum(-1)
+    tail = (dstate_BGfe * end).sum((-1, -2))
+    moved = torch.cat([moved[..., :-1], moved[..., -1:] + tail[..., None]], -1)
+    return dq, dk, dv, moved.flip(-1).cumsum(-1).flip(-1), first
+
+
+def _later(
+    asked_BGTfe: Tensor, last_BGfe: Tensor, decays: Decays | None, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    """What is asked of the state at the end of each chunk by those that read its keys there.
+
+    Returns:
+        [B, G, T, f, e], and the gradient of the state before the first chunk.
+    """
+    found = []
+    after, skipped = last_BGfe, last_BGfe
+    for t in range(chunks.count - 1, -1, -1):
+        found.append(skipped if chunks.wide else after)
+        left = after if decays is None else after * decays.whole[:, :, t, None, None].exp()
+        # queries of a wide band read the chunk before them in the band
+        after, skipped = left + asked_BGTfe[:, :, t], left
+    return torch.stack(found[::-1], 2), after

@@ -1,0 +1,193 @@
+"""Registration of `reattend::linear_attention` and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from reattend.errors import ArgumentError
+from reattend.kernels.autocast import register_autocast
+from reattend.kernels.checks import Shape, check_cache, same_size
+from reattend.kernels.core import compute_dtype
+from reattend.kernels.linear_attention import chunked, gradient
+from reattend.kernels.linear_attention.reference import LEAST, divided, with_ones
+
+NAME = "reattend::linear_attention"
+_ARGUMENTS = (
+    "Tensor q_BHNf, Tensor k_BGNf, Tensor v_BGNe, Tensor? decay_BGN=None, Tensor? state_BGfe=None,"
+    " int lag=0, int block=1, bool normalize=False"
+)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
+    lag: int, block: int, normalize: bool,
+) -> None:  # fmt: skip
+    """Raise ArgumentError where shapes or dtypes break the contract of the op."""
+    check_cache(NAME, q, k, v)
+    same_size(NAME, q.shape[0], k.shape[0], "the batches of q and k")
+    same_size(NAME, q.shape[2], k.shape[2], "the lengths of q and k")
+    if lag < 0 or block < 1:
+        raise ArgumentError(
+            f"{NAME}: lag must be 0 or more, and block positive", why=f"lag={lag}, block={block}"
+        )
+    columns = v.shape[3] + (1 if normalize else 0)
+    for name, x, sizes in (
+        ("decay_BGN", decay, k.shape[:3]),
+        ("state_BGfe", state, (*k.shape[:2], k.shape[3], columns)),
+    ):
+        if x is None:
+            continue
+        if x.dim() != len(sizes) or not x.is_floating_point():
+            raise ArgumentError(
+                f"{NAME}: {name} must be a float tensor of {len(sizes)} dimensions",
+                why=f"it has {x.dim()} and dtype {x.dtype}",
+            )
+        for number, (a, b) in enumerate(zip(x.shape, sizes, strict=True)):
+            same_size(NAME, a, b, f"size {number} of {name} and what k and v make of it")
+
+
+def _prepared(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, normalize: bool) -> Any:
+    """Tensors in the compute dtype; the state is there, and the values' column of ones."""
+    dtype = compute_dtype(q.dtype)
+    wide = with_ones(v.to(dtype)) if normalize else v.to(dtype)
+    if state is None:
+        state = wide.new_zeros(*k.shape[:2], k.shape[3], wide.shape[3])
+    decay = None if decay is None else decay.to(dtype)
+    return q.to(dtype), k.to(dtype), wide, decay, state.to(dtype)
+
+
+@torch.library.custom_op(NAME, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+def linear_attention(
+    q_BHNf: Tensor,
+    k_BGNf: Tensor,
+    v_BGNe: Tensor,
+    decay_BGN: Tensor | None = None,
+    state_BGfe: Tensor | None = None,
+    lag: int = 0,
+    block: int = 1,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `reattend.kernels.linear_attention.reference` for the meaning of every argument.
+
+    Raises:
+        ArgumentError: shapes or dtypes do not fit.
+    """
+    check(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, lag, block, normalize)
+    given = _prepared(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, normalize)
+    y, state = chunked.forward(*given, lag, block)
+    y = divided(y) if normalize else y
+    return y.to(q_BHNf.dtype).contiguous(), state.contiguous()
+
+
+@linear_attention.register_fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    state: Tensor | None = None,
+    lag: int = 0,
+    block: int = 1,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, decay, state, lag, block, normalize)
+    shape = (*k.shape[:2], k.shape[3], v.shape[3] + (1 if normalize else 0))
+    y = q.new_empty(*q.shape[:3], v.shape[3])
+    return y, q.new_empty(shape, dtype=compute_dtype(q.dtype))
+
+
+@torch.library.custom_op(
+    "reattend::linear_attention_backward",
+    mutates_args=(),
+    schema="(Tensor dy_BHNe, Tensor dstate_BGfe, Tensor q_BHNf, Tensor k_BGNf, Tensor v_BGNe,"
+    " Tensor? decay_BGN, Tensor? state_BGfe, int lag, int block, bool normalize)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_attention_backward(
+    dy_BHNe: Tensor,
+    dstate_BGfe: Tensor,
+    q_BHNf: Tensor,
+    k_BGNf: Tensor,
+    v_BGNe: Tensor,
+    decay_BGN: Tensor | None,
+    state_BGfe: Tensor | None,
+    lag: int,
+    block: int,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, decay and state from those of y and the state after."""
+    q, k, v, decay, state = _prepared(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, normalize)
+    dy = dy_BHNe.to(q.dtype)
+    if normalize:
+        y, _ = chunked.forward(q, k, v, decay, state, lag, block)
+        mass = y[..., -1:]
+        dy = dy / mass.clamp_min(LEAST)
+        dmass = -(dy * y[..., :-1]).sum(-1, keepdim=True) / mass.clamp_min(LEAST)
+        dy = torch.cat([dy, torch.where(mass > LEAST, dmass, 0)], -1)
+    dq, dk, dv, ddecay, dstate = gradient.backward(
+        dy, dstate_BGfe.to(q.dtype), q, k, v, decay, state, lag, block
+    )
+    dv = dv[..., : v_BGNe.shape[3]]
+    pairs = ((dq, q_BHNf), (dk, k_BGNf), (dv, v_BGNe))
+    return (
+        *(x.to(like.dtype).contiguous() for x, like in pairs),
+        ddecay if decay_BGN is None else ddecay.to(decay_BGN.dtype),
+        (dstate if state_BGfe is None else dstate.to(state_BGfe.dtype)).contiguous(),
+    )  # fmt: skip
+
+
+@linear_attention_backward.register_fake
+def _fake_backward(
+    dy: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, *_: Any
+) -> tuple[Tensor, ...]:
+    ddecay = dstate.new_empty(0) if decay is None else decay.new_empty(decay.shape)
+    before = (dstate if state is None else state).new_empty(dstate.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ddecay, before
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.scalars = inputs[5:]
+
+
+def _backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    dq, dk, dv, ddecay, before = linear_attention_backward(dy, dstate, *tensors, *ctx.scalars)
+    decay, state = tensors[3:]
+    return (
+        dq, dk, dv, None if decay is None else ddecay, None if state is None else before,
+        None, None, None,
+    )  # fmt: skip
+
+
+linear_attention.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("linear_attention")
+
+
+def _flops(q: Any, v: Any, lag: int, block: int, columns: int) -> int:
+    """Scores and sums inside of bands, reading the state, and making it once per query head."""
+    chunks = chunked.Chunks.of(q[2], lag, block)
+    band = chunks.size * (2 if chunks.wide else 1)
+    return 2 * q[0] * q[1] * q[2] * (band * (q[3] + columns) + 2 * q[3] * columns)
+
+
+@register_flop_formula(torch.ops.reattend.linear_attention)
+def linear_attention_flops(
+    q: Shape, k: Shape, v: Shape, decay: Any = None, state: Any = None,
+    lag: int = 0, block: int = 1, normalize: bool = False, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """What `chunked.forward` multiplies and adds."""
+    return _flops(q, v, lag, block, v[3] + normalize)
+
+
+@register_flop_formula(torch.ops.reattend.linear_attention_backward)
+def linear_attention_backward_flops(
+    dy: Shape, dstate: Shape, q: Shape, k: Shape, v: Shape, decay: Any, state: Any,
+    lag: int, block: int, normalize: bool, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Each of the three gradients is about one forward."""
+    return 3 * _flops(q, v, lag, block, v[3] + normalize)

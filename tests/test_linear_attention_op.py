@@ -1,0 +1,119 @@
+"""`reattend::linear_attention` against its recurrence, token by token, in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reattend.errors import ArgumentError
+from reattend.kernels.linear_attention import linear_attention, reference
+
+OP = torch.ops.reattend.linear_attention.default
+#: (lag, block): causal, a sliding window of 1 and of 5, terraces of 3, of 70
+SEEN = [(0, 1), (1, 1), (5, 1), (4, 3), (71, 70)]
+
+
+def make(n: int, decay: bool, state: bool, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """2 rows, 6 query heads over 3 key heads, 5 features, 7 values; the first 4 keys of row 1 are
+    padding.
+    """
+    gen = torch.Generator().manual_seed(n)
+    draw = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
+    k = draw(2, 3, n, 5).exp()
+    k[1, :, :4] = 0
+    given = {"q": draw(2, 6, n, 5).exp(), "k": k, "v": draw(2, 3, n, 7)}
+    given["decay"] = -draw(2, 3, n).abs() * 0.2 if decay else None
+    given["state"] = draw(2, 3, 5, 7) if state else None
+    return {name: None if x is None else x.to(dtype) for name, x in given.items()}
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, lag: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """The textbook loop; what a query may not see yet is kept out of the state it reads."""
+    b, g, n, f = k.shape
+    before = torch.zeros(b, g, f, v.shape[-1], dtype=q.dtype) if state is None else state
+    rows, s = [], before
+    for i in range(n):
+        s = before
+        for j in range(i + 1):
+            s = s if decay is None else s * decay[:, :, j, None, None].exp()
+            if j <= i // block * block - lag:
+                s = s + k[:, :, j, :, None] * v[:, :, j, None]
+        rows.append(torch.einsum("bgrf,bgfe->bgre", q[:, :, i].unflatten(1, (g, -1)), s))
+    for i in range(n):
+        before = before if decay is None else before * decay[:, :, i, None, None].exp()
+        before = before + k[:, :, i, :, None] * v[:, :, i, None]
+    return torch.stack(rows, 3).flatten(1, 2), before
+
+
+def apart(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    pairs = zip(got, expected, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("lag", "block"), SEEN)
+@pytest.mark.parametrize(("decay", "state"), [(False, False), (True, True)])
+def test_chunks_equal_the_recurrence(lag: int, block: int, decay: bool, state: bool) -> None:
+    for n in (1, 17, 149):
+        given = make(n, decay, state)
+        expected = recurrence(*given.values(), lag, block) if n < 149 else None
+        plain = reference.linear_attention(*given.values(), lag, block)
+        if expected is not None:
+            assert apart(plain, expected) <= 1e-10
+        assert apart(OP(*given.values(), lag, block), plain) <= 1e-10
+        narrow = {k: None if x is None else x.float() for k, x in given.items()}
+        assert apart(OP(*narrow.values(), lag, block), plain) <= 1e-4
+
+
+def test_one_shot_equals_pieces_and_steps() -> None:
+    given = make(150, True, False)
+    whole, last = OP(*given.values(), 0, 1, True)
+    for cuts in ((64, 86), (1, 3, 146), (1,) * 150):
+        state, parts, at = None, [], 0
+        for n in cuts:
+            piece = [given[x][:, :, at : at + n] for x in ("q", "k", "v", "decay")]
+            y, state = linear_attention(*piece, state, 0, 1, True)
+            parts.append(y)
+            at += n
+        assert apart((torch.cat(parts, 2), state), (whole, last)) <= 1e-10
+    ones = OP(given["q"], given["k"], torch.ones_like(given["v"]), given["decay"], None, 0, 1, True)
+    assert (ones[0] - 1)[0].abs().max() <= 1e-12  # weights of a row sum to 1
+    assert bool((ones[0][1, :, :4] == 0).all())  # a query that sees nothing gives 0
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("lag", "block"), [(0, 1), (5, 1), (71, 70)])
+def test_gradients(lag: int, block: int, normalize: bool) -> None:
+    """The closed form against autograd through the formula."""
+    given = make(149, True, False)
+    given["state"] = torch.rand(2, 3, 5, 8 if normalize else 7, dtype=torch.float64)
+    found = []
+    for op in (OP, reference.linear_attention):
+        leaves = [x.clone().requires_grad_() for x in given.values()]
+        y, state = op(*leaves, lag, block, normalize)
+        loss = (y * torch.sin(torch.arange(y.numel()).reshape(y.shape))).sum() + (state**2).sum()
+        found.append(torch.autograd.grad(loss, leaves))
+    assert apart(*found) <= 1e-9
+
+
+def test_the_op_keeps_torchs_contract() -> None:
+    for decay, state, normalize in ((True, True, False), (False, False, True)):
+        given = [
+            None if x is None else x[:1, :, :5].clone().requires_grad_()
+            for x in make(9, decay, state).values()
+        ]
+        torch.library.opcheck(OP, (*given, 2, 1, normalize))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    given = make(9, True, True)
+    with pytest.raises(ArgumentError, match="size 3 of state_BGfe"):
+        OP(*given.values(), 0, 1, True)
+    with pytest.raises(ArgumentError, match="lag must be 0"):
+        OP(*given.values(), -1)
+    with pytest.raises(ArgumentError, match="decay_BGN must be a float tensor of 3"):
+        OP(given["q"], given["k"], given["v"], given["state"])
