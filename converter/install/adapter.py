@@ -173,12 +173,14 @@ class Adapter(nn.Module):
 
 
 def _keeping(mixer: Mixer, cache: Any, layer_idx: int) -> StockState:
-    """The state of a mixer that chooses which rows stay."""
+    """The state of a mixer that chooses which rows stay, or holds something else."""
+    from reattend.install.held import HeldState
     from reattend.install.kept import KeptState
     from reattend.install.kept_groups import GroupedKeptState
 
-    kind = KeptState if len(mixer.head_groups) == 1 else GroupedKeptState
-    return kind(cache, layer_idx)
+    if len(mixer.head_groups) > 1:
+        return GroupedKeptState(cache, layer_idx)
+    return (HeldState if mixer.holds else KeptState)(cache, layer_idx)
 
 
 def _as_captured(leaf: FixedLeaf, value: Any) -> None:

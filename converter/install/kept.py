@@ -226,9 +226,9 @@ def take_layer(cache: Any, layer_idx: int, kind: type[Layer]) -> Layer:
     if not known or layer.is_initialized:
         what = "that was filled before" if known else f"of type {type(layer).__name__}"
         raise UnsupportedCacheError(
-            f"a block with sparse attention was given a cache with a layer {what}",
+            f"a block that keeps its own state was given a cache with a layer {what}",
             where=f"layer {layer_idx}",
-            why="it keeps, for each class of heads, rows of its own and their positions",
+            why="it puts a layer of its own in the place of an empty one",
             next_step="pass a new DynamicCache of transformers, or use_cache=False",
         )
     layers[layer_idx] = made = kind(layer)

@@ -1,7 +1,7 @@
 """A cache layer of head groups, where some groups choose which of their rows stay.
 
-Each group has a layer of its own: a `KeptLayer` where it chooses, else one like the layer that was
-replaced. All of them have seen the same tokens.
+Each group has a layer of its own: a `KeptLayer` where it chooses, a `HeldLayer` where it holds a
+state, else one like the layer that was replaced. All of them have seen the same tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from reattend.errors import UnsupportedCacheError
+from reattend.install.held import HeldLayer
 from reattend.install.kept import KeptLayer, KeptState, take_layer
 from reattend.mixers.base import Kept
 from reattend.mixers.sparse_config import SparseConfig
@@ -25,11 +26,11 @@ class GroupedLayer(KeptLayer):
         super().__init__(replaced)
         self.groups: dict[int, DynamicLayer] = {}
 
-    def of(self, index: int, chooses: bool) -> DynamicLayer:
-        """The layer of one group, made when it first asks."""
+    def of(self, index: int, kind: type[KeptLayer] | None = None) -> DynamicLayer:
+        """The layer of one group, made when it first asks; without a kind, one that keeps all."""
         if index not in self.groups:
             made = copy.deepcopy(self.replaced)
-            self.groups[index] = KeptLayer(made) if chooses else made
+            self.groups[index] = made if kind is None else kind(made)
         return self.groups[index]
 
     @property
@@ -92,16 +93,27 @@ class GroupState(KeptState):
 
     def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Append rows that all stay."""
-        keys, values = self.layer.of(self.index, chooses=False).update(first, second)
+        keys, values = self.layer.of(self.index).update(first, second)
         return keys, values
 
     def keep(
         self, keys: Tensor, values: Tensor, valid_BN: Tensor | None, config: SparseConfig
     ) -> list[Kept]:
         """See `KeepingState`."""
-        layer: Any = self.layer.of(self.index, chooses=True)
+        layer: Any = self.layer.of(self.index, KeptLayer)
         found: list[Kept] = layer.update(keys, values, valid_BN=valid_BN, config=config)[0]
         return found
+
+    def held(self) -> tuple[Tensor, ...] | None:
+        """See `HoldingState`."""
+        layer: Any = self.layer.of(self.index, HeldLayer)
+        found: tuple[Tensor, ...] | None = layer.tensors
+        return found
+
+    def hold(self, tensors: tuple[Tensor, ...], tokens: int) -> None:
+        """See `HoldingState`."""
+        layer: Any = self.layer.of(self.index, HeldLayer)
+        layer.hold(tensors, tokens)
 
     def seen(self) -> int:
         """Tokens so far."""

@@ -116,6 +116,19 @@ class KeepingState(State, Protocol):
 
 
 @runtime_checkable
+class HoldingState(State, Protocol):
+    """A state of constant size: tensors [B, ..] that a mixer makes anew in every call."""
+
+    def held(self) -> tuple[Tensor, ...] | None:
+        """What the last call left; None: nothing was stored yet."""
+        ...
+
+    def hold(self, tensors: tuple[Tensor, ...], tokens: int) -> None:
+        """Keep these in place of what there was, after `tokens` more (padding included)."""
+        ...
+
+
+@runtime_checkable
 class FreshState(State, Protocol):
     """A state that knows, without asking the device, whether the last `update` found it empty."""
 
@@ -224,6 +237,11 @@ class Mixer(nn.Module, ABC):
         return False
 
     @property
+    def holds(self) -> bool:
+        """Whether its state is a `HoldingState`: it keeps something of constant size."""
+        return False
+
+    @property
     def depends_on_calls(self) -> str:
         """What makes results depend on how a text is cut into calls, by design; "": nothing."""
         found = [group.depends_on_calls for group in self.head_groups if group is not self]
@@ -268,8 +286,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     """An empty mixer from what a checkpoint stores.
 
     Args:
-        kind: `dense`, `latent`, `mixed`, `routed`, `sparse`, or the name of an entry point of group
-            `reattend.mixers` that a third party's package registers for its `Mixer` subclass.
+        kind: `dense`, `latent`, `linear`, `mixed`, `routed`, `sparse`, or the name of an entry point of
+            group `reattend.mixers` that a third party's package registers for its `Mixer` subclass.
         config: fields of that class's config; third parties implement `from_config(mapping)`.
 
     Raises:
@@ -278,6 +296,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     from reattend.mixers.dense import DenseAttention, DenseConfig
     from reattend.mixers.latent import LatentAttention
     from reattend.mixers.latent_config import LatentConfig
+    from reattend.mixers.linear import LinearAttention
+    from reattend.mixers.linear_config import LinearConfig
     from reattend.mixers.mixed import MixedAttention, MixedConfig
     from reattend.mixers.routed import RoutedAttention
     from reattend.mixers.routed_config import RoutedConfig
@@ -286,8 +306,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
 
     own: tuple[tuple[Any, Any], ...] = (
         (DenseAttention, DenseConfig), (LatentAttention, LatentConfig),
-        (MixedAttention, MixedConfig), (RoutedAttention, RoutedConfig),
-        (SparseAttention, SparseConfig),
+        (LinearAttention, LinearConfig), (MixedAttention, MixedConfig),
+        (RoutedAttention, RoutedConfig), (SparseAttention, SparseConfig),
     )  # fmt: skip
     for mixer, described in own:
         if kind == mixer.kind:

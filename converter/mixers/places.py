@@ -30,7 +30,7 @@ def valid_tokens(mask: Tensor | None, batch: int, n: int) -> Tensor | None:
         return (mask != 0)[:, -n:]
     if mask.shape[-2] != n:
         raise ArgumentError(
-            f"a sparse block was given a mask of {mask.shape[-2]} rows for {n} queries",
+            f"a converted block was given a mask of {mask.shape[-2]} rows for {n} queries",
             next_step="pass a mask [batch, 1, query, key], validity [batch, key], or none",
         )
     own = torch.diagonal(shown(mask[:, 0]), mask.shape[-1] - n, dim1=-2, dim2=-1)

@@ -14,6 +14,10 @@ from reattend.report.model import Report
 from reattend.report.numbers import fixed, percent, plain, plural, signed_percent, size
 
 State = Literal["good", "bad", "open"]
+#: perplexity that grows by no more than this share holds
+HOLDS = 0.1
+#: share of the original's score that a recall task may lose without a warning
+FALLS = 0.2
 MARKS: dict[State, str] = {"good": "✓", "bad": "✗", "open": "–"}
 
 
@@ -71,6 +75,28 @@ def recall_change(report: Report) -> tuple[str, str] | None:
     change, task = min(changes)
     points = signed_percent(change).removesuffix(" %")
     return task.replace("_", "-"), f"{points} points"
+
+
+def recall_lost(report: Report) -> str:
+    """A warning where perplexity holds and recall does not; "" otherwise.
+
+    Perplexity is an average over tokens that mostly need no looking up; attention over a bounded
+    state can keep it and forget what it read.
+    """
+    change = ppl_change(report)
+    if report.quality is None or change is None or not change <= HOLDS:
+        return ""
+    before, after = report.quality.last("original"), report.quality.last("converted")
+    assert before is not None
+    assert after is not None
+    found = [
+        f"{task.replace('_', '-')} {fixed(was)} → {fixed(after.recall[task])}"
+        for task, was in before.recall.items()
+        if task in after.recall and after.recall[task] < (1 - FALLS) * was and was > 0
+    ]
+    if not found:
+        return ""
+    return f"Perplexity holds, and recall does not ({', '.join(found)}): judge by min_recall."
 
 
 def conversions(report: Report) -> str:
@@ -197,6 +223,7 @@ def _sentences(report: Report) -> list[str]:
         recall = recall_change(report)
         also = f", recall by {recall[1]} in the worst task ({recall[0]})" if recall else ""
         parts.append(f"Perplexity changes by {signed_percent(change)}{also}.")
+    parts.append(recall_lost(report))
     checks = _checks(report)
     state = checks.state
     if report.gates or state == "bad":

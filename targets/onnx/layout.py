@@ -17,6 +17,7 @@ from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.latent_config import LatentConfig
+from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.targets.onnx.sparse_form import SparseForm
@@ -154,6 +155,8 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "what the original module does besides attention needs the whole sequence"
     elif binding.cache is None:
         why = "it keeps no cache; only decoders that generate token by token are exported"
+    elif isinstance(config, LinearConfig):
+        why = "linear attention has no ONNX form yet"
     elif config.core.pattern == "chunked":
         why = "chunked attention has no ONNX form yet"
     elif config.core.pattern == "opaque":

@@ -1,0 +1,68 @@
+"""Feature maps: what stands for exp in linear attention.
+
+`identity`; `elu+1`, Katharopoulos et al., arXiv 2006.16236; `relu`; `exp`, exp(x - max x);
+`softmax` over a head's numbers; `hedgehog` as in LoLCATs (Zhang et al., arXiv 2410.10254), two
+softmaxes of W x and of -W x side by side, W per head; `t2r`, relu(W x + b), Kasai et al., arXiv
+2103.13076. Other libraries give the name hedgehog to one softmax over both signs; that is another
+map.
+
+Layout letters: B batch, h heads, N tokens, d head width, f features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reattend.mixers.linear_config import LEARNED, FeatureMapName
+
+
+class FeatureMap(nn.Module):
+    """One map with weights of its own per head, where it has any."""
+
+    def __init__(self, name: FeatureMapName, heads: int, width: int, rows: int) -> None:
+        super().__init__()
+        self.name = name
+        self.weight_hfd: nn.Parameter | None = None
+        self.bias_hf: nn.Parameter | None = None
+        if name in LEARNED:
+            self.weight_hfd = nn.Parameter(torch.zeros(heads, rows, width))
+        if name == "t2r":
+            self.bias_hf = nn.Parameter(torch.zeros(heads, rows))
+
+    def start(self, identity: bool) -> None:
+        """Set the weights: the identity, or small numbers from a generator of their own.
+
+        Those are uniform with variance 2 / (rows x width), as LoLCATs' code draws them, so that
+        all features start nearly equal.
+        """
+        if self.weight_hfd is None:
+            return
+        _, rows, width = self.weight_hfd.shape
+        like = {"dtype": self.weight_hfd.dtype, "device": self.weight_hfd.device}
+        with torch.no_grad():
+            if identity:
+                self.weight_hfd.copy_(torch.eye(rows, width, **like))
+                return
+            bound = (6 / (rows * width)) ** 0.5
+            drawn = torch.rand(self.weight_hfd.shape, generator=torch.Generator().manual_seed(0))
+            self.weight_hfd.copy_(bound * (2 * drawn - 1))
+
+    def forward(self, x_BhNd: Tensor) -> Tensor:
+        """Features [B, h, N, f], in float32 or wider."""
+        x = x_BhNd if x_BhNd.dtype == torch.float64 else x_BhNd.float()
+        if self.weight_hfd is not None:
+            x = x @ self.weight_hfd.to(x.dtype).transpose(-1, -2)
+        if self.bias_hf is not None:
+            x = x + self.bias_hf.to(x.dtype)[:, None]
+        if self.name == "elu+1":
+            return nn.functional.elu(x) + 1
+        if self.name in ("relu", "t2r"):
+            return torch.relu(x)
+        if self.name == "exp":
+            return (x - x.amax(-1, keepdim=True)).exp()
+        if self.name == "softmax":
+            return x.softmax(-1)
+        if self.name == "hedgehog":
+            return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+        return x

@@ -1,0 +1,124 @@
+"""What linear attention loses at its start and after some training: perplexity and recall.
+
+    python examples/linear_table.py --out examples/results/linear_table.json
+
+The preset `lolcats` and its parts: without the window (`hedgehog`), and the window alone (sparse
+heads that see the mean length of its terraces, nothing older). Trained by distillation as a plan
+does it, block by block, then end to end; `layerwise` stops after the blocks, as LoLCATs' attention
+transfer does. Every row converts anew. Training reads `calibration.txt`; held-out text is only
+measured on. Every finished row is written at once, so the same command continues after an
+interruption. `--table` prints the Markdown table of an existing file and computes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import campaign
+
+TOKENS = 512
+#: terraces of 64 show 65 to 128 keys
+WINDOW: dict[str, Any] = {"sites": "*", "to": "sparse", "pattern": {"window": 96}}
+BLOCKS, BOTH = ["layerwise"], ["layerwise", "end-to-end"]
+#: name -> preset or rule, tokens trained on, stages
+ROWS: dict[str, tuple[Any, int, list[str]]] = {
+    "window of 96": (WINDOW, 0, BOTH),
+    "lolcats, untrained": ("lolcats", 0, BOTH),
+    "hedgehog, untrained": ("hedgehog", 0, BOTH),
+    "lolcats, 50k": ("lolcats", 50_000, BOTH),
+    "lolcats, 50k layerwise": ("lolcats", 50_000, BLOCKS),
+    "hedgehog, 50k": ("hedgehog", 50_000, BOTH),
+    "window of 96, 50k": (WINDOW, 50_000, BOTH),
+    "lolcats, 200k": ("lolcats", 200_000, BOTH),
+}
+
+
+class Campaign:
+    """Model and data, loaded once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from reattend.data import load_data
+
+        self.args = args
+        self.model, tokenizer = campaign.opened(args)
+        read = {"tokenizer": tokenizer, "seq_len": TOKENS, "seed": args.seed}
+        self.text = load_data(args.model / "heldout.txt", **read).take(args.rows)
+        self.calibration = load_data(args.model / "calibration.txt", **read)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the rows depend on; a results file of other inputs is not continued."""
+        return {
+            "weights": campaign.sha256(self.args.model / "model.safetensors"),
+            "calibration": self.calibration.fingerprint,
+            "heldout": self.text.fingerprint,
+            "rows": self.args.rows,
+            "seed": self.args.seed,
+        }
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Convert, train and measure one row."""
+        from reattend.verify.yardsticks import original
+
+        begin, model, stages = time.perf_counter(), self.model, {}
+        if name != "original":
+            model, stages = self.converted(*ROWS[name])
+        seconds = time.perf_counter() - begin
+        asked = original(model, context=TOKENS)
+        quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
+        recall = {k: v.to_dict() for k, v in asked.recall(self.text, seed=self.args.seed).items()}
+        return {
+            "name": name, "seconds": round(seconds, 1), "stages": stages,
+            "cache_bytes_per_token": asked.cache_bytes_per_token, **quality, "recall": recall,
+        }  # fmt: skip
+
+    def converted(self, asked: Any, tokens: int, stages: list[str]) -> tuple[Any, dict[str, Any]]:
+        """The converted model, and the loss of each stage at its first and last point."""
+        from reattend import convert
+        from reattend.plan import Plan
+
+        rule = Plan.load(asked).rules[0].to_dict() if isinstance(asked, str) else asked
+        calibrate = {"tokens": tokens, "stages": stages, "seq_len": TOKENS, "batch_size": 4}
+        plan = {"rules": [rule], "calibrate": calibrate}
+        made = convert(self.model, plan=plan, data=self.calibration.packed[0], seed=self.args.seed)
+        told = made.report.calibration.stages if tokens else ()
+        lost = {s.name: [s.loss[0][1], s.loss[-1][1]] for s in told if s.loss}
+        return made.model.eval(), lost
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"{results['device']}, {results['date']}, `{results['command']}`: {results['model']}, "
+        f"{results['inputs']['rows']} held-out rows of {TOKENS} tokens. Cache: bytes per token "
+        f"after {TOKENS} of them, all layers, 2 bytes a number.",
+        "",
+        f"| model | cache | perplexity | {campaign.RECALL}",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        cells = f"| {row['name']} | {row['cache_bytes_per_token']:.0f} | {row['perplexity']:.2f} | "
+        lines.append(cells + campaign.recall_cells(row["recall"]))
+    return "\n".join(lines)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Fill the file."""
+    made = Campaign(args)
+    results = campaign.begun("linear_table.py", args, made.inputs())
+    if results is None:
+        return 2
+    return campaign.fill(results, ["original", *ROWS], made.row, args, table)
+
+
+def main() -> int:
+    """Command line."""
+    parser = campaign.arguments(str(__doc__), "examples/results/linear_table.json")
+    parser.add_argument("--only", default="", help="rows whose name has one of these parts")
+    return campaign.run(parser.parse_args(), table, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

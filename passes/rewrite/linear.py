@@ -1,0 +1,211 @@
+"""`to: linear`: softmax over a window of keys, and a state of fixed size for all older ones.
+
+One conversion serves LoLCATs, Hedgehog, T2R and SUPRA; presets name their options. The block keeps
+its weights; feature maps and the weight of the window are new, start without statistics, and are
+meant to be trained (`calibrate`). Exact with a window as long as the text, and with nothing else,
+so every plan with a smaller one is `learned`. The formulas with the symbols used here:
+docs/math/linear.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from reattend.mixers.config import Frozen
+from reattend.mixers.dense import DenseAttention, DenseConfig
+from reattend.mixers.linear import LinearAttention
+from reattend.mixers.linear_config import LEARNED, FeatureMapName, LinearConfig, WindowForm
+from reattend.passes.base import Refusal
+from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost, regrouped
+from reattend.passes.rewrite.sparse_build import like
+
+#: A window that no text is longer than.
+ENDLESS = 2**30
+
+
+class LinearOptions(Frozen):
+    """What reaches how far back.
+
+    Attributes:
+        feature_map: see `reattend.mixers.features`.
+        feature_dim: rows of its weights per head; None: the head width.
+        feature_init: `identity` (only at the head width), or `uniform`, small numbers; None:
+            identity where it fits.
+        normalize: what linear sums are divided by: `sum` of the weights, `group` (RetNet's norm of
+            each head), `none`.
+        decay: `fixed`: head h of S leaves exp(-2^(-8 h / S)) of the state per token, h from 1.
+        window: keys attended to by softmax; 0: none.
+        window_form: `terraced`, the query's own block of `window` tokens and the one before, or
+            `sliding`, the last `window`.
+        mix: whether the weight of the window is trained.
+        mix_start: that weight, or where it starts.
+        rope: whether features are made `before` rotating, `after` it, or of what is not rotated
+            (`window-only`). `before`: keys are rotated before they are mapped.
+        state: one for each query head, or one for each KV head.
+    """
+
+    feature_map: FeatureMapName = "hedgehog"
+    feature_dim: int | None = Field(default=None, gt=0)
+    feature_init: Literal["identity", "uniform"] | None = None
+    normalize: Literal["sum", "group", "none"] = "sum"
+    decay: Literal["none", "fixed"] = "none"
+    window: int = Field(default=64, ge=0)
+    window_form: WindowForm = "terraced"
+    mix: Literal["learned", "fixed"] = "learned"
+    mix_start: float = Field(default=0.1, gt=0.0, lt=1.0)
+    rope: Literal["before", "after", "window-only"] = "before"
+    state: Literal["per-query-head", "per-kv-head"] = "per-query-head"
+
+    @model_validator(mode="after")
+    def _are_consistent(self) -> LinearOptions:
+        signed = self.feature_map == "identity" or self.rope == "after"
+        if self.normalize == "sum" and signed:
+            raise ValueError(
+                "normalize: sum divides by a sum of weights, which feature_map: identity and "
+                "rope: after can make zero or negative; set normalize: group"
+            )
+        if self.window and self.normalize != "sum":
+            raise ValueError(
+                "a window shares the sum that it is divided by: set normalize: sum, or window: 0"
+            )
+        if self.feature_map not in LEARNED and (self.feature_dim or self.feature_init):
+            raise ValueError(f"feature_map: {self.feature_map} has no weights to give a size")
+        if self.rope == "after" and self.feature_map == "hedgehog":
+            raise ValueError("rope: after rotates features, and hedgehog has two for each number")
+        return self
+
+
+class ToLinear(Conversion):
+    """Causal softmax attention to linear attention, with or without a window."""
+
+    name = "linear"
+    Options = LinearOptions
+
+    def check(self, config: DenseConfig, options: LinearOptions) -> Refusal | None:
+        """Reads no weight."""
+        core, width = config.core, config.core.qk_head_dim
+        if config.cross:
+            return Refusal("cross-attention: its keys have no order for a state to follow")
+        if (moved := regrouped(config)) is not None:
+            return moved
+        if core.pattern == "full":
+            return Refusal("the block is not causal: tokens see later ones, a state does not")
+        if core.pattern in ("sliding", "chunked"):
+            return Refusal(
+                f"the block's own pattern is {core.pattern}: it forgets older keys by itself, and "
+                "its cache is bounded already"
+            )
+        if core.pattern == "opaque":
+            return Refusal("the mask is the model's own, and a state cannot leave out single keys")
+        if core.softcap:
+            return Refusal("scores are capped by tanh, which sums of features cannot follow")
+        if core.sinks:
+            return Refusal("every head has a logit of no key, which the state has no place for")
+        if config.added is not None or config.relative is not None or config.alibi is not None:
+            return Refusal("a position bias is added to the scores, which a state cannot apply")
+        rows = options.feature_dim or width
+        if options.feature_init == "identity" and rows != width:
+            return Refusal(f"feature_init: identity needs feature_dim {width}, the head width")
+        if options.rope == "after" and config.rotary is not None and rows != width:
+            return Refusal(f"rope: after rotates features: feature_dim must be {width}")
+        return None
+
+    def check_within(
+        self, config: DenseConfig, options: LinearOptions, longest: int
+    ) -> Refusal | None:
+        """A window as long as any text holds more than a cache and changes nothing."""
+        if options.window >= longest and options.window < ENDLESS:
+            return Refusal(
+                f"window: {options.window} reaches over the longest text the model reads "
+                f"({longest} tokens), so nothing would be linear: give a smaller one"
+            )
+        return None
+
+    def described(self, config: DenseConfig, options: LinearOptions) -> LinearConfig:
+        """The mixer's description."""
+        core = config.core
+        heads = core.heads if options.state == "per-query-head" else core.kv_heads
+        slopes = tuple(-(2.0 ** (-8 * (h + 1) / heads)) for h in range(heads))
+        return LinearConfig.model_validate(
+            {
+                **config.model_dump(exclude={"kind"}),
+                "kind": "linear",
+                "feature_map": options.feature_map,
+                "feature_dim": options.feature_dim or core.qk_head_dim,
+                "normalize": options.normalize,
+                "decay": slopes if options.decay == "fixed" else (),
+                "window": options.window,
+                "window_form": options.window_form,
+                "mix": options.mix_start,
+                "mix_learned": options.mix == "learned",
+                "rope": options.rope,
+                "state": options.state,
+            }
+        )
+
+    def outcome(self, config: DenseConfig, options: LinearOptions) -> LinearConfig:
+        """The mixer's description; nothing is left to statistics."""
+        return self.described(config, options)
+
+    def exact_setting(self, config: DenseConfig) -> LinearOptions:
+        """A window that no text is longer than: no key is ever linear."""
+        return LinearOptions(
+            feature_map="elu+1", window=ENDLESS, window_form="sliding", mix="fixed", mix_start=0.5
+        )
+
+    def cost(self, config: DenseConfig, options: LinearOptions) -> Cost:
+        """What is held in place of the cache, spread over the context of the original's cost."""
+        before, made, core = dense_cost(config), self.described(config, options), config.core
+        length, each = before.context, core.qk_head_dim + core.v_head_dim
+        rows = min(made.held_rows, length)
+        attention, near = core.heads * each * length, core.heads * each * rows
+        grown = own_weights(made)
+        # the state is read for every query head, and a key is added to every head of it
+        moved = (core.heads + made.state_heads) * made.features * made.columns
+        flops = before.flops_per_token + 2 * (near + moved + grown - attention)
+        numbers = made.held_after(length)
+        return Cost(
+            -(-numbers // length), before.parameters + grown, flops, length, before.parameters
+        )
+
+    def build(self, dense: DenseAttention, statistics: Any, options: LinearOptions) -> Built:
+        """The same weights, and feature maps at their start."""
+        made = self.described(dense.config, options)
+        mixer = like(dense, LinearAttention)
+        mixer.begin(made)
+        identity = options.feature_init == "identity" or (
+            options.feature_init is None and made.feature_dim == made.core.qk_head_dim
+        )
+        weight = dense.q_proj.weight if hasattr(dense.q_proj, "weight") else None
+        for new in (mixer.features_q, mixer.features_k):
+            new.start(identity)
+            if weight is not None:
+                new.to(weight)
+        if mixer.mix_H is not None and weight is not None:
+            mixer.mix_H.data = mixer.mix_H.data.to(weight)
+        exact = options.window >= ENDLESS
+        return Built(mixer.train(dense.training), "exact" if exact else "learned", stated(made))
+
+
+def own_weights(made: LinearConfig) -> int:
+    """Parameters beside the block's own."""
+    rows = made.feature_dim * made.core.qk_head_dim if made.feature_map in LEARNED else 0
+    bias = made.feature_dim if made.feature_map == "t2r" else 0
+    mix = made.core.heads if made.mix_learned and made.window else 0
+    return (made.core.heads + made.state_heads) * (rows + bias) + mix
+
+
+def stated(made: LinearConfig) -> dict[str, Any]:
+    """For the report: what is held, and what it is worth in tokens of the original's cache."""
+    told: dict[str, Any] = {
+        "feature_map": made.feature_map,
+        "features": made.features,
+        "window": f"{made.window} {made.window_form}" if made.window else "none",
+        "state_numbers": made.state_heads * made.features * made.columns,
+        "held_in_tokens": f"{made.held_after(made.held_rows) / made.cache_per_token:.1f}",
+    }
+    if made.decay:
+        told["decay"] = f"{min(made.decay):.4g} to {max(made.decay):.4g} per token"
+    return told
