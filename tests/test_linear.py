@@ -197,7 +197,7 @@ def test_feature_maps_start_without_statistics() -> None:
     assert torch.equal(start.features_q.weight_hfd[1], torch.eye(8, dtype=torch.float64))
     assert float(start.mix_H.detach().sigmoid()[2]) == pytest.approx(0.1)
     small = linear(dense(config()), trained=False, feature_dim=64, feature_init="uniform")
-    wide = small.features_q.weight_hfd
+    wide = small.features_q.weight_hfd.detach()
     assert wide.shape == (4, 64, 8)
     assert float(wide.square().mean()) == pytest.approx(2 / (64 * 8), rel=0.1)
 
