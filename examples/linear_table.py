@@ -62,7 +62,8 @@ class Campaign:
         """Convert, train and measure one row."""
         from reattend.verify.yardsticks import original
 
-        begin, model, stages = time.perf_counter(), self.model, {}
+        begin, model = time.perf_counter(), self.model
+        stages: dict[str, Any] = {}
         if name != "original":
             model, stages = self.converted(*ROWS[name])
         seconds = time.perf_counter() - begin
@@ -83,7 +84,7 @@ class Campaign:
         calibrate = {"tokens": tokens, "stages": stages, "seq_len": TOKENS, "batch_size": 4}
         plan = {"rules": [rule], "calibrate": calibrate}
         made = convert(self.model, plan=plan, data=self.calibration.packed[0], seed=self.args.seed)
-        told = made.report.calibration.stages if tokens else ()
+        told = made.report.calibration.stages if made.report.calibration is not None else ()
         lost = {s.name: [s.loss[0][1], s.loss[-1][1]] for s in told if s.loss}
         return made.model.eval(), lost
 

@@ -39,10 +39,9 @@ class FeatureMap(nn.Module):
         if self.weight_hfd is None:
             return
         _, rows, width = self.weight_hfd.shape
-        like = {"dtype": self.weight_hfd.dtype, "device": self.weight_hfd.device}
         with torch.no_grad():
             if identity:
-                self.weight_hfd.copy_(torch.eye(rows, width, **like))
+                self.weight_hfd.copy_(torch.eye(rows, width))
                 return
             bound = (6 / (rows * width)) ** 0.5
             drawn = torch.rand(self.weight_hfd.shape, generator=torch.Generator().manual_seed(0))

@@ -148,7 +148,8 @@ class LinearAttention(DenseAttention):
             y = divided(y)
         elif c.normalize == "group":
             y = F.layer_norm(y, (y.shape[-1],), eps=EPS)
-        return y.to(q.dtype)
+        y_BHNe: Tensor = y.to(q.dtype)
+        return y_BHNe
 
     def _all(self, q_BHLd: Tensor, f_BHLf: Tensor, found: Lined) -> Tensor:
         """Sums over all keys, [B, H, L, c], of the queries in every slot."""
@@ -168,7 +169,7 @@ class LinearAttention(DenseAttention):
         if c.window:
             lag, block = (c.window, 1) if c.window_form == "sliding" else (c.window + 1, c.window)
         k, v = self._features_k(mapped_rows(found.rows)), self._columns(found.rows[1])
-        older, _ = linear_attention(f_BHLf, k, v, decay, found.before, lag, block)
+        older: Tensor = linear_attention(f_BHLf, k, v, decay, found.before, lag, block)[0]
         return older if y is None else y + older
 
     def _step(self, q_BH1d: Tensor, f_BH1f: Tensor, rows: Stored) -> Tensor:
@@ -179,7 +180,7 @@ class LinearAttention(DenseAttention):
         if c.decay:
             apart_B = place_B + 1 - first_visible(after.count_B, c.window, c.window_form)
             older = older * (apart_B[:, None] * older.new_tensor(c.decay)).exp()[..., None, None]
-        y = older.flatten(1, 2)[:, :, None]
+        y: Tensor = older.flatten(1, 2)[:, :, None]
         if not c.window:
             return y
         assert found.slot_BN is not None
@@ -190,7 +191,7 @@ class LinearAttention(DenseAttention):
         first = first_visible(place_B + 1, c.window, c.window_form) - (place_B - last[:, 0])
         seen = ((slot >= first[:, None]) & (slot <= last)) | (last < 0)
         scores = (scores * c.core.scale).masked_fill(~seen[:, None, None], float("-inf"))
-        near = (shifted_exp(scores) @ self._values(found.rows[1])).flatten(1, 2)[:, :, None]
+        near: Tensor = (shifted_exp(scores) @ self._values(found.rows[1])).flatten(1, 2)[:, :, None]
         return y + near * self._mix(y.dtype)
 
     def _mix(self, dtype: torch.dtype) -> Any:
@@ -202,7 +203,10 @@ class LinearAttention(DenseAttention):
     def _mapped(self, k_BGnd: Tensor) -> Tensor:
         """Features of keys, [B, S, n, f]."""
         repeat = self.config.state_heads // k_BGnd.shape[1]
-        return self.features_k(k_BGnd.repeat_interleave(repeat, 1) if repeat > 1 else k_BGnd)
+        made: Tensor = self.features_k(
+            k_BGnd.repeat_interleave(repeat, 1) if repeat > 1 else k_BGnd
+        )
+        return made
 
     def _features_k(self, row_BGnw: Tensor) -> Tensor:
         """Features of `mapped_rows`."""

@@ -47,7 +47,8 @@ class Chunks:
     def cut(self, x: Tensor) -> Tensor:
         """[.., N, w] -> [.., T, C, w], zeros behind the end."""
         padded = F.pad(x, (0, 0, 0, self.count * self.size - self.n))
-        return padded.unflatten(-2, (self.count, self.size))
+        parts: Tensor = padded.unflatten(-2, (self.count, self.size))
+        return parts
 
     def joined(self, x: Tensor) -> Tensor:
         """[.., T, C, w] -> [.., N, w]."""
@@ -64,7 +65,8 @@ class Chunks:
         if not self.wide:
             return x
         before, own = x.split(self.size, -2)
-        return own + F.pad(before, (0, 0, 0, 0, 0, 1))[..., 1:, :, :]
+        later: Tensor = F.pad(before, (0, 0, 0, 0, 0, 1))[..., 1:, :, :]
+        return own + later
 
     def seen(self, device: torch.device) -> Tensor:
         """Which keys of its band a query sees, [C, L]; the same in every chunk."""

@@ -50,7 +50,9 @@ def check(
             same_size(NAME, a, b, f"size {number} of {name} and what k and v make of it")
 
 
-def _prepared(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, normalize: bool) -> Any:
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Tensors in the compute dtype; the state is there, and the values' column of ones."""
     dtype = compute_dtype(q.dtype)
     wide = with_ones(v.to(dtype)) if normalize else v.to(dtype)
@@ -77,8 +79,8 @@ def linear_attention(
         ArgumentError: shapes or dtypes do not fit.
     """
     check(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, lag, block, normalize)
-    given = _prepared(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, normalize)
-    y, state = chunked.forward(*given, lag, block)
+    q, k, v, decay, before = _prepared(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, normalize)
+    y, state = chunked.forward(q, k, v, decay, before, lag, block)
     y = divided(y) if normalize else y
     return y.to(q_BHNf.dtype).contiguous(), state.contiguous()
 
@@ -172,7 +174,8 @@ def _flops(q: Any, v: Any, lag: int, block: int, columns: int) -> int:
     """Scores and sums inside of bands, reading the state, and making it once per query head."""
     chunks = chunked.Chunks.of(q[2], lag, block)
     band = chunks.size * (2 if chunks.wide else 1)
-    return 2 * q[0] * q[1] * q[2] * (band * (q[3] + columns) + 2 * q[3] * columns)
+    tokens = int(q[0] * q[1] * q[2])
+    return 2 * tokens * int(band * (q[3] + columns) + 2 * q[3] * columns)
 
 
 @register_flop_formula(torch.ops.reattend.linear_attention)
