@@ -99,36 +99,6 @@ class Kept(NamedTuple):
 
 
 @runtime_checkable
-class KeepingState(State, Protocol):
-    """A state that keeps for each class of heads the rows that later queries may see."""
-
-    def keep(
-        self, keys: Tensor, values: Tensor, valid_BN: Tensor | None, config: Any
-    ) -> list[Kept]:
-        """Append new rows and return, per class, all that the new queries may see.
-
-        Args:
-            keys, values: of the new tokens, [B, G, N, d] and [B, G, N, e].
-            valid_BN: which new tokens are real; None: all.
-            config: the block's `SparseConfig`.
-        """
-        ...
-
-
-@runtime_checkable
-class HoldingState(State, Protocol):
-    """A state of constant size: tensors [B, ..] that a mixer makes anew in every call."""
-
-    def held(self) -> tuple[Tensor, ...] | None:
-        """What the last call left; None: nothing was stored yet."""
-        ...
-
-    def hold(self, tensors: tuple[Tensor, ...], tokens: int) -> None:
-        """Keep these in place of what there was, after `tokens` more (padding included)."""
-        ...
-
-
-@runtime_checkable
 class FreshState(State, Protocol):
     """A state that knows, without asking the device, whether the last `update` found it empty."""
 
@@ -286,8 +256,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     """An empty mixer from what a checkpoint stores.
 
     Args:
-        kind: `dense`, `latent`, `linear`, `mixed`, `routed`, `sparse`, or the name of an entry point of
-            group `reattend.mixers` that a third party's package registers for its `Mixer` subclass.
+        kind: of a mixer of ours, or the name of an entry point of group `reattend.mixers` that a
+            third party's package registers for its `Mixer` subclass.
         config: fields of that class's config; third parties implement `from_config(mapping)`.
 
     Raises:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from reattend.errors import ArgumentError, UnsupportedCacheError
 from reattend.kernels.linear_attention import linear_attention
 from reattend.kernels.linear_attention.reference import divided, with_ones
-from reattend.mixers.base import Context, HoldingState, State
+from reattend.mixers.base import Context, State
 from reattend.mixers.block import project
 from reattend.mixers.dense import DenseAttention, stream
 from reattend.mixers.features import FeatureMap
+from reattend.mixers.keeping import HoldingState
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.linear_rows import Lined, Memory, Rows, lined, mapped_rows, remembered
 from reattend.mixers.linear_window import band, first_visible, shifted_exp

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from reattend.errors import ArgumentError, UnsupportedCacheError
-from reattend.mixers.base import Context, KeepingState, Kept, State
+from reattend.mixers.base import Context, Kept, State
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.keeping import KeepingState
 from reattend.mixers.places import places, usual, valid_tokens
 from reattend.mixers.scores import attend, per_head, shown
 from reattend.mixers.selecting.frame import attend_selected
