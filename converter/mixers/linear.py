@@ -192,8 +192,9 @@ class LinearAttention(DenseAttention):
         first = first_visible(place_B + 1, c.window, c.window_form) - (place_B - last[:, 0])
         seen = ((slot >= first[:, None]) & (slot <= last)) | (last < 0)
         scores = (scores * c.core.scale).masked_fill(~seen[:, None, None], float("-inf"))
-        near: Tensor = (shifted_exp(scores) @ self._values(found.rows[1])).flatten(1, 2)[:, :, None]
-        return y + near * self._mix(y.dtype)
+        near = (shifted_exp(scores) @ self._values(found.rows[1])).flatten(1, 2)[:, :, None]
+        y = y + near * self._mix(y.dtype)
+        return y
 
     def _mix(self, dtype: torch.dtype) -> Any:
         """Weight of the window, [H, 1, 1] or a number."""

@@ -65,8 +65,8 @@ class Chunks:
         if not self.wide:
             return x
         before, own = x.split(self.size, -2)
-        later: Tensor = F.pad(before, (0, 0, 0, 0, 0, 1))[..., 1:, :, :]
-        return own + later
+        y: Tensor = own + F.pad(before, (0, 0, 0, 0, 0, 1))[..., 1:, :, :]
+        return y
 
     def seen(self, device: torch.device) -> Tensor:
         """Which keys of its band a query sees, [C, L]; the same in every chunk."""
