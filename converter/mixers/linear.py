@@ -193,10 +193,10 @@ class LinearAttention(DenseAttention):
         seen = ((slot >= first[:, None]) & (slot <= last)) | (last < 0)
         scores = (scores * c.core.scale).masked_fill(~seen[:, None, None], float("-inf"))
         near = (shifted_exp(scores) @ self._values(found.rows[1])).flatten(1, 2)[:, :, None]
-        y = y + near * self._mix(y.dtype)
-        return y
+        both: Tensor = y + near * self._mix(y.dtype)
+        return both
 
-    def _mix(self, dtype: torch.dtype) -> Any:
+    def _mix(self, dtype: torch.dtype) -> Tensor | float:
         """Weight of the window, [H, 1, 1] or a number."""
         if self.mix_H is None:
             return self.config.mix
