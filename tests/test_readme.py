@@ -90,6 +90,7 @@ def script(name):
         ("sparse", "sparse_table", "sparse_table", "README.md"),
         ("sparse-recall", "sparse_recall", "sparse_recall", "README.md"),
         ("gate", "gate_table", "gate_table", "docs/math/sparse.md"),
+        ("moh", "moh_table", "moh_table", "docs/math/moh.md"),
     ],
 )
 def test_a_committed_table_is_that_of_its_json(mark, name, file, document, monkeypatch):
