@@ -26,13 +26,13 @@ BLOCKS, BOTH = ["layerwise"], ["layerwise", "end-to-end"]
 #: name -> preset or rule, tokens trained on, stages
 ROWS: dict[str, tuple[Any, int, list[str]]] = {
     "window of 96": (WINDOW, 0, BOTH),
-    "lolcats, untrained": ("lolcats", 0, BOTH),
-    "hedgehog, untrained": ("hedgehog", 0, BOTH),
-    "lolcats, 50k": ("lolcats", 50_000, BOTH),
-    "lolcats, 50k layerwise": ("lolcats", 50_000, BLOCKS),
-    "hedgehog, 50k": ("hedgehog", 50_000, BOTH),
-    "window of 96, 50k": (WINDOW, 50_000, BOTH),
-    "lolcats, 200k": ("lolcats", 200_000, BOTH),
+    "lolcats; untrained": ("lolcats", 0, BOTH),
+    "hedgehog; untrained": ("hedgehog", 0, BOTH),
+    "lolcats; 50k": ("lolcats", 50_000, BOTH),
+    "lolcats; 50k layerwise": ("lolcats", 50_000, BLOCKS),
+    "hedgehog; 50k": ("hedgehog", 50_000, BOTH),
+    "window of 96; 50k": (WINDOW, 50_000, BOTH),
+    "lolcats; 200k": ("lolcats", 200_000, BOTH),
 }
 
 
