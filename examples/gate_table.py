@@ -2,10 +2,11 @@
 
     python examples/gate_table.py --out examples/results/gate_table.json
 
-Untrained: a window with sinks, vertical-slash heads (MInference), routing by mean keys (MoBA), a
-gate at its start. Trained: SeerAttention's gate. The share of keys read is counted on the masks,
-over held-out rows, not taken from a budget; windows and vertical-slash heads have the sizes whose
-counts come nearest. Gates learn on `calibration.txt`; held-out text is only measured on. Every
+Untrained: a window with sinks, vertical-slash heads (MInference), routing by mean keys (MoBA) and
+by attended ones (LongHeads), a gate at its start. Trained: SeerAttention's gate, DHSA's chunks,
+DMA's scores of values. The share of keys read is counted on the masks, over held-out rows, not a
+budget; what is not made of blocks has the sizes whose counts come nearest. What is trained
+learns on `calibration.txt`; held-out text is only measured on. Every
 finished row is written at once, so the same command continues after an interruption. `--table`
 prints the Markdown table of an existing file and computes nothing.
 """
@@ -42,6 +43,23 @@ def routed(topk: int) -> dict[str, Any]:
     return {"select": {"kind": "blocks", "block": BLOCK, "topk": topk}}
 
 
+def attended(topk: int) -> dict[str, Any]:
+    """LongHeads over the same blocks."""
+    more = {"key": "attended", "first": 1, "last": 2}
+    return {"select": {"kind": "blocks", "block": BLOCK, "topk": topk, **more}}
+
+
+def chunks(size: int) -> dict[str, Any]:
+    """DHSA, with chunks and a window as short as the texts are."""
+    select = {"kind": "segments", "topk": size, "longest": 2 * BLOCK, "local": BLOCK}
+    return {"select": select}
+
+
+def scored(size: int) -> dict[str, Any]:
+    """DMA."""
+    return {"select": {"kind": "values", "topk": size}}
+
+
 def gate(topk: int) -> dict[str, Any]:
     """A gate over the same blocks."""
     return {"select": {"kind": "gate", "block": BLOCK, "gate_dim": 128, "topk": topk}}
@@ -49,8 +67,11 @@ def gate(topk: int) -> dict[str, Any]:
 
 WAYS = {
     "sinks + window": window, "vertical-slash": lines, "mean keys (MoBA)": routed,
-    "gate, untrained": gate, "gate, trained": gate,
+    "attended keys (LongHeads)": attended, "gate, untrained": gate, "gate, trained": gate,
+    "chunks, trained (DHSA)": chunks, "values, trained (DMA)": scored,
 }  # fmt: skip
+#: what has a size in tokens, chosen by what it reads; and what is trained
+SIZED = ("sinks + window", "vertical-slash", "chunks, trained (DHSA)", "values, trained (DMA)")
 #: blocks per query
 BUDGETS = (8, 4)
 #: name -> way and budget
@@ -71,9 +92,9 @@ class Campaign:
             args.model / "calibration.txt", tokenizer, seq_len=TOKENS,
             tokens=STATISTICS_TOKENS + 32 * TOKENS, seed=args.seed,
         )  # fmt: skip
-        self.trained: Any = None
-        self.gates: list[Any] = []
-        self.learned: list[Any] = []
+        self.base: Any = None
+        #: by kind of selector: weights of every block's, and what the report says of their training
+        self.trained: dict[str, tuple[list[Any], list[Any]]] = {}
 
     def inputs(self) -> dict[str, Any]:
         """What the rows depend on; a results file of other inputs is not continued."""
@@ -89,21 +110,22 @@ class Campaign:
         """Convert and measure one row."""
         from reattend.verify.yardsticks import original
 
-        begin, pattern, model = time.perf_counter(), None, self.model
+        begin, model = time.perf_counter(), self.model
+        pattern: Any = None
         if name != "original":
             model = self.converted()
             way, topk = ROWS[name]
-            pattern = WAYS[way](topk)
-            if way in ("sinks + window", "vertical-slash"):
-                pattern = self.as_dense_as(topk, WAYS[way])
-            self.show(pattern, trained=way == "gate, trained")
+            pattern, trained = WAYS[way](topk), ", trained" in way
+            if way in SIZED:
+                pattern = self.as_dense_as(topk, WAYS[way], trained)
+            self.show(pattern, trained=trained)
         seconds = time.perf_counter() - begin
         asked = original(model, context=TOKENS)
         quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
         recall = {k: v.to_dict() for k, v in asked.recall(self.text, seed=self.args.seed).items()}
         return {
             "name": name, "pattern": pattern, "seconds": round(seconds, 1),
-            "gate_kl": self.learned if name.startswith("gate, trained") else None,
+            "learned": self.trained[pattern["select"]["kind"]][1] if ", trained" in name else None,
             "density": density(model, self.text.packed[0]), **quality, "recall": recall,
         }  # fmt: skip
 
@@ -111,25 +133,41 @@ class Campaign:
         """One conversion, whose blocks then get the pattern of every row: the weights are equal."""
         from reattend import convert
 
-        if self.trained is None:
-            rule = {"sites": "*", "to": "sparse", "pattern": gate(BUDGETS[0]), "finder": "gate"}
+        if self.base is None:
+            rule = {"sites": "*", "to": "sparse", "pattern": window(BLOCK)}
+            self.base = convert(self.model, plan={"rules": [rule]}).model.eval()
+        return self.base
+
+    def taught(self, pattern: dict[str, Any]) -> list[Any]:
+        """Weights of every block's selector, trained once for each kind."""
+        from reattend import convert
+
+        kind = pattern["select"]["kind"]
+        if kind not in self.trained:
+            rule = {"sites": "*", "to": "sparse", "pattern": pattern, "finder": "gate"}
             plan = {
                 "rules": [{**rule, "steps": STEPS}],
                 "calibrate": {"seq_len": TOKENS, "statistics_tokens": STATISTICS_TOKENS},
             }
             made = convert(
-                self.model, plan=plan, data=self.calibration.packed[0], out=self.args.keep
-            )
-            self.trained = made.model.eval()
-            self.gates = [m.selecting.state_dict() for m in sparse_blocks(self.trained)]
-            self.learned = [site.options["gate_kl"] for site in made.report.sites]
-        return self.trained
+                self.model, plan=plan, data=self.calibration.packed[0],
+                out=self.args.keep and self.args.keep / kind,
+            )  # fmt: skip
+            weights = [m.selecting.state_dict() for m in sparse_blocks(made.model)]
+            told = [
+                next(v for v in site.options.values() if str(v).endswith("rows not trained on"))
+                for site in made.report.sites
+            ]
+            self.trained[kind] = weights, told
+        return self.trained[kind][0]
 
     def show(self, pattern: dict[str, Any], *, trained: bool = False) -> None:
         """Give every head this pattern; gates as they start, or as they were trained."""
         from reattend.mixers.sparse_config import SparseConfig
 
-        for mixer, gates in zip(sparse_blocks(self.trained), self.gates, strict=True):
+        blocks = sparse_blocks(self.base)
+        weights = self.taught(pattern) if trained else [None] * len(blocks)
+        for mixer, taught in zip(blocks, weights, strict=True):
             heads = tuple(range(mixer.config.core.kv_heads))
             classes = [{"kv_heads": heads, "pattern": pattern}]
             mixer.begin(
@@ -138,21 +176,21 @@ class Campaign:
             kind = pattern.get("select", {}).get("kind")
             if kind is not None:
                 mixer.selecting.to(mixer.q_proj.weight)
-            if kind == "gate":
+            if taught is not None:
+                mixer.selecting.load_state_dict(taught)
+            elif kind == "gate":
                 mixer.selecting["0"].start()
-                if trained:
-                    mixer.selecting.load_state_dict(gates)
 
-    def as_dense_as(self, topk: int, way: Any) -> dict[str, Any]:
+    def as_dense_as(self, topk: int, way: Any, trained: bool) -> dict[str, Any]:
         """The size that reads as many keys of a few rows of calibration text as blocks do."""
         rows = self.calibration.packed[0][:4]
         self.show(routed(topk))
-        wanted = density(self.trained, rows)
+        wanted = density(self.base, rows)
         low, high = 1, TOKENS
         while low < high:
             middle = (low + high) // 2
-            self.show(way(middle))
-            if density(self.trained, rows) < wanted:
+            self.show(way(middle), trained=trained)
+            if density(self.base, rows) < wanted:
                 low = middle + 1
             else:
                 high = middle
@@ -221,7 +259,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['model']}, {results['date']}, {results['device']}; "
         f"{results['inputs']['rows']} x {TOKENS} held-out tokens, in one pass. Keys read: counted, "
-        f"of the causal ones. Blocks have {BLOCK} tokens; gates of width 128 learn for {STEPS} "
+        f"of the causal ones. Blocks have {BLOCK} tokens; what is trained learns for {STEPS} "
         f"steps on {STATISTICS_TOKENS:,} tokens of calibration.txt, all other weights stay. "
         "Vertical-slash heads choose for a whole text by its last 64 queries. Gain: nats per key "
         f"token over the same key never shown. Command: `{results['command']}`",
