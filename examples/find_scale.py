@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+_ON_DISK = ((4, 2048), (8, 2048), (32, 2048), (8, 1024), (32, 1024))  # layers, width
 GIB = 2.0**20  # of the kernel's kilobytes
 
 
@@ -38,7 +39,7 @@ def main() -> int:
     import transformers
 
     table = [alone({"layers": n, "width": 4096}, given) for n in (2, 8, 32)]
-    for layers, width in ((4, 2048), (8, 2048), (8, 1024), (32, 1024)):
+    for layers, width in _ON_DISK:
         with tempfile.TemporaryDirectory() as folder:
             stored(layers, width, Path(folder))
             table.append(alone({"layers": layers, "width": width, "folder": folder}, given))
