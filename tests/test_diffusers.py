@@ -69,7 +69,7 @@ def test_blocks_of_one_and_of_two_streams_convert() -> None:
         assert float(gap.abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("make", [unet, dit])
+@pytest.mark.parametrize("make", [pytest.param(unet, marks=pytest.mark.slow), dit])
 def test_every_block_is_found_and_equal(make: Any) -> None:
     torch.manual_seed(0)
     model, inputs, change, count = make()
