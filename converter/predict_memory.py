@@ -35,9 +35,9 @@ from reattend.preflight import Choice
 
 MIB = 1 << 20
 #: Measured on Linux with torch 2.13, transformers 5.23: loading; what stays of capture, and per
-#: layer; first products; first gradients; the report's page with its plots.
+#: layer; first products; first gradients; first cached decoding; the report's page with its plots.
 OPENING, CAPTURED, CAPTURED_LAYER = 17 * MIB, 12 * MIB, 5 * MIB
-RUNNING, TRAINING, PLOTTING = 12 * MIB, 4 * MIB, 52 * MIB
+RUNNING, TRAINING, VERIFYING, PLOTTING = 12 * MIB, 4 * MIB, 18 * MIB, 52 * MIB
 #: What the exporter, its graph and ONNX Runtime hold beside weights; measured as above.
 EXPORTING = 117 * MIB
 #: A tokenizer's memory per byte of the text it is given; measured. Half of it stays fragmented.
@@ -148,7 +148,8 @@ def memory(
         trained = _training(sizes, converted, batch, plan)
         found |= {name: base + TRAINING + grown for name, grown in trained.items()}
         base += TRAINING
-    found["verify"] = base + _verifying(sizes, held_rows(rows), calibrate.seq_len, generates)
+    found["verify"] = base + VERIFYING
+    found["verify"] += _verifying(sizes, held_rows(rows), calibrate.seq_len, generates)
     copied = 0 if owned else sizes.weights
     found["publish"] = base + PLOTTING + copied
     return {name: int(value) for name, value in found.items()}
