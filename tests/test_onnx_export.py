@@ -22,6 +22,7 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from reattend.targets.onnx import Artifact, Session, export_onnx  # noqa: E402
 from reattend.targets.onnx.functions import DOMAIN  # noqa: E402
+from reattend.targets.onnx.manifest import SCHEMA  # noqa: E402
 
 PLANS: dict[str, Any] = {
     "mla": {"rules": [{"sites": "*", **MLA}]},
@@ -162,7 +163,7 @@ def test_states_of_head_groups_are_kept_apart(made: Any) -> None:
 def test_manifest_and_folder(made: Any) -> None:
     _, artifact = made["mla"]
     content = json.loads((artifact.path / "manifest.json").read_text())
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == SCHEMA
     assert content["cache_bytes_per_token"] == 2 * (10 + 4) * 4
     assert content["generation"] == {
         "bos_token_id": 1, "eos_token_id": [2], "pad_token_id": None
