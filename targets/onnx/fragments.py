@@ -63,6 +63,24 @@ CAPPED
   weights = CastLike (weights_float, scores_any)"""
 
 
+# one token's queries in rows, by KV head, over all rows of a state
+_ONE_TOKEN = """
+      by_group = Concat <axis = 0> (same, g, others, same)
+      q_rows = Reshape (q, by_group)
+      q_scaled = Mul (q_rows, factor)
+      key_t = Transpose <perm = [0, 1, 3, 2]> (KEY)
+      scores_any = MatMul (q_scaled, key_t)
+SOFTMAX
+      y_rows = MatMul (weights, VALUE)
+      by_head = Concat <axis = 0> (same, others, n_1, same)
+      step_y = Reshape (y_rows, by_head)"""
+
+
+def one_token(key: str, value: str) -> str:
+    """Lines that make `step_y` of one token, q, from `visible` and all rows of these values."""
+    return _ONE_TOKEN.replace("KEY", key).replace("VALUE", value)
+
+
 def finished(body: str, capped: bool) -> str:
     """The body of a sparse node with what stands for COMMON and SOFTMAX.
 

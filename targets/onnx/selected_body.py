@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reattend.targets.onnx.fragments import finished
+from reattend.targets.onnx.fragments import finished, one_token
 from reattend.targets.onnx.selected_choice import (
     BLOCKS,
     BUDGETS,
@@ -128,21 +128,12 @@ SOFTMAX
       step_y = Reshape (y_rows, by_head)"""
 
 # one token, every row
-_DENSE = """
+_EVERY_ROW = """
       row = Range (zero, room, one)
       apart = Sub (place, row)
       is_past = GreaterOrEqual (apart, zero)
       is_near = Less (apart, reach)
-      visible = And (is_past, is_near)
-      by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
-      q_scaled = Mul (q_rows, factor)
-      key_t = Transpose <perm = [0, 1, 3, 2]> (present_key)
-      scores_any = MatMul (q_scaled, key_t)
-SOFTMAX
-      y_rows = MatMul (weights, present_value)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
-      step_y = Reshape (y_rows, by_head)"""
+      visible = And (is_past, is_near)""" + one_token("present_key", "present_value")
 
 # chosen [B, S, N, M]: what each of several tokens has chosen of the first M rows
 _MASKED = """
@@ -260,7 +251,7 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
         "INPUTS": ", ".join(kind.all_inputs),
         "OUTPUTS": ", ".join(kind.all_outputs),
         "ALWAYS": kind.always,
-        "STEP": _DENSE if kind.step is None else kind.step + _GATHERED,
+        "STEP": _EVERY_ROW if kind.step is None else kind.step + _GATHERED,
         "SEVERAL": _MASKED.replace("CHOSEN", kind.several),
     }
     body = _NODE

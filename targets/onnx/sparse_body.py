@@ -16,7 +16,7 @@ Positions count from the first real token; a row of padding gets finite numbers 
 
 from __future__ import annotations
 
-from reattend.targets.onnx.fragments import finished
+from reattend.targets.onnx.fragments import finished, one_token
 
 _SPARSE = """SparseAttention
 <scale: float, window: int, sinks: int = 0, sliding_window: int = 0, softcap: float = 0.0>
@@ -61,15 +61,7 @@ COMMON
       sink_seen = And (is_sink_past, is_near)
       seen = Or (sink_seen, ring_seen)
       visible = Unsqueeze (seen, axes_12)
-      by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
-      q_scaled = Mul (q_rows, factor)
-      key_t = Transpose <perm = [0, 1, 3, 2]> (step_key)
-      scores_any = MatMul (q_scaled, key_t)
-SOFTMAX
-      y_rows = MatMul (weights, step_value)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
-      step_y = Reshape (y_rows, by_head)
+ONE_TOKEN
     },
     else_branch = chunks () => (chunks_y, chunks_key, chunks_value)
     {
@@ -188,4 +180,5 @@ SOFTMAX
 
 def sparse_body(capped: bool = True) -> str:
     """`SparseAttention` without the domain's line; `capped`: some node may have a softcap."""
-    return finished(_SPARSE, capped)
+    body = _SPARSE.replace("\nONE_TOKEN", one_token("step_key", "step_value"))
+    return finished(body, capped)
