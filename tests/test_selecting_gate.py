@@ -131,7 +131,7 @@ def test_what_is_taught_is_the_largest_probability_of_each_block(name: str) -> N
     block = dense(CASES[name])
     mixer = ToSparse().build(block, None, options(block=2, topk=2)).mixer
     x = torch.randn(11, HIDDEN, dtype=torch.float64)
-    lesson = lesson_of(mixer, x, (0, 1), 2)
+    lesson = lesson_of(mixer, x, (0, 1), mixer.selecting["0"])
     assert lesson is not None
     with torch.no_grad():
         s, core = scores(block, x)[2], block.config.core

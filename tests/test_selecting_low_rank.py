@@ -74,8 +74,9 @@ def test_what_is_taught_is_the_attention_of_the_image() -> None:
     block = dense(BOTH_WAYS)
     mixer = ToSparse().build(block, None, options(topk=6)).mixer
     x = torch.randn(23, HIDDEN, dtype=torch.float64)
-    lesson, method = lesson_of(mixer, x, (0, 1), 23), mixer.selecting["0"]
-    assert lesson is not None and lesson_of(mixer, x[:9], (0, 1), 23) is None
+    method = mixer.selecting["0"]
+    lesson = lesson_of(mixer, x, (0, 1), method)
+    assert lesson is not None and lesson_of(mixer, x[:9], (0, 1), method) is None
     with torch.no_grad():
         q, k, s = scores(block, x)
         guess = method.guess(q[None], k[None, ::2])[0]

@@ -117,8 +117,8 @@ def test_what_is_taught_is_the_attention_of_later_queries() -> None:
     block = dense(CASES["sinks"])
     mixer = ToSparse().build(block, None, options(topk=9)).mixer
     x = inputs(19, (0,))[0][0]
-    lesson = lesson_of(mixer, x, (0, 1), 2)
-    assert lesson is not None and lesson_of(mixer, x[:8], (0, 1), 2) is None
+    lesson = lesson_of(mixer, x, (0, 1), mixer.selecting["0"])
+    assert lesson is not None and lesson_of(mixer, x[:8], (0, 1), mixer.selecting["0"]) is None
     with torch.no_grad():
         s = scores(block, x)[2].masked_fill(~torch.ones(19, 19).tril().bool(), float("-inf")).exp()
         assert block.sinks is not None

@@ -76,8 +76,9 @@ def test_what_is_taught_is_the_attention_that_a_token_gets(name: str) -> None:
     block = dense(CASES[name])
     mixer = untrained(block, topk=4)
     x = torch.randn(11, HIDDEN, dtype=torch.float64)
-    lesson, method = lesson_of(mixer, x, (0, 1)), mixer.selecting["0"]
-    assert lesson is not None and lesson_of(mixer, x[:2], (0, 1)) is None
+    method = mixer.selecting["0"]
+    lesson = lesson_of(mixer, x, (0, 1), method)
+    assert lesson is not None and lesson_of(mixer, x[:2], (0, 1), method) is None
     with torch.no_grad():
         s, core, i = scores(block, x)[2], block.config.core, torch.arange(11)
         s = s.masked_fill(~own_pattern(core, i[:, None], i), float("-inf")).exp()

@@ -98,8 +98,7 @@ class EndToEnd(Stage):
                 next_step="calibrate with stages: [layerwise]",
             )
         loss = torch.stack([part.to(parts[0].device) for part in parts]).sum()
-        own = self.own_loss(student)
-        (loss if own is None or silent else loss + own.to(loss.device)).backward()
+        self.backward(loss, student, silent)
         (total,) = self.ranks.sum(loss.detach())
         return {"": total}
 

@@ -44,8 +44,7 @@ class LanguageModel(EndToEnd):
             guess_BNV.flatten(0, 1), labels_BN.flatten(), ignore_index=-1, reduction="sum"
         )
         loss = total / count.clamp_min(1)
-        own = self.own_loss(self.working.student)
-        (loss if own is None or silent else loss + own.to(loss.device)).backward()
+        self.backward(loss, self.working.student, silent)
         (told,) = self.ranks.sum(loss.detach())
         return {"": told}
 

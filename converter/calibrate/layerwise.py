@@ -81,8 +81,7 @@ class Layerwise(Stage):
                     gap, size = squared_error(y, target, counted(real, target, silent))
                     total, norm = self.ranks.sum(gap, size)
                     scale = norm.clamp_min(torch.finfo(torch.float32).tiny).to(gap.dtype)
-                    own = self.own_loss(adapter)
-                    (gap / scale if own is None or silent else gap / scale + own).backward()
+                    self.backward(gap / scale, adapter, silent)
                 loss = total.detach() / scale
                 losses[path] = losses[path] + loss if path in losses else loss
             seen += 1

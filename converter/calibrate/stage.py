@@ -85,10 +85,12 @@ class Stage(ABC):
         for mixer in schooled(self.working.student):
             mixer.trained(share)
 
-    def own_loss(self, module: nn.Module) -> Tensor | None:
-        """What the mixers below a module add to this process' loss; None: nothing."""
-        found = [loss for mixer in schooled(module) if (loss := mixer.own_loss()) is not None]
-        return torch.stack(found).sum() / self.ranks.world if found else None
+    def backward(self, loss: Tensor, module: nn.Module, silent: bool) -> None:
+        """Gradients of this process' loss and of what the mixers below a module add to it."""
+        own = [extra for mixer in schooled(module) if (extra := mixer.own_loss()) is not None]
+        if own and not silent:
+            loss = loss + torch.stack(own).sum().to(loss.device) / self.ranks.world
+        loss.backward()
 
     def close(self) -> None:  # noqa: B027  (most stages have nothing to undo)
         """Make `working.masters` whole again; called once, after the last step."""

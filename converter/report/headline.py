@@ -18,6 +18,8 @@ State = Literal["good", "bad", "open"]
 HOLDS = 0.1
 #: share of the original's score that a recall task may lose without a warning
 FALLS = 0.2
+#: what conversions say of themselves whose cache is no fixed number of bytes per token
+BY_LENGTH = {"kv_density", "held_in_tokens"}
 MARKS: dict[State, str] = {"good": "✓", "bad": "✗", "open": "–"}
 
 
@@ -154,7 +156,7 @@ def _counted_at(report: Report) -> str:
         for site in report.sites
         if site.cost is not None
         for options in (site.options, *(g.options for g in site.groups))
-        if "kv_density" in options
+        if BY_LENGTH & options.keys()
     }
     return f" at {max(n or 0 for n in lengths):,} tokens" if lengths else ""
 

@@ -14,17 +14,15 @@ Ways:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cpu_run import main
 from one_node import Array, Call, bound, session
 from onnx import helper
-from record import head, write
 from table import onnx_selected_table
 from timing import in_turns, times_faster
 
@@ -196,19 +194,5 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="cases named so")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    found = [run(case, asked.rounds) for case in CASES if asked.only in case.name]
-    packages = ("onnx", "onnxruntime")
-    report = {**head(COMMAND, *packages), "threads": 1, "rounds": asked.rounds, "rows": found}
-    write(report, asked.out)
-    sys.stdout.write(onnx_selected_table(report) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, COMMAND, CASES, run, onnx_selected_table, 15, ("onnx", "onnxruntime"))

@@ -11,16 +11,15 @@ keys and values read in decode are those of the groups that the query uses, coun
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import head, write
+from cpu_run import main
+from table import routed_table
 from timing import in_turns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -108,16 +107,5 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     return {"case": case.name, "shape": vars(case), "dense": found["dense"], "routed": told}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        rows = [run(case, asked.rounds) for case in CASES]
-    write({**head(COMMAND), "threads": 1, "rounds": asked.rounds, "rows": rows}, asked.out)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, COMMAND, CASES, run, routed_table, 9)

@@ -15,16 +15,14 @@ Ways:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import head, write
+from cpu_run import main
 from table import sparse_table
 from timing import in_turns, times_faster
 from torch import Tensor
@@ -134,19 +132,5 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="", help="cases named so")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        rows = [run(case, asked.rounds) for case in CASES if asked.only in case.name]
-    report = {**head(COMMAND), "threads": 1, "rounds": asked.rounds, "rows": rows}
-    write(report, asked.out)
-    sys.stdout.write(sparse_table(report) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, COMMAND, CASES, run, sparse_table, 7)

@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from reattend.mixers.selecting.segments import STEEP, SegmentsMethod
 from reattend.mixers.sparse import SparseAttention
-from reattend.passes.rewrite.sparse_teach import watched
+from reattend.passes.rewrite.sparse_view import viewed
 
 FOCUS, SMALL = 2.0, 1e-6
 
@@ -43,13 +43,13 @@ class BoundaryLesson:
 
 @torch.no_grad()
 def lesson(
-    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], window: int
+    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], method: SegmentsMethod
 ) -> BoundaryLesson | None:
     """None: the text has no inner gap."""
-    n, u = len(x_ND), window
+    n, u = len(x_ND), method.selector.window
     if n <= 4 * u:
         return None
-    seen = watched(mixer, x_ND, kv_heads)
+    seen = viewed(mixer, x_ND, kv_heads)
     gaps = torch.arange(2 * u - 1, n - 2 * u, device=seen.k_GNd.device)
     targets = []
     paid_NN = seen.k_GNd.new_zeros(n, n)

@@ -18,7 +18,7 @@ from torch import Tensor
 from reattend.mixers.selecting.base import reach
 from reattend.mixers.selecting.gate import GateMethod, pooled
 from reattend.mixers.sparse import SparseAttention
-from reattend.passes.rewrite.sparse_teach import watched
+from reattend.passes.rewrite.sparse_view import viewed
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ def divergence(scores_GNQ: Tensor, target_GNQ: Tensor, ranked_NQ: Tensor) -> Ten
 
 @torch.no_grad()
 def lesson(
-    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], block: int
+    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], method: GateMethod
 ) -> GateLesson | None:
     """None: no query of the text has two blocks to choose from."""
+    block = method.block
     n, core, device = len(x_ND), mixer.config.core, mixer.q_proj.weight.device
     # the blocks before a query's own that it can reach at all
     i, whole = torch.arange(n, device=device)[:, None], n // block
@@ -61,7 +62,7 @@ def lesson(
     rows = (ranked.sum(-1) > 1).nonzero()[:, 0]
     if len(rows) == 0:
         return None
-    seen = watched(mixer, x_ND, kv_heads)
+    seen = viewed(mixer, x_ND, kv_heads)
     target = seen.k_GNd.new_zeros(len(kv_heads), n, whole)
     for g, some, p in seen.probabilities():
         best = p[..., : whole * block].amax(0).unflatten(-1, (whole, block)).amax(-1)

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from reattend.mixers.selecting.low_rank import LowRankMethod
 from reattend.mixers.sparse import SparseAttention
-from reattend.passes.rewrite.sparse_teach import Watched, watched
+from reattend.passes.rewrite.sparse_view import View, viewed
 
 
 @dataclass(frozen=True)
 class GuessLesson:
-    """An image, as the heads see it; `like` tells the dtype."""
+    """An image, as the heads see it."""
 
     measure: ClassVar[str] = "error"
     unit: ClassVar[str] = "squared, per query"
-    seen: Watched
-    like: Tensor
+    seen: View
 
     def loss(self, student: LowRankMethod) -> Tensor:
         """Sum over keys, mean over the image's queries and heads."""
@@ -42,10 +41,9 @@ class GuessLesson:
 
 @torch.no_grad()
 def lesson(
-    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], tokens: int
+    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], method: LowRankMethod
 ) -> GuessLesson | None:
     """None: the row is no image of this size."""
-    if len(x_ND) != tokens:
+    if len(x_ND) != method.selector.tokens:
         return None
-    seen = watched(mixer, x_ND, kv_heads)
-    return GuessLesson(seen, seen.q_HNd)
+    return GuessLesson(viewed(mixer, x_ND, kv_heads))

@@ -8,14 +8,13 @@ last eighth of the rows is not trained on but measured.
 
 Nothing here depends on chance other than a generator of its own: equal rows give equal weights.
 
-Layout letters: n tokens of a text, J query heads of a KV head, R queries at a time.
+Layout letters: n tokens of a text.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -23,18 +22,20 @@ from torch import Tensor
 
 from reattend.calibrate.schedule import factor
 from reattend.errors import DataError, TrainingError
-from reattend.mixers.base import Context
-from reattend.mixers.config import CoreConfig
-from reattend.mixers.scores import own_pattern, per_head
-from reattend.mixers.selecting.base import Learner, products
+from reattend.mixers.selecting.base import Learner
+from reattend.mixers.selecting.gate import GateMethod
+from reattend.mixers.selecting.low_rank import LowRankMethod
+from reattend.mixers.selecting.segments import SegmentsMethod
+from reattend.mixers.selecting.values import ValuesMethod
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import SparseConfig
-from reattend.parts import query_heads
+from reattend.passes.rewrite import sparse_boundaries, sparse_gate, sparse_guess, sparse_values
+from reattend.passes.rewrite.sparse_view import width_of
 from reattend.statistics import TEXT_ROWS
 
 LEARNING_RATE = 1e-3
-#: Texts per step, and queries whose attention is formed at a time.
-BATCH, QUERIES = 4, 256
+#: Texts per step.
+BATCH = 4
 
 
 class Lesson(Protocol):
@@ -53,51 +54,13 @@ class Lesson(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A row of the block's input, as a class of its heads sees it.
-
-    `core` is that of these heads, `sinks_H11` their logits.
-    """
-
-    q_HNd: Tensor
-    k_GNd: Tensor
-    v_GNe: Tensor
-    core: CoreConfig
-    sinks_H11: Tensor | None
-
-    def probabilities(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Of each KV head and some queries at a time: what its heads pay to every key [J, R, n]."""
-        group = self.core.heads // self.core.kv_heads
-        one = self.core.model_copy(update={"heads": group, "kv_heads": 1})
-        n = self.k_GNd.shape[1]
-        j = torch.arange(n, device=self.k_GNd.device)
-        for g in range(self.core.kv_heads):
-            own = slice(g * group, (g + 1) * group)
-            for begin in range(0, n, QUERIES):
-                rows = slice(begin, min(begin + QUERIES, n))
-                s = products(self.q_HNd[None, own, rows], self.k_GNd[None, g : g + 1], one)[0]
-                s = s.masked_fill(~own_pattern(one, j[rows, None], j), float("-inf"))
-                if self.sinks_H11 is not None:
-                    s = torch.cat([s, self.sinks_H11[own].expand(-1, s.shape[1], 1)], -1)
-                yield g, rows, s.softmax(-1)[..., :n]
-
-
-@torch.no_grad()
-def watched(mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...]) -> Watched:
-    """Float32 or wider."""
-    like, core = mixer.q_proj.weight, mixer.config.core
-    x = x_ND[None].to(like)
-    q, new = mixer.project(x, x, Context(), None)
-    heads = query_heads(core, kv_heads)
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    sinks = per_head(mixer.sinks)
-    return Watched(
-        q[0, heads].to(wide), new.keys[0, list(kv_heads)].to(wide),
-        new.values[0, list(kv_heads)].to(wide),
-        core.model_copy(update={"heads": len(heads), "kv_heads": len(kv_heads)}),
-        None if sinks is None else sinks[heads].to(wide),
-    )  # fmt: skip
+#: What a row [n, D] teaches each kind of method, for these KV heads; None: it is too short.
+LESSONS: dict[type[Learner], Callable[[SparseAttention, Tensor, tuple[int, ...], Any], Any]] = {
+    GateMethod: sparse_gate.lesson,
+    SegmentsMethod: sparse_boundaries.lesson,
+    ValuesMethod: sparse_values.lesson,
+    LowRankMethod: sparse_guess.lesson,
+}
 
 
 def taught(mixer: SparseAttention, texts: list[Tensor] | None, steps: int) -> dict[str, Any]:
@@ -122,34 +85,15 @@ def taught(mixer: SparseAttention, texts: list[Tensor] | None, steps: int) -> di
         name = f"{kind}_parameters".replace("-", "_")
         found[name] = found.get(name, 0) + sum(p.numel() for p in method.parameters())
         if texts:
-            lessons = [x for x in _lessons(mixer, texts, c.kv_heads, method) if x is not None]
-            told = _train(method, lessons, steps)
+            made = (LESSONS[type(method)](mixer, x, c.kv_heads, method) for x in texts)
+            lessons = [x for x in made if x is not None]
+            told = _train(method, lessons, steps, width_of(mixer))
             name = f"{kind}_{lessons[0].measure}".replace("-", "_")
             found[name] = f"{found[name]}; {told}" if name in found else told
     return found
 
 
-def _lessons(
-    mixer: SparseAttention, texts: list[Tensor], kv_heads: tuple[int, ...], method: Learner
-) -> list[Any]:
-    """What each row teaches this method; None where it is too short."""
-    from reattend.mixers.selecting.gate import GateMethod
-    from reattend.mixers.selecting.low_rank import LowRankMethod
-    from reattend.mixers.selecting.segments import SegmentsMethod
-    from reattend.passes.rewrite import sparse_boundaries, sparse_gate, sparse_guess, sparse_values
-
-    if isinstance(method, GateMethod):
-        return [sparse_gate.lesson(mixer, x, kv_heads, method.block) for x in texts]
-    if isinstance(method, SegmentsMethod):
-        window = method.selector.window
-        return [sparse_boundaries.lesson(mixer, x, kv_heads, window) for x in texts]
-    if isinstance(method, LowRankMethod):
-        tokens = method.selector.tokens
-        return [sparse_guess.lesson(mixer, x, kv_heads, tokens) for x in texts]
-    return [sparse_values.lesson(mixer, x, kv_heads) for x in texts]
-
-
-def _train(method: Learner, lessons: Sequence[Lesson], steps: int) -> str:
+def _train(method: Learner, lessons: Sequence[Lesson], steps: int, wide: torch.dtype) -> str:
     """The loss before and after, in words."""
     if not lessons:
         raise DataError(
@@ -160,7 +104,6 @@ def _train(method: Learner, lessons: Sequence[Lesson], steps: int) -> str:
         )
     measured = lessons[-max(1, len(lessons) // 8) :]
     trained = lessons[: len(lessons) - len(measured)] or lessons
-    wide = next(t for t in vars(trained[0]).values() if isinstance(t, Tensor)).dtype
     student = copy.deepcopy(method).to(wide).requires_grad_()
     before = _mean(student, measured)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0)

@@ -20,7 +20,7 @@ from reattend.mixers.config import CoreConfig
 from reattend.mixers.scores import own_pattern
 from reattend.mixers.selecting.values import ValuesMethod
 from reattend.mixers.sparse import SparseAttention
-from reattend.passes.rewrite.sparse_teach import watched
+from reattend.passes.rewrite.sparse_view import viewed
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ def ranked(core: CoreConfig, like_GN: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def lesson(mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...]) -> ValuesLesson | None:
+def lesson(
+    mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], method: ValuesMethod
+) -> ValuesLesson | None:
     """None: no query has two tokens before it."""
-    seen = watched(mixer, x_ND, kv_heads)
+    seen = viewed(mixer, x_ND, kv_heads)
     paid = seen.k_GNd.new_zeros(len(kv_heads), len(x_ND))
     mine, entropy = ranked(seen.core, paid), paid.new_zeros(())
     if not bool(mine.any()):
