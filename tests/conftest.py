@@ -15,11 +15,25 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Remembering what a stand-in computed pays from tens of layers on; two layers lose a quarter by it.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tests
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "models" / "pycode-gqa"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `daily` the first case is for every day; the others are slow."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("daily"):
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(test)
 
 
 def pytest_collection_finish() -> None:

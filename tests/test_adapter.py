@@ -79,6 +79,7 @@ def test_inplace_changes_the_given_model() -> None:
     assert any("mixer" in name for name, _ in original.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_attention_implementation_may_be_switched() -> None:
     """Other implementations only change the mask the model passes; FlexAttention's is refused."""
     model = converted("llama", "all")

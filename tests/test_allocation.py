@@ -27,6 +27,7 @@ def data() -> torch.Tensor:
     return torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_a_model_converts_within_the_budget(name: str, tmp_path: Any) -> None:
     model = zoo_models.build(name)

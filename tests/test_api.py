@@ -72,6 +72,7 @@ def test_what_needs_the_original_is_refused_in_place(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_text_of_few_different_tokens_converts_without_recall() -> None:
     rows = torch.randint(3, 12, (32, 128), generator=torch.Generator().manual_seed(4))
     plan = {**MLA, "calibrate": {"seq_len": 128}, "verify": {"max_kl": 100.0}}
@@ -89,6 +90,7 @@ def test_events_tell_each_layer_and_end_where_they_said() -> None:
     assert all(e.done == e.total for e in last.values())
 
 
+@pytest.mark.slow
 def test_without_data_the_model_reads_its_own_text() -> None:
     model = zoo_models.build("llama")
     result = convert(model, plan=MLA)
@@ -99,6 +101,7 @@ def test_without_data_the_model_reads_its_own_text() -> None:
         convert(model, plan={**MLA, "calibrate": {"tokens": 1000}})
 
 
+@pytest.mark.slow
 def test_plans_come_in_every_form(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(Plan.load("identity").to_yaml())
@@ -130,6 +133,7 @@ def test_gates_judge_the_result() -> None:
     assert getattr(caught.value, "exit_code", None) == 4
 
 
+@pytest.mark.slow
 def test_stages_of_a_run_whose_gate_failed_are_reused_and_marked(tmp_path: Path) -> None:
     rows = torch.randint(3, 97, (32, 64), generator=torch.Generator().manual_seed(4))
     plan = {**MLA, "calibrate": {"seq_len": 64, "tokens": 400}, "verify": {"max_kl": 0.0}}

@@ -48,6 +48,7 @@ def test_wrong_arguments_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_folder_is_looked_at_with_and_without_weights(tmp_path: Path) -> None:
     found = find_attention(MODEL)
     assert found.sites and all(site.verified for site in found.sites)

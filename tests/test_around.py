@@ -159,6 +159,7 @@ print("STATES", len(seen))
 """
 
 
+@pytest.mark.slow
 def test_it_becomes_latent_and_loads_in_a_fresh_process(tmp_path: Path) -> None:
     model, data = models.llama(models.InlinedLayer), torch.randint(3, 97, (8, 40))
     result = convert(model, plan=MLA, data=data, out=tmp_path / "out")
@@ -229,6 +230,7 @@ def test_lora_trains_inside_the_programs() -> None:
     assert bool((model.generate(**prompts, **run) == whole).all())
 
 
+@pytest.mark.slow
 def test_it_exports_to_onnx(inlined: tuple[Any, Any], tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

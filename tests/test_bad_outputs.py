@@ -80,6 +80,7 @@ main()
 """
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("limit", [3000, 30_000])
 def test_a_full_disk_then_room_again(
     limit: int, tiny_path: Path, tiny_text: Path, tmp_path: Path

@@ -77,6 +77,7 @@ def test_self_attention_and_its_padding(batch_first: bool, need_weights: bool) -
         converted(**inputs, mask=torch.zeros(N, N))
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_cross_attention_reads_rows_of_one_weight(batch_first: bool) -> None:
     model = alive(Net(batch_first, False, cross=True))
@@ -99,6 +100,7 @@ def test_a_mask_of_the_caller_is_whatever_is_passed() -> None:
     assert gap(model, converted, {"x": tokens(True), "mask": other}) <= 1e-6
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_stack_of_layers_takes_its_slow_path(batch_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(D, 4, 24, batch_first=batch_first)
@@ -145,6 +147,7 @@ class Widths(nn.Module):
         return x + y
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("widths", [{"kdim": 12, "vdim": 10}, {"kdim": 12, "vdim": 12}])
 def test_keys_and_values_of_other_widths(widths: dict[str, int]) -> None:
     model = alive(Widths(**widths))
@@ -155,6 +158,7 @@ def test_keys_and_values_of_other_widths(widths: dict[str, int]) -> None:
         assert gap(model, result.model, {"x": tokens(True, length, batch)}) <= 1e-6
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("more", [{"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_keys_that_are_no_tokens_are_the_models_own_steps(more: dict[str, bool]) -> None:
     """A learned or empty key beside the tokens': identity carries it, what needs tokens refuses."""

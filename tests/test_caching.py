@@ -76,6 +76,7 @@ def static(model: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("make", [dynamic, static])
 def test_decoding_equals_the_original_far_out(
@@ -130,6 +131,7 @@ def test_another_cache_is_refused(converted: Any) -> None:
         adapter(x)
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("to", ["dense", "mla"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_static_cache_without_padding(name: str, to: str) -> None:

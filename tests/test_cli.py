@@ -134,6 +134,7 @@ def test_plans(tmp_path: Path) -> None:
     assert json.loads(good("plans", "check", mine, "--json"))["version"] == 1
 
 
+@pytest.mark.slow
 def test_convert_logs_events_and_is_quiet_where_nobody_looks(
     converted: Path, tiny_path: Path, tiny_text: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_dry_run_says_what_the_run_does(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_dry_run_lists_refusals_and_then_refuses(tiny_path: Path) -> None:
     settings = ["--set", "kv_keep=null", "--set", "kv_lora_rank=4000"]
     result = reattend("convert", tiny_path, "--dry-run", *settings)

@@ -81,6 +81,7 @@ CASES: dict[str, tuple[Callable[[], Any], list[dict[str, Any]], list[str], str]]
 }  # fmt: skip
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_said_before_anything_is_computed(name: str, tmp_path: Path) -> None:
     build, rules, reasons, step = CASES[name]

@@ -75,6 +75,7 @@ def test_sites_describe_what_is_there() -> None:
     assert (site.spec.core.pattern.kind, site.spec.core.pattern.window) == ("sliding", 8)
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_an_input_again() -> None:
     once = convert(zoo_models.build("llama"), plan="identity").model
     found = find_attention(once)

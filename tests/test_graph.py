@@ -159,6 +159,7 @@ def test_inlined_attention_is_found_in_the_graph() -> None:
     assert found.sites[0].spec.core.kv_heads == 2
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("block", [NanoBlock, InlinedBlock])
 def test_identity_saves_and_loads(block: type[nn.Module], tmp_path: Path) -> None:
     model = tower(block)
@@ -175,6 +176,7 @@ def test_identity_saves_and_loads(block: type[nn.Module], tmp_path: Path) -> Non
     assert not any(n.endswith(("wq.weight", "c_attn.weight")) for n in names)
 
 
+@pytest.mark.slow
 def test_inlined_attention_becomes_latent() -> None:
     model = tower(InlinedBlock)
     data = [{"ids": torch.randint(0, 50, (4, 31))} for _ in range(3)]

@@ -62,6 +62,7 @@ def inputs(batch: int = 2, length: int = 7) -> dict[str, Any]:
     return {"x": torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1))}
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("period", [4, 600])
 def test_a_factor_is_read_far_beyond_the_example(period: int, told: bool) -> None:

@@ -57,6 +57,7 @@ def expected_lines(model: Any) -> list[str]:
     return [f"SUM {total!r}", f"IDS {ids}"]
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize(
     "opening",
     [
@@ -120,6 +121,7 @@ def test_dtype_is_kept_and_can_be_asked_for(saved: tuple[Any, Path]) -> None:
     half.generate(IDS, max_new_tokens=3, do_sample=False)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_stay_tied(shipped_path: Path, tmp_path: Path) -> None:
     result = convert(shipped_path, plan="identity", out=tmp_path / "out")
     loaded = load(tmp_path / "out")

@@ -62,6 +62,7 @@ def harness(
     return {**answer, "seed": request["seed"]}
 
 
+@pytest.mark.slow
 def test_killed_at_every_point_and_at_random(
     tmp_path: Path, tiny_path: Path, tiny_text: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_killed_while_it_trains(tmp_path: Path, tiny_path: Path, tiny_text: Path
         assert differing(tmp_path / name, tmp_path / "whole") == [], (name, told)
 
 
+@pytest.mark.slow
 def test_killed_while_gates_learn(tmp_path: Path, tiny_path: Path, tiny_text: Path) -> None:
     """They learn again from the rows that the killed run left."""
     harness(tmp_path, tiny_path, tiny_text, GATES, ["gates"])

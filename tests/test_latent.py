@@ -33,6 +33,7 @@ def deepseek(kind: str) -> Any:
     return tf.DeepseekV2ForCausalLM(tf.DeepseekV2Config(**plain, **SIZES, q_lora_rank=rank)).eval()
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize(("kind", "rank"), [("v2", None), ("v3", 12), ("v2 with query ranks", 12)])
 def test_deepseek(kind: str, rank: int | None) -> None:
     model = deepseek(kind)

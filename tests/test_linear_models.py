@@ -72,6 +72,7 @@ def test_blocks_that_are_capped_or_slide_are_listed_with_their_reasons() -> None
         convert(decoder("gemma2", layers=2, groups=2), plan="lolcats")
 
 
+@pytest.mark.slow
 def test_heads_of_some_groups_only() -> None:
     """A plan's `heads`: both kinds decode from one cache."""
     rule = {**RULE, "heads": [1]}

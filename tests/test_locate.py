@@ -80,6 +80,7 @@ def test_normal_forms_alone_drift_apart() -> None:
     assert binding.same(call.output[0], value) > 0.03
 
 
+@pytest.mark.slow
 def test_a_sixteen_bit_encoder_decoder_is_converted() -> None:
     model = _alive(_t5(2), torch.bfloat16)
     result = convert(model, plan="identity")

@@ -19,6 +19,7 @@ RULE = {"sites": "*", "to": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 8}
 DATA = torch.randint(3, 97, (12, 24), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_the_artifact_lies_in_the_folder_and_gives_the_models_logits(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from reattend.targets.onnx import Session

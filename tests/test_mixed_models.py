@@ -69,6 +69,7 @@ def test_cached_generation_equals_uncached(results: Any, name: str) -> None:
     assert torch.equal(model.generate(ids, **beams), model.generate(ids, **beams, use_cache=False))
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_the_report_lists_the_groups(results: Any) -> None:
     report = results["llama"].report
@@ -125,6 +126,7 @@ def test_parts_at_their_exact_setting_are_the_original() -> None:
     assert [p.verdict for p in result.report.parity if "original" in p.name] == ["pass"]
 
 
+@pytest.mark.slow
 def test_heads_that_hold_the_whole_block_make_an_ordinary_one() -> None:
     rule = {**RULES[1], "heads": [0, 1, 2, 3]}
     data = torch.randint(3, 97, (4, 40))
@@ -142,6 +144,7 @@ def test_heads_that_do_not_exist_and_norms_that_tie_are_refused() -> None:
         convert(zoo_models.build("olmo2"), plan={"rules": [{**RULES[1], "heads": [0]}]})
 
 
+@pytest.mark.slow
 def test_training_reaches_every_group() -> None:
     settings = {"tokens": 4000, "stages": ["layerwise", "end-to-end"], "seq_len": 20}
     plan = {"rules": RULES, "calibrate": settings}
@@ -157,6 +160,7 @@ def test_training_reaches_every_group() -> None:
     assert {"groups.0.kv_b_proj.weight", "groups.1.k_proj.weight", "o_proj.weight"} <= changed
 
 
+@pytest.mark.slow
 def test_lora_reaches_the_groups() -> None:
     pytest.importorskip("peft")
     settings = {"tokens": 2000, "lora_rank": 2, "lr": 1e-2, "seq_len": 20}
@@ -186,6 +190,7 @@ def test_the_forecast_knows_the_groups(results: Any) -> None:
     assert site.parameters_after == sum(p.numel() for p in mixer.parameters())
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize(
     "name",
     ["qwen3", "gpt_neox", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_FAMILIES)],
@@ -241,6 +246,7 @@ def test_dividing_a_block_changes_nothing(name: str) -> None:
         assert torch.equal(model.generate(ids, **asked), done.model.generate(ids, **asked))
 
 
+@pytest.mark.slow
 def test_a_block_that_no_module_owns(tmp_path: Path) -> None:
     model = tower(InlinedBlock)
     ids = torch.randint(0, 50, (3, 11))

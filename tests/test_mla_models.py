@@ -71,6 +71,7 @@ def test_reduced_cache_decodes_what_it_prefills(name: str, tmp_path: Path) -> No
     assert bool((loaded.generate(ids, **run) == result.model.generate(ids, **run)).all())
 
 
+@pytest.mark.slow
 def test_shipped_model_generates_256_tokens_alike(
     shipped: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

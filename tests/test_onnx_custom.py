@@ -31,6 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifact]:
         return model, export_onnx(model, tmp_path_factory.mktemp("onnx") / "out", flavour="custom")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [True, False])
 def test_prefill_single_steps_and_a_chunk_equal_torch(made: Any, kernels: bool) -> None:
     model, artifact = made

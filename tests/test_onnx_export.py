@@ -185,6 +185,7 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(made: Any) -> N
         export_onnx(made["identity"][0], artifact.path)
 
 
+@pytest.mark.slow
 def test_float16(made: Any, tmp_path: Path) -> None:
     model, _ = made["mla"]
     before = copy.deepcopy(model.state_dict())
@@ -202,6 +203,7 @@ def test_float16(made: Any, tmp_path: Path) -> None:
     assert error <= 3e-2 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_not_published(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

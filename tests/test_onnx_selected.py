@@ -58,6 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifact]:
     return model, export_onnx(model, tmp_path_factory.mktemp("onnx") / "out")
 
 
+@pytest.mark.slow
 def test_a_prompt_single_steps_and_chunks_equal_torch_with_a_cache(made: Any) -> None:
     """In the same calls: what is chosen depends on them, and in one pass it is something else."""
     model, artifact = made

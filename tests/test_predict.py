@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -99,6 +100,7 @@ def saved(folder: Path, dtype: str, **sizes: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_run_that_trains(tmp_path: Path) -> None:
     """Tens of MiB of weights, logits and moments each, so that noise is small beside them."""
     sizes = {"vocab_size": 8192, "num_hidden_layers": 3, "num_key_value_heads": 4}
@@ -165,11 +167,15 @@ def test_a_probe_holds_on_to_nothing() -> None:
 
 
 def predicted(model: Any, plan: dict[str, Any], rows: int | None = 40, owned: bool = True) -> Any:
-    chosen = Plan.load(plan)
-    found = find_attention(model)
+    chosen, found = Plan.load(plan), looked_at(model)
     return predict(
         model, choose(found, chosen), chosen, found.capture.inputs, rows=rows, owned=owned
     )
+
+
+@functools.lru_cache(maxsize=1)  # several plans for one model
+def looked_at(model: Any) -> Any:
+    return find_attention(model)
 
 
 def small(**sizes: Any) -> Any:

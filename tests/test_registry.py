@@ -139,6 +139,7 @@ def test_without_the_package_its_name_is_unknown():
     assert "gqa" not in in_fresh_python(code)
 
 
+@pytest.mark.slow
 def test_an_installed_package_converts(made):
     two = made["2"]
     assert two["conversion"] == "gqa"

@@ -109,6 +109,7 @@ PARTS = {
 }
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("which", PARTS)
 def test_some_layers_only(which: str) -> None:
     """A first layer hands its bias to later ones that were not converted."""
@@ -122,6 +123,7 @@ def test_some_layers_only(which: str) -> None:
     assert torch.equal(model.generate(**asked, **run), converted.generate(**asked, **run))
 
 
+@pytest.mark.slow
 def test_saves_loads_and_converts_again(tmp_path: Path) -> None:
     model = zoo_models.build("t5")
     out = tmp_path / "converted"
@@ -228,6 +230,7 @@ class Whole(nn.Module):
         return x
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("inlined", [False, True])
 def test_a_mask_that_holds_the_bias_is_not_added_twice(inlined: bool) -> None:
     torch.manual_seed(6)

@@ -133,6 +133,7 @@ def test_prompts_are_dense_and_decoding_is_not(few: Any, every: Any) -> None:
     assert said == ([whole, whole, sparse] if few["kind"] == "recorded" else [sparse] * 3)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_while_decoding_is_measured_while_decoding() -> None:
     """One pass is the original; the published row is the one that went token by token."""
     model = decoder("llama", layers=2, groups=2)

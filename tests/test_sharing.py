@@ -40,6 +40,7 @@ def data() -> torch.Tensor:
     return torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.daily
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_converted_and_original_share_until_one_is_trained(dtype: torch.dtype) -> None:
@@ -85,6 +86,7 @@ def test_inplace_shares_with_nobody_and_keeps_the_given_objects() -> None:
     assert not is_shared(head)
 
 
+@pytest.mark.slow
 def test_a_second_conversion_leaves_the_first_shared() -> None:
     original = zoo_models.build("llama")
     first = convert(original, plan="identity").model

@@ -106,6 +106,7 @@ def test_a_broken_config_is_the_models_fault(
         open_source(model)
 
 
+@pytest.mark.slow
 def test_another_dtype_is_another_result(tiny_path: Path, tmp_path: Path) -> None:
     convert(tiny_path, plan="identity", out=tmp_path / "out")
     with pytest.raises(OutputError, match="made with another weights"):

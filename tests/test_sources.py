@@ -180,6 +180,7 @@ def found(case: str) -> tuple[nn.Module, list[dict[str, Tensor]], FoundAttention
     return model, inputs, find_attention(model, inputs[0])
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("case", CASES)
 def test_identity_at_two_shapes(case: str) -> None:
     model, inputs, seen = found(case)

@@ -34,6 +34,7 @@ def decode(model: Any, batch: dict[str, Any], **options: Any) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize(
     ("which", "to", "beams"),
     [

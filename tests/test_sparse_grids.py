@@ -79,6 +79,7 @@ def test_an_image_model_is_converted() -> None:
     assert torch.allclose(outputs[1], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_grids_that_do_not_fit_are_refused() -> None:
     model = build("vit")
     image = {"pixel_values": torch.randn(2, 3, 16, 16)}

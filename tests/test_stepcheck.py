@@ -22,6 +22,7 @@ def test_programs_on_single_tokens_may_use_a_cache() -> None:
     assert stepwise(models.InlinedLayer) == [True, True]
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("layer", [models.ShiftingLayer, models.CountingLayer])
 def test_others_work_but_refuse_a_cache(layer: type[models.InlinedLayer]) -> None:
     assert stepwise(layer) == [False, False]

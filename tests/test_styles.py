@@ -130,6 +130,7 @@ STYLES = {
 }  # fmt: skip
 
 
+@pytest.mark.daily
 @pytest.mark.parametrize("style", STYLES)
 def test_one_block_and_equal(style: str) -> None:
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def test_a_simple_image_stays_symbolic() -> None:
     assert not captured.gm.meta.get(FIXED)
 
 
+@pytest.mark.slow
 def test_a_tangled_one_is_kept_and_other_sizes_are_refused() -> None:
     torch.manual_seed(0)
     model = Stages(4).eval()
