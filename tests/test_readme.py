@@ -79,6 +79,7 @@ def script(name):
 @pytest.mark.parametrize(
     ("mark", "name", "file", "document"),
     [
+        ("headline", "headline", "quality", "README.md"),
         ("results", "quality", "quality", "README.md"),
         ("recovery", "recovery", "recovery", "README.md"),
         ("mla", "mla_table", "mla_table", "README.md"),
@@ -110,11 +111,27 @@ def test_a_committed_table_is_that_of_its_json(mark, name, file, document, monke
         assert results[fact] in shown
 
 
+def test_the_readme_is_short_until_it_is_opened():
+    """Wide tables are folded, in a form that shows as tables; numbers in titles are theirs."""
+    folds = re.findall(r"^<details>\n(.*?)^</details>$", README, re.MULTILINE | re.DOTALL)
+    assert len(folds) == README.count("<details>") >= 7
+    for fold in folds:
+        title, _, content = fold.partition("</summary>\n\n")
+        assert title.startswith("<summary>") and "\n" not in title and content, title
+        missing = [n for n in re.findall(r"\d[\d.,]*\d|\d", title) if n not in content]
+        assert not missing, title
+    shown = re.sub(r"^<details>.*?^</details>$", "", README, flags=re.MULTILINE | re.DOTALL)
+    assert shown.count("\n") <= 150
+    heads = {h.lower().replace(" ", "-") for h in re.findall(r"^## (.*)$", shown, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", shown)) <= heads
+    assert shown.count(":begin -->") == 1, "one table of results; the others are folded"
+
+
 def files_named_in(document):
     """Relative paths in backticks or links that claim to be files or folders of the repository."""
     text = re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)
     named = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", text)
-    linked = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    linked = [t for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t and t[0] != "#"]
     top = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     return {n for n in named if n.split("/")[0] in top} | set(linked)
 
