@@ -13,8 +13,13 @@ from torch import Tensor
 from reattend import convert, find_attention, load
 from reattend.inputs import made_up
 
-#: sites per model; one per block of attention, cross-attention counted
-SITES = {"t5": 6, "gemma3_vision": 2, "albert": 1}
+#: layers that are looked at, where one is not enough
+LAYERS = {"gpt_oss": 2}
+#: sites per model, if not one; one per block of attention, cross-attention counted
+SITES = {
+    "t5": 3,
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_vision", "gpt_neo", "hrm_text", "gpt_oss"), 2),
+}
 FAST = {("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "sdpa"), ("bert", "sdpa")}
 CASES = [
     pytest.param(name, how, marks=[] if (name, how) in FAST else [pytest.mark.slow])
@@ -46,9 +51,9 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_identity_equals_the_original_with_and_without_a_cache(name: str, how: str | None) -> None:
-    model = zoo_models.build(name, how)
+    model = zoo_models.build(name, how, LAYERS.get(name, 1))
     result = convert(model, plan="identity")
-    assert result.report.totals.converted == SITES.get(name, 2)
+    assert result.report.totals.converted == SITES.get(name, 1)
     assert result.report.totals.verified == result.report.totals.converted
     for batch, length, pad in ((2, 19, 0), (3, 31, 4)):
         inputs, real = _inputs(model, batch, length, pad)
@@ -61,13 +66,13 @@ def test_identity_equals_the_original_with_and_without_a_cache(name: str, how: s
 def _assert_generates_alike(model: Any, converted: Any) -> None:
     inputs, _ = _inputs(model, 2, 11, 3)
     asked = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-    run = {"max_new_tokens": 16, "do_sample": False}
+    run = {"max_new_tokens": 10, "do_sample": False}
     assert bool((model.generate(**asked, **run) == converted.generate(**asked, **run)).all())
 
 
 def test_sites_describe_what_is_there() -> None:
-    found = find_attention(zoo_models.build("mistral"))
-    assert [s.path for s in found.sites] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    found = find_attention(zoo_models.build("mistral", layers=1))
+    assert [s.path for s in found.sites] == ["model.layers.0.self_attn"]
     assert not found.refused
     site = found.sites[0]
     assert site.verified
@@ -77,16 +82,14 @@ def test_sites_describe_what_is_there() -> None:
 
 @pytest.mark.slow
 def test_a_converted_model_is_an_input_again() -> None:
-    once = convert(zoo_models.build("llama"), plan="identity").model
-    found = find_attention(once)
-    assert len(found.sites) == 2
+    once = convert(zoo_models.build("llama", layers=1), plan="identity").model
     data = torch.randint(3, 97, (8, 40))
     plan = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 14, "qk_rope_head_dim": 8}]}
     twice = convert(once, plan=plan, data=data)
-    assert twice.report.totals.converted == 2
+    assert twice.report.totals.converted == 1
     again = find_attention(twice.model)
     assert not again.sites
-    assert all("already latent" in r.reason for r in again.refused)
+    assert again.refused and all("already latent" in r.reason for r in again.refused)
 
 
 @pytest.mark.slow
@@ -112,7 +115,7 @@ KINDS = ["gpt_oss", "falcon_alibi", "qwen3_next", "bitnet", "cohere_norm"]
     "name", [KINDS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in KINDS[1:])]
 )
 def test_every_kind_survives_a_checkpoint(name: str, tmp_path: Path) -> None:
-    model = zoo_models.build(name, None)
+    model = zoo_models.build(name, None, layers=1)
     out = tmp_path / "out"
     converted = convert(model, plan="identity", out=out).model
     inputs, real = _inputs(model, 3, 13, 4)
