@@ -82,6 +82,7 @@ def begun(
     if results is None:
         return None
     return {
+        **results,
         "schema": 1,
         "model": args.model.name,
         "command": shlex.join([*command(script, args), *more]),

@@ -5,16 +5,19 @@
 
 Students: the presets `transmla` and `transmla-paper` at several cache sizes, and the dense model
 itself (plan `identity`) put through the very same call. Trained by distillation, and, as TransMLA
-does, on the plain next-token loss of the same text (`lm`). Finished rows are written at once and
-training checkpoints lie beside the file (`recovery.work`), so the same command continues after an
-interruption. Other inputs than those of the file are refused; `--fresh` starts again. `--table`
-prints the Markdown table of an existing file and computes nothing.
+does, on the plain next-token loss of the same text (`lm`), whose learning rate is chosen first, on
+calibration rows held back. The schedule depends on the budget, so each cell is a run of its own.
+The rows come in order of what they tell, to be stopped when there are enough. Finished ones are
+written at once and training checkpoints lie beside the file (`recovery.work`), so the same command
+continues after an interruption. Other inputs than those of the file are refused; `--fresh` starts
+again. `--table` prints the Markdown table of an existing file and computes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import shlex
 import shutil
 import sys
@@ -22,31 +25,45 @@ import time
 from typing import Any
 
 import campaign
+from recovery_table import (
+    LOSSES,
+    RATE_ROW,
+    RATE_ROWS,
+    RECALL_LEN,
+    SEQ_LEN,
+    STATISTICS,
+    STUDENTS,
+    best_rate,
+    table,
+)
 
-#: name -> preset and the share of the original cache; None: the dense model itself
-STUDENTS: dict[str, tuple[str, float] | None] = {
-    "dense": None,
-    **{
-        f"{preset}, {100 * share:g} %": (preset, share)
-        for share in (0.5, 0.25, 0.125)
-        for preset in ("transmla", "transmla-paper")
-    },
-}
 TOKENS = (0, 50_000, 200_000, 1_000_000)
-#: what is trained on: the distance to the original, or TransMLA's loss
-LOSSES = ("distill", "lm")
-SEQ_LEN, RECALL_LEN, STATISTICS = 256, 512, 32_768
+#: learning rates tried for `lm`
+RATES = (3e-4, 1e-3, 3e-3)
 _PLAIN = str.maketrans("", "", " ,%")
 
 
-def row_names(tokens: tuple[int, ...] = TOKENS) -> list[tuple[str, int, str]]:
-    """Every (student, tokens, loss) of the campaign, cheap ones first; 0 tokens have no loss."""
-    return [
+def row_names() -> list[tuple[str, int, str]]:
+    """Every (student, tokens, loss) of the campaign in order of worth; 0 tokens have no loss.
+
+    By distillation the dense model would stay where it is, at loss 0: it has no such rows.
+    """
+    rows = [
         (student, count, loss)
-        for count in tokens
+        for count in TOKENS
         for loss in (LOSSES if count else LOSSES[:1])
         for student in STUDENTS
+        if (student, loss) != ("dense", "distill") or not count
     ]
+    return sorted(rows, key=_turn)
+
+
+def _turn(row: tuple[str, int, str]) -> float:
+    """Small budgets first; a quarter of the cache, and distillation, before the others."""
+    student, tokens, loss = row
+    central = student == "dense" or " 25 %" in student
+    delay = {(True, "distill"): 1.0, (True, "lm"): 1.5, (False, "distill"): 2.0}
+    return tokens * delay.get((central, loss), 6.0)
 
 
 class Campaign:
@@ -60,6 +77,7 @@ class Campaign:
 
         self.args = args
         self.converted: dict[str, Any] = {}
+        self.said: list[Any] = []  # log-probabilities of the original, by batch of held-out rows
         self.work = args.out.with_suffix(".work")
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.stored, self.original = (
@@ -69,13 +87,12 @@ class Campaign:
         read = {"tokenizer": tokenizer, "seed": args.seed}
         text = args.model / "heldout.txt"
         self.held = load_data(text, seq_len=SEQ_LEN, **read).take(args.rows)
-        self.long = load_data(text, seq_len=RECALL_LEN, **read).take(args.rows)
+        self.long = load_data(text, seq_len=RECALL_LEN, **read).take(args.rows // 4)
         self.train = load_data(args.model / "calibration.txt", seq_len=SEQ_LEN, **read)
 
     def inputs(self) -> dict[str, Any]:
         """What the rows depend on; a results file of other inputs is not continued."""
         from reattend.calibrate import run
-        from reattend.calibrate.language_model import LanguageModel
 
         return {
             "weights": campaign.sha256(self.args.model / "model.safetensors"),
@@ -83,11 +100,10 @@ class Campaign:
             "heldout_256": self.held.fingerprint,
             "heldout_512": self.long.fingerprint,
             "rows": self.args.rows,
+            "copy_rows": self.long.rows,
             "seed": self.args.seed,
-            "lr": {
-                **{name: stage.lr for name, stage in run.STAGES.items()},
-                "lm": LanguageModel.lr,
-            },
+            "lr": {name: stage.lr for name, stage in run.STAGES.items()},
+            "rates": list(RATES),
             "far": {name: stage.far for name, stage in run.STAGES.items()},
             "share": dict(run.SHARE),
         }
@@ -110,31 +126,56 @@ class Campaign:
             self.converted[name] = result.model
         return copy.deepcopy(self.converted[name])
 
-    def row(self, name: str, tokens: int, loss: str) -> dict[str, Any]:
-        """Convert, calibrate, and measure perplexity, agreement and recall."""
+    def rates(self) -> dict[str, float]:
+        """Perplexity on calibration rows held back, by learning rate of `lm`."""
+        from reattend.data import Dataset
+        from reattend.verify.quality import perplexity
+
+        name, tokens, loss = RATE_ROW
+        ids, mask = self.train.packed
+        pick = [n * len(ids) // RATE_ROWS for n in range(RATE_ROWS)]
+        left = sorted(set(range(len(ids))) - set(pick))
+        back, rest = (
+            Dataset([{"input_ids": ids[i], "attention_mask": mask[i]}], description="calibration",
+                    seed=self.args.seed)
+            for i in (pick, left)
+        )  # fmt: skip
+        found = {}
+        for rate in RATES:
+            student = self.student(name)
+            self.trained(student, rest, tokens, loss, rate)
+            found[f"{rate:g}"] = perplexity(student.float(), back)
+        return found
+
+    def trained(
+        self, student: Any, data: Any, tokens: int, loss: str, rate: float | None, **more: Any
+    ) -> Any:
+        """Train the student; the result of every stage."""
         from reattend.calibrate import calibrate
         from reattend.plan_sections import Calibrate
-        from reattend.verify.quality import measure
+
+        given = {"tokens": tokens, "seq_len": SEQ_LEN, "loss": loss, "lr": rate}
+        settings = Calibrate.model_validate(given)
+        return calibrate(
+            self.stored, student, data, settings, seed=self.args.seed, on_event=_show, **more
+        )
+
+    def row(self, name: str, tokens: int, loss: str, rate: float | None) -> dict[str, Any]:
+        """Convert, calibrate, and measure perplexity, agreement and copying."""
         from reattend.workdir import Workdir, digest
 
         student = self.student(name)
         start, stages, resumed = time.perf_counter(), [], False
         if tokens:
-            given = {"tokens": tokens, "seq_len": SEQ_LEN, "loss": loss}
-            settings = Calibrate.model_validate(given)
             folder = self.work / f"{name.translate(_PLAIN)}-{tokens}-{loss}"
-            key = digest([self.inputs(), name, tokens, loss])
+            key = digest([self.inputs(), name, tokens, loss, rate])
             with Workdir.open(folder, {"row": key}) as workdir:
                 resumed = workdir.state == "resumed"
-                stages = calibrate(
-                    self.stored, student, self.train, settings, seed=self.args.seed,
-                    workdir=workdir, inputs_hash=key, on_event=_show,
-                )  # fmt: skip
+                stages = self.trained(
+                    student, self.train, tokens, loss, rate, workdir=workdir, inputs_hash=key
+                )
             shutil.rmtree(workdir.partial)
         seconds = time.perf_counter() - start
-        quality = measure(
-            student.float(), self.held, self.original, recall_data=self.long, seed=self.args.seed
-        )
         asked = STUDENTS[name]
         numbers = _dense_cache(self.original) * (1.0 if asked is None else asked[1])
         return {
@@ -151,7 +192,34 @@ class Campaign:
                 }
                 for s in stages
             },
-            "quality": quality.to_dict(),
+            "quality": self.measured(student.float()),
+        }
+
+    def measured(self, student: Any) -> dict[str, Any]:
+        """Perplexity and divergence from one pass of the student, and copying."""
+        import torch
+
+        from reattend.verify.recall import probes, score
+        from reattend.verify.scoring import full_scorer
+
+        nll, kl, scored, tokens = 0.0, 0.0, 0, 0
+        with torch.no_grad():
+            for number, batch in enumerate(self.held.batches(8)):
+                ids = batch["input_ids"].to(self.args.device)  # full rows: no padding
+                if number == len(self.said):
+                    self.said.append(self.original(input_ids=ids).logits.log_softmax(-1))
+                said, guess = self.said[number], student(input_ids=ids).logits.log_softmax(-1)
+                nll -= float(guess[:, :-1].gather(-1, ids[:, 1:, None]).double().sum())
+                kl += float((said.exp() * (said - guess)).sum(-1).double().sum())
+                scored, tokens = scored + ids[:, 1:].numel(), tokens + ids.numel()
+        copied = score(
+            probes(self.long.packed[0], seed=self.args.seed)["copy"], full_scorer(student)
+        )
+        return {
+            "perplexity": math.exp(nll / scored),
+            "kl": kl / tokens,
+            "tokens": scored,
+            "recall": {"copy": copied.to_dict()},
         }
 
 
@@ -165,75 +233,6 @@ def _show(event: Any) -> None:
     loss = event.values.get("loss", float("nan"))
     print(f"\r  {event.stage} {event.done}/{event.total} loss {loss:.4f}   ", end="",
           file=sys.stderr, flush=True)  # fmt: skip
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown: one line per student, one column per budget."""
-    rows = {  # files of before 2026-11-21 know one loss
-        (row["student"], row.get("loss", LOSSES[0]), row["tokens"]): row for row in results["rows"]
-    }
-    if len(rows) < len(results["rows"]):
-        raise ValueError("two rows of one student, one loss and one budget")
-    budgets = sorted({tokens for *_, tokens in rows})
-    heads = [f"{tokens:,} tokens" for tokens in budgets]
-    lines = [
-        f"| student | trained on | cache, numbers/token/layer | {' | '.join(heads)} |",
-        f"|---|---|---|{'---|' * len(budgets)}",
-    ]
-    for student, loss in [(student, loss) for student in STUDENTS for loss in LOSSES]:
-        # untrained, a student is the same under both losses
-        found = [rows.get((student, loss if n else LOSSES[0], n)) for n in budgets]
-        if any(row for row, n in zip(found, budgets, strict=True) if n):
-            cache = next(row["cache"] for row in found if row)
-            cells = " | ".join(_cell(row) for row in found)
-            lines.append(f"| {student} | {loss} | {cache} | {cells} |")
-    inputs = results["inputs"]
-    far = inputs.get("far", {})
-    stages = ", ".join(
-        f"{n} {100 * share:g} % at lr {inputs['lr'][n]:g}"
-        + (f" (less where the first loss is below {far[n]:g})" if far else "")
-        for n, share in inputs["share"].items()
-    )
-    baseline = ""
-    if any(loss == "lm" for _, loss, _ in rows):
-        baseline = (
-            f"lm: the next-token loss alone, end to end at lr {inputs['lr']['lm']:g}, the same "
-            "parameters trained. "
-        )
-    lines += [
-        "",
-        f"{results['model']}, {results['date']}, {results['device']}. Each cell: held-out "
-        f"perplexity (KL to the original in nats per token; copy recall right), "
-        f"{results['inputs']['rows']} x {SEQ_LEN} tokens; copy at {RECALL_LEN}. Training text: "
-        f"calibration.txt, never the held-out one. distill: {stages}. The dense model then stays "
-        f"where it is: the loss is the distance to the original, so the text itself teaches "
-        f"nothing. {baseline}{_worse(rows)}0 tokens is the conversion alone, from statistics over "
-        f"{STATISTICS:,} tokens in the checkpoint's dtype; the table of presets has its own "
-        f"statistics, hence slightly other numbers. Command: `{results['command']}`",
-    ]
-    return "\n".join(lines)
-
-
-def _worse(rows: dict[tuple[str, str, int], dict[str, Any]]) -> str:
-    """The students that a training left worse than it found them."""
-    cells = []
-    for (student, loss, tokens), row in rows.items():
-        start = rows.get((student, LOSSES[0], 0))
-        if tokens and start:
-            before, after = (found["quality"]["perplexity"] for found in (start, row))
-            if round(after, 2) > round(before, 2):
-                cells.append(
-                    f"{student} ({loss}) from {before:.2f} to {after:.2f} after {tokens:,} tokens"
-                )
-    return f"Training can also lose: {'; '.join(cells)}. " if cells else ""
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    quality = row["quality"]  # nested: it has a `tokens` of its own, those that were scored
-    copied = 100 * quality["recall"]["copy"]["accuracy"]
-    return f"{quality['perplexity']:.2f} ({quality['kl']:.3f}; {copied:.0f} %)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,7 +264,11 @@ def _run(args: argparse.Namespace) -> int:
         results["command"] += f" --only {shlex.quote(args.only)}"
     for student, tokens, loss in todo:
         print(f"{student}, {tokens} tokens, {loss} ...", file=sys.stderr, flush=True)
-        row = subject.row(student, tokens, loss)
+        if loss == "lm" and "rates" not in results:
+            results["rates"] = subject.rates()
+            campaign.write(args.out, results)
+        rate = best_rate(results["rates"]) if loss == "lm" else None
+        row = subject.row(student, tokens, loss, rate)
         print(file=sys.stderr)
         campaign.add(results, row, args.out)
     if results["rows"]:
