@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from reattend.finder import FoundAttention
 from reattend.install.graph import hidden_values
 from reattend.preflight import Choice
 from reattend.rewriting import arounds, normal_forms
-from reattend.statistics import SiteStatistics, collect
+from reattend.statistics import Need, SiteStatistics, collect
 from reattend.workdir import Workdir, digest
 
 
@@ -25,6 +25,7 @@ def site_moments(
     batch_size: int,
     work: Workdir | None,
     progress: Callable[[int], None],
+    needs: Mapping[str, frozenset[Need]] | None = None,
 ) -> tuple[dict[str, SiteStatistics], bool]:
     """Statistics by site path, and whether an interrupted run had them already.
 
@@ -37,9 +38,10 @@ def site_moments(
         batch_size: rows per call of the model.
         work: where statistics are kept; None keeps nothing.
         progress: called with the number of tokens seen so far.
+        needs: by site, in place of what `wanted` needs.
     """
     paths = [c.site.path for c in wanted]
-    needs = {c.site.path: c.needs for c in wanted}
+    needs = needs or {c.site.path: c.needs for c in wanted}
     key = digest([hashes, data.fingerprint, [[p, *sorted(needs[p])] for p in paths]])
     names = {path: f"work/statistics/{i}.safetensors" for i, path in enumerate(paths)}
     if work is not None and work.has("statistics", key):

@@ -142,11 +142,10 @@ class Job:
         stages: list[StageResult] = []
         if self.plan.calibrate.trains:
             stages = self._calibrate(source, done, materials, work)
-        evidence = self._stage("verify", lambda: self._verify(source, choices, done, materials))
+        seen = (source, found, choices, done, materials)
+        evidence = self._stage("verify", lambda: self._verify(*seen))
         evidence.stages = stages
-        report = build_report(
-            source, self.plan, self.seed, found, choices, done, materials, evidence
-        )
+        report = build_report(self.plan, self.seed, *seen, evidence)
         failed = [g for g in report.gates if g.verdict == "fail"]
         failed_checks = [p for p in report.parity if p.verdict == "fail"]
         if failed or failed_checks:
@@ -264,8 +263,9 @@ class Job:
         return stages
 
     def _verify(
-        self, source: Source, choices: list[Choice], done: Rewritten, materials: Materials
-    ) -> Evidence:
+        self, source: Source, found: FoundAttention, choices: list[Choice], done: Rewritten,
+        materials: Materials,
+    ) -> Evidence:  # fmt: skip
         if self.inplace:
             return Evidence(notes=["inplace=True: the original is gone, so nothing was compared"])
         paths = list(done.built)
@@ -279,7 +279,7 @@ class Job:
         if is_hf(source.model):
             parity += decode_checks(source.model, done.model, self.seed)
         rows, notes = measured_rows(
-            source, done.model, choices, materials, self.seed, self.plan.verify.yardsticks
+            source, done.model, choices, materials, self.seed, self.plan, found
         )
         gates = check_gates(self.plan.verify, rows)
         return Evidence(

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from reattend.plan_text import Section
 
 Stage = Literal["layerwise", "end-to-end"]
+Peer = Literal["transmla", "transmla-paper", "mha2mla", "x-ecomla", "care"]
 
 
 class Calibrate(Section):
@@ -82,6 +83,8 @@ class Verify(Section):
         max_kl: largest mean KL(original || converted), nats per token.
         yardsticks: measure beside it what the original does at about the same cache bytes (no
             gate).
+        peers: measure beside it what these presets make of the same sites at the same cache, from
+            the same statistics and untrained (no gate).
     """
 
     max_ppl_increase: Annotated[float, Field(ge=0)] | None = None
@@ -89,9 +92,10 @@ class Verify(Section):
     min_recall: Annotated[float, Field(ge=0, le=1)] | None = None
     max_kl: Annotated[float, Field(ge=0)] | None = None
     yardsticks: bool = False
+    peers: tuple[Peer, ...] = ()
 
     @property
     def gates(self) -> dict[str, float]:
         """The gates that are set, by name."""
-        limits = self.model_dump(exclude={"yardsticks"})
+        limits = self.model_dump(exclude={"yardsticks", "peers"})
         return {name: value for name, value in limits.items() if value is not None}

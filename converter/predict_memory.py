@@ -27,6 +27,7 @@ from reattend.plan import Plan
 from reattend.predict_statistics import (
     gram_width,
     moments_bytes,
+    peer_bytes,
     sharing_bytes,
     spreading_bytes,
     training,
@@ -150,6 +151,9 @@ def memory(
         base += TRAINING
     found["verify"] = base + VERIFYING
     found["verify"] += _verifying(sizes, held_rows(rows), calibrate.seq_len, generates)
+    if plan.verify.peers and rows is not None:
+        peers = new + sum(peer_bytes(c) for c in converted)
+        found["verify"] += peers + max(running + tokens, 8 * 8 * width**2)
     copied = 0 if owned else sizes.weights
     found["publish"] = base + PLOTTING + copied
     return {name: int(value) for name, value in found.items()}

@@ -30,6 +30,15 @@ def moments_bytes(choice: Choice) -> int:
     return 8 * sum(found[need] for need in choice.needs)
 
 
+def peer_bytes(choice: Choice) -> int:
+    """The same for everything that any preset of `to: mla` reads of a site."""
+    core, config = choice.config.core, choice.config
+    width = core.kv_heads * (core.qk_head_dim + core.v_head_dim)
+    inputs = config.memory_size or config.hidden_size
+    sample = SAMPLE_ROWS * SAMPLE_TOKENS * inputs // 2
+    return 8 * (2 * width**2 + core.heads * core.qk_head_dim**2 + inputs**2 + sample)
+
+
 def spreading_bytes(converted: list[Choice], length: int) -> int:
     """Bytes while one row's scores of one group are weighed: six copies in float32."""
     cores = [c.config.core for c in converted if "attention" in c.needs]

@@ -78,6 +78,10 @@ def seconds(
             found[name] = TRAINING_PASSES[name] * forward * slower * budget
     passes = MEASURING_PASSES * held_rows(rows) * seq_len * forward
     found["verify"] = passes + 4 * 8 * max(single, 3 * forward) + 6 * step
+    if plan.verify.peers and rows is not None:
+        found["verify"] += found["statistics"] + len(plan.verify.peers) * (
+            MEASURING_PASSES * held_rows(rows) * seq_len * forward / 2 + sum(cubes.values())
+        )
     if any(c.conversion and c.conversion.decodes_apart(c.options) for c in converted):
         step = 2 * max(single, STEPPED_ROWS * forward)
         batches = -(-held_rows(rows) // STEPPED_ROWS)

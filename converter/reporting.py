@@ -55,9 +55,9 @@ class Evidence:
 
 
 def build_report(
-    source: Source,
     plan: Plan,
     seed: int,
+    source: Source,
     found: FoundAttention,
     choices: list[Choice],
     done: Rewritten,

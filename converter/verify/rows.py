@@ -9,11 +9,14 @@ from torch import nn
 
 from reattend.at_once import rows_at_once
 from reattend.errors import ReattendError
+from reattend.finder import FoundAttention
 from reattend.materials import Materials
+from reattend.plan import Plan
 from reattend.preflight import Choice
 from reattend.report.evidence import QualityRow
 from reattend.source import Source
 from reattend.verify.parity import by_call, decodes_apart
+from reattend.verify.peers import measured_peers
 from reattend.verify.quality import Quality, measure
 from reattend.verify.recall import lacking
 from reattend.verify.scoring import cached_scorer
@@ -26,13 +29,14 @@ def measured_rows(
     choices: list[Choice],
     materials: Materials,
     seed: int,
-    yardsticks: bool,
+    plan: Plan,
+    found: FoundAttention,
 ) -> tuple[list[QualityRow], list[str]]:
     """Rows measured on the text that was held back (none without it), and notes.
 
-    Args:
-        yardsticks: also measure what the original does at about the same cache bytes without
-            any conversion: a sliding window, an int8 and an int4 cache.
+    With `verify.yardsticks` also what the original does at about the same cache bytes without any
+    conversion: a sliding window, an int8 and an int4 cache; with `verify.peers` what other presets
+    make of the same sites.
     """
     data, notes = materials.held_out, []
     if chosen := by_call(converted):
@@ -71,9 +75,18 @@ def measured_rows(
         rows.append(_row("converted, token by token", "converted", stepped, after))
     if lacks:
         notes.append(f"recall was not measured on the text held back: {lacks}")
-    if yardsticks and after < before:
+    if plan.verify.yardsticks and after < before:
         more, why = _yardstick_rows(source.model, materials, after / before, size, settings)
         rows, notes = rows + more, notes + why
+    changed = [c for c in choices if c.action == "converted"]
+    if plan.verify.peers and materials.statistics is not None:
+        same = after - size * sum(c.after.cache for c in changed)
+        made, why = measured_peers(
+            source, found, changed, plan.verify.peers, materials, plan.calibrate.batch_size,
+            settings,
+        )  # fmt: skip
+        rows += [_row(f"{n}, untrained", "yardstick", q, same + size * held) for n, q, held in made]
+        notes = notes + why
     return rows, notes
 
 
