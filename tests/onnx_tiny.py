@@ -16,12 +16,13 @@ MLA = {"to": "mla", "kv_lora_rank": 10, "qk_rope_head_dim": 4}
 
 def tiny(**more: Any) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
-        bos_token_id=1, eos_token_id=2, initializer_range=0.3, **more,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+        "initializer_range": 0.3,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **more})).eval()
 
 
 def converted(plan: Any) -> Any:

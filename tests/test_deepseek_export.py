@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from reattend.targets.deepseek import Checkpoint
 from reattend.targets.deepseek import export as module
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1,
     "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": None,
 }  # fmt: skip
@@ -42,6 +43,10 @@ IDS = torch.randint(3, 97, (2, 19), generator=torch.Generator().manual_seed(2))
 
 def llama(**own: Any) -> Any:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, **own}))
+
+
+def pair() -> Any:
+    return llama(num_hidden_layers=2)
 
 
 def qwen2() -> Any:
@@ -66,8 +71,8 @@ def granite() -> Any:
 
 #: name -> (model, options on top of STRIDED, target, stored dtype, rope type that results)
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str, str, str]] = {
-    "gqa": (llama, {}, "deepseek", "float32", "default"),
-    "gqa-v2": (llama, {}, "deepseek-v2", "float32", "default"),
+    "gqa": (pair, {}, "deepseek", "float32", "default"),
+    "gqa-v2": (pair, {}, "deepseek-v2", "float32", "default"),
     "mha": (lambda: llama(num_key_value_heads=4), {}, "deepseek", "float32", "default"),
     "llama3": (lambda: llama(rope_parameters=LLAMA3), {}, "deepseek", "float32", "llama3"),
     "yarn": (lambda: llama(rope_parameters=YARN), {}, "deepseek", "float32", "longrope"),
@@ -82,8 +87,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str, str, str]] = {
     "fused": (phi3, {}, "deepseek", "float32", "default"),
     "gemma": (gemma, {}, "deepseek", "float32", "default"),
     "norm": (llama, {"latent_norm": "rms", "center": False}, "deepseek", "float64", "default"),
-    "double": (llama, {}, "deepseek", "float64", "default"),
-    "half": (llama, {}, "deepseek", "bfloat16", "default"),
+    "double": (pair, {}, "deepseek", "float64", "default"),
+    "half": (pair, {}, "deepseek", "bfloat16", "default"),
 }  # fmt: skip
 
 #: what a user has: transformers, and no reattend
@@ -139,8 +144,20 @@ def wide_norms(model: nn.Module) -> None:
             norm.forward = run  # type: ignore[method-assign]
 
 
-SLOW = {"two slots", "low rank queries", "biases-v2", "half", "yarn", "fused", "gemma", "double"}
+SLOW = {"mha", "two slots", "low rank queries", "biases-v2", "half", "yarn", "fused", "gemma",
+        "double"}  # fmt: skip
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+
+
+@functools.cache
+def converted(build: Callable[[], Any], *options: Any) -> Any:
+    """A model by the plan `STRIDED` with more options; cast in place by whoever needs it."""
+    torch.manual_seed(0)
+    rule = {k: v for k, v in {**STRIDED, **dict(options)}.items() if v is not None}
+    original = build().eval()
+    for parameter in original.parameters():  # no constant may hide behind zeros and ones
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return convert(original, {"rules": [rule]}, data=DATA).model
 
 
 @pytest.fixture(scope="module")
@@ -152,20 +169,11 @@ def made(
     names = {call.params["name"] for call in asked if call and call.params.get("name") in CASES}
     root = tmp_path_factory.mktemp("cases")
     torch.set_num_threads(1)
-    done: dict[Any, Any] = {}
     checkpoints: dict[str, Checkpoint] = {}
     for name, (build, options, target, dtype, _) in CASES.items():
         if name not in {*names, "gqa"}:
             continue
-        key = (build, str(options))
-        if key not in done:
-            torch.manual_seed(0)
-            rule = {k: v for k, v in {**STRIDED, **options}.items() if v is not None}
-            original = build().eval()
-            for parameter in original.parameters():  # no constant may hide behind zeros and ones
-                parameter.data += 0.1 * torch.randn_like(parameter)
-            done[key] = convert(original, {"rules": [rule]}, data=DATA).model
-        model = done[key].to(getattr(torch, dtype))
+        model = converted(build, *options.items()).to(getattr(torch, dtype))
         checkpoints[name] = export(model, target, out=root / name / "deepseek")
         if dtype == "float64":
             wide_norms(model)
@@ -252,7 +260,7 @@ def test_layers_of_several_sizes_are_padded_when_asked(tmp_path: Path) -> None:
     torch.manual_seed(0)
     rule = {**STRIDED, "kv_lora_rank": [12, 7], "qk_rope_head_dim": 8}
     del rule["kv_keep"]
-    model = convert(llama().eval(), {"rules": [rule]}, data=DATA).model
+    model = convert(pair().eval(), {"rules": [rule]}, data=DATA).model
     # a plain table of width 24 holds that of width 8 in every third slot, one of width 20 does not
     for pad, rank, rope, kind in (
         ("max", 13, 8, "default"), ("16+24", 16, 24, "default"), ("16+20", 16, 20, "longrope"),
@@ -268,8 +276,7 @@ def test_layers_of_several_sizes_are_padded_when_asked(tmp_path: Path) -> None:
 def test_a_wrong_map_is_caught_and_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    model = convert(llama().eval(), {"rules": [STRIDED]}, data=DATA).model
+    model = converted(pair).float()
     right = module.state_dict
 
     def wrong(*args: Any) -> Any:
