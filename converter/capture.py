@@ -76,13 +76,15 @@ class Capture:
         known.update(zip(rest, Evaluator(self.gm).run(rest, known), strict=True))
         return {n: known[n] for n in nodes}
 
-    def outside(self) -> list[int]:
+    def outside(self) -> dict[int, str]:
         """Lengths that the graph does not hold for, where Python asked for the length.
+
+        With each the end of the range behind which it lies, in words.
 
         A model may do something else from some length on (compress every 128 tokens), and its
         graph shows what it does at the example's.
         """
-        found: set[int] = set()
+        found: dict[int, str] = {}
         ranges = self.gm.meta.get(RANGES, {})
         for node, value in self.placeholders().items():
             if not isinstance(value, Tensor):
@@ -91,10 +93,11 @@ class Capture:
                 low, high = ranges.get(str(symbol), (0, None))
                 if size != self.sizes.get("N"):
                     continue
-                found |= {low - 1} if low > 2 else set()
-                if high is not None:
-                    found |= {high + 7, 4 * high + 7}  # blocks may see their neighbours
-        return sorted(length for length in found if length <= LONGEST)
+                if low > 2:
+                    found[low - 1] = f"from {low} tokens on only"
+                if high is not None:  # blocks may see their neighbours
+                    found |= dict.fromkeys((high + 7, 4 * high + 7), f"up to {high} tokens only")
+        return {length: found[length] for length in sorted(found) if length <= LONGEST}
 
     def probe(
         self, length: int | None = None, padded: bool = False, side: slice = slice(0, 3)

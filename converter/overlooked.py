@@ -18,8 +18,13 @@ from reattend.nearest import CORE_FORM
 from reattend.passes.base import path_of
 from reattend.passes.evaluate import ancestors
 from reattend.passes.find.sites import Found
+from reattend.passes.normalize.forms import aten, is_op
 from reattend.running import evaluation
 from reattend.search import Search
+
+#: what is told of a core whose result is dropped
+UNREAD = "attention whose result nothing reads that the model returns"
+_CORES = (aten.softmax, aten._softmax, aten.scaled_dot_product_attention)
 
 
 def overlooked(search: Search, result: FoundAttention) -> list[RefusedSite]:
@@ -43,9 +48,10 @@ def overlooked(search: Search, result: FoundAttention) -> list[RefusedSite]:
             continue
         if path not in read and not _around(path, captured.left_out):
             continue  # nothing reads what it computes
-        known = sum(told[p] for p in _around(path, told))
-        refusal = RefusedSite(path, _why(captured, path), step="watch", nearest=CORE_FORM)
-        found += [refusal] * (count - known)
+        left = count - sum(told[p] for p in _around(path, told))
+        unread = min(left, _unread(captured, path, count))
+        reasons = [UNREAD] * unread + [_why(captured, path)] * (left - unread)
+        found += [RefusedSite(path, r, step="watch", nearest=CORE_FORM) for r in reasons]
     return found
 
 
@@ -72,10 +78,17 @@ def _why(captured: Capture, path: str) -> str:
     if holes:
         hole = min(holes, key=len)
         return f"torch.export cannot follow {hole}: {captured.left_out[hole]}"
-    return (
-        "a softmax averages values here, in a form that is not known as attention or for a result "
-        "that nobody reads"
-    )
+    return "a softmax averages values here, in a form that is not known as attention"
+
+
+def _unread(captured: Capture, path: str, ran: int) -> int:
+    """How many of the cores that ran in a module nothing reads; 0 where the graph does not tell."""
+    if captured.exact is None:
+        return 0
+    graph = captured.exact.graph
+    cores = [n for n in graph.nodes if is_op(n, *_CORES) and path_of(n) == path]
+    behind = ancestors([n for n in graph.nodes if n.op == "output"])
+    return sum(n not in behind for n in cores) if len(cores) == ran else 0
 
 
 def _around(path: str, modules: Collection[str]) -> list[str]:

@@ -35,7 +35,7 @@ def size_check(captured: Capture, found: Found, place: Place, call: Call, length
         call: of the owner, at another length than the captured one, without padding.
         length: that one, in tokens of the model's inputs.
     """
-    at = f"torch.export follows this block at the sizes of the example only: at {length} tokens "
+    at = _at("block", captured, length)
     binding, region = place.binding, found.region
     assert binding is not None
 
@@ -63,7 +63,7 @@ def graph_check(captured: Capture, length: int) -> str:
 
     Where the model does not run at that length there is nothing to compare.
     """
-    at = f"torch.export follows this model at the sizes of the example only: at {length} tokens "
+    at = _at("model", captured, length)
     inputs = captured.probe(length)
     try:
         with evaluation(captured.model), torch.no_grad():
@@ -78,6 +78,12 @@ def graph_check(captured: Capture, length: int) -> str:
         return f"{at}it fails ({(str(problem).splitlines() or [''])[0][:120]})"
     both = zip(got, expected, strict=False)
     return _apart(at, ((a, b) for a, b in both if isinstance(b, Tensor)))
+
+
+def _at(what: str, captured: Capture, length: int) -> str:
+    """The beginning of a refusal: how far the graph holds, and where it was looked at."""
+    holds = captured.outside().get(length, "at the sizes of the example only")
+    return f"torch.export follows this {what} {holds}: at {length} tokens "
 
 
 def _apart(at: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> str:

@@ -8,6 +8,7 @@ class; then the export is tried again.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from reattend.corewatch import cores_by_module
 from reattend.errors import CaptureError
@@ -198,7 +200,15 @@ def _smallest(
 
 
 def _said(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+    """What torch.export says of a failure; what a size like `u1` is, in words."""
+    first = (str(problem).splitlines() or [""])[0]
+    if isinstance(problem, GuardOnDataDependentSymNode):
+        asked = re.search("data-dependent expression (.+?)(?: \\(unhinted|$)", first)
+        told = asked[1] if asked else first
+        return (
+            f"data-dependent: it reads a size from the values of a tensor and asks whether {told}"
+        )
+    return f"{type(problem).__name__}: {first}"
 
 
 def _failed(model: nn.Module, problem: Exception, where: str = "") -> CaptureError:

@@ -257,6 +257,13 @@ class TestCores:
         assert len(calls(gm, attention)) == 1
         assert "not hidden" in refusals(cleared(late.flip(0)), Q, K, V)
 
+    def test_two_kinds_of_keys_under_one_softmax_are_named(self) -> None:
+        def beside(_m: Holder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = torch.cat([q @ k.mT, q @ k.flip(2).mT], -1) + torch.ones(10)
+            return F.softmax(scores, -1) @ torch.cat([v, v], 2)
+
+        assert "several products share one softmax (cat" in refusals(beside, Q, K, V)
+
     def test_something_between_product_and_softmax_is_refused(self) -> None:
         gm, _ = graph(lambda _m, q, k, v: eager(torch.relu(q @ k.mT), v), Q, K, V)
         assert not calls(gm, attention)

@@ -75,6 +75,14 @@ def _between(softmax: fx.Node, product: fx.Node) -> list[fx.Node]:
     return found
 
 
+def _scores_of_a_product(node: Any) -> bool:
+    """Whether a part of joined scores is itself a product of two activations."""
+    while is_op(node, *CASTS, *_SHAPES):
+        node = node.args[0]
+    factors = node.args[1] if is_op(node, aten.einsum) else node.all_input_nodes
+    return is_op(node, *_PRODUCTS, aten.einsum) and not any(map(parameter_only, factors))
+
+
 class FuseEager(GraphPass):
     """softmax(q k^T * scale [capped] [+ masks and biases] [| sinks]) v as written by hand."""
 
@@ -95,6 +103,8 @@ class FuseEager(GraphPass):
         if axis not in (-1, value.dim() - 1):
             return Refusal(f"softmax over axis {axis}, not over keys")
         parts = read_scores(gm, node)
+        if is_op(parts, aten.cat) and sum(map(_scores_of_a_product, parts.args[0])) > 1:
+            return Refusal(f"scores of several products share one softmax ({parts.name})")
         if isinstance(parts, fx.Node):
             return Refusal(f"between product and softmax stands something else ({parts.name})")
         if parameter_only(parts.k) or parameter_only(parts.q):

@@ -75,9 +75,14 @@ def read_scores(gm: fx.GraphModule, softmax: fx.Node) -> Scores | fx.Node:
     found = _walk(gm, softmax.args[0], way)
     if found is not None:
         return found
-    shape = [str(s) for s in softmax.meta["val"].shape]
-    wide = [n for n in way.seen if [str(s) for s in n.meta["val"].shape] == shape]
+    wide = [n for n in way.seen if _sizes(n) == _sizes(softmax)]
     return (wide or way.seen or [softmax])[-1]  # a mask on the way is not what stands there
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    """A shape as it was at capture: equal sizes may be different expressions of symbols."""
+    shape = node.meta["val"].shape
+    return [s.node.hint if isinstance(s, torch.SymInt) else s for s in shape]
 
 
 def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
