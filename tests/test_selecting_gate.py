@@ -17,8 +17,11 @@ from reattend.errors import DataError
 from reattend.mixers.base import Context, build_mixer
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.scores import own_pattern
+from reattend.mixers.selecting.base import Asked
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse_baseline import BEHIND, compared, lines, stated
 from reattend.passes.rewrite.sparse_gate import lesson as lesson_of
+from reattend.passes.rewrite.sparse_view import viewed
 from reattend.statistics import SiteStatistics
 
 
@@ -175,6 +178,37 @@ def test_training_brings_the_gate_nearer_and_is_repeatable() -> None:
         assert torch.equal(loaded(x, Context(mask=real)), built.mixer(x, Context(mask=real)))
 
 
+def test_what_was_trained_is_compared_with_vertical_slash_heads_that_read_as_much() -> None:
+    """Counted by the block's own probabilities and both masks, in the open."""
+    block = dense(config())
+    texts = statistics(block, tokens=40).samples
+    mixer = untrained(block, block=4, topk=2)
+    for p in mixer.selecting.parameters():
+        p.data = torch.zeros_like(p)  # no gate could know less
+    method = mixer.selecting["0"]
+    sides = compared(mixer, texts[-1:], (0, 1), method)
+    assert sides is not None
+    view = viewed(mixer, texts[-1], (0, 1))
+    p = torch.cat([p for _, _, p in view.probabilities()])
+    size = next(
+        n for n in range(1, 41) if masked(view, lines(n)).sum() >= masked(view, method).sum()
+    )
+    for kept, one in zip(sides, (method, lines(size)), strict=True):
+        read = masked(view, one)
+        assert kept.keys == pytest.approx(float(read.sum()) / (4 * 40 * 41 / 2))
+        assert kept.attention == pytest.approx(float((p * read).sum() / p.sum()))
+    ours, theirs = sides
+    assert theirs.keys >= ours.keys
+    assert BEHIND in stated(ours, theirs._replace(attention=ours.attention))
+    assert BEHIND not in stated(ours, theirs._replace(attention=ours.attention - 1e-6))
+
+
+def masked(view: Any, method: Any) -> Tensor:
+    asked = Asked(view.q_HNd[None], view.k_GNd[None], view.core)
+    i, j = asked.positions()
+    return (method.choose(asked).mask()[0] | (i == j)) & (j <= i)
+
+
 def test_a_converted_model_decodes_alike_with_and_without_a_cache(tmp_path: Any) -> None:
     select = {"kind": "gate", "block": 4, "gate_dim": 8, "topk": 2}
     rule = {"sites": "*", "to": "sparse", "pattern": {"select": select}}
@@ -196,6 +230,15 @@ def test_a_converted_model_decodes_alike_with_and_without_a_cache(tmp_path: Any)
         site.options["gate_parameters"] == 2 * 8 * 8 * (2 + 3) and "->" in site.options["gate_kl"]
     )
     assert site.cost.after.parameters == site.cost.before.parameters + 640
+    behind = [s.options.get(BEHIND) for s in result.report.sites]
+    assert all(
+        "untrained vertical-slash: 0." in s.options["attention_kept"] for s in result.report.sites
+    )
+    told = "does not beat untrained vertical-slash, reading as many" in result.report.to_markdown()
+    assert told == any(behind)
+    for entry in result.report.sites:  # one way or the other, the report says which
+        entry.options[BEHIND] = "untrained vertical-slash"
+    assert "In 2 of 2 blocks what was trained" in result.report.to_markdown()
     assert [p.verdict for p in result.report.parity] == ["pass", "pass"]
 
 

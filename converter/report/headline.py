@@ -16,6 +16,8 @@ from reattend.report.numbers import fixed, percent, plain, plural, signed_percen
 State = Literal["good", "bad", "open"]
 #: perplexity that grows by no more than this share holds
 HOLDS = 0.1
+#: what a block's facts have that was compared, and lost (`reattend.passes.rewrite.sparse_baseline`)
+BEHIND = "does_not_beat"
 #: share of the original's score that a recall task may lose without a warning
 FALLS = 0.2
 #: what conversions say of themselves whose cache is no fixed number of bytes per token
@@ -99,6 +101,20 @@ def recall_lost(report: Report) -> str:
     if not found:
         return ""
     return f"Perplexity holds, and recall does not ({', '.join(found)}): judge by min_recall."
+
+
+def beaten(report: Report) -> str:
+    """A warning where a trained choice of keys keeps less attention than an untrained one."""
+    sites = [s for s in report.sites if s.action == "converted"]
+    facts = [[s.options, *(g.options for g in s.groups)] for s in sites]
+    behind = [next((f[BEHIND] for f in some if BEHIND in f), None) for some in facts]
+    found = [name for name in behind if name is not None]
+    if not found:
+        return ""
+    return (
+        f"In {len(found)} of {plural(len(sites), 'block')} what was trained to choose keys does "
+        f"not beat {found[0]}, reading as many: see the blocks."
+    )
 
 
 def conversions(report: Report) -> str:
@@ -225,7 +241,7 @@ def _sentences(report: Report) -> list[str]:
         recall = recall_change(report)
         also = f", recall by {recall[1]} in the worst task ({recall[0]})" if recall else ""
         parts.append(f"Perplexity changes by {signed_percent(change)}{also}.")
-    parts.append(recall_lost(report))
+    parts += [recall_lost(report), beaten(report)]
     checks = _checks(report)
     state = checks.state
     if report.gates or state == "bad":

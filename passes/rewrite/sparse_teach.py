@@ -30,6 +30,7 @@ from reattend.mixers.selecting.values import ValuesMethod
 from reattend.mixers.sparse import SparseAttention
 from reattend.mixers.sparse_config import SparseConfig
 from reattend.passes.rewrite import sparse_boundaries, sparse_gate, sparse_guess, sparse_values
+from reattend.passes.rewrite.sparse_baseline import BEHIND, compared, stated
 from reattend.passes.rewrite.sparse_view import width_of
 from reattend.statistics import TEXT_ROWS
 
@@ -85,12 +86,22 @@ def taught(mixer: SparseAttention, texts: list[Tensor] | None, steps: int) -> di
         name = f"{kind}_parameters".replace("-", "_")
         found[name] = found.get(name, 0) + sum(p.numel() for p in method.parameters())
         if texts:
-            made = (LESSONS[type(method)](mixer, x, c.kv_heads, method) for x in texts)
-            lessons = [x for x in made if x is not None]
-            told = _train(method, lessons, steps, width_of(mixer))
-            name = f"{kind}_{lessons[0].measure}".replace("-", "_")
-            found[name] = f"{found[name]}; {told}" if name in found else told
+            made = [(x, LESSONS[type(method)](mixer, x, c.kv_heads, method)) for x in texts]
+            lessons = [lesson for _, lesson in made if lesson is not None]
+            words = _train(method, lessons, steps, width_of(mixer))
+            told = {f"{kind}_{lessons[0].measure}".replace("-", "_"): words}
+            apart = [x for x, lesson in made if lesson is not None][-_measured(lessons) :]
+            if (sides := compared(mixer, apart, c.kv_heads, method)) is not None:
+                told |= stated(*sides)
+            for name, words in told.items():
+                more = name in found and name != BEHIND
+                found[name] = f"{found[name]}; {words}" if more else words
     return found
+
+
+def _measured(lessons: Sequence[Lesson]) -> int:
+    """How many of them, the last ones, are not trained on unless there is but one."""
+    return max(1, len(lessons) // 8)
 
 
 def _train(method: Learner, lessons: Sequence[Lesson], steps: int, wide: torch.dtype) -> str:
@@ -102,7 +113,7 @@ def _train(method: Learner, lessons: Sequence[Lesson], steps: int, wide: torch.d
             why="a row teaches something where its queries have several blocks to choose from",
             next_step="raise calibrate.seq_len, or give the selector smaller blocks",
         )
-    measured = lessons[-max(1, len(lessons) // 8) :]
+    measured = lessons[-_measured(lessons) :]
     trained = lessons[: len(lessons) - len(measured)] or lessons
     student = copy.deepcopy(method).to(wide).requires_grad_()
     before = _mean(student, measured)
