@@ -61,7 +61,7 @@ def part(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
         ModelError: the block has a tensor that no rule here divides among heads.
     """
     heads = query_heads(dense.config.core, kv_heads)
-    return _holding(part_config(dense.config, kv_heads), _picked_state(dense, kv_heads, heads))
+    return holding(part_config(dense.config, kv_heads), _picked_state(dense, kv_heads, heads))
 
 
 def reordered(dense: DenseAttention, kv_heads: Sequence[int]) -> DenseAttention:
@@ -105,7 +105,7 @@ def kept_heads(
         state["o_proj.weight"] = rows_of(columns, heads, core.heads).t().contiguous()
         if dense.o_proj.bias is not None:
             state["o_proj.bias"] = dense.o_proj.bias.detach()
-    return _holding(config.model_copy(update={**outside, "core": fewer}), state)
+    return holding(config.model_copy(update={**outside, "core": fewer}), state)
 
 
 def _picked_state(
@@ -135,7 +135,8 @@ def _picked_state(
     return state
 
 
-def _holding(config: DenseConfig, state: dict[str, Tensor]) -> DenseAttention:
+def holding(config: DenseConfig, state: dict[str, Tensor]) -> DenseAttention:
+    """A normal form of these tensors, trainable, in eval mode."""
     with torch.device("meta"):
         mixer = DenseAttention(config)
     mixer.load_state_dict(state, strict=True, assign=True)

@@ -10,7 +10,6 @@ from mla_blocks import config, dense, moments
 
 from reattend.passes.rewrite.mla_mixing import components, hermitian
 from reattend.passes.rewrite.mla_moments import key_moment
-from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_phase import stand_in
 from reattend.passes.rewrite.mla_select import query_energy
 
@@ -23,7 +22,7 @@ def measured():
     torch.manual_seed(0)
     mixer = dense(CONFIG)
     found = moments(mixer)
-    keys = key_moment(mixer, found, MlaOptions(kv_keep=0.5))
+    keys = key_moment(mixer, found, weighted=True)
     return keys, query_energy(CONFIG, found, 3), stand_in(CONFIG, found, "mean")
 
 

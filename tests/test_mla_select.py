@@ -27,7 +27,7 @@ def found():
 def chosen(found, rope, cfg=CONFIG, **options):
     mixer, statistics = found
     options = MlaOptions(kv_keep=0.5, **options)
-    keys = key_moment(mixer, statistics, options)
+    keys = key_moment(mixer, statistics, options.mixing == "balanced")
     return select(cfg, keys, statistics, stand_in(cfg, statistics, options.phase), options, rope)
 
 
@@ -76,10 +76,9 @@ def test_rotated_rows_turn_as_keys_turn(found, options) -> None:
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_global_selection_loses_least_of_all_subsets(found, slots) -> None:
     mixer, statistics = found
-    options = MlaOptions(kv_keep=0.5)
     phase = stand_in(CONFIG, statistics, "mean")
     parts = components(
-        CONFIG, key_moment(mixer, statistics, options), query_energy(CONFIG, statistics, 3),
+        CONFIG, key_moment(mixer, statistics, weighted=True), query_energy(CONFIG, statistics, 3),
         phase, "balanced",
     )  # fmt: skip
     best = max(itertools.combinations(parts, slots), key=lambda s: sum(c.lost for c in s))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = (
     "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/math/mla.md", "docs/math/sparse.md",
-    "docs/math/linear.md", "docs/math/moh.md", "docs/deepseek.md",
+    "docs/math/linear.md", "docs/math/moh.md", "docs/math/heads.md", "docs/deepseek.md",
 )  # fmt: skip
 
 

@@ -53,17 +53,27 @@ def shrunk_root(statistics: SiteStatistics, shrinkage: float) -> Tensor:
     return (1 - shrinkage) * root + shrinkage * torch.eye(len(root), dtype=root.dtype)
 
 
-def key_moment(dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions) -> Tensor:
-    """Mean of k k^T of the keys as they are rotated, bias included, [G d, G d]."""
+def key_moment(dense: DenseAttention, statistics: SiteStatistics, weighted: bool) -> Tensor:
+    """Mean of k k^T of the keys as they are rotated, bias included, [G d, G d].
+
+    Args:
+        dense: the block.
+        statistics: of it.
+        weighted: tokens count by the attention they get, where that was measured.
+    """
     core = dense.config.core
     width, count = core.kv_heads * core.qk_head_dim, float(max(statistics.count, 1))
     gram, total = statistics.gram, statistics.total
-    if options.mixing == "balanced" and statistics.attention is not None:
+    if weighted and statistics.attention is not None:
         gram, total = statistics.attention.gram, statistics.attention.total
         count = float(statistics.attention.weight.clamp_min(1e-300))
-    gram, total = gram[:width, :width] / count, total[:width] / count
-    bias = dense.k_proj.bias
-    if bias is None or dense.k_norm is not None:
-        return gram
+    bias = dense.k_proj.bias if dense.k_norm is None else None
+    return with_bias(gram[:width, :width] / count, total[:width] / count, bias)
+
+
+def with_bias(moment: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
+    """Mean of (y + b) (y + b)^T, from that of y y^T and the mean of y."""
+    if bias is None:
+        return moment
     b = bias.detach().double().cpu()
-    return gram + torch.outer(b, total) + torch.outer(total, b) + torch.outer(b, b)
+    return moment + torch.outer(b, mean) + torch.outer(mean, b) + torch.outer(b, b)

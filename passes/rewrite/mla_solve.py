@@ -48,7 +48,8 @@ def solve(
 ) -> Solved:
     """Every choice for R and fold of `sizes`; `ratio` is the balance, None for `none`."""
     config = dense.config
-    moment, rope = key_moment(dense, statistics, options), sizes.qk_rope_head_dim
+    moment = key_moment(dense, statistics, options.mixing == "balanced")
+    rope = sizes.qk_rope_head_dim
     phase = stand_in(config, statistics, options.phase)
     if options.published:
         rotary = select_real(config, moment, rope, sizes.fold)

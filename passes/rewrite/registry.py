@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _OWN = {
     "dense": "reattend.passes.rewrite.dense:ToDense",
+    "gqa": "reattend.passes.rewrite.gqa:ToGqa",
     "linear": "reattend.passes.rewrite.linear:ToLinear",
     "mla": "reattend.passes.rewrite.mla:ToMla",
     "moh": "reattend.passes.rewrite.moh:ToMoh",
