@@ -24,8 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from reattend.kernels.attention import triton_kernel as attention_kernels
-from reattend.kernels.configs import MEASURED, KernelConfig, shipped
+from reattend.kernels.configs import MEASURED, KernelConfig, shipped, variants
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
+from reattend.kernels.linear_attention import triton_backward as linear_kernels
+from reattend.kernels.linear_attention import triton_kernel as linear_read_kernels
+from reattend.kernels.linear_attention import triton_state as linear_state_kernels
 from reattend.kernels.routed_attention import triton_kernel as routed_kernels
 from reattend.kernels.sparse_attention import triton_backward as sparse_backward_kernels
 from reattend.kernels.sparse_attention import triton_kernel as sparse_kernels
@@ -34,13 +37,13 @@ from reattend.kernels.targets import SMALL_SHARED_LIMIT, Target
 ROPE_WIDTH = 64
 SPILL_LIMIT = 64  # bytes of stack per thread: a few slots differ between compiler versions
 MEASURED_SPILL_LIMIT = 448  # of a configuration that was fastest on the device in spite of it
-VARIANTS = ("plain", "full")
 SPARSE_BLOCK = 64
 _POINTERS = {"lse": "fp32", "kv_start": "i64", "kv_len": "i64", "table": "i32"}
 _POINTERS |= dict.fromkeys(("row_ptr", "col", "tile", "head_layout", "col_ptr", "rows"), "i32")
 _POINTERS |= {"count": "i32", "active": "i32"}
 _POINTERS |= {"tiles": "i64", "shift": "fp32"}
 _FLOATS = ("scale", "softcap")
+_POINTERS |= dict.fromkeys(("state", "after", "decay", "later", "within", "added", "mass"), "fp32")
 _DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope", "dy", "dq", "dk", "dv")
 
 
@@ -54,7 +57,7 @@ class Compiled:
         width: head width, or latent rank (with a rotary part of `ROPE_WIDTH`).
         element_bytes: 2 (bf16) or 4 (fp32).
         variant: ``plain`` (causal only) or ``full`` (window, softcap and pages as well); of
-            sparse kernels, without and with softcap.
+            sparse kernels, without and with softcap; of linear ones, decay and a denominator.
         config: tile sizes.
         shared: bytes of shared memory per program.
         registers: registers per thread (AMD: vector registers).
@@ -79,6 +82,9 @@ class Compiled:
 
 
 def _kernel(name: str) -> Any:
+    if name.startswith("linear"):
+        every = (linear_kernels, linear_read_kernels, linear_state_kernels)
+        return getattr(next(m for m in every if name in vars(m)), name)
     modules = {"attention": attention_kernels, "latent": latent_kernels, "sparse": sparse_kernels}
     modules["routed"] = routed_kernels
     module = modules[name.partition("_")[0]]
@@ -109,9 +115,25 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
     return constants
 
 
+def _linear_constants(width: int, config: KernelConfig, full: bool, names: Any) -> dict[str, Any]:
+    """Of what a kernel of linear attention may take, what this one does."""
+    whole = "BLOCK_ROWS" not in names  # all features are one tile
+    every = {
+        "F": width, "E": width, "HAS_DECAY": full, "ONES": full, "ADDED": full, "OWN": True,
+        "UPCAST": False, "PRECISION": "ieee", "BLOCK_ROWS": config.rows,
+        "BLOCK_F": triton.next_power_of_2(width) if whole else config.keys,
+        "BLOCK_E": config.keys,
+    }  # fmt: skip
+    return {name: value for name, value in every.items() if name in names}
+
+
 def _source(kernel: str, width: int, size: int, config: KernelConfig, full: bool) -> ASTSource:
     """Signature as the launcher's arguments specialise it: aligned pointers and strides."""
-    function, constants = _kernel(kernel), _constants(kernel, width, config, full)
+    function = _kernel(kernel)
+    if kernel.startswith("linear"):
+        constants = _linear_constants(width, config, full, function.arg_names)
+    else:
+        constants = _constants(kernel, width, config, full)
     data = "bf16" if size == 2 else "fp32"
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -195,7 +217,7 @@ def compile_config(
         width: head width, or latent rank.
         size: bytes per element, 2 or 4.
         config: tile sizes.
-        variant: one of `VARIANTS`.
+        variant: one of `variants`.
     """
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     began = time.perf_counter()
@@ -214,8 +236,9 @@ def compile_config(
         text, pattern = compiled.asm["amdgcn"], r"\bv_mfma"
         registers, spill = _amd_resources(text)
     matrix = len(re.findall(pattern, text))
-    # exact fp32 products have no matrix instruction on NVIDIA
-    expected = matrix if size == 2 or target.backend == "hip" else 1
+    # exact fp32 products have no matrix instruction on NVIDIA, and one token needs none
+    needed = (size == 2 or target.backend == "hip") and kernel != "linear_step"
+    expected = matrix if needed else 1
     shared = int(compiled.metadata.shared)
     limit = _spill_limit(target, kernel, width, size, config)
     return Compiled(
@@ -235,9 +258,7 @@ def compile_config(
 
 
 def compile_target(target: Target, only: str = "") -> list[Compiled]:
-    """Compile every shipped configuration of a target, plain and with every option on.
-
-    Plain pipelines the most loads (most shared memory), full needs the most registers.
+    """Compile every shipped configuration of a target in its variants.
 
     Args:
         target: what to compile for.
@@ -247,5 +268,5 @@ def compile_target(target: Target, only: str = "") -> list[Compiled]:
         compile_config(target, *entry, variant)
         for entry in shipped(target.name)
         if entry[0].startswith(only)
-        for variant in VARIANTS
+        for variant in variants(entry[0])
     ]

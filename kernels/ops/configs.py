@@ -1,13 +1,13 @@
 """Tile sizes of every shipped kernel: the one table, no autotuning.
 
 Key: (target, kernel, width class, bytes per element). The width class is the smallest listed width
-that holds max(d, e) for `attention`, `routed` and `sparse`, and r for `latent`. A shape the table
-does not hold runs the torch implementation. Every entry is compiled ahead of time for its target by
-`reattend.kernels.aot`, which checks shared memory, registers and spill. Entries of `MEASURED` are
-the fastest of a sweep on that device (`kernels/bench/sweep.py`); all others were chosen by the
-compiler's report: the largest tiles that fit without spill. `latent_decode_wide` and
-`latent_decode_tall` are the decode kernel with taller tiles, for many heads: every tile of rows
-reads the cache once.
+that holds max(d, e) for `attention`, `routed` and `sparse`, max(f, e) for `linear`, and r for
+`latent`. A shape the table does not hold runs the torch implementation. Every entry is compiled
+ahead of time for its target by `reattend.kernels.aot`, which checks shared memory, registers and
+spill. Entries of `MEASURED` are the fastest of a sweep on that device (`kernels/bench/sweep.py`);
+all others were chosen by the compiler's report: the largest tiles that fit without spill.
+`latent_decode_wide` and `latent_decode_tall` are the decode kernel with taller tiles, for many
+heads: every tile of rows reads the cache once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class KernelConfig:
     """Tile and launch options of one kernel.
 
     Attributes:
-        rows: rows (queries, or query-head pairs) of a tile.
-        keys: keys of a tile.
+        rows: rows (queries, or query-head pairs) of a tile; tokens of a chunk.
+        keys: keys of a tile; of `linear`, features and values of a tile.
         warps: warps per program.
         stages: depth of the load pipeline.
         resident: programs one multiprocessor runs at once; only the number of splits depends on it.
@@ -55,6 +55,16 @@ def _heads(*tiles: Tile) -> dict[int, KernelConfig]:
 def _ranks(*tiles: Tile) -> dict[int, KernelConfig]:
     """Configs (rows, keys, warps, stages[, resident]) for latent ranks up to 128, 256 and 512."""
     return {w: KernelConfig(*t) for w, t in zip((128, 256, 512), tiles, strict=True)}
+
+
+def _linear(size: int, chunk: Tile, *, step: Tile) -> Rows:
+    """Kernels over chunks have one tile, whose rows are the tokens of a chunk; any width up to 256.
+
+    They go through features and values tile by tile, so widths make no classes.
+    """
+    names = ("state", "read", "state_back", "read_back")
+    found = {(f"linear_{name}", size): {256: KernelConfig(*chunk)} for name in names}
+    return found | {("linear_step", size): {256: KernelConfig(*step)}}
 
 
 def _routed(table: Rows) -> Rows:
@@ -90,6 +100,8 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("sparse_dkv", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 _SM_80 |= _routed(_SM_80)
+_SM_80 |= _linear(2, (64, 64, 4, 2), step=(1, 32, 4, 1))
+_SM_80 |= _linear(4, (32, 32, 4, 2), step=(1, 32, 4, 1))
 _SM_90: Rows = {
     **_SM_80,
     ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
@@ -128,6 +140,8 @@ _GFX942: Rows = {
     ("sparse_dkv", 4): _heads((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _GFX942 |= _routed(_GFX942)
+_GFX942 |= _linear(2, (64, 64, 4, 1), step=(1, 32, 4, 1))
+_GFX942 |= _linear(4, (32, 32, 4, 1), step=(1, 32, 4, 1))
 # fmt: on
 MEASURED: dict[str, Rows] = {"sm_90": _H200}
 _TABLE: dict[str, Rows] = {
@@ -159,3 +173,12 @@ def shipped(target: str) -> list[tuple[str, int, int, KernelConfig]]:
         for (kernel, size), classes in sorted(_TABLE[target].items())
         for width, config in classes.items()
     ]
+
+
+def variants(kernel: str) -> tuple[str, ...]:
+    """How a kernel is compiled ahead of time: `reattend.kernels.aot.Compiled.variant`.
+
+    Plain pipelines the most loads (most shared memory), full needs the most registers; of linear
+    attention full has all that plain has.
+    """
+    return ("full",) if kernel.startswith("linear") else ("plain", "full")

@@ -50,10 +50,22 @@ def backward(
     if decay_BGN is None:
         return dq, dk, dv, q.new_zeros(0), first
     end = forward(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, lag, block)[1]
-    moved = (q_BHNf * dq).sum(-1).unflatten(1, (groups, -1)).sum(2) - (k_BGNf * dk).sum(-1)
     tail = (dstate_BGfe * end).sum((-1, -2))
-    moved = torch.cat([moved[..., :-1], moved[..., -1:] + tail[..., None]], -1)
-    return dq, dk, dv, moved.flip(-1).cumsum(-1).flip(-1), first
+    return dq, dk, dv, decay_gradient(q_BHNf, dq, k_BGNf, dk, tail), first
+
+
+def decay_gradient(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, tail_BG: Tensor) -> Tensor:
+    """``d c_n = q_n . dq_n - k_n . dk_n``, summed from the end, [B, G, N].
+
+    Args:
+        q, dq, k, dk: with the features' gradients.
+        tail_BG: what the whole decay is worth to the state after all keys.
+    """
+    asked = (q * dq).sum(-1).unflatten(1, (k.shape[1], -1)).sum(2)
+    moved = asked - (k * dk).sum(-1)
+    moved = torch.cat([moved[..., :-1], moved[..., -1:] + tail_BG[..., None]], -1)
+    summed: Tensor = moved.flip(-1).cumsum(-1).flip(-1)
+    return summed
 
 
 def _later(

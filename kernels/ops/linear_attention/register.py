@@ -12,10 +12,12 @@ from reattend.errors import ArgumentError
 from reattend.kernels.autocast import register_autocast
 from reattend.kernels.checks import Shape, check_cache, same_size
 from reattend.kernels.core import compute_dtype
+from reattend.kernels.lazy_triton import load_launch
 from reattend.kernels.linear_attention import chunked, gradient
 from reattend.kernels.linear_attention.reference import LEAST, divided, with_ones
 
 NAME = "reattend::linear_attention"
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _ARGUMENTS = (
     "Tensor q_BHNf, Tensor k_BGNf, Tensor v_BGNe, Tensor? decay_BGN=None, Tensor? state_BGfe=None,"
     " int lag=0, int block=1, bool normalize=False"
@@ -62,6 +64,17 @@ def _prepared(
     return q.to(dtype), k.to(dtype), wide, decay, state.to(dtype)
 
 
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
+    lag: int, block: int, normalize: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op in torch."""
+    given = _prepared(q, k, v, decay, state, normalize)
+    y, after = chunked.forward(*given, lag, block)
+    y = divided(y) if normalize else y
+    return y.to(q.dtype).contiguous(), after.contiguous()
+
+
 @torch.library.custom_op(NAME, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 def linear_attention(
     q_BHNf: Tensor,
@@ -79,10 +92,28 @@ def linear_attention(
         ArgumentError: shapes or dtypes do not fit.
     """
     check(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, lag, block, normalize)
-    q, k, v, decay, before = _prepared(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, normalize)
-    y, state = chunked.forward(q, k, v, decay, before, lag, block)
-    y = divided(y) if normalize else y
-    return y.to(q_BHNf.dtype).contiguous(), state.contiguous()
+    return _forward(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, lag, block, normalize)
+
+
+@linear_attention.register_kernel("cuda")
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    state: Tensor | None = None,
+    lag: int = 0,
+    block: int = 1,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, decay, state, lag, block, normalize)
+    launch = load_launch("reattend.kernels.linear_attention.launch")
+    x = launch.Inputs(q, k, v, decay, state, lag, block, normalize)
+    configs = launch.configs_for(x)
+    if configs is None:  # fp64, very wide heads, a GPU no kernel is shipped for
+        return _forward(*x)
+    made: tuple[Tensor, Tensor] = launch.launch(x, configs)
+    return made
 
 
 @linear_attention.register_fake
@@ -122,24 +153,44 @@ def linear_attention_backward(
     normalize: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, decay and state from those of y and the state after."""
-    q, k, v, decay, state = _prepared(q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe, normalize)
-    dy = dy_BHNe.to(q.dtype)
+    x = (q_BHNf, k_BGNf, v_BGNe, decay_BGN, state_BGfe)
+    return _gradients(dy_BHNe, dstate_BGfe, x, lag, block, normalize)
+
+
+@linear_attention_backward.register_kernel("cuda")
+def _cuda_backward(
+    dy: Tensor, dstate: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None,
+    state: Tensor | None, lag: int, block: int, normalize: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    launch = load_launch("reattend.kernels.linear_attention.launch")
+    x = launch.Inputs(q, k, v, decay, state, lag, block, normalize)
+    configs = launch.configs_for(x)
+    if configs is None:
+        return _gradients(dy, dstate, x[:5], lag, block, normalize)
+    return _typed(launch.launch_backward(dy, dstate, x, configs), x[:5])
+
+
+def _gradients(
+    dy: Tensor, dstate: Tensor, x: _Tensors, lag: int, block: int, normalize: bool
+) -> tuple[Tensor, ...]:
+    """The backward op in torch."""
+    q, k, v, decay, state = _prepared(*x, normalize)
+    dy = dy.to(q.dtype)
     if normalize:
         y, _ = chunked.forward(q, k, v, decay, state, lag, block)
         mass = y[..., -1:]
         dy = dy / mass.clamp_min(LEAST)
         dmass = -(dy * y[..., :-1]).sum(-1, keepdim=True) / mass.clamp_min(LEAST)
         dy = torch.cat([dy, torch.where(mass > LEAST, dmass, 0)], -1)
-    dq, dk, dv, ddecay, dstate = gradient.backward(
-        dy, dstate_BGfe.to(q.dtype), q, k, v, decay, state, lag, block
-    )
-    dv = dv[..., : v_BGNe.shape[3]]
-    pairs = ((dq, q_BHNf), (dk, k_BGNf), (dv, v_BGNe))
-    return (
-        *(x.to(like.dtype).contiguous() for x, like in pairs),
-        ddecay if decay_BGN is None else ddecay.to(decay_BGN.dtype),
-        (dstate if state_BGfe is None else dstate.to(state_BGfe.dtype)).contiguous(),
-    )  # fmt: skip
+    found = gradient.backward(dy, dstate.to(q.dtype), q, k, v, decay, state, lag, block)
+    dv = found[2][..., : x[2].shape[3]]
+    return _typed((*found[:2], dv, *found[3:]), x)
+
+
+def _typed(found: tuple[Tensor, ...], x: _Tensors) -> tuple[Tensor, ...]:
+    """Gradients in the dtypes of what they are of."""
+    likes = (*x[:3], found[3] if x[3] is None else x[3], found[4] if x[4] is None else x[4])
+    return tuple(made.to(like.dtype).contiguous() for made, like in zip(found, likes, strict=True))
 
 
 @linear_attention_backward.register_fake

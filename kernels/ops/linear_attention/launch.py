@@ -1,0 +1,233 @@
+"""Launch of the Triton kernels of `reattend::linear_attention`.
+
+Letters as in `reference.py`; T chunks of C tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from reattend.kernels.configs import KernelConfig, find_config
+from reattend.kernels.launching import (
+    device_target,
+    interpreting,
+    next_power_of_two,
+    on_device,
+    unit_stride,
+)
+from reattend.kernels.linear_attention.gradient import decay_gradient
+from reattend.kernels.linear_attention.reference import LEAST
+from reattend.kernels.linear_attention.triton_backward import linear_read_back, linear_state_back
+from reattend.kernels.linear_attention.triton_kernel import linear_read
+from reattend.kernels.linear_attention.triton_state import linear_state, linear_step
+
+KERNELS = ("state", "read", "state_back", "read_back", "step")
+Configs = dict[str, KernelConfig]
+
+
+class Inputs(NamedTuple):
+    """The arguments of a call."""
+
+    q_BHNf: Tensor
+    k_BGNf: Tensor
+    v_BGNe: Tensor
+    decay_BGN: Tensor | None
+    state_BGfe: Tensor | None
+    lag: int
+    block: int
+    normalize: bool
+
+
+class _Chunked(NamedTuple):
+    """What the kernels over chunks share.
+
+    `states` [B, G, T + 1, f, columns]: before each chunk and after the last; `within` [B, G, T *
+    C]: sums of log decays; `sizes`: n, T; `heads`: H, H / G.
+    """
+
+    states: Tensor
+    within: Tensor
+    sizes: tuple[int, int]
+    heads: tuple[int, int]
+
+    def across(self, turned: bool) -> tuple[int, int, int]:
+        """Numbers of a state, and how far its rows and columns are apart; `turned`: transposed."""
+        rows, columns = self.states.shape[3:]
+        return (rows * columns, 1, columns) if turned else (rows * columns, columns, 1)
+
+
+def configs_for(x: Inputs) -> Configs | None:
+    """The shipped configurations for these tensors, or None: then torch computes the op."""
+    target, size = device_target(x.q_BHNf.device), x.q_BHNf.element_size()
+    if target is None or size not in (2, 4):
+        return None
+    width = max(x.q_BHNf.shape[3], x.v_BGNe.shape[3])
+    found = {name: find_config(target.name, f"linear_{name}", width, size) for name in KERNELS}
+    return {name: c for name, c in found.items() if c is not None} if all(found.values()) else None
+
+
+def launch(x: Inputs, configs: Configs) -> tuple[Tensor, Tensor]:
+    """``y_BHNe`` in the dtype of q, and the state after all keys in fp32.
+
+    Args:
+        x: the call.
+        configs: tile sizes of every kernel; those over chunks have equally many rows.
+    """
+    if x.q_BHNf.shape[2] == 1:
+        return _step(x, configs["step"])
+    made = _scanned(x, configs["state"])
+    y, _ = _read(x, made, configs["read"], x.q_BHNf.dtype)
+    return y, made.states[:, :, -1].contiguous()
+
+
+def launch_backward(dy: Tensor, dstate: Tensor, x: Inputs, configs: Configs) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, decay (empty where there is none) and state.
+
+    Args:
+        dy: of y.
+        dstate: of the state after all keys.
+        x: the call.
+        configs: see `launch`.
+    """
+    x = x._replace(q_BHNf=x.q_BHNf.contiguous(), k_BGNf=x.k_BGNf.contiguous())
+    x = x._replace(v_BGNe=x.v_BGNe.contiguous())
+    q, k, v = x[:3]
+    made = _scanned(x, configs["state"])
+    added, dy = made.within, dy.float()
+    if x.normalize:
+        y, mass = _read(x, made, configs["read"], torch.float32)
+        dy = dy / mass.clamp_min(LEAST)[..., None]
+        added = torch.where(mass > LEAST, -(dy * y).sum(-1), 0)
+    dy = dy.to(q.dtype).contiguous()
+    dq = torch.empty_like(q)
+    _launch_read((dy, v, k), (dq, added, added), made, x, configs["read"], True)
+    later = torch.empty_like(made.states)
+    later[:, :, -1] = dstate
+    common = (*made.sizes, *made.heads, x.lag, x.block)
+    with on_device(q):
+        back = configs["state_back"]
+        tiles = -(-q.shape[3] // back.keys) * -(-v.shape[3] // back.keys)
+        linear_state_back[(tiles * k.shape[0] * k.shape[1],)](
+            q, dy, later, made.within, added, *common,
+            F=q.shape[3], E=v.shape[3], ONES=x.normalize, **_options(x, back),
+        )  # fmt: skip
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    for given, out, turned in (((k, q, dy), dv, False), ((v, dy, q), dk, True)):
+        config = configs["read_back"]
+        programs = -(-out.shape[3] // config.keys) * made.sizes[1] * k.shape[0] * k.shape[1]
+        with on_device(q):
+            linear_read_back[(programs,)](
+                *given, out, later, made.within, added, *common, *made.across(turned),
+                F=given[0].shape[3], E=out.shape[3], ADDED=turned and x.normalize,
+                **_options(x, config),
+            )  # fmt: skip
+    ddecay = q.new_zeros(0)
+    if x.decay_BGN is not None:
+        tail = (dstate * made.states[:, :, -1]).sum((-1, -2))
+        ddecay = decay_gradient(q.float(), dq.float(), k.float(), dk.float(), tail)
+    return dq, dk, dv, ddecay, later[:, :, 0].contiguous()
+
+
+def _options(x: Inputs, config: KernelConfig) -> dict[str, Any]:
+    return {
+        "HAS_DECAY": x.decay_BGN is not None,
+        # the interpreter holds bf16 as integers: compute in fp32 there
+        "UPCAST": interpreting() and x.q_BHNf.dtype == torch.bfloat16,
+        "PRECISION": "ieee",
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_F": config.keys,
+        "BLOCK_E": config.keys,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _before(x: Inputs) -> Tensor:
+    """The state before the call, fp32 and contiguous."""
+    if x.state_BGfe is not None:
+        return x.state_BGfe.float().contiguous()
+    columns = x.v_BGNe.shape[3] + (1 if x.normalize else 0)
+    return x.k_BGNf.new_zeros(*x.k_BGNf.shape[:2], x.k_BGNf.shape[3], columns, dtype=torch.float32)
+
+
+def _scanned(x: Inputs, config: KernelConfig) -> _Chunked:
+    """The states before every chunk."""
+    k, v = unit_stride(x.k_BGNf), unit_stride(x.v_BGNe)
+    (b, g, n, f), h = k.shape, x.q_BHNf.shape[1]
+    chunks, before = -(-n // config.rows), _before(x)
+    states = before.new_empty(b, g, chunks + 1, *before.shape[2:])
+    states[:, :, 0] = before
+    within = before
+    if x.decay_BGN is not None:
+        fill = F.pad(x.decay_BGN.float(), (0, chunks * config.rows - n))
+        within = fill.unflatten(-1, (chunks, config.rows)).cumsum(-1).contiguous()
+    tiles = -(-f // config.keys) * -(-v.shape[3] // config.keys)
+    with on_device(k):
+        linear_state[(tiles * b * g,)](
+            k, v, states, within, n, chunks, g, *k.stride()[:3], *v.stride()[:3],
+            F=f, E=v.shape[3], ONES=x.normalize, **_options(x, config),
+        )  # fmt: skip
+    return _Chunked(states, within, (n, chunks), (h, h // g))
+
+
+def _read(
+    x: Inputs, made: _Chunked, config: KernelConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and what they were divided by (if they were)."""
+    q, k, v = (unit_stride(t) for t in x[:3])
+    y = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+    mass = q.new_empty(q.shape[:3], dtype=torch.float32) if x.normalize else made.within
+    _launch_read((q, k, v), (y, mass, mass), made, x, config, False)
+    return y, mass
+
+
+def _launch_read(
+    given: tuple[Tensor, Tensor, Tensor],
+    made_of: tuple[Tensor, Tensor, Tensor],
+    made: _Chunked,
+    x: Inputs,
+    config: KernelConfig,
+    turned: bool,
+) -> None:
+    """`linear_read`; `turned`: for the gradient of the queries.
+
+    Args:
+        given: what stands for q, k and v.
+        made_of: y, mass and added.
+        made: of `_scanned`.
+        x: the call.
+        config: tile sizes.
+    """
+    (q, k, v), (y, mass, added) = given, made_of
+    programs = -(-v.shape[3] // config.keys) * made.sizes[1] * q.shape[0] * q.shape[1]
+    with on_device(q):
+        linear_read[(programs,)](
+            q, k, v, y, mass, made.states, made.within, added, *made.sizes, *made.heads,
+            x.lag, x.block, *made.across(turned), *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], F=q.shape[3], E=v.shape[3], ONES=x.normalize and not turned,
+            ADDED=x.normalize and turned, **_options(x, config),
+        )  # fmt: skip
+
+
+def _step(x: Inputs, config: KernelConfig) -> tuple[Tensor, Tensor]:
+    """One token."""
+    q, k, v = (unit_stride(t) for t in x[:3])
+    (b, h, _, f), g, e = q.shape, k.shape[1], v.shape[3]
+    before = _before(x)
+    after, y = torch.empty_like(before), q.new_empty(b, h, 1, e)
+    decay = before if x.decay_BGN is None else x.decay_BGN.float().contiguous()
+    options = _options(x, config)
+    for name in ("UPCAST", "PRECISION", "BLOCK_ROWS"):
+        del options[name]
+    options["BLOCK_F"] = next_power_of_two(f)
+    with on_device(q):
+        linear_step[(-(-e // config.keys) * g * b,)](
+            q, k, v, y, before, after, decay, h, h // g, *q.stride()[:2], *k.stride()[:2],
+            *v.stride()[:2], F=f, E=e, ONES=x.normalize, OWN=x.lag == 0, **options,
+        )  # fmt: skip
+    return y, after

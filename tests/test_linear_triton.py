@@ -1,0 +1,148 @@
+"""The Triton kernels of linear attention in Triton's interpreter against the fp64 reference.
+
+One child process runs every case, as in `test_triton_interpreter.py` (this file run as a script).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+# tokens, what a query sees (lag, block), options of the call; chunks have 16 tokens
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {"n": 35, "tile": 16},
+    "everything": {"n": 35, "decay": True, "state": True, "normalize": True, "h": 2, "b": 2},
+    "sliding": {"n": 34, "lag": 5, "decay": True, "state": True, "normalize": True, "b": 2},
+    "sliding-far": {"n": 67, "lag": 37, "decay": True},
+    "terraces": {"n": 37, "lag": 9, "block": 8, "normalize": True, "h": 4, "g": 2},
+    "terraces-of-a-chunk": {"n": 50, "lag": 17, "block": 16, "decay": True},
+    "terraces-of-no-chunk": {"n": 83, "lag": 25, "block": 24, "decay": True, "state": True},
+    "sees-nothing": {"n": 20, "lag": 40, "normalize": True},
+    "step": {"n": 1, "decay": True, "state": True, "normalize": True, "h": 4, "g": 2, "b": 2},
+    "step-behind-a-window": {"n": 1, "lag": 7, "state": True, "f": 18, "e": 40},
+}
+HALF = ("sliding", "step")
+NO_GRADIENT = ("step", "step-behind-a-window")
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+def run_case(name: str, dtype_name: str, device: str = "cpu") -> dict[str, Any]:
+    """Errors of one case: the launchers in the interpreter (in the child), the op on a GPU."""
+    from reattend.kernels.configs import KernelConfig
+    from reattend.kernels.linear_attention import launch, linear_attention, reference
+
+    case = {"lag": 0, "block": 1, "normalize": False, "h": 1, "g": 1, "f": 20, "e": 17, "b": 1}
+    case |= CASES[name]
+    b, h, g, n, f, e = (case[x] for x in ("b", "h", "g", "n", "f", "e"))
+    gen = torch.Generator().manual_seed(n)
+    dtype, columns = getattr(torch, dtype_name), e + case["normalize"]
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=gen, dtype=torch.float64).to(device)
+
+    # queries are not contiguous; the first keys of the last row are padding
+    q = draw(b, n, h, f).abs().transpose(1, 2).to(dtype)
+    k, v = draw(b, g, n, f).abs().to(dtype), draw(b, g, n, e).to(dtype)
+    k[-1, :, : n // 4] = 0
+    decay = -draw(b, g, n).abs() * 0.2 if case.get("decay") else None
+    state = draw(b, g, f, columns).abs() if case.get("state") else None
+    tensors = [q, k, v, None if decay is None else decay.float()]
+    tensors.append(None if state is None else state.float())
+    rules = (case["lag"], case["block"], case["normalize"])
+    config = KernelConfig(16, case.get("tile", 32), 4, 1)
+    configs = dict.fromkeys(launch.KERNELS, config)
+    x = launch.Inputs(*tensors, *rules)
+    wide = [None if t is None else t.double().requires_grad_() for t in tensors]
+    want = reference.linear_attention(*wide, *rules)
+    if device == "cpu":
+        found = launch.launch(x, configs)
+    else:
+        given = [None if t is None else t.requires_grad_() for t in tensors]
+        found = linear_attention(*given, *rules)
+    result = {
+        "dtype": str(found[0].dtype),
+        "errors": [apart(*p) for p in zip(found, want, strict=True)],
+    }
+    if name not in NO_GRADIENT:
+        dy, dstate = draw(b, h, n, e).to(dtype), draw(b, g, f, columns).float()
+        if name == "sees-nothing":
+            assert not bool(want[0].any())
+        leaves = [t for t in wide if t is not None]
+        wanted = torch.autograd.grad(want, leaves, (dy.double(), dstate.double()))
+        if device == "cpu":
+            made = launch.launch_backward(dy, dstate, x, configs)
+            made = [m for m, t in zip(made, wide, strict=True) if t is not None]
+        else:
+            leaves = [t for t in given if t is not None]
+            made = torch.autograd.grad(found, leaves, (dy, dstate))
+        result["gradients"] = [apart(*p) for p in zip(made, wanted, strict=True)]
+    return result
+
+
+def apart(found: torch.Tensor, want: torch.Tensor) -> float:
+    top = want.detach().abs().max().clamp_min(1e-9)
+    return float((found.double() - want).detach().abs().max() / top)
+
+
+def names() -> list[tuple[str, str]]:
+    """fp32 everywhere; fp16 and bf16 (computed in fp32 there) on some."""
+    return [(c, "float32") for c in CASES] + [(c, d) for c in HALF for d in list(TOLERANCE)[1:]]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__))]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
+        old = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
+        assert old, run.stderr[-3000:]
+        pytest.skip("the interpreter of this older Triton does not work with numpy >= 2.4")
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def check(got: dict[str, Any], dtype: str) -> None:
+    assert got["dtype"] == f"torch.{dtype}"
+    assert max(got["errors"]) <= TOLERANCE[dtype], got
+    assert max(got.get("gradients", [0.0])) <= 3 * TOLERANCE[dtype], got
+
+
+@pytest.mark.parametrize(("case", "dtype"), names())
+def test_equals_reference(results: dict[str, Any], case: str, dtype: str) -> None:
+    check(results[f"{case} {dtype}"], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_the_op_is_right_on_this_gpu(case: str, dtype: str) -> None:
+    check(run_case(case, dtype, "cuda"), dtype)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_tensors_without_a_kernel_are_computed_in_torch(normalize: bool) -> None:
+    """What the dispatcher calls on a GPU, for fp64 for instance."""
+    from reattend.kernels.linear_attention import linear_attention, register
+
+    q, k, v = torch.rand(3, 1, 2, 20, 8, dtype=torch.float64)
+    args = (q, k, v, None, None, 3, 1, normalize)
+    found = register._cuda(*args)
+    torch.testing.assert_close(found, linear_attention(*args), rtol=0, atol=0)
+    grads = register._cuda_backward(*found, *args)
+    want = register.linear_attention_backward(*found, *args)
+    torch.testing.assert_close(grads, want, rtol=0, atol=0)
+
+
+if __name__ == "__main__":
+    every = {" ".join(name): run_case(*name) for name in names()}
+    sys.stdout.write(json.dumps(every) + "\n")
