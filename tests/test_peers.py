@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from reattend import convert
+from reattend.errors import PlanError
 from reattend.plan_sections import Verify
 
 SMALL = {"statistics_tokens": 2048, "seq_len": 64}
@@ -55,5 +55,5 @@ def test_a_peer_that_cannot_take_the_model_is_left_out_with_the_reason() -> None
 
 
 def test_only_presets_of_mla_are_peers() -> None:
-    with pytest.raises(ValidationError, match="transmla-paper"):
+    with pytest.raises(PlanError, match="transmla-paper"):
         Verify.model_validate({"peers": ["s2"]})
