@@ -3,7 +3,8 @@
     python examples/find_scale.py --out examples/results/find_scale.json
 
 Every row is a process of its own. `peak_gib` is its largest resident memory; `anonymous_gib` leaves
-out pages of files. Weights on disk are opened by `find_attention` itself, which gives their pages
+out pages of files. `seconds` go by on a machine that does other things too; `cpu_seconds` are
+this process's. Weights on disk are opened by `find_attention` itself, which gives their pages
 back (`converter/pages.py`): 32 layers take the memory of 8.
 """
 
@@ -78,7 +79,7 @@ def measure(row: dict[str, Any], threads: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     peak = Anonymous()
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     model = empty(transformers.LlamaForCausalLM, config(row["layers"], row["width"]))
     found = find_attention(row.get("folder") or model)
     return {
@@ -91,6 +92,7 @@ def measure(row: dict[str, Any], threads: int) -> dict[str, Any]:
         "deferred": sum(bool(s.deferred) for s in found.sites),
         "refused": len(found.refused),
         "seconds": round(time.perf_counter() - begin, 1),
+        "cpu_seconds": round(time.process_time() - used, 1),
         "peak_gib": round(status("VmHWM") / GIB, 2),
         "anonymous_gib": round(peak.stop() / GIB, 2),
     }

@@ -30,6 +30,11 @@ def test_slopes_from_any_origin(added: Tensor, hidden: float | None) -> None:
     assert read_alibi(mask, HEADS).slopes == pytest.approx((0.5, 0.25))
 
 
+def test_the_first_keys_may_be_hidden() -> None:
+    mask = (SLOPES_H11 * KEY).expand(HEADS, N, N)[None].masked_fill(KEY < 3, -torch.inf)
+    assert read_alibi(mask, HEADS).slopes == pytest.approx((0.5, 0.25))
+
+
 def test_one_slope_for_all_heads() -> None:
     assert read_alibi((0.5 * KEY).expand(1, 1, N, N), HEADS).slopes == pytest.approx((0.5, 0.5))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reattend import convert, find_attention, load
 from reattend.errors import ArgumentError
+from reattend.install.adapter import Adapter
 from reattend.install.around import Around
 from reattend.install.pieces import AroundConfig, Feed, Piece
 from reattend.install.stored import describe
@@ -53,11 +54,10 @@ def test_the_owner_is_replaced_as_a_whole(owner: type[models.Attention], tmp_pat
     model = models.tower(owner)
     fixed = owner is models.Windows
     inputs = models.example(64 if fixed else 17)
-    site = find_attention(model, inputs).sites[0]
-    assert (site.path, site.owner) == ("blocks.0", "module")
-    assert site.binding is not None and site.binding.around is not None
-    assert list(site.binding.around.pieces()) == OWNERS[owner]
     result = convert(model, plan="identity", inputs=inputs, out=tmp_path / "out")
+    block = result.model.blocks[0]
+    assert isinstance(block, Adapter) and block.binding.around is not None
+    assert list(block.binding.around.pieces()) == OWNERS[owner]
     loaded = load(tmp_path / "out", model=models.tower(owner), inputs=inputs)
     for length, batch in ((64, 3),) if fixed else ((17, 2), (29, 3)):
         other = models.example(length, 4, batch)

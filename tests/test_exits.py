@@ -83,6 +83,7 @@ ENDED: list[Callable[..., Tensor]] = [
     lambda m, x: F.linear(joined(x), m.o * 2),  # its weight is computed
     twice,
     lambda m, x: F.linear(joined(x).reshape(2, 2, 20), m.wide),  # tokens side by side
+    lambda m, x: F.linear(joined(x).reshape(5, 2, 8), m.o),  # tokens of other rows
 ]
 
 
@@ -93,6 +94,7 @@ def test_without_one_projection_the_block_ends_with_its_joined_heads(
     gm, found, given = read(function)
     assert found.out is None
     assert found.node.meta["val"].shape == (2, 5, H * D)
+    assert len(core(gm).users) == 1  # whoever read the core reads it behind the joined heads
     gm.recompile()
     with torch.no_grad():
         (x,) = given.values()

@@ -93,3 +93,5 @@ def test_the_node_that_is_not_understood(
 def test_a_reshape_that_only_folds_heads() -> None:
     gm, _ = small(lambda _m, q: q.reshape(6, 5, 4).cos().view(2, 3, 5, 4).reshape(2, 15, 4), Q)
     assert [refolds(n) for n in calls(gm, aten.reshape)] == [True, True, False]
+    gm, _ = small(lambda _m, q: q.reshape(1, 2, 3, 5, 4), Q)
+    assert not refolds(calls(gm, aten.reshape)[0])  # a fifth axis

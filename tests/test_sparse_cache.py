@@ -23,16 +23,22 @@ PATTERNS = {
 }
 
 
-def sparse(name: str, which: str, kind: str = "evicting") -> Any:
-    rule = {"layers": CHOSEN[which], "to": "sparse", **PATTERNS[kind]}
-    return convert(decoder(name, layers=3, groups=2), plan={"rules": [rule]}).model
+_MADE: dict[tuple[str, str], Any] = {}
+
+
+def sparse(name: str, which: str) -> Any:
+    """Converted once, and not to be changed."""
+    if (name, which) not in _MADE:
+        rule = {"layers": CHOSEN[which], "to": "sparse", **PATTERNS["evicting"]}
+        made = convert(decoder(name, layers=3, groups=2), plan={"rules": [rule]}).model
+        _MADE[name, which] = made
+    return _MADE[name, which]
 
 
 #: cells of every day (all layers; one beside a sliding and a full one), and all that are tried: the
 #: adapter's own matrix has the others
 QUICK = [("llama", "all"), ("gemma2", "first")]
 CELLS = [*QUICK, ("mistral", "all"), ("gemma2", "all"), ("llama", "middle")]
-_MADE: dict[tuple[str, str], Any] = {}
 
 
 @pytest.mark.parametrize(
@@ -41,9 +47,7 @@ _MADE: dict[tuple[str, str], Any] = {}
 )
 class TestMatrix(CacheMatrix):
     def model(self, name: str, which: str) -> Any:
-        if (name, which) not in _MADE:
-            _MADE[name, which] = sparse(name, which)
-        return _MADE[name, which]
+        return sparse(name, which)
 
     def test_static(self, name: str, which: str) -> None:
         """A static cache holds what it was made to hold: refused, by name."""
@@ -54,12 +58,19 @@ class TestMatrix(CacheMatrix):
             model(ids, attention_mask=mask, past_key_values=cache)
 
 
-@pytest.mark.parametrize("kind", [k for k in PATTERNS if k != "evicting"])
-def test_other_patterns_decode_alike_with_and_without_a_cache(kind: str) -> None:
-    model = sparse("llama", "all", kind)
+@pytest.fixture(scope="module")
+def others() -> Any:
+    """A layer of each other pattern; the last one's looks back at what it did not see."""
+    torch.set_num_threads(1)
+    kinds = [kind for kind in PATTERNS if kind != "evicting"]
+    rules = [{"layers": [i], "to": "sparse", **PATTERNS[k]} for i, k in enumerate(kinds)]
+    return convert(decoder("llama", layers=len(kinds), groups=2), plan={"rules": rules}).model
+
+
+def test_other_patterns_decode_alike_with_and_without_a_cache(others: Any) -> None:
     ids, mask = prompts()
-    expected = greedy_without_cache(model, ids, mask)
-    got = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    expected = greedy_without_cache(others, ids, mask)
+    got = others.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     assert bool((expected == got).all())
 
 
@@ -80,12 +91,12 @@ def test_a_cache_holds_sinks_and_window_of_evicting_heads_and_all_of_the_others(
         assert held == [each * (2 + 6), each * 41]  # the next query brings its own row
 
 
-def test_nothing_is_forgotten_where_a_pattern_looks_back() -> None:
-    model = sparse("llama", "all", "powers")
-    cache = DynamicCache(config=model.config)
+def test_nothing_is_forgotten_where_a_pattern_looks_back(others: Any) -> None:
+    cache = DynamicCache(config=others.config)
     with torch.no_grad():
-        model(torch.randint(3, 97, (1, 40)), past_key_values=cache)
-    assert cache.layers[0].parts[0][0].shape[2] == 40
+        others(torch.randint(3, 97, (1, 40)), past_key_values=cache)
+    assert list(PATTERNS)[-1] == "powers"
+    assert cache.layers[-1].parts[0][0].shape[2] == 40
 
 
 def test_cutting_back_further_than_the_cache_can_is_refused() -> None:

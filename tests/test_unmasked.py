@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 import zoo_models
 from torch import Tensor, nn
 
-from reattend import Plan, convert, find_attention
+from reattend import Plan, convert
 from reattend.capture import watch
 from reattend.errors import ArgumentError, UnsupportedCacheError
 from reattend.install.adapter import Adapter
@@ -104,10 +104,10 @@ def inputs(length: int = 17, prefix: tuple[int, ...] = (4, 9), pad: int = 0) -> 
 @pytest.mark.parametrize("block", [Owned, Inlined, Flat])
 def test_a_prefix_mask_is_kept_by_any_conversion(block: type[nn.Module], plan: Any) -> None:
     original = model(block)
-    found = find_attention(original, inputs())
-    assert [s.spec.core.pattern.kind for s in found.sites] == ["opaque"] * 2
-    assert [s.owner for s in found.sites] == ["graph" if block is Flat else "module"] * 2
-    converted = convert(original, plan=plan, inputs=inputs(), data=[inputs()]).model
+    result = convert(original, plan=plan, inputs=inputs(), data=[inputs()])
+    told = [(s.spec.pattern, s.owner.kind) for s in result.report.sites if s.spec and s.owner]
+    assert told == [("opaque", "graph" if block is Flat else "module")] * 2
+    converted = result.model
     for given in (inputs(), inputs(31, (7, 30, 0)), inputs(23, (11, 2), pad=5)):
         with torch.no_grad():
             expected, got = original(**given), converted(**given)
@@ -163,10 +163,10 @@ def test_a_mask_made_inside_a_block_is_made_there_again() -> None:
     for block in original.blocks:
         block.attn.__class__ = Inside
         block.forward = lambda x, p, v, b=block: x + b.attn(b.ln(x), p, v)
-    found = find_attention(original, inputs())
-    arounds = [s.binding.around for s in found.sites if s.binding is not None]
-    assert [list(a.before) for a in arounds if a is not None] == [["mask"]] * 2
     converted = convert(original, plan="identity", inputs=inputs()).model
+    blocks = [m for m in converted.modules() if isinstance(m, Adapter)]
+    arounds = [m.binding.around for m in blocks if m.binding.around is not None]
+    assert [list(a.before) for a in arounds] == [["mask"]] * 2
     given = inputs(31, (7, 30, 0))
     with torch.no_grad():
         assert (converted(**given) - original(**given)).abs().max() <= 1e-5
@@ -189,11 +189,11 @@ def vision_inputs(batch: int = 2, length: int = 23, pad: int = 0) -> dict[str, A
 def test_images_in_the_example_make_an_opaque_mask(how: str) -> None:
     original = zoo_models.build("gemma3_vision", how)
     example = {**vision_inputs(), "use_cache": False}
-    found = find_attention(original, example)
-    assert not found.refused
-    kinds = [s.spec.core.pattern for s in found.sites if "language" in s.path]
-    assert [k.kind for k in kinds] == ["opaque", "opaque"]
-    converted = convert(original, plan="identity", inputs=example).model
+    result = convert(original, plan="identity", inputs=example)
+    assert {s.action for s in result.report.sites} == {"converted"}
+    told = [s.spec.pattern for s in result.report.sites if "language" in s.path and s.spec]
+    assert told == ["opaque", "opaque"]
+    converted = result.model
     for given in (vision_inputs(), vision_inputs(3, 31, 2)):
         with torch.no_grad():
             expected, got = original(**given).logits, converted(**given).logits
