@@ -67,7 +67,8 @@ def table(results: dict[str, Any]) -> str:
         f"where it is: the loss is the distance to the original, so the text itself teaches "
         f"nothing. {baseline}{_worse(rows)}0 tokens is the conversion alone, from statistics over "
         f"{STATISTICS:,} tokens in the checkpoint's dtype; the table of presets has its own "
-        f"statistics, hence slightly other numbers. Command: `{results['command']}`",
+        f"statistics, hence slightly other numbers. {_missing(lines)}"
+        f"Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 
@@ -75,6 +76,10 @@ def table(results: dict[str, Any]) -> str:
 def best_rate(rates: dict[str, float]) -> float:
     """The learning rate with the least perplexity."""
     return float(min(rates, key=lambda rate: rates[rate]))
+
+
+def _missing(lines: list[str]) -> str:
+    return "-: not measured. " if any(" - |" in line for line in lines) else ""
 
 
 def _worse(rows: dict[tuple[str, str, int], dict[str, Any]]) -> str:

@@ -81,6 +81,7 @@ def script(name):
     [
         ("headline", "headline", "quality", "README.md"),
         ("results", "quality", "quality", "README.md"),
+        ("recovery-cpu", "recovery", "recovery_cpu", "README.md"),
         ("recovery", "recovery", "recovery", "README.md"),
         ("mla", "mla_table", "mla_table", "README.md"),
         ("mla-qwen2", "mla_table", "mla_table_qwen2", "README.md"),
