@@ -33,9 +33,10 @@ from reattend.rewriting import Rewritten, rewrite
 from reattend.runlog import RunLog
 from reattend.source import Source, open_source
 from reattend.statistics import SiteStatistics
+from reattend.verify.balance import head_use
 from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates, gate_error
-from reattend.verify.parity import block_errors, decode_checks, exact_check
+from reattend.verify.parity import block_errors, decode_checks, exact_check, real_positions
 from reattend.verify.rows import measured_rows
 from reattend.verify.sample import sample_of
 from reattend.workdir import Workdir, digest
@@ -270,7 +271,8 @@ class Job:
             return Evidence(notes=["inplace=True: the original is gone, so nothing was compared"])
         paths = list(done.built)
         sample = sample_of(source.model, materials, self.inputs)
-        errors = {} if done.graph else block_errors(source.model, done.model, paths, sample)
+        with head_use(done.model, real_positions(sample)) as used:
+            errors = {} if done.graph else block_errors(source.model, done.model, paths, sample)
         trains = self.plan.calibrate.trains
         bounds = {} if trains else block_bounds(source.model, done, choices, sample)
         parity: list[ParityCheck] = []
@@ -282,9 +284,7 @@ class Job:
             source, done.model, choices, materials, self.seed, self.plan, found
         )
         gates = check_gates(self.plan.verify, rows)
-        return Evidence(
-            errors=errors, bounds=bounds, parity=parity, rows=rows, gates=gates, notes=notes
-        )
+        return Evidence(errors, bounds, used, parity, rows, gates, notes=notes)
 
     def _stage(self, name: str, work: Any) -> Any:
         self._tell(name)

@@ -47,6 +47,7 @@ class Evidence:
 
     errors: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
+    used: dict[str, tuple[float, ...]] = field(default_factory=dict)
     parity: list[ParityCheck] = field(default_factory=list)
     rows: list[QualityRow] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -133,6 +134,7 @@ def _site(choice: Choice, done: Rewritten, evidence: Evidence, size: int) -> Sit
         exactness=None if built is None else ("learned" if trained else built.exactness),
         cost=SiteCost(before=_cost(choice.before, size), after=_cost(after, size)),
         error=error,
+        head_use=evidence.used.get(path, ()),
         owner=Owner(
             kind="graph" if built is not None and done.graph else "module",
             path=path,

@@ -83,9 +83,12 @@ def test_html_is_self_contained_and_well_formed() -> None:
 
 
 def test_plots_are_themed_named_and_without_date() -> None:
-    page = sample().to_html()
+    used = sample(sites=[site(0, head_use=(0.5, 0.25)), site(1, head_use=(0.375, 0.375))])
+    page = used.to_html()
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 4
+    assert len(drawings) == 5
+    assert "the busiest 50 %, the idlest 25 %, evenly spread 38 %" in page.replace("\u00a0", " ")
+    assert "head_use" not in sample().to_json()
     for drawing in drawings:
         assert re.search(r'role="img" aria-labelledby="(\S+) (\S+)">\s*<title id="\1">', drawing)
         assert "<metadata" not in drawing

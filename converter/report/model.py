@@ -146,10 +146,11 @@ class Report(Part):
         """The report as JSON: sorted keys, fixed float format, one newline at the end."""
         data = self.model_dump(mode="json", by_alias=True)
         for site in data["sites"]:
-            if not site[
-                "groups"
-            ]:  # written where there are any: files from before keep their bytes
-                del site["groups"]
+            for name in ("groups", "head_use"):
+                if not site[
+                    name
+                ]:  # written where there are any: files from before keep their bytes
+                    del site[name]
         return dumps(data)
 
     def to_markdown(self) -> str:

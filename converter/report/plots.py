@@ -1,4 +1,4 @@
-"""The four plots of a report: cache bytes, error per layer, energy per rank, loss.
+"""The plots of a report: cache bytes, error per layer, energy per rank, use of heads, loss.
 
 Each function reads the report and returns a `Plot`, or None where there is nothing to show.
 Blue is the converted model and orange the original throughout (colour-blind safe), and every
@@ -32,7 +32,7 @@ def all_plots(report: Report) -> dict[str, Plot]:
     """Every plot that the report has data for, by name; empty without matplotlib."""
     if not svg.available():
         return {}
-    drawn = (_cache(report), _error(report), _energy(report), _loss(report))
+    drawn = (_cache(report), _error(report), _energy(report), _heads(report), _loss(report))
     return {plot.name: plot for plot in drawn if plot is not None}
 
 
@@ -172,6 +172,34 @@ def _energy(report: Report) -> Plot | None:
         spread = low if low == high else f"{low} to {high}"
         caption = f"The rank kept holds {spread} of the energy. " + caption
     return _plot("energy", "Energy kept by rank", caption, paint)
+
+
+def _heads(report: Report) -> Plot | None:
+    """Share of tokens that use each routed head; a line where all would be used alike."""
+    sites = [site for site in report.sites if site.head_use]
+    if not sites:
+        return None
+    shares = [share for site in sites for share in site.head_use]
+    even = [sum(site.head_use) / len(site.head_use) for site in sites]
+
+    def paint(axes: Any) -> None:
+        for place, site in enumerate(sites):
+            axes.plot([place] * len(site.head_use), site.head_use, "o", color=svg.AFTER, alpha=0.7)
+        axes.plot(range(len(even)), even, "_", color=svg.BEFORE, markersize=16, label="if even")
+        axes.set_xlim(-0.6, len(sites) - 0.4)
+        axes.set_ylim(-0.03, 1.03)
+        step = max(1, math.ceil(len(sites) / 12))
+        axes.set_xticks(list(range(len(sites)))[::step], _layers(sites)[::step])
+        axes.set_xlabel("layer" if sites[0].layer is not None else "site, in model order")
+        axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
+        axes.legend(loc="upper right", frameon=False, fontsize=10, handlelength=1.8)
+
+    caption = (
+        f"Share of held-out tokens that use each routed head or KV group: the busiest "
+        f"{percent(max(shares), 0)}, the idlest {percent(min(shares), 0)}, evenly spread "
+        f"{percent(sum(even) / len(even), 0)} on average."
+    )
+    return _plot("heads", "Tokens per head", caption, paint)
 
 
 def _loss(report: Report) -> Plot | None:

@@ -138,6 +138,11 @@ class SiteEntry(Part):
     exactness: Exactness | None = None
     cost: SiteCost | None = None
     error: SiteError | None = None
+    head_use: tuple[Number, ...] = Field(
+        default=(),
+        description="share of held-out tokens that use each head, or KV group, of those that are "
+        "chosen token by token",
+    )
     owner: Owner | None = None
 
     @model_validator(mode="after")
