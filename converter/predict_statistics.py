@@ -61,9 +61,8 @@ def sharing_bytes(vocabulary: int, converted: list[Choice], length: int, spared:
 
 
 def solves(choice: Choice) -> int:
-    """How often a site's latent is solved: `auto` sizes try many rotary widths."""
-    undecided = choice.conversion is not None and choice.conversion.undecided(choice.options)
-    return 20 if undecided else 1
+    """How often a site's second moments are solved for: `auto` sizes try many."""
+    return 0 if choice.conversion is None else choice.conversion.solves(choice.options)
 
 
 def training(choice: Choice, length: int) -> tuple[float, float]:

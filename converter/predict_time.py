@@ -65,10 +65,11 @@ def seconds(
         "statistics": tokens * (forward + (2.0 * moments + spread) / wide) if needs else 0.0,
     }
     if groups:
-        tried = sum(cubes[c.site.path] * (solves(c) - 1) for group in groups for c in group)
+        tried = sum(cubes[c.site.path] * max(0, solves(c) - 1) for group in groups for c in group)
         found["choose"] = tried + forward * ROWS * seq_len * trials(groups)
     trained = sum(training(c, seq_len)[0] for c in converted)
-    found["rewrite"] = sum(cubes.values()) + sizes.weights / 4e9
+    found["rewrite"] = sum(cubes[c.site.path] * min(1, solves(c)) for c in converted)
+    found["rewrite"] += sizes.weights / 4e9
     found["rewrite"] += trained / speed(torch.float32) if trained else 0.0
     if calibrate.trains:
         dtype = {2: torch.bfloat16, 8: torch.float64}.get(sizes.element, torch.float32)

@@ -68,6 +68,7 @@ def test_what_adds_least_goes() -> None:
         (config(8, 4), {"keep": 6, "prune": "heads"}, "shared evenly by 4 KV groups"),
         (config(), {}, "nothing would be pruned"),
         (config(8, 4, out=False), {}, "no output projection"),
+        (config(8, 4, out=False), {"importance": "input-norm"}, "no output projection"),
     ],
 )
 def test_what_does_not_fit_is_refused(cfg: Any, options: Any, reason: str) -> None:

@@ -153,6 +153,10 @@ class Conversion(ABC):
         """
         return len(configs)
 
+    def solves(self, options: Any) -> int:
+        """How often `build` and `allocate` solve for a site's second moments, as a whole."""
+        return 20 if self.undecided(options) else 1
+
     def learns(self, options: Any) -> bool:
         """Whether `allocate` takes gradients through the model."""
         return False

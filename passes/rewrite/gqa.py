@@ -152,6 +152,10 @@ def _unturnable(config: DenseConfig, options: GqaOptions) -> str | None:
             return (
                 f"{name} are normalised, and a turn before a norm is none behind it; use keys: mean"
             )
+    if config.out_features is None and options.group == "similar":
+        return (
+            "no output projection here could follow another order of heads; use group: neighbours"
+        )
     if options.values == "mean":
         return None
     if config.v.norm is not None:

@@ -36,8 +36,8 @@ class Ranking(Conversion):
             why = "importance is measured on the block's own input, and its keys come from another"
         if why is None and config.core.pattern == "opaque":
             why = "importance is measured without the model, and the mask is the model's own"
-        if why is None and options.importance == "output-norm" and config.out_features is None:
-            why = "the block has no output projection of its own to measure importance behind"
+        if why is None and config.out_features is None:
+            why = "the block has no output projection of its own that could follow their order"
         return why
 
     def wants(self, config: DenseConfig, options: Any) -> frozenset[Need]:
@@ -48,6 +48,10 @@ class Ranking(Conversion):
     def undecided(self, options: Any) -> bool:
         """Whether the whole model is asked which heads matter."""
         return self.measures(options) and options.importance not in LOCAL and not options.order
+
+    def solves(self, options: Any) -> int:
+        """Never: heads are measured on rows."""
+        return 0
 
     def learns(self, options: Any) -> bool:
         """Gates of all heads, for their gradients."""
