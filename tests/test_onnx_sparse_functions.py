@@ -28,6 +28,7 @@ from reattend.targets.onnx.functions import (  # noqa: E402
     VERSION,
     Uses,
     function_proto,
+    with_called,
 )
 from reattend.targets.onnx.sparse_ops import (  # noqa: E402
     pattern_attention,
@@ -38,7 +39,9 @@ from reattend.targets.onnx.sparse_translate import pattern_attributes  # noqa: E
 B, H, G, D, E, T = 2, 4, 2, 8, 6, 53
 START = np.array([0, 7])
 SCALE = 0.3
-KINDS = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
+KINDS = {
+    np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, np.bool_: TensorProto.BOOL,
+}  # fmt: skip
 
 
 def rows(seed: int = 0) -> list[np.ndarray]:
@@ -81,7 +84,7 @@ def one_node(
             [helper.make_tensor_value_info(o, kind, [None] * 4) for o in outputs],
         ),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=[function_proto(name, uses)], ir_version=11,
+        functions=[function_proto(n, uses) for n in with_called({name})], ir_version=11,
     )  # fmt: skip
     onnx.checker.check_model(made, full_check=True)
     return made

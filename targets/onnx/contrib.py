@@ -26,6 +26,7 @@ _HEADS_APART = [0, 2, 1, 3]
 _SPARSE = {
     "SparseAttention": "GroupQueryAttention has a window but no first tokens, its state keeps "
     "every row, and on a CPU its window saves no time",
+    "RoutedAttention": "no operator of ONNX Runtime leaves heads out for some tokens",
     "PatternAttention": "no operator of ONNX Runtime for CPUs gathers the rows that heads see",
 }
 

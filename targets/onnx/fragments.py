@@ -26,7 +26,7 @@ CAPPED = """
       else_scores = Identity (scores)
     }
   >"""
-_NOT_CAPPED = """
+NOT_CAPPED = """
   capped = Identity (scores)"""
 
 # Constants, the factor of queries, sizes, and how far the block itself looks back.
@@ -89,4 +89,4 @@ def finished(body: str, capped: bool) -> str:
         capped: some node may have a softcap.
     """
     body = body.replace("COMMON", _COMMON + (CAP if capped else ""))
-    return body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", CAPPED if capped else _NOT_CAPPED)
+    return body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", CAPPED if capped else NOT_CAPPED)

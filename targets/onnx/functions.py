@@ -1,11 +1,11 @@
 """The meaning of our nodes in standard ops: one function body each, attached to every model.
 
 The text below is ONNX's own textual syntax; the bodies of the sparse nodes are in `sparse_body.py`,
-`pattern_body.py` and `selected_body.py`. Both bodies here take the *row-wise* form: the query heads
-that share keys become rows of one matrix product, so a decode step reads the cache once and not
-once per head (on a CPU 2 to 3 times faster than the Attention op for latent rows). Only standard
-operators are used, so any runtime runs the file; a kernel registered for the node's name takes over
-where one is loaded.
+`pattern_body.py` and `selected_body.py`, that of routed heads in `routed_body.py`. Both bodies here
+take the *row-wise* form: the query heads that share keys become rows of one matrix product, so a
+decode step reads the cache once and not once per head (on a CPU 2 to 3 times faster than the
+Attention op for latent rows). Only standard operators are used, so any runtime runs the file; a
+kernel registered for the node's name takes over where one is loaded.
 
 Where some layer has no rotary part (R = 0) the latent body branches on it, because a product over
 zero columns is not zero in ONNX Runtime 1.31 (its fused transposed MatMul leaves the output unset).
@@ -23,6 +23,8 @@ from typing import Any
 
 from reattend.targets.onnx.fragments import CAP, CAPPED
 from reattend.targets.onnx.pattern_body import TERMS, pattern_body
+from reattend.targets.onnx.routed_body import NAME as ROUTED
+from reattend.targets.onnx.routed_body import routed_body
 from reattend.targets.onnx.selected_body import SELECTED, selected_body
 from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.sparse_body import sparse_body
@@ -32,6 +34,7 @@ VERSION = 1
 OPSET = 24
 
 _DOMAIN_LINE = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+_OWN_DOMAIN_LINE = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{DOMAIN}" : {VERSION}]>\n'
 _HEADER = """{name} <scale: float, causal: int = 1, sliding_window: int = 0, softcap: float = 0.0>
 ({inputs}) => (y)
 """
@@ -187,7 +190,7 @@ class Uses:
         rope_may_be_empty: some latent node has R = 0.
         terms: terms that some `PatternAttention` has.
         budgets: budgets that some node of `selected_body` has.
-        capped: some sparse node has a softcap.
+        capped: some node that is sparse or routed has a softcap.
     """
 
     rope_may_be_empty: bool = True
@@ -199,12 +202,23 @@ class Uses:
 EVERYTHING = Uses()
 
 
+#: nodes whose bodies call another of ours
+CALLS = {ROUTED: "Attention"}
+
+
+def with_called(names: set[str]) -> list[str]:
+    """The functions a file with these nodes needs, sorted."""
+    return sorted(names | {CALLS[name] for name in names if name in CALLS})
+
+
 def function_text(name: str, uses: Uses = EVERYTHING) -> str:
     """The body of `ai.reattend::<name>` in ONNX's textual syntax."""
     if name == "SparseAttention":
         return _DOMAIN_LINE + sparse_body(uses.capped)
     if name == "PatternAttention":
         return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped)
+    if name == ROUTED:
+        return _OWN_DOMAIN_LINE + routed_body(uses.capped)
     if name in SELECTED:
         return _DOMAIN_LINE + selected_body(name, uses.budgets, uses.capped)
     header = _HEADER.format(name=name, inputs=", ".join(_INPUTS[name]))
@@ -221,9 +235,10 @@ def function_proto(name: str, uses: Uses = EVERYTHING) -> Any:
         name: `LatentAttention` (q_nope [B, H, N, r], q_rope [B, H, N, R], latent [B, C, r], rope
             [B, C, R], kv_start [B], kv_len [B]) -> y [B, H, N, r], `Attention` (q [B, H, N, d],
             key [B, G, C, d], value [B, G, C, e], kv_start, kv_len) -> y [B, H, N, e],
-            `PatternAttention` (the same inputs), or `SparseAttention` (q, key [B, G, N, d], value
-            [B, G, N, e], past_key [B, G, sinks + window, d], past_value, kv_start, kv_len) -> y,
-            present_key, present_value; or one of `selected_body.KINDS`.
+            `PatternAttention` (the same inputs), `RoutedAttention` (the same and, before kv_start,
+            active [B, U, N]; it calls `Attention`), or `SparseAttention` (q, key [B, G, N, d],
+            value [B, G, N, e], past_key [B, G, sinks + window, d], past_value, kv_start, kv_len)
+            -> y, present_key, present_value; or one of `selected_body.KINDS`.
         uses: what the nodes of the file need.
     """
     import onnx.parser

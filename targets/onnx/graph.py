@@ -18,7 +18,14 @@ from torch import nn
 from reattend.errors import CaptureError, ReattendError
 from reattend.targets.onnx.contrib import Form
 from reattend.targets.onnx.flavours import Flavour, choose_forms
-from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, Uses, function_proto
+from reattend.targets.onnx.functions import (
+    DOMAIN,
+    OPSET,
+    VERSION,
+    Uses,
+    function_proto,
+    with_called,
+)
 from reattend.targets.onnx.layout import LayerLayout, StateTensor
 from reattend.targets.onnx.pattern_body import TERMS
 from reattend.targets.onnx.rewriting import attribute
@@ -138,7 +145,7 @@ def _attach(model: Any, layers: list[LayerLayout]) -> None:
     else:
         model.opset_imports.pop(DOMAIN, None)
     uses = _uses(model, layers)
-    for name in sorted(used):
+    for name in with_called(used):
         function = ir.serde.deserialize_function(function_proto(name, uses))
         model.functions[function.identifier()] = function
 

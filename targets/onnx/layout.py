@@ -20,6 +20,7 @@ from reattend.mixers.latent_config import LatentConfig
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.targets.onnx.routed_body import FEW, NAME
 from reattend.targets.onnx.sparse_form import SparseForm
 from reattend.targets.onnx.sparse_layout import sparse_form
 
@@ -78,6 +79,7 @@ class GroupLayout:
         first, second: the state; third: what chooses keys keeps beside it.
         part: the number of the head group in its layer.
         sparse, pattern: of a class of sparse heads: what it becomes, and what it sees, in words.
+        saves: what the file saves by the node, for the manifest.
     """
 
     op: str
@@ -87,6 +89,7 @@ class GroupLayout:
     sparse: SparseForm | None = None
     pattern: str = ""
     third: StateTensor | None = None
+    saves: str = ""
 
     @property
     def tensors(self) -> list[StateTensor]:
@@ -167,8 +170,6 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "its queries grow with position, which has no place in the ONNX node yet"
     elif config.alibi is not None or config.relative is not None or config.added is not None:
         why = "what it adds to its scores has no input in the ONNX node yet"
-    elif isinstance(config, RoutedConfig):
-        why = "its heads are chosen token by token, which has no ONNX form yet"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 
@@ -196,6 +197,10 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
     if isinstance(config, DenseConfig):
         first, second = _key_value(layer, group, config, config.core.kv_heads, 0)
         return GroupLayout("Attention", first, second, part)
+    if isinstance(config, RoutedConfig):
+        first, second = _key_value(layer, group, config, config.core.kv_heads, 0)
+        op, saves = routed_form(config)
+        return GroupLayout(op, first, second, part, saves=saves)
     if isinstance(config, SparseConfig) and head_class is not None:
         form = sparse_form(path, config, head_class)
         heads = len(head_class.kv_heads)
@@ -204,11 +209,22 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
         if form.extra is not None:
             name, width, block = form.extra.name, form.extra.width, form.extra.block
             third = StateTensor(layer, f"{group}{name}", heads, width, block=block)
-        return GroupLayout(form.op, first, second, part, form, words, third)
+        return GroupLayout(form.op, first, second, part, form, words, third, form.saves)
     raise RefusedError(
         f"a layer of kind {type(config).__name__} has no ONNX form yet",
         where=path,
         next_step="keep it dense for this target (`to: dense`)",
+    )
+
+
+def routed_form(config: RoutedConfig) -> tuple[str, str]:
+    """The node of a block whose heads are chosen token by token, and what the file saves by it."""
+    if config.top_k == config.routed:
+        return "Attention", ""
+    return NAME, (
+        f"arithmetic: calls of more than {FEW} tokens compute {config.active:.0%} of the heads on "
+        "average; shorter ones read and compute all, because leaving a head's rows unread would "
+        "copy the others'"
     )
 
 

@@ -179,7 +179,7 @@ def _entry(value: Any, dtype: str, vocabulary: int) -> TensorEntry:
 def _layer(layer: LayerLayout, group: GroupLayout, form: Form) -> LayerEntry:
     return LayerEntry(
         path=layer.path, layer=layer.layer, op=group.op, form=form.op, reason=form.reason,
-        pattern=group.pattern, saves=group.sparse.saves if group.sparse else "",
+        pattern=group.pattern, saves=group.saves,
     )  # fmt: skip
 
 

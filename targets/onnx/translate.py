@@ -15,6 +15,7 @@ import torch
 
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION
+from reattend.targets.onnx.routed_body import NAME as ROUTED
 from reattend.targets.onnx.selected_translate import selected_translations
 from reattend.targets.onnx.sparse_translate import sparse_translations
 
@@ -26,6 +27,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """`custom_translation_table` of `torch.onnx.export`."""
     attention = _attention_op("Attention", 3)
     latent = _attention_op("LatentAttention", 4)
+    routed = _attention_op(ROUTED, 3, routed=True)
     scatter = _scatter_op()
 
     def translate_attention(
@@ -42,6 +44,11 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         inputs = (q_nope, q_rope, latent_rows, rope_rows, start, length)
         return _with_lse(latent(*inputs, **_attributes(**scalars)))
 
+    def translate_routed(
+        q: Any, k: Any, v: Any, active: Any, start: Any, length: Any, **scalars: Any
+    ) -> Any:
+        return _with_lse(routed(q, k, v, active, start, length, **_attributes(**scalars)))
+
     def translate_put(cache: Any, new: Any, start: Any, axis: int) -> Any:
         return scatter(cache, new, start, axis=axis)
 
@@ -51,7 +58,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         | {
             torch.ops.reattend.attention.default: translate_attention,
             torch.ops.reattend.latent_attention.default: translate_latent,
+            torch.ops.reattend.routed_attention.default: translate_routed,
             torch.ops.reattend.cache_put.default: translate_put,
+            torch.ops.aten.sort.stable: _translate_sort,
         }
     )
 
@@ -79,12 +88,22 @@ def _with_lse(y: Any) -> tuple[Any, Any]:
     return y, opset18.Identity(y)
 
 
+def _translate_sort(
+    x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> Any:
+    """TopK of all: the first of equals comes first, which is what `stable` asks for."""
+    from onnxscript import opset18
+
+    sizes = opset18.Shape(x, start=dim, end=dim + 1) if dim != -1 else opset18.Shape(x, start=-1)
+    return opset18.TopK(x, sizes, axis=dim, largest=int(descending), sorted=1)
+
+
 def _no_pages(table: Any) -> None:
     if table is not None:
         raise ArgumentError("a paged cache (block table) has no ONNX form")
 
 
-def _attention_op(name: str, floats: int) -> Any:
+def _attention_op(name: str, floats: int, routed: bool = False) -> Any:
     import onnx.defs as defs
     from onnxscript import values
 
@@ -95,11 +114,16 @@ def _attention_op(name: str, floats: int) -> Any:
         VERSION,
         inputs=[
             *(parameter(f"x{i}", "T") for i in range(floats)),
+            *([parameter("active", "A")] if routed else []),
             parameter("kv_start", "I"),
             parameter("kv_len", "I"),
         ],
         outputs=[parameter("y", "T")],
-        type_constraints=[("T", _TYPES, ""), ("I", _INDEX, "")],
+        type_constraints=[
+            ("T", _TYPES, ""),
+            ("I", _INDEX, ""),
+            *([("A", ["tensor(bool)"], "")] if routed else []),
+        ],
         attributes=[
             defs.OpSchema.Attribute("scale", defs.OpSchema.AttrType.FLOAT),
             defs.OpSchema.Attribute("causal", defs.OpSchema.AttrType.INT),

@@ -15,6 +15,8 @@ from reattend.errors import GateError
 from reattend.install.adapter import Adapter
 from reattend.targets.onnx.layout import LayerLayout
 from reattend.targets.onnx.manifest import CheckEntry
+from reattend.targets.onnx.routed_body import FEW
+from reattend.targets.onnx.routed_body import NAME as ROUTED
 from reattend.targets.onnx.session import Session
 
 LIMITS = {"float32": 1e-4, "float16": 3e-2}
@@ -31,6 +33,8 @@ class Size(NamedTuple):
 
 
 SHAPES = (Size(2, 6, 2, 1), Size(1, 9, 0, 1))
+# Queries enough that those of every head are gathered.
+GATHERED = Size(2, 2 * FEW + 3, 5, 1)
 # Tokens of a prompt beyond the longest ring of rows: it has turned, in pieces of 512 too.
 _BEYOND = 515
 
@@ -62,13 +66,15 @@ def shapes(layers: list[LayerLayout], longest: int | None) -> list[Size]:
     """
     rows = max(tensor.rows for layer in layers for tensor in layer.tensors)
     chosen = max(_chosen_from(layer) for layer in layers)
+    routed = any(group.op == ROUTED for layer in layers for group in layer.groups)
+    short = [*SHAPES, GATHERED] if routed else list(SHAPES)
     if not rows and not chosen:
-        return list(SHAPES)
+        return short
     prompt = max(rows + min(rows, _BEYOND), chosen)
     if longest is not None:
         prompt = min(prompt, longest - 2)
     share = 0.5 if chosen else 1.0
-    return [*SHAPES, Size(1, prompt, 3, 2, share)] if prompt > 9 else list(SHAPES)
+    return [*short, Size(1, prompt, 3, 2, share)] if prompt > 9 else short
 
 
 def _chosen_from(layer: LayerLayout) -> int:
