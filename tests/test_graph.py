@@ -187,6 +187,12 @@ def test_inlined_attention_becomes_latent() -> None:
         assert (result.model(ids=ids) - model(ids=ids)).abs().max() <= 1e-4
     assert {s.owner.kind for s in result.report.sites if s.owner} == {"graph"}
     assert {s.exactness for s in result.report.sites} == {"exact"}
+    lost = "no longer has: generate, train(), KV cache"
+    for view in (result.report.to_markdown(), result.report.to_html()):
+        assert view.count(lost) == 1  # once for both blocks
+    assert not hasattr(result.model, "generate")
+    with pytest.raises(NotImplementedError):
+        result.model.train()
     smaller = {"rules": [{"sites": "*", "to": "mla", "kv_lora_rank": 12, "qk_rope_head_dim": 8}]}
     fewer = convert(tower(InlinedBlock), plan=smaller, inputs=INPUTS, data=data)
     assert fewer.report.totals.cache_ratio == pytest.approx(20 / 32)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from reattend.report.headline import MARKS, State, headline
 from reattend.report.model import Report
-from reattend.report.site_tables import sites_table
+from reattend.report.site_tables import lacking, sites_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,9 +70,10 @@ def summary(report: Report) -> RenderableType:
     if failed:
         parts.append(Text())
         parts += [Text(f"{MARKS['bad']} {line}", style=STYLES["bad"]) for line in failed]
-    if report.notes:
+    notes = [*report.notes, *(" ".join(line) for line in lacking(report))]
+    if notes:
         parts.append(Text())
-        parts += [Text(f"note: {note}", style="dim") for note in report.notes]
+        parts += [Text(f"note: {note}", style="dim") for note in notes]
     return Group(*parts)
 
 

@@ -40,11 +40,7 @@ def to_html(report: Report) -> str:
         "every_site": site_tables.all_sites_table(report),
         "provenance": evidence_tables.provenance_table(report),
         "plan": dumps(report.plan).rstrip() if report.plan else "",
-        "lacking": sorted(
-            (site.path, ", ".join(site.owner.lacks))
-            for site in report.sites
-            if site.owner is not None and site.owner.lacks
-        ),
+        "lacking": site_tables.lacking(report),
     }
     return _template().render(shown).rstrip() + "\n"
 

@@ -52,6 +52,8 @@ def to_markdown(report: Report) -> str:
     lines.append("")
     for note in report.notes:
         lines += [f"> {text(note)}", ""]
+    for path, lacks in site_tables.lacking(report):
+        lines += [f"> {code(path)} {text(lacks)}", ""]
     calibration = report.calibration
     sections = (
         ("Quality", evidence_tables.quality_table(report.quality) if report.quality else None),

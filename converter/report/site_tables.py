@@ -179,3 +179,14 @@ def cost_table(report: Report) -> Table | None:
         Column("Change", "number"),
     )
     return table("Sums over all attention sites, batch 1", columns, rows)
+
+
+def lacking(report: Report) -> list[tuple[str, str]]:
+    """Sites, equal ones as one path, and what no longer works there."""
+    found = []
+    for group in fold(report.sites):
+        kinds = dict.fromkeys(s.owner.lacks for s in group.sites if s.owner and s.owner.lacks)
+        for lacks in kinds:
+            alike = tuple(s for s in group.sites if s.owner and s.owner.lacks == lacks)
+            found.append((SiteGroup(alike).path, f"no longer has: {', '.join(lacks)}"))
+    return found
