@@ -16,6 +16,7 @@ from reattend.errors import RefusedError
 from reattend.kernels.attention import attention as _attention  # noqa: F401  (registered here)
 from reattend.kernels.cache_put import cache_put
 from reattend.kernels.latent_attention import latent_attention as _latent  # noqa: F401
+from reattend.kernels.routed_attention import routed_attention as _routed  # noqa: F401
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Recorded
 from reattend.targets.onnx.layout import KEEP_DENSE, GroupLayout, LayerLayout
