@@ -83,7 +83,7 @@ ENDED: list[Callable[..., Tensor]] = [
     lambda m, x: F.linear(joined(x), m.o * 2),  # its weight is computed
     twice,
     lambda m, x: F.linear(joined(x).reshape(2, 2, 20), m.wide),  # tokens side by side
-    lambda m, x: F.linear(joined(x).reshape(5, 2, 8), m.o),  # tokens of other rows
+    lambda m, x: F.linear(joined(x).reshape(10, 1, 8), m.o),  # tokens as rows of the batch
 ]
 
 
