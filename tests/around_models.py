@@ -272,11 +272,11 @@ class CountingLayer(InlinedLayer):
         return super().project(x + 0.1 * torch.arange(x.shape[1])[None, :, None])
 
 
-def llama(layer: type[InlinedLayer]) -> Any:
+def llama(layer: type[InlinedLayer], layers: int = 2) -> Any:
     """A Llama with other layers; the weights are in the same places."""
     torch.manual_seed(6)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=97, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=layers,
         num_attention_heads=HEADS, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
         pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.3,
     )  # fmt: skip
