@@ -5,8 +5,10 @@
 Where `sparse_table.py` asks the shipped model, this asks one that has to look things up.
 Every row holds about the same share of the cache as its neighbours of the same share, counted on
 a real cache after the row's last token. Heads are chosen on `calibration.txt`; held-out text is
-only measured on. Every finished row is written at once, so the same command continues after an
-interruption. `--table` prints the Markdown table of an existing file and computes nothing.
+only measured on. What chooses keys at run time keeps every row of a cache: it reads about the same
+share of the keys, counted on what was chosen. Every finished row is written at once, so the same
+command continues after an interruption. `--table` prints the Markdown table of an existing file and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +28,16 @@ KINDS = ("copy", "key-value")
 METHODS = (
     "a-shape", "s2", "head-sparse", "duo-attention", "retrieval", "instant", "head-elastic", "moa",
 )  # fmt: skip
+#: what chooses at run time, in one pass; trained for so many steps where it learns
+CHOOSING = (
+    "moba", "longheads", "draft", "double-sparsity", "minference", "seer", "dhsa", "dma",
+)  # fmt: skip
+LEARNING_STEPS = 200
 ORDER = (
     "original",
     *(f"{method} {100 * share:.0f} %" for share in SHARES for method in METHODS),
     "power, whole cache",
+    *(f"{method} {100 * share:.0f} % read" for share in SHARES for method in CHOOSING),
 )
 
 
@@ -47,6 +55,8 @@ def options(name: str, length: int, heads: int) -> dict[str, Any]:
         return {"pattern": {"sinks": SINKS, "window": length // 16, "powers": powers}}
     share = float(percent.split()[0]) / 100
     window = round(share * length)
+    if method in CHOOSING:
+        return choosing(method, share, length)
     if method == "a-shape":
         return {"pattern": {"sinks": SINKS, "window": window - SINKS}}
     if method == "s2":
@@ -65,6 +75,35 @@ def options(name: str, length: int, heads: int) -> dict[str, Any]:
         return {"finder": "profile", "kv_density": share, "profile": profile}
     finder = {"head-sparse": "search", "duo-attention": "alpha"}.get(method, method)
     return {**streaming(share, length, heads), "finder": finder, "steps": STEPS}
+
+
+def choosing(method: str, share: float, length: int) -> dict[str, Any]:
+    """The options of a preset that chooses keys at run time."""
+    block, reads = length // 32, round(share * length)
+    blocks = {"kind": "blocks", "block": block, "ratio": share}
+    if method == "minference":
+        slashes = [reads // 4, reads // 2, reads - reads // 4]
+        lines = [
+            {"kind": "vertical-slash", "columns": reads - n, "slashes": n, "first_columns": SINKS,
+             "last_slashes": 16}
+            for n in slashes
+        ]  # fmt: skip
+        found = [{"select": x} for x in (*lines, {**blocks, "queries": "pooled"})]
+        window = {"sinks": SINKS, "window": reads - SINKS}
+        return {"candidates": [window, *found], "kv_density": share, "density_at": length}
+    select = {
+        "moba": blocks,
+        "longheads": {**blocks, "key": "attended", "first": 1, "last": 2},
+        "draft": {**blocks, "queries": "pooled"},
+        "double-sparsity": {"kind": "channels", "share": 1 / 8, "ratio": share, "phase": "both"},
+        "seer": {"kind": "gate", "block": block, "gate_dim": 64, "ratio": share},
+        "dhsa": {"kind": "segments", "longest": 2 * block, "local": 2 * block, "ratio": share},
+        "dma": {"kind": "values", "ratio": share},
+    }[method]
+    learns = method in ("seer", "dhsa", "dma")
+    pattern = {"select": select} | ({"window": 2 * block} if method == "dma" else {})
+    trained = {"finder": "gate", "steps": LEARNING_STEPS} if learns else {}
+    return {"pattern": pattern, **trained}
 
 
 def streaming(share: float, length: int, heads: int) -> dict[str, Any]:
@@ -124,7 +163,8 @@ class Campaign:
             "name": name, "options": given, "seconds": round(seconds, 1),
             "cache_bytes_per_token": asked.cache_bytes_per_token,
             "densities": {
-                **densities(model, length), "kv": asked.cache_bytes_per_token / whole,
+                **densities(model, self.text.packed[0][:4]),
+                "kv": asked.cache_bytes_per_token / whole,
             },
             **quality, "recall": recall,
         }  # fmt: skip
@@ -139,24 +179,59 @@ class Campaign:
         return convert(self.model, plan=plan, data=self.calibration.packed[0]).model.eval()
 
 
-def densities(model: Any, length: int) -> dict[str, float]:
-    """Shares of the causal pairs that are attended to, and of the KV heads that see every key."""
+def densities(model: Any, ids: Any) -> dict[str, float]:
+    """Shares of the causal pairs that are attended to, and of the KV heads that see every key.
+
+    What is chosen at run time is counted on these rows.
+    """
     import torch
 
     from reattend.mixers.sparse import SparseAttention
 
+    length = ids.shape[1]
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
-    pairs, heads = length * (length + 1) / 2, [0, 0]
-    read = 0.0
+    pairs, full, heads = length * (length + 1) / 2, 0, 0
+    read, counted = 0.0, []
     for mixer in (m for m in model.modules() if isinstance(m, SparseAttention)):
-        for c in mixer.config.classes:
-            share = float(c.pattern.sees(i, j, mixer.config.core).sum()) / pairs
-            read += share * len(c.kv_heads)
-            heads[0] += len(c.kv_heads) * c.pattern.full
-            heads[1] += len(c.kv_heads)
-    if not heads[1]:
+        for number, c in enumerate(mixer.config.classes):
+            heads += len(c.kv_heads)
+            full += len(c.kv_heads) * c.pattern.full
+            if c.pattern.select is None:
+                shown = c.pattern.sees(i, j, mixer.config.core)
+                read += float(shown.sum()) / pairs * len(c.kv_heads)
+            else:
+                counted.append(Counted(mixer.selecting[str(number)], c.pattern, len(c.kv_heads)))
+    if not heads:
         return {"attention": 1.0, "full_heads": 1.0}
-    return {"attention": read / heads[1], "full_heads": heads[0] / heads[1]}
+    with torch.no_grad():
+        for row in ids if counted else ():
+            model(row[None], use_cache=False)
+    read += sum(c.finished() for c in counted)
+    return {"attention": read / heads, "full_heads": full / heads}
+
+
+class Counted:
+    """Counts what a selecting method chooses beside its pattern's terms, until it is finished."""
+
+    def __init__(self, method: Any, pattern: Any, kv_heads: int) -> None:
+        self.method, self.pattern, self.kv_heads = method, pattern, kv_heads
+        self.read = self.every = 0
+        self.choose, method.choose = method.choose, self._counted
+
+    def _counted(self, asked: Any) -> Any:
+        from reattend.mixers.scores import own_pattern
+
+        chosen, (i, j) = self.choose(asked), asked.positions()
+        own = own_pattern(asked.core, i, j)
+        seen = (chosen.mask() | self.pattern.sees(i, j, asked.core) | (i == j)) & own
+        self.read += int(seen.sum())
+        self.every += int(own.sum()) * seen[..., 0, 0].numel()
+        return chosen
+
+    def finished(self) -> float:
+        """The share of the pairs, for each of its KV heads."""
+        del self.method.choose
+        return self.read / self.every * self.kv_heads
 
 
 def table(results: dict[str, Any]) -> str:
@@ -185,7 +260,9 @@ def table(results: dict[str, Any]) -> str:
         "`key-value`, values of random tokens whose keys begin alike. KV bytes: share of a real "
         f"cache after {inputs['tokens']} tokens (bytes per token at 2 bytes a number). Heads and "
         f"windows are chosen on {STATISTICS_TOKENS:,} tokens of calibration.txt, duo-attention in "
-        f"{STEPS} steps. Command: `{results['command']}`",
+        f"{STEPS} steps, what learns to choose keys in {LEARNING_STEPS}. `% read`: keys are "
+        "chosen at run time among all, which are kept; in one pass, where draft and minference "
+        f"choose for the whole text at once. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 
