@@ -129,6 +129,16 @@ def test_a_cache_recalls_the_queries_of_the_last_tokens() -> None:
     assert [p.verdict for p in report.parity] == ["pass", "pass"]
 
 
+def test_texts_shorter_than_a_chunk_are_decoded() -> None:
+    """Token by token, from before there is a chunk that could stand for anything."""
+    model, ids = made().model, torch.randint(3, 97, (2, 7))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        got = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(7)]
+    assert (torch.cat(got, 1) - whole).abs().max() <= 2e-5 * whole.abs().max()
+
+
 @pytest.mark.parametrize(
     ("cfg", "reason"), [(BOTH_WAYS, "needs a causal block"), (CASES["v-width"], "6 and 8")]
 )

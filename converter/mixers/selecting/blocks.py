@@ -158,7 +158,11 @@ class BlocksMethod(Method):
         k, block = asked.k_BGMd, self.selector.block
         whole, told = k.shape[2] // block, asked.summaries_BGQw
         if self.attended:
-            told = self.summarise(asked.whole(block)) if told is None else told
+            if told is None and whole:
+                told = self.summarise(asked.whole(block))
+            elif told is None:  # a cache too short for a block was never written to
+                heads = asked.core.heads // asked.core.kv_heads
+                told = k.new_zeros(*k.shape[:2], 0, heads * k.shape[3])
             told = told.unflatten(-1, (-1, k.shape[-1])).transpose(2, 3).flatten(1, 2)
             # an incomplete block is nobody's but its own queries'
             return torch.nn.functional.pad(told, (0, 0, 0, -(-k.shape[2] // block) - whole))
