@@ -75,7 +75,10 @@ class RoutedAttention(DenseAttention, Schooled):
         y_BHNe: Tensor | None = self.skipping(dense, routes, rows, ctx, span)
         if y_BHNe is None:
             y_BHNe = super().attend(dense, rows, ctx, span)
-        gate_BHN = routes.gate_BUN.to(y_BHNe.dtype).repeat_interleave(self.config.heads_per_unit, 1)
+        each, tiles = self.config.heads_per_unit, self.config.tiles
+        gate_BHN = routes.gate_BUN.to(y_BHNe.dtype).repeat_interleave(each // tiles, 1)
+        if tiles > 1:
+            gate_BHN = gate_BHN.repeat(1, tiles, 1)
         weighed: Tensor = y_BHNe * gate_BHN[..., None]
         return weighed
 

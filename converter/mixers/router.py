@@ -4,6 +4,7 @@ Jin et al., arXiv 2410.11842, as their code computes it: a token's shared heads 
 1, its chosen heads get weights of mean 1 over those chosen, and a softmax of two, times 2, divides
 between both kinds. So a router of zeros that leaves nothing out gives weights of exactly 1.
 `qnorm` is the router of their MoH-LLaMA3-8B, without parameters: the norms of a token's queries.
+Experts are weighed by the softmax itself (BAM, Zhang et al., arXiv 2408.08274), whose sum is 1.
 
 Layout letters: B batch, N tokens, D hidden, H query heads, U units (query heads or KV groups), S
 shared units, R routed ones, d key head width.
@@ -76,6 +77,8 @@ class Router(nn.Module):
         if self.balances is not None and torch.is_grad_enabled():
             self.balances.append(balance(z_BRN, chosen_BRN, real_BN))
         weighted = c.gate_by == "weighted"
+        if c.route == "expert":
+            return Routes(z_BRN.softmax(1), None)
         gate_BRN = mean_one(z_BRN, chosen_BRN) if weighted else chosen_BRN.to(wide)
         if torch.is_grad_enabled() and (not weighted or self.k == 1):
             # a gate that is 1 whatever its score: its gradient is that of its probability

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from reattend.passes.rewrite.base import Conversion
 
 _OWN = {
+    "attn-moe": "reattend.passes.rewrite.attn_moe:ToAttnMoe",
     "dense": "reattend.passes.rewrite.dense:ToDense",
     "gqa": "reattend.passes.rewrite.gqa:ToGqa",
     "linear": "reattend.passes.rewrite.linear:ToLinear",
