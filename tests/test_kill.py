@@ -18,7 +18,10 @@ from reattend.errors import EXIT_INTERRUPTED
 HARNESS = Path(__file__).with_name("kill_harness.py")
 PLAN: dict[str, Any] = {
     "version": 1,
-    "rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}],
+    "rules": [
+        {"layers": [0], "to": "mla", "kv_keep": 0.5},
+        {"layers": [1], "to": "moh", "route": "head", "shared": 0, "top_k": 3},
+    ],
     "calibrate": {"seq_len": 64, "statistics_tokens": 1024},
 }
 GATES: dict[str, Any] = {
