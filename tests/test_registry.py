@@ -33,7 +33,7 @@ ids = torch.randint(1, 61, (2, 9))
 
 @torch.no_grad()
 def tried(kv_heads):
-    plan = {"rules": [{"sites": "*", "to": "gqa", "kv_heads": kv_heads}]}
+    plan = {"rules": [{"sites": "*", "to": "mean-gqa", "kv_heads": kv_heads}]}
     try:
         result = reattend.convert(model, plan=plan, out=f"{sys.argv[1]}/{kv_heads}")
     except ReattendError as problem:
@@ -136,13 +136,13 @@ def test_without_the_package_its_name_is_unknown():
         "import json; from reattend.passes.rewrite.registry import conversion_names;"
         "print(json.dumps(conversion_names()))"
     )
-    assert "gqa" not in in_fresh_python(code)
+    assert "mean-gqa" not in in_fresh_python(code)
 
 
 @pytest.mark.slow
 def test_an_installed_package_converts(made):
     two = made["2"]
-    assert two["conversion"] == "gqa"
+    assert two["conversion"] == "mean-gqa"
     assert two["cache"] == [4 * 12, 2 * 12]
     assert two["cached_heads"] == 2
     assert two["mean_gap"] < 1e-6

@@ -1,1 +1,1 @@
-"""`to: gqa` for reattend: grouped-query attention by averaging key/value heads."""
+"""`to: mean-gqa` for reattend: grouped-query attention by averaging key/value heads."""

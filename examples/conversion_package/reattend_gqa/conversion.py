@@ -1,4 +1,4 @@
-"""`to: gqa`: neighbouring key/value heads become their mean.
+"""`to: mean-gqa`: neighbouring key/value heads become their mean.
 
 Ainslie et al., GQA, arXiv 2305.13245, section 2.1: the starting point for training a model with
 fewer key/value heads. The cache shrinks by the same factor. Without training the result is far
@@ -20,7 +20,7 @@ from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost
 
 
 class GqaOptions(Frozen):
-    """The keys a plan may write beside `to: gqa`.
+    """The keys a plan may write beside `to: mean-gqa`.
 
     Attributes:
         kv_heads: key/value heads to keep; a divisor of the block's own number.
@@ -32,7 +32,7 @@ class GqaOptions(Frozen):
 class ToGqa(Conversion):
     """Fewer key/value heads; exact where the number stays."""
 
-    name = "gqa"
+    name = "mean-gqa"
     Options = GqaOptions
 
     def check(self, config: DenseConfig, options: GqaOptions) -> Refusal | None:
