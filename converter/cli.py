@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from reattend import __version__
-from reattend.cli_convert import convert
+from reattend.cli_convert import Command, convert
 from reattend.cli_find import find
 from reattend.cli_fit import fit
 from reattend.cli_guard import DEBUG
 from reattend.cli_look import plans
+from reattend.cli_options import options as plan_options
 from reattend.cli_result import export, report, verify
 
 __all__ = ["app", "main"]
@@ -27,6 +28,8 @@ EXAMPLES = """
   reattend find MODEL --why model.layers.0.self_attn
 
   reattend plans show transmla > my-plan.yaml
+
+  reattend plans options mla
 
   reattend plans fit MODEL
 
@@ -76,9 +79,10 @@ def options(
 
 LOOK, DO, USE = "Look, change nothing", "Convert", "Work with a result"
 app.command(rich_help_panel=LOOK)(find)
+plans.command("options")(plan_options)
 plans.command("fit")(fit)
 app.add_typer(plans, name="plans", rich_help_panel=LOOK)
-app.command(rich_help_panel=DO)(convert)
+app.command(rich_help_panel=DO, cls=Command)(convert)
 app.command(rich_help_panel=USE)(report)
 app.command(rich_help_panel=USE)(verify)
 app.command(rich_help_panel=USE)(export)

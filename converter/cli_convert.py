@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from reattend.cli_guard import console, dumped, emit, guarded, quiet
 from reattend.cli_look import Inputs, Model, Trust, Weights, example_inputs, opened_model
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
     from reattend.predict import Prediction
 
 LOADING, OUTPUT = "How the model is opened", "What is shown"
+STDERR = Path("-")
+
+
+class Command(TyperCommand):
+    """`convert`, whose `--log-json` may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `-` where another option, or nothing, follows."""
+        for i in [i for i, word in enumerate(args) if word == "--log-json"][::-1]:
+            if i + 1 == len(args) or (args[i + 1].startswith("-") and args[i + 1] != str(STDERR)):
+                args.insert(i + 1, str(STDERR))
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
 
 
 @guarded
@@ -29,13 +44,24 @@ def convert(
         str, typer.Option("--plan", "-p", help="A shipped plan or a YAML file.")
     ] = "transmla",
     data: Annotated[
-        Path | None,
-        typer.Option("--data", "-d", help=".txt, .jsonl or folder; none: the model's own samples."),
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="PATH",
+            help=".txt, .jsonl or folder; self, or none: the model's own samples.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to create.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="PATH", help="Folder to create.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the plan: kv_keep=0.25; repeat."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the plan: kv_keep=0.25; repeat. All keys: `reattend plans options`.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling, training and measurement.")] = 0,
     overwrite: Annotated[
@@ -59,7 +85,12 @@ def convert(
     ] = False,
     log_json: Annotated[
         Path | None,
-        typer.Option("--log-json", help="Append every event as a line.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--log-json",
+            metavar="[FILE]",
+            rich_help_panel=OUTPUT,
+            help="Every event as a line of JSON, appended to FILE; none, or -: to stderr.",
+        ),
     ] = None,
 ) -> None:
     """Give a model a new attention, and prove what was done.
@@ -67,6 +98,11 @@ def convert(
     Works in OUT.partial and renames it to OUT when everything is there. A run that was stopped
     continues when the same command is given again.
     """
+    for name, given in (("--plan", plan), ("--data", data), ("--out", out)):
+        if given is not None and not given.strip():  # as of a shell variable that is not set
+            raise ArgumentError(
+                f"{name} is empty", where=f"{name} {given!r}", next_step="leave it out, or name it"
+            )
     if out is None and not dry_run:
         raise ArgumentError(
             "there is no output folder",
@@ -77,6 +113,7 @@ def convert(
     chosen = Plan.load(plan).with_set(settings or [])
     with _listening(log_json) as listen:
         quiet()
+        from reattend.arguments import as_seed
         from reattend.pipeline import Job
 
         opened = opened_model(model, weights)
@@ -84,11 +121,11 @@ def convert(
         batches: Any = data
         if opened is not model:
             example = example_inputs(inputs, opened)
-            if data is not None and data.suffix == ".safetensors":
-                batches = [example_inputs(data, opened)]
+            if data is not None and Path(data).suffix == ".safetensors":
+                batches = [example_inputs(Path(data), opened)]
         job = Job(
-            chosen, inputs=example, data=batches, seed=seed, out=out, overwrite=overwrite,
-            on_event=listen,
+            chosen, inputs=example, data=batches, seed=as_seed(seed),
+            out=None if out is None else Path(out), overwrite=overwrite, on_event=listen,
         )  # fmt: skip
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         try:
@@ -97,7 +134,7 @@ def convert(
                 return
             result = job.run(opened, **opening)
         except KeyboardInterrupt:
-            raise _interrupted(out) from None
+            raise _interrupted(job.out) from None
     if not is_main():
         return
     if json:
@@ -121,6 +158,9 @@ def _listening(log: Path | None) -> Iterator[OnEvent]:
 
     if not is_main():
         yield lambda event: None
+        return
+    if log == STDERR:  # lines and bars would mix
+        yield JsonLog(sys.stderr)
         return
     with contextlib.ExitStack() as stack:
         lines = None if log is None else stack.enter_context(JsonLog(log))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -13,7 +14,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import typer
 
-from reattend.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, InterruptedRun, ReattendError
+from reattend.errors import (
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    ArgumentError,
+    InterruptedRun,
+    ReattendError,
+)
 from reattend.interrupts import termination_interrupts
 
 if TYPE_CHECKING:
@@ -24,6 +31,8 @@ R = TypeVar("R")
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 #: Width of tables where nobody sees them: wide enough that paths stay on one line.
 WIDE = 160
+#: what the system says of a path as it was given
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -62,15 +71,23 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
             code = EXIT_INTERNAL
         except Exception as problem:
-            show(explained(problem))
-            code = EXIT_INTERNAL
+            told = explained(problem)
+            show(told)
+            code = told.exit_code
         raise typer.Exit(code)
 
     return run
 
 
 def explained(problem: Exception) -> ReattendError:
-    """An error outside the catalogue: memory, or a fault of ours."""
+    """An error outside the catalogue: a path the system refuses, memory, or a fault of ours."""
+    if isinstance(problem, OSError) and problem.errno in _REFUSED and problem.filename:
+        return ArgumentError(
+            "a file or folder cannot be used",
+            where=str(problem.filename)[:200],
+            why=problem.strerror or str(problem),
+            next_step="check the path and its permissions",
+        )
     first = str(problem).strip().partition("\n")[0]
     name = type(problem).__name__
     if isinstance(problem, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in first:

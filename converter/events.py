@@ -30,6 +30,7 @@ from rich.progress import (
 )
 
 from reattend.durable import os_errors_explained
+from reattend.errors import OutputError
 
 Scalar = str | int | float | bool | None
 
@@ -143,8 +144,15 @@ class JsonLog:
         self._own = isinstance(target, str | Path)
         self._name = Path(target) if isinstance(target, str | Path) else Path("the event log")
         if isinstance(target, str | Path):
-            with os_errors_explained(Path(target)):
+            try:
                 self._stream: IO[str] = Path(target).open("a", encoding="utf-8")  # noqa: SIM115
+            except OSError as error:
+                raise OutputError(
+                    "the event log cannot be written",
+                    where=str(target),
+                    why=error.strerror or str(error),
+                    next_step="choose another file for --log-json; its folder must be there",
+                ) from error
         else:
             self._stream = target
         self._start = time.monotonic()

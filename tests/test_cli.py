@@ -134,6 +134,23 @@ def test_plans(tmp_path: Path) -> None:
     assert json.loads(good("plans", "check", mine, "--json"))["version"] == 1
 
 
+def test_options_of_plans_are_explained() -> None:
+    told = good("plans", "options")
+    for part in ("to: mla: keys and values", "to: prune-heads", "calibrate: ", "max_ppl_increase"):
+        assert part in told
+    assert "not for plans" not in told
+    data = json.loads(good("plans", "options", "mla", "--json"))["mla"]
+    options = {row["key"]: row for row in data}
+    assert options["kv_keep"]["takes"].startswith("a number > 0 and <= 1")
+    assert options["latent_norm"]["takes"].startswith("none or rms")
+    assert options["latent_norm"]["default"] == "none"
+    assert options["balance"]["default"] == "1.0"
+    assert all(row["meaning"] for row in data)
+    result = reattend("plans", "options", "mlla")
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert "did you mean 'mla'?" in result.stderr
+
+
 @pytest.mark.slow
 def test_convert_logs_events_and_is_quiet_where_nobody_looks(
     converted: Path, tiny_path: Path, tiny_text: Path
@@ -144,10 +161,14 @@ def test_convert_logs_events_and_is_quiet_where_nobody_looks(
     assert {"statistics", "rewrite", "verify", "publish", "done"} <= set(stages)
     seconds = [e["seconds"] for e in events]
     assert seconds == sorted(seconds)
-    told = reattend("convert", tiny_path, "--data", tiny_text, "--out", converted, "--json", *FAST)
-    assert told.exit_code == 0
-    assert told.stderr == ""
-    assert json.loads(told.stdout) == json.loads((converted / "report.json").read_text())
+    command = ("convert", tiny_path, "--data", tiny_text, "--out", converted, *FAST)
+    report = json.loads((converted / "report.json").read_text())
+    for spelling in (["--json"], ["--log-json", "--json"], ["--json", "--log-json"]):
+        told = reattend(*command, *spelling)
+        assert told.exit_code == 0
+        assert json.loads(told.stdout) == report
+        lines = [json.loads(line) for line in told.stderr.splitlines()]
+        assert [e["stage"] for e in lines][:1] == (["open"] if "--log-json" in spelling else [])
 
 
 def test_dry_run_says_what_the_run_does(
@@ -248,6 +269,14 @@ def test_markup_in_errors_stays_text_and_lines_stay_whole() -> None:
     result = ended(OutputError("full", where=path))
     assert result.exit_code == 2
     assert path in result.stderr
+
+
+def test_a_path_that_the_system_refuses_is_the_users(tiny_path: Path) -> None:
+    for arguments in (["find", "x" * 300], ["convert", tiny_path, "--plan", "y" * 300]):
+        result = reattend(*arguments, *(["--dry-run"] if arguments[0] == "convert" else []))
+        assert result.exit_code == EXIT_BAD_INPUT
+        assert "cannot be used" in result.stderr
+        assert "File name too long" in result.stderr
 
 
 def test_an_interrupt_is_6() -> None:
