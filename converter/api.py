@@ -37,6 +37,8 @@ class Result:
         report: what was done, and the proof.
         run: times and measured memory of this run; None when it was already complete.
         out: the published folder, or None.
+        tokenizer: the original's, or the one that was given.
+        original: the folder of the original, whose licence and processor go with the result.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Result:
     run: Run | None = None
     out: Path | None = None
     tokenizer: Any = None
+    original: Path | None = None
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Publish checkpoint, tokenizer and report into `folder` (through `folder.partial`).

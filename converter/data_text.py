@@ -185,7 +185,7 @@ def _piece_of_line(line: str, where: str) -> Piece:
     """
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(
             "A line is not JSON.",
             where=where,

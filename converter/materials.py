@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reattend.data import Dataset, load_data, self_data
 from reattend.data_text import BLOCK_BYTES, pieces_of_path
 from reattend.errors import DataError
 from reattend.inputs import is_hf
 from reattend.plan import Plan
+from reattend.preflight import longest_text
 from reattend.source import Source
+from reattend.source_load import read_tokenizer
 
 #: Rows held back for measuring quality (never calibrated on), and their largest share.
 HELD_ROWS, HELD_SHARE = 16, 8
@@ -80,6 +84,13 @@ def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: 
         data = settings.data
     if data is None or (isinstance(data, str) and data == "self"):
         return _own(source, plan, seed, needed)
+    if source.tokenizer is None and source.home is not None and text_block(plan, data):
+        raise DataError(
+            "Text data needs a tokenizer.",
+            where=source.name,
+            why=read_tokenizer(str(source.home), True, False)[1],
+            next_step="copy the model's tokenizer files again, or pass token ids as tensors",
+        )
     read = settings.statistics_tokens
     if settings.trains:
         read = max(read, min(settings.tokens, 4_000_000))
@@ -88,6 +99,7 @@ def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: 
         tokens=read + HELD_ROWS * settings.seq_len, seed=seed,
     )  # fmt: skip
     check_ids(whole, source.model)
+    check_length(whole, source.model)
     materials = Materials(fingerprint=whole.fingerprint)
     if not _has_ids(whole):
         materials.statistics = materials.training = whole
@@ -122,6 +134,33 @@ def check_ids(data: Dataset, model: Any) -> None:
             why=f"the largest is {largest}; the model's embedding has {known} rows, from 0",
             next_step="use the tokenizer that belongs to this model",
         )
+
+
+def check_length(data: Dataset, model: Any) -> None:
+    """Refuse rows longer than the model can read: a table of positions ends, a rotation does not.
+
+    Only rows longer than the config's own limit are tried, in one run of one row.
+
+    Raises:
+        DataError: naming both lengths.
+    """
+    longest = longest_text(model) if is_hf(model) and _has_ids(data) else None
+    row = {name: tensor[:1] for name, tensor in data.blocks[0].items()} if longest else {}
+    if longest is None or row["input_ids"].shape[1] <= longest:
+        return
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model(**{name: tensor.to(device) for name, tensor in row.items()})
+    except (IndexError, RuntimeError) as problem:
+        raise DataError(
+            "the rows of the data are longer than the model reads",
+            where="calibrate.seq_len",
+            why=f"{row['input_ids'].shape[1]} tokens; its config says {longest} at most",
+            next_step=f"set calibrate.seq_len to {longest} or less",
+        ) from problem
+    except (TypeError, ValueError):  # it wants further inputs: statistics will say which
+        return
 
 
 def _vocabulary(model: Any) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from reattend.durable import os_errors_explained
 from reattend.errors import OutputError
 from reattend.weight_files import hash_file
 
@@ -58,8 +59,13 @@ def check_claimable(out: Path) -> None:
     Raises:
         OutputError: it is taken by something that is not ours, or cannot be written.
     """
+    with os_errors_explained(out):  # a name that the system refuses to look up
+        _check_claimable(out)
+
+
+def _check_claimable(out: Path) -> None:
     for folder in (out, partial_of(out)):
-        if folder.is_file():
+        if folder.is_file() or (folder.is_symlink() and not folder.exists()):
             raise foreign(folder)
         inside = [p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".tmp")]
         if inside and inputs_of(folder) is None:

@@ -83,7 +83,7 @@ class Job:
         with self._workdir(source, materials) as work:
             complete = work is not None and work.state == "complete"
             if self.out is not None and agreed(complete, source.device):
-                return self._already_there(self.out.expanduser().absolute())
+                return self._already_there(self.out.expanduser().absolute(), source)
             return self._convert(source, found, choices, materials, work)
 
     def dry_run(self, model: Any, **opening: Any) -> tuple[list[Choice], Prediction]:
@@ -151,11 +151,11 @@ class Job:
         failed_checks = [p for p in report.parity if p.verdict == "fail"]
         if failed or failed_checks:
             raise gate_error(failed, failed_checks)
-        result = Result(done.model, report, None, None, source.tokenizer)
+        result = Result(done.model, report, None, None, source.tokenizer, source.home)
         if work is not None:
             from reattend.publishing import publish_result
 
-            self._stage("publish", lambda: publish_result(result, work, source))
+            self._stage("publish", lambda: publish_result(result, work))
             for target in self.plan.targets:
                 stage = f"lower to {target_name(target)}"
                 self._stage(stage, lambda target=target: lower(result, work, target))
@@ -182,12 +182,13 @@ class Job:
                 self._tell("resume", message="continuing an interrupted run")
             yield work
 
-    def _already_there(self, out: Path) -> Result:
+    def _already_there(self, out: Path, source: Source) -> Result:
         from reattend.publishing import load_folder
         from reattend.report import Report
 
         self._tell("done", message=f"{out.name} is already complete: nothing to do")
-        return Result(load_folder(out, None), Report.load(out), None, out)
+        model, report = load_folder(out, None), Report.load(out)
+        return Result(model, report, None, out, source.tokenizer, source.home)
 
     def _statistics(
         self,

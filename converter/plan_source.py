@@ -13,12 +13,13 @@ from reattend.plans import preset_names, preset_text
 PLAN_VERSION = 1
 
 
-def fetch(source: str | Path, base: Path) -> tuple[dict[str, Any], str, Path]:
+def fetch(source: str | Path, base: Path, asker: str = "plan") -> tuple[dict[str, Any], str, Path]:
     """Read a preset or a file.
 
     Args:
         source: the name of a preset, or a path.
         base: the folder that a relative path starts from.
+        asker: who names it, for errors: the plan that extends it.
 
     Returns:
         The mapping, the name that errors use for it, and the folder its `extends` starts from.
@@ -33,7 +34,8 @@ def fetch(source: str | Path, base: Path) -> tuple[dict[str, Any], str, Path]:
     path = base / Path(name).expanduser()
     if path.is_file():
         return read_mapping(path, name), name, path.parent
-    if isinstance(source, Path) or path.suffix in (".yaml", ".yml") or len(Path(name).parts) > 1:
+    written = path.suffix in (".yaml", ".yml") or len(Path(name).parts) > 1
+    if isinstance(source, Path) or written or (name and path.exists()):
         why = "it is no ordinary file" if path.exists() else "there is no such file"
         why = "it is a folder" if path.is_dir() else why
         raise PlanError(
@@ -42,7 +44,7 @@ def fetch(source: str | Path, base: Path) -> tuple[dict[str, Any], str, Path]:
             why=why,
             next_step=f"check the path, or use a shipped plan: {', '.join(preset_names())}",
         )
-    raise unknown_name("plan", name, preset_names(), "plan")
+    raise unknown_name("plan", name, preset_names(), asker)
 
 
 def extended(data: dict[str, Any], where: str, base: Path, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def extended(data: dict[str, Any], where: str, base: Path, seen: tuple[str, ...]
             next_step=f"name one plan: {', '.join(preset_names())}, or the path of a file",
         )
     check_version(data, where)
-    parent, parent_where, parent_base = fetch(source, base)
+    parent, parent_where, parent_base = fetch(source, base, f"{where}: extends")
     mark = parent_where if source in preset_names() else str((base / source).resolve())
     if mark in seen:
         raise PlanError(

@@ -34,6 +34,13 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     try:
         return YAML(typ="safe", pure=True).load(text)
+    except RecursionError as error:
+        raise PlanError(
+            "the plan is not YAML",
+            where=where,
+            why="it is nested deeper than any plan",
+            next_step="pass a YAML file; `reattend plans show transmla > plan.yaml` writes one",
+        ) from error
     except YAMLError as error:
         hint = "check the indentation and the quotes at the line named above"
         if "alias" in str(error):

@@ -15,7 +15,6 @@ from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter
 from reattend.install.stored import FORMAT, check_format, describe, install_empty
 from reattend.sharing import address
-from reattend.source import Source
 from reattend.weight_files import check_files, read_config
 from reattend.workdir import Workdir
 
@@ -23,18 +22,20 @@ if TYPE_CHECKING:
     from reattend.api import Result
 
 SITES_FILE = "reattend.json"
-_CARRIED = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+#: of the original's folder: what its licence asks for, and how its images and chats are prepared
+_CARRIED = (
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "*processor_config.json", "chat_template.*",
+)  # fmt: skip
 
 
-def publish_result(result: Result, work: Workdir, source: Source | None) -> None:
-    """Checkpoint, tokenizer, licence, plan and report, file by file."""
+def publish_result(result: Result, work: Workdir) -> None:
+    """Checkpoint, tokenizer, licence and processor, plan and report, file by file."""
 
     def write(folder: Path) -> None:
         write_checkpoint(result.model, result.tokenizer, folder)
-        if source is not None and source.folder is not None:
-            for pattern in _CARRIED:
-                for file in sorted(source.folder.glob(pattern)):
-                    shutil.copyfile(file, folder / file.name)
+        if result.original is not None:
+            _carry(result.original, folder)
 
     work.publish_folder(write)
     plan = json.dumps(result.report.plan, sort_keys=True, indent=2) + "\n"
@@ -42,6 +43,14 @@ def publish_result(result: Result, work: Workdir, source: Source | None) -> None
     work.publish_bytes("report.json", result.report.to_json().encode())
     work.publish_bytes("report.md", result.report.to_markdown().encode())
     work.publish_bytes("report.html", result.report.to_html().encode())
+
+
+def _carry(original: Path, folder: Path) -> None:
+    """Copy what belongs to the original's files and was not written yet."""
+    for pattern in _CARRIED:
+        for file in sorted(original.glob(pattern)):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
 
 
 def write_checkpoint(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -74,7 +83,7 @@ def save_result(result: Result, folder: Path, *, overwrite: bool) -> Path:
     with Workdir.open(folder, fingerprint, overwrite) as work:
         if work.state == "complete":
             return work.out
-        publish_result(result, work, None)
+        publish_result(result, work)
         if result.run is not None:
             work.publish_bytes("run.json", result.run.to_json().encode())
         return work.finish()

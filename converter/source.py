@@ -24,7 +24,8 @@ class Source:
     Attributes:
         model: in eval mode; never changed by the pipeline.
         name: what the user calls it; never a path.
-        folder: where its files lie, None for a live module.
+        folder: where its files lie, None for a live module or an id.
+        home: the same, for an id its place in the local cache.
         owned: we loaded it, so its tensors may be used freely.
         hashes: sha256 by weight file, or of the state dict of a live module.
     """
@@ -35,6 +36,7 @@ class Source:
     folder: Path | None
     owned: bool
     hashes: dict[str, str]
+    home: Path | None = None
 
     @property
     def state(self) -> list[Any]:
@@ -73,14 +75,14 @@ def open_source(
         hashes = {"state_dict": _hash_state(model)}
         source = Source(model, tokenizer, type(model).__name__, None, False, hashes)
     elif isinstance(model, str | Path):
-        loaded, found, folder = load_source(
+        loaded, found, folder, home = load_source(
             str(model), device=device, device_map=device_map, dtype=dtype,
             trust_remote_code=trust_remote_code, tokenizer=tokenizer,
         )  # fmt: skip
         check_weights(loaded)
         hashes = hash_files(folder) if folder else {"state_dict": _hash_state(loaded)}
         name = folder.name if folder else str(model)
-        source = Source(loaded, found, name, folder, True, hashes)
+        source = Source(loaded, found, name, folder, True, hashes, home)
     else:
         raise ArgumentError(
             f"not a model: {type(model).__name__}",

@@ -16,8 +16,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 def load_source(
     given: str, *, tokenizer: Any, device: Any, device_map: Any, dtype: Any, trust_remote_code: bool
-) -> tuple[nn.Module, Any, Path | None]:
-    """The model in eval mode, its tokenizer if there is one, and its folder if it was one.
+) -> tuple[nn.Module, Any, Path | None, Path]:
+    """The model in eval mode, its tokenizer, its folder if it was one, and where its files lie.
 
     Raises:
         ModelError: missing folder or config, damaged or pickled weights, remote code, quantised
@@ -29,12 +29,15 @@ def load_source(
     architecture = read_architecture(given, trust_remote_code)
     if local:
         check_files(folder)
+        if (folder / "generation_config.json").is_file():  # transformers would drop a damaged one
+            read_config(folder / "generation_config.json")
     model = _from_pretrained(given, local, architecture, device_map, dtype, trust_remote_code)
     if device is not None:
         model = _moved(model, device)
     if tokenizer is None:
         tokenizer = find_tokenizer(given, local, trust_remote_code)
-    return model.eval(), tokenizer, folder if local else None
+    home = folder if local else _cached_config(given).parent
+    return model.eval(), tokenizer, folder if local else None, home
 
 
 def read_architecture(given: str, trust_remote_code: bool) -> str | None:
@@ -189,10 +192,10 @@ def complete(model: nn.Module, loading_info: dict[str, Any], where: str) -> nn.M
 
 def _dtype(dtype: Any) -> Any:
     """A torch dtype from what the user wrote; None keeps the checkpoint's."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return dtype or "auto"
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if found not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ArgumentError(
             f"unknown dtype {str(dtype)!r}",
             why="known here: float32, float64, bfloat16, float16, auto",
@@ -218,12 +221,19 @@ def _moved(model: nn.Module, device: Any) -> nn.Module:
 
 
 def find_tokenizer(given: str, local: bool, trust: bool) -> Any:
-    """The model's tokenizer, None if it has none."""
+    """The model's tokenizer, None if it has none: data as tensors still works."""
+    return read_tokenizer(given, local, trust)[0]
+
+
+def read_tokenizer(given: str, local: bool, trust: bool) -> tuple[Any, str]:
+    """The model's tokenizer and "", or None and why there is none."""
     if local and not any((Path(given) / n).exists() for n in _TOKENIZER_FILES):
-        return None
+        return None, "the model's folder has none"
     from transformers import AutoTokenizer
 
+    settings = {"local_files_only": True, "trust_remote_code": trust}
     try:
-        return AutoTokenizer.from_pretrained(given, local_files_only=True, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None  # data as tensors still works; text data will name the missing tokenizer
+        return AutoTokenizer.from_pretrained(given, **settings), ""
+    except Exception as problem:  # its files can make any part of transformers and tokenizers fail
+        first = (str(problem).strip().splitlines() or [""])[0]
+        return None, f"the model's own cannot be read: {type(problem).__name__}: {first}"

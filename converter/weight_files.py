@@ -18,7 +18,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, RecursionError) as problem:
         raise ModelError(
             f"{file.name} is not JSON",
             where=str(file),
@@ -64,8 +64,15 @@ def check_files(folder: Path) -> None:
             raise ModelError("a weight file holds no tensor", where=str(file))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set((read_config(index).get("weight_map") or {}).values())
-        missing = sorted(wanted - {f.name for f in files})
+        placed = read_config(index).get("weight_map") or {}
+        if not isinstance(placed, dict) or not all(isinstance(n, str) for n in placed.values()):
+            raise ModelError(
+                "the index of the weight files is damaged",
+                where=str(index),
+                why="`weight_map` does not map tensors to files",
+                next_step="copy or download it again",
+            )
+        missing = sorted(set(placed.values()) - {f.name for f in files})
         if missing:
             raise ModelError(
                 "a weight file is missing", where=str(folder / missing[0]),

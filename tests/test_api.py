@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo_models
+from transformers import AutoTokenizer
 
 from reattend import Plan, Report, convert, export, load
 from reattend.errors import ArgumentError, DataError, GateError, NothingFoundError, OutputError
@@ -30,6 +32,25 @@ def test_save_publishes_what_convert_would(tmp_path: Path) -> None:
     ids = data()[:1, :9]
     with torch.no_grad():
         assert torch.equal(load(folder)(ids).logits, result.model(ids).logits)
+
+
+def test_what_belongs_to_the_original_goes_with_the_result(tiny_path: Path, tmp_path: Path) -> None:
+    """Its licence, tokenizer, chat template and how it prepares images; not its other files."""
+    model = Path(shutil.copytree(tiny_path, tmp_path / "model"))
+    (model / "tokenizer_config.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(model)
+    carried = ("LICENSE.txt", "NOTICE", "preprocessor_config.json")
+    for name in (*carried, "train.log"):
+        (model / name).write_text(f"{{}} {name}")
+    first = convert(model, plan="identity", out=tmp_path / "out")
+    again = convert(model, plan="identity", out=tmp_path / "out")
+    for out in (tmp_path / "out", first.save(tmp_path / "a"), again.save(tmp_path / "b")):
+        assert all((out / name).read_text() == f"{{}} {name}" for name in carried)
+        assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+        assert (out / "generation_config.json").is_file()
+        assert not (out / "train.log").exists()
 
 
 def test_save_does_not_overwrite_unasked(tmp_path: Path) -> None:

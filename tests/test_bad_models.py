@@ -13,6 +13,7 @@ import pytest
 import torch
 from bad_calls import FAST, Change, cut, reattend, refused, untouched
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from reattend.errors import (
     EXIT_BAD_INPUT,
@@ -53,6 +54,10 @@ def index_of_two(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def index_of_nothing(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+
+
 def poison(name: str, value: float) -> Change:
     return edit_weights(lambda w: w[name].view(-1)[3].fill_(value))
 
@@ -67,12 +72,18 @@ K = "model.layers.1.self_attn.k_proj.weight"
         (lambda m: (m / "config.json").unlink(), ("no config.json",)),
         (lambda m: (m / "config.json").write_text("{"), ("config.json is not JSON",)),
         (lambda m: (m / "config.json").write_text("[]"), ("not a JSON object",)),
+        (lambda m: (m / "config.json").write_text("[" * 100_000), ("config.json is not JSON",)),
         (lambda m: (m / "model.safetensors").unlink(), ("no safetensors weights",)),
         (only_pickle, ("pytorch_model.bin", "could run code")),
         (cut(0.5), ("damaged or cut short", "model.safetensors")),
         (cut(0), ("damaged or cut short", "model.safetensors")),
         (lambda m: (m / "model.safetensors").write_bytes(os.urandom(5000)), ("damaged",)),
+        (
+            lambda m: (m / "generation_config.json").write_text("{"),
+            ("generation_config.json is not",),
+        ),
         (index_of_two, ("a weight file is missing", "model-2.safetensors")),
+        (index_of_nothing, ("the index of the weight files is damaged", "index.json")),
         (edit_weights(lambda w: w.pop(K)), ("does not hold every weight", K)),
         (edit_weights(lambda w: w.update({K: w[K][:3].clone()})), ("cannot be loaded",)),
         (poison(K, float("nan")), ("a weight holds NaN", K)),
@@ -108,6 +119,7 @@ def test_code_in_the_models_folder_is_not_run(model: Path, tmp_path: Path) -> No
         ("a.txt", b"too short", ("too short",)),
         ("a.jsonl", b'{"txt": "a"}\n', ("`text`", "a.jsonl:1")),
         ("a.jsonl", b"{", ("not JSON", "a.jsonl:1")),
+        ("a.jsonl", b"[" * 100_000, ("not JSON", "a.jsonl:1")),
         ("a.csv", b"a,b", (".csv",)),
     ],
 )
@@ -122,11 +134,31 @@ def test_data(
     untouched(tmp_path)
 
 
-def test_text_without_a_tokenizer(model: Path, tiny_text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "folder has none"), ("{broken", "own cannot be read")]
+)
+def test_text_without_a_tokenizer(
+    content: str | None, why: str, model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
     for file in model.glob("tokenizer*"):
-        file.unlink()
+        file.unlink() if content is None else file.write_text(content)
     result = reattend("convert", model, "--data", tiny_text, "--out", tmp_path / "out")
-    refused(result, EXIT_BAD_INPUT, "needs a tokenizer")
+    refused(result, EXIT_BAD_INPUT, "needs a tokenizer", why)
+    untouched(tmp_path)
+
+
+def test_rows_longer_than_a_table_of_positions(
+    tiny_path: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """The default rows have 256 tokens; a rotation goes on, a table of 64 positions does not."""
+    model = tmp_path / "model"
+    sizes = {"vocab_size": 40, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained(model)
+    for file in tiny_path.glob("tokenizer*"):
+        shutil.copy(file, model)
+    command = ["convert", model, "--data", tiny_text, "--out", tmp_path / "out"]
+    parts = ("longer than the model reads", "256 tokens; its config says 64", "64 or less")
+    refused(reattend(*command), EXIT_BAD_INPUT, *parts)
     untouched(tmp_path)
 
 

@@ -17,7 +17,9 @@ from reattend.errors import (
 )
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "partial", "below a file", "named partial"])
+@pytest.mark.parametrize(
+    "kind", ["file", "folder", "partial", "below a file", "named partial", "link", "long"]
+)
 def test_outputs_that_are_taken(
     kind: str, tiny_path: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
@@ -28,6 +30,10 @@ def test_outputs_that_are_taken(
     elif kind == "below a file":
         thesis.write_text("mine")
         out, parts = thesis / "o", ("is a file", "another --out")
+    elif kind == "link":
+        out.symlink_to(tmp_path / "nowhere")
+    elif kind == "long":
+        out, parts = tmp_path / ("x" * 300), ("cannot be written", "another --out")
     elif kind == "named partial":
         out, parts = tmp_path / "x.partial", ("*.partial", "")
     else:
