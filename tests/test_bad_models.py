@@ -164,9 +164,10 @@ def test_rows_longer_than_a_table_of_positions(
 
 @pytest.mark.parametrize("setting", ["calibrate.tokens=1000", "verify.max_ppl_increase=0.1"])
 def test_training_and_gates_need_text(setting: str, tiny_path: Path, tmp_path: Path) -> None:
-    result = reattend("convert", tiny_path, "--set", setting, "--out", tmp_path / "out")
-    refused(result, EXIT_BAD_INPUT, "real text", "--data")
-    untouched(tmp_path)
+    for data in ([], ["--data", "self"]):
+        result = reattend("convert", tiny_path, "--set", setting, *data, "--out", tmp_path / "out")
+        refused(result, EXIT_BAD_INPUT, "real text", "--data")
+        untouched(tmp_path)
 
 
 def test_a_failed_gate_publishes_nothing(tiny_path: Path, tiny_text: Path, tmp_path: Path) -> None:
