@@ -128,6 +128,13 @@ def test_the_readme_is_short_until_it_is_opened():
     assert shown.count(":begin -->") == 1, "one table of results; the others are folded"
 
 
+def test_the_readme_names_every_conversion():
+    from reattend.passes.rewrite.registry import conversion_names
+
+    table = README.partition("## What attention can become\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == conversion_names()
+
+
 def files_named_in(document):
     """Relative paths in backticks or links that claim to be files or folders of the repository."""
     text = re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)
