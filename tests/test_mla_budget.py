@@ -14,7 +14,7 @@ from reattend.passes.rewrite.base import Subject
 from reattend.passes.rewrite.knapsack import Curve, knapsack
 from reattend.passes.rewrite.mla import MlaOptions, ToMla
 from reattend.passes.rewrite.mla_budget import allocate, by_energy, curve
-from reattend.passes.rewrite.mla_error import RATIOS, Sample, best_ratio
+from reattend.passes.rewrite.mla_error import RATIOS, SHRINKAGES, Sample, best_solution
 from reattend.passes.rewrite.mla_sizes import resolve
 
 AUTO: dict[str, Any] = {"kv_lora_rank": "auto", "qk_rope_head_dim": "auto"}
@@ -107,18 +107,29 @@ def test_equal_energy_gives_more_rank_to_the_flatter_spectrum() -> None:
     assert more + less + 16 <= 32
 
 
-def test_derived_balance_is_the_best_that_was_tried() -> None:
-    options = MlaOptions(kv_lora_rank=12, qk_rope_head_dim=8, balance="derived")
+@pytest.mark.parametrize(
+    ("name", "choices", "more"),
+    [
+        ("balance", RATIOS, {}),
+        ("shrinkage", SHRINKAGES, {"latent": "care", "center": False}),
+    ],
+)
+def test_what_is_derived_is_the_best_that_was_tried(
+    name: str, choices: tuple[float, ...], more: dict[str, Any]
+) -> None:
+    options = MlaOptions(kv_lora_rank=12, qk_rope_head_dim=8, **{name: "derived"}, **more)
     site = subject(options)
     sizes = resolve(site.dense.config, options)
-    ratio, _ = best_ratio(site.dense, site.statistics, options, sizes)
+    found, _ = best_solution(site.dense, site.statistics, options, sizes)
     sample = Sample(site.dense, site.statistics.samples)
     errors = {}
-    for tried in RATIOS:
-        fixed = options.model_copy(update={"balance": tried})
+    for tried in choices:
+        fixed = options.model_copy(update={name: tried})
         errors[tried] = sample.error(ToMla().build(site.dense, site.statistics, fixed).mixer)
-    assert errors[ratio] == min(errors.values())
-    assert len(set(errors.values())) == len(RATIOS)
+    assert errors[getattr(found, name)] == min(errors.values())
+    assert len(set(errors.values())) == len(choices)
+    chosen = sample.error(ToMla().build(site.dense, site.statistics, options).mixer)
+    assert chosen == min(errors.values())
 
 
 def test_without_a_measure_errors_are_relative_to_the_output() -> None:

@@ -32,7 +32,7 @@ RULE: list[tuple[dict[str, Any], str]] = [
     ({"balance": -1}, "balance must be a number > 0 or derived or none, got -1"),
     ({"latent_norm": "layer"}, "latent_norm must be none or rms, got 'layer'"),
     ({"q_lora_rank": 0}, "q_lora_rank must be a whole number >= 1 or null, got 0"),
-    ({"shrinkage": 1}, "shrinkage must be a number >= 0 and < 1, got 1"),
+    ({"shrinkage": 1}, "shrinkage must be a number >= 0 and < 1 or derived, got 1"),
     ({"allow_growth": "maybe"}, "allow_growth must be true or false, got 'maybe'"),
     ({"mixing": "none"}, "mixing: none does not go with rope_select: global"),
     ({"layers": {}}, "layers must be a list of a whole number or a text or null, got {}"),

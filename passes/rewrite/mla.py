@@ -26,7 +26,7 @@ from reattend.passes.rewrite.base import (
     regrouped,
 )
 from reattend.passes.rewrite.mla_budget import allocate
-from reattend.passes.rewrite.mla_error import best_norm, best_ratio
+from reattend.passes.rewrite.mla_error import best_norm, best_solution
 from reattend.passes.rewrite.mla_options import MlaOptions
 from reattend.passes.rewrite.mla_select import planned_columns
 from reattend.passes.rewrite.mla_sizes import FIT, is_exact, resolve
@@ -140,8 +140,8 @@ class ToMla(Conversion):
         sizes = resolve(config, options)
         assert not isinstance(sizes, Refusal)
         _require(statistics, self.wants(config, options))
-        if options.balance == "derived":
-            _, solved = best_ratio(dense, statistics, options, sizes)
+        if options.derived:
+            options, solved = best_solution(dense, statistics, options, sizes)
         else:
             ratio = options.balance if isinstance(options.balance, float) else None
             solved = solve(dense, statistics, options, sizes, ratio)
@@ -175,7 +175,7 @@ class ToMla(Conversion):
             found.add("attention")
         if options.latent == "care":
             found.add("inputs")
-        measured = options.balance == "derived" or options.latent_norm == "rms"
+        measured = options.derived or options.latent_norm == "rms"
         if measured or (options.automatic and options.allocate == "error"):
             found.add("sample")
         return frozenset(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from reattend.statistics import SiteStatistics
 
 #: Ratios that `balance: derived` tries.
 RATIOS = (0.5, 0.7, 1.0, 1.4, 2.0)
+#: What `shrinkage: derived` tries.
+SHRINKAGES = (0.01, 0.0, 0.003, 0.03, 0.1, 0.3)
 
 
 class Sample:
@@ -42,19 +46,27 @@ class Sample:
         return total / max(tokens, 1)
 
 
-def best_ratio(
+def best_solution(
     dense: DenseAttention, statistics: SiteStatistics, options: MlaOptions, sizes: Sizes
-) -> tuple[float, Solved]:
-    """The balance with the least output error on the sample, and its solution."""
+) -> tuple[MlaOptions, Solved]:
+    """The balance and shrinkage, where they are `derived`, with the least output error on the
+    sample; and the solution.
+    """
     assert statistics.samples
     sample = Sample(dense, statistics.samples)
-    best: tuple[float, float, Solved] | None = None
-    for ratio in RATIOS:
-        solved = solve(dense, statistics, options, sizes, ratio)
-        mixer, _ = assemble(dense, statistics, options, sizes, solved)
+    ratios = RATIOS if options.balance == "derived" else (options.balance,)
+    shrinkages = SHRINKAGES if options.shrinkage == "derived" else (options.shrinkage,)
+    if options.latent != "care":
+        shrinkages = shrinkages[:1]
+    best: tuple[float, MlaOptions, Solved] | None = None
+    for balance, shrinkage in itertools.product(ratios, shrinkages):
+        tried = options.model_copy(update={"balance": balance, "shrinkage": shrinkage})
+        ratio = None if balance == "none" else float(balance)
+        solved = solve(dense, statistics, tried, sizes, ratio)
+        mixer, _ = assemble(dense, statistics, tried, sizes, solved)
         error = sample.error(mixer)
         if best is None or error < best[0]:  # one solution at a time: they are large
-            best = error, ratio, solved
+            best = error, tried, solved
     assert best is not None
     return best[1:]
 

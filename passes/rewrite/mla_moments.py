@@ -24,7 +24,7 @@ def latent_moment(
     if options.latent in ("care", "svd"):
         weight = torch.cat([dense.k_proj.weight, dense.v_proj.weight]).detach().double().cpu()
         if options.latent == "care":
-            weight = weight @ shrunk_root(statistics, options.shrinkage)
+            weight = weight @ shrunk_root(statistics, options.shrunk)
         return weight @ weight.t(), zero
     count = float(max(statistics.count, 1))
     gram, total = statistics.gram, statistics.total

@@ -42,7 +42,7 @@ class MlaOptions(Frozen):
         balance: weight of keys against values (TransMLA's balance_kv_ratio): 1 is equal,
             `derived` tries a few on the sample, `none` leaves both as they are.
         center: compress deviations from the mean, which is put back exactly.
-        shrinkage: of `latent: care`, towards the identity.
+        shrinkage: of `latent: care`, towards the identity: `derived` tries a few on the sample.
         fold: adjacent frequencies mixed in the published selection; `auto`: the smallest fit.
         q_lora_rank: rank of the query projection, none for a full one.
         latent_norm: `rms` puts DeepSeek's RMSNorm on the latent, its gain set to the mean size and
@@ -61,7 +61,7 @@ class MlaOptions(Frozen):
     latent: Literal["pca", "output", "care", "svd"] = "output"
     balance: Annotated[float, Field(gt=0)] | Literal["derived", "none"] = 1.0
     center: bool = True
-    shrinkage: float = Field(default=0.01, ge=0, lt=1)
+    shrinkage: Annotated[float, Field(ge=0, lt=1)] | Literal["derived"] = 0.01
     fold: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     q_lora_rank: int | None = Field(default=None, ge=1)
     latent_norm: Literal["none", "rms"] = "none"
@@ -91,6 +91,17 @@ class MlaOptions(Frozen):
     def published(self) -> bool:
         """Whether the rotary selection is TransMLA's own, with its fold."""
         return self.mixing == "real" and self.rope_select == "per-frequency"
+
+    @property
+    def derived(self) -> bool:
+        """Whether something is chosen by the block's output error on the sample."""
+        return self.balance == "derived" or (self.latent == "care" and self.shrinkage == "derived")
+
+    @property
+    def shrunk(self) -> float:
+        """`shrinkage` as a number: the default one while it is not derived yet."""
+        usual: float = MlaOptions.model_fields["shrinkage"].default
+        return usual if self.shrinkage == "derived" else self.shrinkage
 
     @property
     def automatic(self) -> bool:
