@@ -67,7 +67,7 @@ SECTIONS: list[tuple[dict[str, Any], str]] = [
 FORMS: list[tuple[dict[str, Any], str]] = [
     ({"rules": [{1: 2}]}, "`to` is missing"),
     ({"rules": ["mla"]}, "found str: 'mla'"),
-    ({"rules": [{"sites": "*", "to": 3}]}, "dense, keep, "),
+    ({"rules": [{"sites": "*", "to": 3}]}, "keep, linear, "),
     ({"rules": [{"sites": "*", "to": "keep", "kv_keep": 1}]}, "known here: heads, layers"),
     ({1: 2, "rules": []}, "known here: calibrate"),
     ({"rules": [], "extends": ["transmla"]}, "got ['transmla']"),
