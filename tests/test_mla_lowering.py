@@ -30,24 +30,27 @@ PAPER = {
     "mixing": "real", "rope_select": "per-frequency", "phase": "one", "rope_table": "strided",
     "latent": "pca", "center": False,
 }  # fmt: skip
+#: options that do not exclude each other share a layer: what an export takes grows with the layers
 OPTIONS: dict[str, dict[str, Any]] = {
     "unequal layers": UNEQUAL,
-    "auto sizes": {"to": "mla", "kv_keep": 0.5, "kv_lora_rank": "auto", "qk_rope_head_dim": "auto"},
-    "energy": {
-        "to": "mla", "kv_keep": 0.5, "kv_lora_rank": "auto", "qk_rope_head_dim": 4,
-        "allocate": "energy",
+    "auto sizes, derived ratio": {
+        "to": "mla", "kv_keep": 0.5, "kv_lora_rank": "auto", "qk_rope_head_dim": "auto",
+        "balance": "derived",
     },
-    "as published, folded": {**MLA, **PAPER},
-    "complex, one phase": {**MLA, "mixing": "complex", "phase": "one"},
-    "strided": {**MLA, "rope_select": "per-frequency", "rope_table": "strided"},
-    "per-head": {**MLA, "mixing": "none", "rope_select": "per-head"},
-    "mean-key": {
+    "energy, strided": {
+        "to": "mla", "kv_keep": 0.5, "kv_lora_rank": "auto", "qk_rope_head_dim": 4,
+        "allocate": "energy", "rope_select": "per-frequency", "rope_table": "strided",
+    },
+    "as published, folded, low-rank queries": {**MLA, **PAPER, "q_lora_rank": 12},
+    "complex, one phase, latent norm": {
+        **MLA, "mixing": "complex", "phase": "one", "latent_norm": "rms",
+    },
+    "per-head, care": {
+        **MLA, "mixing": "none", "rope_select": "per-head", "latent": "care", "center": False,
+    },
+    "mean-key, svd": {
         **MLA, "mixing": "none", "rope_select": "mean-key", "phase": "one", "latent": "svd",
     },
-    "care": {**MLA, "latent": "care", "center": False},
-    "ratio derived": {**MLA, "balance": "derived"},
-    "low-rank queries": {**MLA, "q_lora_rank": 12},
-    "latent norm": {**MLA, "latent_norm": "rms"},
     "all rotated": {"to": "mla", "kv_lora_rank": 16, "qk_rope_head_dim": 16, "fold": 1},
     "nothing rotated": {"to": "mla", "kv_lora_rank": 12, "qk_rope_head_dim": 0},
 }  # fmt: skip
@@ -113,16 +116,11 @@ def test_layers_of_unequal_sizes_with_free_tables(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_option(tmp_path: Path) -> None:
-    """One model with a layer, or two that share a budget, of each: an export takes its time."""
-    rules: list[dict[str, Any]] = []
-    layers = 0
-    for options in OPTIONS.values():
-        if options is not UNEQUAL:
-            more = 2 if options.get("kv_lora_rank") == "auto" else 1
-            rules.append({"layers": list(range(layers, layers + more)), **options})
-            layers += more
-    model = converted(tiny(num_hidden_layers=layers), *rules)
-    assert len(shapes(model)) == layers
+    """One model with a layer of each."""
+    each = [options for options in OPTIONS.values() if options is not UNEQUAL]
+    rules = [{"layers": [layer], **options} for layer, options in enumerate(each)]
+    model = converted(tiny(num_hidden_layers=len(each)), *rules)
+    assert len(shapes(model)) == len(each)
     runs_everywhere(model, tmp_path / "out")
 
 
