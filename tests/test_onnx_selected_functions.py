@@ -17,7 +17,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from test_onnx_sparse_functions import SCALE, START, B, D, E, G, H, T, one_node, rows  # noqa: E402
 
-from reattend.mixers.config import CoreConfig  # noqa: E402
+from reattend.mixers.config import CoreConfig, RotaryConfig  # noqa: E402
 from reattend.mixers.selecting.methods import method  # noqa: E402
 from reattend.patterns.pattern import HeadPattern  # noqa: E402
 from reattend.targets.onnx.functions import Uses  # noqa: E402
@@ -32,6 +32,10 @@ POOLED = {**BLOCKS, "queries": "pooled"}
 LINES = {
     "kind": "vertical-slash", "columns": 4, "slashes": 5, "last_queries": 6, "first_columns": 1,
     "last_slashes": 2,
+}  # fmt: skip
+ATTENDED = {**BLOCKS, "key": "attended", "first": 1, "last": 2}
+CHUNKS = {
+    "kind": "segments", "window": 2, "apart": 3, "longest": 7, "local": 4, "hidden": 5,
 }  # fmt: skip
 #: pattern, window of the block, softcap
 CASES: dict[str, tuple[dict[str, Any], int, float]] = {
@@ -51,14 +55,36 @@ CASES: dict[str, tuple[dict[str, Any], int, float]] = {
     "pooled": ({"select": {**POOLED, "ratio": 0.3}}, 0, 0.0),
     "pooled, beside a window": ({"select": {**POOLED, "topp": 0.6}, "window": 7}, 30, 1.5),
     "pooled with a threshold": ({"select": {**POOLED, "threshold": 0.1}}, 0, 0.0),
+    "anchored": ({"select": {**BLOCKS, "topk": 4, "first": 1, "last": 2}}, 0, 0.0),
+    "anchored with a threshold": (
+        {"select": {**BLOCKS, "threshold": 0.15, "first": 2}, "window": 3}, 40, 1.5,
+    ),
+    "attended": ({"select": {**ATTENDED, "topk": 5}}, 0, 0.0),
+    "attended, few of many": ({"select": {**ATTENDED, "ratio": 0.1}, "sinks": 6}, 30, 1.5),
+    "values": ({"select": {"kind": "values", "topk": 6}}, 0, 0.0),
+    "values beside a window": (
+        {"select": {"kind": "values", "ratio": 0.2}, "sinks": 1, "window": 4}, 25, 2.0,
+    ),
+    "chunks": ({"select": {**CHUNKS, "topk": 20}}, 0, 0.0),
+    "chunks beside sinks": (
+        {"select": {**CHUNKS, "apart": 0, "theta": 1.2, "ratio": 0.5}, "sinks": 3}, 35, 1.5,
+    ),
     "lines": ({"select": LINES}, 0, 0.0),
     "lines, capped": ({"select": {**LINES, "last_queries": 3}, "sinks": 2}, 0, 2.0),
 }  # fmt: skip
 
 
-def core_of(own: int, softcap: float) -> CoreConfig:
+ROTARY = RotaryConfig(inv_freq=(1.0, 0.3, 0.07))
+
+
+def width_of(given: dict[str, Any]) -> int:
+    """Of values: attended keys are multiplied with outputs."""
+    return D if given["select"].get("key") == "attended" else E
+
+
+def core_of(own: int, softcap: float, width: int = E) -> CoreConfig:
     return CoreConfig(
-        heads=H, kv_heads=G, qk_head_dim=D, v_head_dim=E, scale=SCALE, softcap=softcap,
+        heads=H, kv_heads=G, qk_head_dim=D, v_head_dim=width, scale=SCALE, softcap=softcap,
         pattern="sliding" if own else "causal", window=own,
     )  # fmt: skip
 
@@ -71,11 +97,11 @@ class Node:
         self.form = selected_form("here", pattern, core)
         torch.manual_seed(3)
         assert pattern.select is not None
-        weights = method(pattern.select, core, None).state_dict().values()
+        weights = method(pattern.select, core, ROTARY).state_dict().values()
         self.weights = [torch.randn(w.shape) if w.is_floating_point() else w + 1 for w in weights]
-        shapes = [(B, G, T, D), (B, G, T, E)]
-        if self.form.extra is not None:
-            shapes.append((B, G, -(-T // self.form.extra.block), self.form.extra.width))
+        shapes = [(B, G, T, D), (B, G, T, core.v_head_dim)]
+        for x in self.form.extra:
+            shapes.append((B, G, x.rows or -(-T // x.block), x.width))
         random = np.random.default_rng(1)
         self.state = [(9 * random.standard_normal(s)).astype(np.float32) for s in shapes]
         self.run: Any = None
@@ -84,21 +110,22 @@ class Node:
         rules = {"scale": SCALE, "sliding_window": self.core.window, "softcap": self.core.softcap}
         ends = [START, np.full(B, total)]
         if self.runtime == "torch":
-            given = [torch.from_numpy(x) for x in [*new, *self.state, *ends]]
-            more = given[5] if len(self.state) > 2 else torch.zeros(0)
+            given = [torch.from_numpy(x) for x in [*new, *self.state]]
+            given += [torch.zeros(0)] * (7 - len(given))
             y, *state = selected_attention(
-                *given[:5], more, self.weights, *given[-2:],
-                pattern=self.pattern.model_dump_json(), **rules,
+                *given, self.weights, *map(torch.from_numpy, ends), **rules,
+                pattern=self.pattern.model_dump_json(), inv_freq=list(ROTARY.inv_freq),
             )  # fmt: skip
             self.state = [s.numpy() for s in state][: len(self.state)]
             return y.numpy()
-        names = ["q", "key", "value", "past_key", "past_value", "past_more"][: 3 + len(self.state)]
+        kept = ["key", "value", "more", "recent"][: len(self.state)]
+        names = ["q", "key", "value", *(f"past_{x}" for x in kept)]
         weights = [w.numpy() for w in self.weights]
         names += [f"w{i}" for i in range(len(weights))] + ["kv_start", "kv_len"]
         feed: Any = dict(zip(names, [*new, *self.state, *weights, *ends], strict=True))
-        outputs = ["y", "present_key", "present_value", "present_more"][: 1 + len(self.state)]
+        outputs = ["y", *(f"present_{x}" for x in kept)]
         if self.run is None:
-            more = attributes(self.pattern)
+            more = attributes(self.pattern, ROTARY)
             budgets = tuple(n for n in Uses().budgets if getattr(self.pattern.select, n, None))
             uses = Uses(budgets=budgets, capped=bool(self.core.softcap))
             made = one_node(self.form.op, feed, outputs, rules | more, uses)
@@ -113,10 +140,16 @@ class Node:
         return y
 
 
+def given(core: CoreConfig) -> list[np.ndarray]:
+    """Queries, keys and values, these as wide as they are to be."""
+    q, k, v = rows()
+    return [q, k, np.concatenate([v, k[..., E:]], 3)[..., : core.v_head_dim]]
+
+
 def outputs(node: Node, pieces: list[int]) -> np.ndarray:
     at, got = 0, []
     for n in pieces:
-        new = [np.ascontiguousarray(x[:, :, at : at + n]) for x in rows()]
+        new = [np.ascontiguousarray(x[:, :, at : at + n]) for x in given(node.core)]
         at += n
         got.append(node.step(new, at))
     y = np.concatenate(got, 2)
@@ -126,14 +159,19 @@ def outputs(node: Node, pieces: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_chosen_in_one_go_and_in_pieces(case: str) -> None:
-    given, own, softcap = CASES[case]
-    pattern, core = HeadPattern.model_validate(given), core_of(own, softcap)
+    said, own, softcap = CASES[case]
+    pattern, core = HeadPattern.model_validate(said), core_of(own, softcap, width_of(said))
     real = np.arange(T) >= START[:, None]
-    every = outputs(Node(HeadPattern.model_validate({**given, "window": T}), core, "torch"), [T])
+    every = outputs(Node(HeadPattern.model_validate({**said, "window": T}), core, "torch"), [T])
     assert pattern.select is not None
     for pieces in PIECES[pattern.select.acts == "decode" :]:
         want = outputs(Node(pattern, core, "torch"), pieces)
-        assert np.abs(every - want)[real[:, None, :, None].repeat(H, 1).repeat(E, 3)].max() > 1e-2
+        assert (
+            np.abs(every - want)[
+                real[:, None, :, None].repeat(H, 1).repeat(core.v_head_dim, 3)
+            ].max()
+            > 1e-2
+        )
         for runtime in ("onnxruntime", "reference"):
             y = outputs(Node(pattern, core, runtime), pieces)
             error = np.where(real[:, None, :, None], y - want, 0)

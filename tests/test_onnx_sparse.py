@@ -54,11 +54,12 @@ OPS = [
 PIECES = (7, *[1] * 32, 17, 1, 3)
 
 
-def build(plan: Any, layers: int = 2) -> Any:
+def build(plan: Any, layers: int = 2, kv_heads: int = 4) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=8, max_position_embeddings=256,
+        num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads, head_dim=8,
+        max_position_embeddings=256,
         bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     text = [torch.randint(0, VOCABULARY, (4, 32))]

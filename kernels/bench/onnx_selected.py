@@ -1,10 +1,10 @@
-"""Nodes whose heads choose keys at run time against dense ones: one decoded token, on a CPU.
+"""Nodes whose heads choose keys at run time against dense ones, on a CPU: one token, or 512.
 
     python kernels/bench/onnx_selected.py --out kernels/bench/results/onnx_selected.json
 
 One attention layer in ONNX Runtime, one thread, batch 1, float32, heads of 64, patterns as in the
 plans. All ways run in one process and take turns; figures are medians of processor time. Every way
-writes the token's rows to its states first. Outputs are compared before anything is timed.
+writes the new rows to its states first. Outputs are compared before anything is timed.
 
 Ways:
     ours   the node that an export has for this pattern
@@ -26,7 +26,8 @@ from onnx import helper
 from table import onnx_selected_table
 from timing import in_turns, times_faster
 
-from reattend.mixers.config import CoreConfig
+from reattend.mixers.config import CoreConfig, RotaryConfig
+from reattend.mixers.selecting.base import Whole
 from reattend.mixers.selecting.methods import method
 from reattend.patterns.pattern import HeadPattern
 from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
@@ -42,12 +43,13 @@ RULES: dict[str, Any] = {"scale": SCALE, "sliding_window": 0, "softcap": 0.0}
 
 @dataclass(frozen=True)
 class Case:
-    """The token behind M - 1 others; it completes no block."""
+    """N tokens behind M - N others; a single one completes no block."""
 
     name: str
     m: int
     kv_heads: int
     select: dict[str, Any]
+    n: int = 1
 
     @property
     def pattern(self) -> HeadPattern:
@@ -58,11 +60,30 @@ class Case:
 MOBA = {"kind": "blocks", "block": 512, "topk": 3}
 SEER = {"kind": "gate", "block": 64, "gate_dim": 128, "ratio": 0.25}
 LABELS = {"kind": "channels", "share": 1 / 16, "ratio": 1 / 16}
-PLANS = {"moba": MOBA, "seer": SEER, "double-sparsity": LABELS}
+LONGHEADS = {
+    "kind": "blocks",
+    "key": "attended",
+    "block": 256,
+    "ratio": 0.25,
+    "first": 1,
+    "last": 2,
+}
+DHSA = {"kind": "segments", "local": 128, "ratio": 0.25}
+DMA = {"kind": "values", "ratio": 0.25}
+PLANS = {
+    "moba": MOBA, "seer": SEER, "double-sparsity": LABELS, "longheads": LONGHEADS, "dhsa": DHSA,
+    "dma": DMA,
+}  # fmt: skip
+ROTARY = RotaryConfig(inv_freq=tuple(10_000 ** (-2 * i / WIDTH) for i in range(WIDTH // 2)))
 CASES = tuple(
     Case(f"{name}: token {m}, {kv_heads} KV heads", m, kv_heads, select)
     for name, select in PLANS.items()
     for m in (2010, 8010)
+    for kv_heads in (8, 2)
+)
+DRAFT = {"kind": "blocks", "block": 128, "queries": "pooled", "ratio": 0.25}
+PROMPTS = tuple(
+    Case(f"draft: 512 new on 3584, {kv_heads} KV heads", 4096, kv_heads, DRAFT, 512)
     for kv_heads in (8, 2)
 )
 
@@ -73,36 +94,49 @@ class Rows:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         self.case = case
-        self.q = torch.randn(1, HEADS, 1, WIDTH)
+        self.all_q = torch.randn(1, HEADS, case.m, WIDTH)
+        self.q = self.all_q[:, :, -case.n :].contiguous()
         self.k, self.v = (torch.randn(1, case.kv_heads, case.m, WIDTH) for _ in range(2))
         core = CoreConfig(
             heads=HEADS, kv_heads=case.kv_heads, qk_head_dim=WIDTH, v_head_dim=WIDTH, scale=SCALE
         )
         assert case.pattern.select is not None
         self.form = selected_form(case.name, case.pattern, core)
-        self.method: Any = method(case.pattern.select, core, None)
+        self.method: Any = method(case.pattern.select, core, ROTARY)
         weights = self.method.state_dict()
         floats = {n: torch.randn_like(w) for n, w in weights.items() if w.is_floating_point()}
         self.method.load_state_dict({**weights, **floats})
         self.density = case.pattern.reads(case.m, core) / case.m
 
     def new(self) -> dict[str, Array]:
-        """Of the token, and how many there are."""
-        late = {"q": self.q, "key": self.k[:, :, -1:], "value": self.v[:, :, -1:]}
+        """Of the new tokens, and how many there are."""
+        n = self.case.n
+        late = {"q": self.q, "key": self.k[:, :, -n:], "value": self.v[:, :, -n:]}
         found = {name: np.ascontiguousarray(x.numpy()) for name, x in late.items()}
         return found | {"kv_start": np.zeros(1, np.int64), "kv_len": np.full(1, self.case.m)}
 
     def more(self) -> list[torch.Tensor]:
         """What the method keeps of the tokens before."""
-        extra = self.form.extra
-        if extra is None:
+        if not self.form.extra:
             return []
+        extra, *recent = self.form.extra
         rows = torch.zeros(1, self.case.kv_heads, -(-self.case.m // extra.block), extra.width)
         whole = (self.case.m - 1) // extra.block
-        blocks = self.k[:, :, : whole * extra.block].unflatten(2, (whole, extra.block))
+        end = whole * extra.block
+        q, k, v = (
+            x[:, :, :end].unflatten(2, (whole, extra.block)) for x in (self.all_q, self.k, self.v)
+        )
         with torch.no_grad():
-            rows[:, :, :whole] = self.method.summary(blocks)
-        return [rows]
+            rows[:, :, :whole] = self.method.summarise(Whole(k, v, q, 0, self.k[:, :, :end]))
+        return [rows, *(self.last_queries(x.rows) for x in recent)]
+
+    def last_queries(self, count: int) -> torch.Tensor:
+        """Of the tokens before, token t at t mod count."""
+        last = torch.arange(self.case.m - 1 - count, self.case.m - 1)
+        by_group = self.all_q[:, :, last].unflatten(1, (self.case.kv_heads, -1))
+        rows = torch.zeros(1, self.case.kv_heads, count, HEADS // self.case.kv_heads * WIDTH)
+        rows[:, :, last % count] = by_group.transpose(2, 3).flatten(3)
+        return rows
 
 
 def ours(rows: Rows) -> Call:
@@ -116,7 +150,7 @@ def ours(rows: Rows) -> Call:
     outputs = list(kind.all_outputs)
     pasts = list(kind.all_inputs)[3 : 3 + len(states)]
     held = {p: (o, inputs[p]) for p, o in zip(pasts, outputs[1:], strict=True)}
-    rules = RULES | attributes(rows.case.pattern)
+    rules = RULES | attributes(rows.case.pattern, ROTARY)
     node = helper.make_node(rows.form.op, list(inputs), outputs, domain=DOMAIN, **rules)
     budgets = tuple(b for b in Uses().budgets if getattr(rows.case.pattern.select, b, None))
     functions = [function_proto(rows.form.op, Uses(budgets=budgets, capped=False))]
@@ -125,7 +159,7 @@ def ours(rows: Rows) -> Call:
 
 def dense(rows: Rows) -> Call:
     """`Attention` behind the writing of its state, as in an export."""
-    inputs = rows.new() | {"at": np.full(1, rows.case.m - 1)}
+    inputs = rows.new() | {"at": np.full(1, rows.case.m - rows.case.n)}
     states, nodes = {}, []
     for name, tensor in (("key", rows.k), ("value", rows.v)):
         inputs[f"past_{name}"] = tensor.clone().numpy()
@@ -140,7 +174,11 @@ def dense(rows: Rows) -> Call:
 
 def group_query(rows: Rows) -> Call:
     """ONNX Runtime's own operator."""
-    flat = {n: x.reshape(1, 1, -1) for n, x in rows.new().items() if n in ("q", "key", "value")}
+    flat = {
+        name: np.ascontiguousarray(x.transpose(0, 2, 1, 3)).reshape(1, rows.case.n, -1)
+        for name, x in rows.new().items()
+        if name in ("q", "key", "value")
+    }
     inputs = {
         **flat, "past_key": rows.k.clone().numpy(), "past_value": rows.v.clone().numpy(),
         "last": np.full(1, rows.case.m - 1, np.int32), "total": np.array(rows.case.m, np.int32),
@@ -151,23 +189,29 @@ def group_query(rows: Rows) -> Call:
     node = helper.make_node(
         "GroupQueryAttention", list(inputs), outputs, domain="com.microsoft", **rules
     )
-    return bound(session([node], inputs, outputs, []), inputs, states)
+    run = bound(session([node], inputs, outputs, []), inputs, states)
+    return lambda: run().reshape(1, rows.case.n, HEADS, WIDTH).transpose(0, 2, 1, 3)
 
 
 def wanted(rows: Rows, chosen: bool) -> Array:
     """By torch: of the keys that are chosen, or of all."""
+    n, m = rows.case.n, rows.case.m
     if not chosen:
+        past = torch.ones(n, m, dtype=torch.bool).tril(m - n)
         y = torch.nn.functional.scaled_dot_product_attention(
-            rows.q, rows.k, rows.v, scale=SCALE, enable_gqa=True
+            rows.q, rows.k, rows.v, past, scale=SCALE, enable_gqa=True
         )
         return y.numpy()
-    more = rows.more() or [rows.k]
+    more = [*rows.more(), rows.k, rows.k][:2]
     weights = list(rows.method.state_dict().values())
-    new = (rows.q, rows.k[:, :, -1:], rows.v[:, :, -1:])
+    new = (rows.q, rows.k[:, :, -n:], rows.v[:, :, -n:])
     span = torch.zeros(1, dtype=torch.long), torch.full((1,), rows.case.m)
     text = rows.case.pattern.model_dump_json()
-    y = selected_attention(*new, rows.k, rows.v, *more, weights, *span, pattern=text, **RULES)[0]
-    return y.numpy()  # type: ignore[no-any-return]
+    y = selected_attention(
+        *new, rows.k, rows.v, *more, weights, *span, pattern=text, **RULES,
+        inv_freq=list(ROTARY.inv_freq),
+    )  # fmt: skip
+    return y[0].numpy()  # type: ignore[no-any-return]
 
 
 def run(case: Case, rounds: int) -> dict[str, Any]:
@@ -176,8 +220,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     calls = {"ours": ours(rows), "dense": dense(rows), "gqa": group_query(rows)}
     different = {}
     for name, call in calls.items():
-        y = call().reshape(1, HEADS, 1, WIDTH)
-        different[name] = float(np.abs(y - wanted(rows, name == "ours")).max())
+        different[name] = float(np.abs(call() - wanted(rows, name == "ours")).max())
         if not different[name] <= LIMIT:
             raise SystemExit(f"{case.name}: {name} is off by {different[name]:.2g}")
     found = in_turns(calls, rounds)
@@ -185,7 +228,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     sys.stdout.write(f"{case.name}: {found['ours']['cpu_ms']:.3f} ms, {ratio}\n")
     return {
         "case": case.name,
-        "shape": {"m": case.m, "h": HEADS, "g": case.kv_heads, "d": WIDTH},
+        "shape": {"n": case.n, "m": case.m, "h": HEADS, "g": case.kv_heads, "d": WIDTH},
         "pattern": {"select": case.select},
         "density": round(rows.density, 4),
         "ms": found,
@@ -195,4 +238,6 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(__doc__, COMMAND, CASES, run, onnx_selected_table, 15, ("onnx", "onnxruntime"))
+    main(
+        __doc__, COMMAND, (*CASES, *PROMPTS), run, onnx_selected_table, 15, ("onnx", "onnxruntime")
+    )

@@ -76,7 +76,7 @@ class GroupLayout:
 
     Attributes:
         op: the node.
-        first, second: the state; third: what chooses keys keeps beside it.
+        first, second: the state; more: what chooses keys keeps beside it.
         part: the number of the head group in its layer.
         sparse, pattern: of a class of sparse heads: what it becomes, and what it sees, in words.
         saves: what the file saves by the node, for the manifest.
@@ -88,13 +88,13 @@ class GroupLayout:
     part: int = 0
     sparse: SparseForm | None = None
     pattern: str = ""
-    third: StateTensor | None = None
+    more: tuple[StateTensor, ...] = ()
     saves: str = ""
 
     @property
     def tensors(self) -> list[StateTensor]:
         """What crosses the graph's border; a rotary part of width 0 holds nothing and does not."""
-        return [t for t in (self.first, self.second, self.third) if t is not None and t.width]
+        return [t for t in (self.first, self.second, *self.more) if t.width]
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,12 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
         form = sparse_form(path, config, head_class)
         heads = len(head_class.kv_heads)
         first, second = _key_value(layer, group, config, heads, form.rows)
-        words, third = head_class.pattern.words(), None
-        if form.extra is not None:
-            name, width, block = form.extra.name, form.extra.width, form.extra.block
-            third = StateTensor(layer, f"{group}{name}", heads, width, block=block)
-        return GroupLayout(form.op, first, second, part, form, words, third, form.saves)
+        words = head_class.pattern.words()
+        more = tuple(
+            StateTensor(layer, f"{group}{x.name}", heads, x.width, x.rows, x.block)
+            for x in form.extra
+        )
+        return GroupLayout(form.op, first, second, part, form, words, more, form.saves)
     raise RefusedError(
         f"a layer of kind {type(config).__name__} has no ONNX form yet",
         where=path,

@@ -7,7 +7,8 @@ be, and its output means nothing.
 
 One new token reads only what it has chosen: those rows are gathered, beside sinks, a window (the
 token itself at least), and the rest is never touched. Several tokens attend under a mask: the same
-meaning, nothing saved. What chooses is `selected_choice.py`.
+meaning, nothing saved. Only where they choose by regions, each region's rows are gathered
+(`selected_prompts.py`). What chooses is `selected_choice.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reattend.targets.onnx.fragments import finished, one_token
+from reattend.targets.onnx.selected_attended import ATTENDED, CERTAIN, inner_caps
 from reattend.targets.onnx.selected_choice import (
     BLOCKS,
     BUDGETS,
@@ -24,7 +26,8 @@ from reattend.targets.onnx.selected_choice import (
     SUMMARY,
     ranking,
 )
-from reattend.targets.onnx.selected_prompts import LINES, POOLED
+from reattend.targets.onnx.selected_prompts import LINES, POOLED, REGIONS
+from reattend.targets.onnx.selected_segments import CHUNKS, PICK_OF_CHUNKS
 from reattend.targets.onnx.selected_tokens import (
     BY_LABEL,
     EVERY,
@@ -34,6 +37,7 @@ from reattend.targets.onnx.selected_tokens import (
     PICK_OF_NOTED,
     PICK_OF_TOKENS,
 )
+from reattend.targets.onnx.selected_values import MASK_OF_SCORED, PICK_OF_SCORED, SCORED
 
 _NODE = """NAME <ATTRIBUTES>
 (INPUTS) => (OUTPUTS)
@@ -174,19 +178,21 @@ class Kind:
     """A node.
 
     Attributes:
-        options: attributes of its own, and their types.
+        options: attributes of its own, and their types in ONNX's words.
         inputs, outputs: beside those that all have: states, and what it knows.
         always: lines for every call.
         step: lines that choose for one token (`pick`, `picked`); None: it reads every row.
         several: lines that choose for several (`chosen`).
+        reading: what several do with it; in `_MASKED` they see every row, or not.
     """
 
-    options: dict[str, type]
+    options: dict[str, str]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     always: str
     step: str | None
     several: str
+    reading: str = _MASKED
 
     @property
     def all_inputs(self) -> tuple[str, ...]:
@@ -200,14 +206,22 @@ class Kind:
         return ("y", "present_key", "present_value", *self.outputs)
 
     @property
-    def attributes(self) -> dict[str, type]:
+    def attributes(self) -> dict[str, str]:
         """All of them, and their types."""
-        common = {"sinks": int, "window": int, "sliding_window": int, "softcap": float}
-        return {"scale": float, **self.options, **common}
+        common = {"sinks": "int", "window": "int", "sliding_window": "int", "softcap": "float"}
+        return {"scale": "float", **self.options, **common}
 
 
-_BUDGETS: dict[str, type] = {name: type(none) for name, none in BUDGETS.items()}
-_BLOCK = {"block": int, **_BUDGETS}
+_BUDGETS = {name: type(none).__name__ for name, none in BUDGETS.items()}
+_BLOCK = {"block": "int", **_BUDGETS}
+_ENDS = {"first": "int", "last": "int"}
+_PREDICTOR = (
+    "mix", "mix_bias", "code_map", "code_bias", "fuse_map", "fuse_bias", "end_map", "end_bias",
+)  # fmt: skip
+_CHUNK = {
+    "gap_window": "int", "gap_least": "float", "near": "ints", "apart": "int", "delay": "int",
+    "longest": "int", "local": "int", "topk": "int", "ratio": "float",
+}  # fmt: skip
 _LABEL_INPUTS, _LABEL = ("past_label", "channels"), ("present_label",)
 _LINES = ("columns", "slashes", "last_queries", "first_columns", "last_slashes")
 _SUMMARY = ("present_summary",)
@@ -215,12 +229,20 @@ KINDS = {
     "BlocksAttention": Kind(
         _BLOCK, ("past_summary",), _SUMMARY, SUMMARY + BLOCKS, PICK_OF_BLOCKS, MASK_OF_BLOCKS
     ),
+    "AnchoredBlocksAttention": Kind(
+        _BLOCK | _ENDS, ("past_summary",), _SUMMARY, SUMMARY + CERTAIN + BLOCKS,
+        PICK_OF_BLOCKS, MASK_OF_BLOCKS,
+    ),
+    "AttendedBlocksAttention": Kind(
+        _BLOCK | _ENDS | {"inv_freq": "floats"}, ("past_summary", "past_recent"),
+        ("present_summary", "present_recent"), ATTENDED, PICK_OF_BLOCKS, MASK_OF_BLOCKS,
+    ),
     "GateAttention": Kind(
         _BLOCK, ("past_summary", "query_map", "key_map"), _SUMMARY, SUMMARY + GATE,
         PICK_OF_BLOCKS, MASK_OF_BLOCKS,
     ),
-    "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED),
-    "VerticalSlashAttention": Kind(dict.fromkeys(_LINES, int), (), (), "", None, LINES),
+    "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED, REGIONS),
+    "VerticalSlashAttention": Kind(dict.fromkeys(_LINES, "int"), (), (), "", None, LINES),
     "ChannelsAttention": Kind(
         _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, EVERY
     ),
@@ -228,7 +250,14 @@ KINDS = {
     "EveryChannelsAttention": Kind(
         _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS + BY_LABEL, PICK_OF_TOKENS, MASK_OF_TOKENS
     ),
-    "NotingAttention": Kind({"topk": int}, (), ("noted",), NOTING, None, EVERY),
+    "ValuesAttention": Kind(
+        _BUDGETS, ("past_score", "rate", "gain"), ("present_score",), SCORED, PICK_OF_SCORED,
+        MASK_OF_SCORED,
+    ),
+    "SegmentsAttention": Kind(
+        _CHUNK, ("past_logit", *_PREDICTOR), ("present_logit",), CHUNKS, PICK_OF_CHUNKS, "",
+    ),
+    "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, EVERY),
     "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, EVERY),
 }  # fmt: skip
 #: inputs and outputs that are whole numbers
@@ -247,14 +276,15 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
     kind = KINDS[name]
     lines = {
         "NAME": name,
-        "ATTRIBUTES": ", ".join(f"{k}: {t.__name__}" for k, t in kind.attributes.items()),
+        "ATTRIBUTES": ", ".join(f"{k}: {t}" for k, t in kind.attributes.items()),
         "INPUTS": ", ".join(kind.all_inputs),
         "OUTPUTS": ", ".join(kind.all_outputs),
         "ALWAYS": kind.always,
         "STEP": _EVERY_ROW if kind.step is None else kind.step + _GATHERED,
-        "SEVERAL": _MASKED.replace("CHOSEN", kind.several),
+        "SEVERAL": kind.reading.replace("CHOSEN", kind.several),
     }
     body = _NODE
     for word, text in lines.items():
         body = body.replace(word, text)
-    return finished(ranking(body, name, budgets, capped), capped)
+    body = inner_caps(ranking(body, name, budgets, capped), capped)
+    return finished(body, capped)

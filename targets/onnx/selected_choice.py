@@ -11,6 +11,10 @@ import re
 
 from reattend.targets.onnx.fragments import CAPPED
 
+#: nodes whose ranks are no products of queries and keys, which a softcap would bend
+_STRAIGHT = ("GateAttention", "ValuesAttention")
+#: nodes that choose some blocks in any case
+_CERTAIN = ("AttendedBlocksAttention", "AnchoredBlocksAttention")
 #: how many units a node keeps: exactly one is given, the others are left at these
 BUDGETS = {"topk": 0, "ratio": 0.0, "topp": 0.0, "threshold": -1.0}
 
@@ -40,6 +44,13 @@ COUNT
 SHARES
   taken = And (is_candidate, LAST)
 """
+# of the units that are chosen in any case, too
+_TAKEN = "  taken = And (is_candidate, LAST)"
+_TAKEN_CERTAIN = """  taken_best = And (is_candidate, LAST)
+  rank_shape = Shape (ranked)
+  certain_each = Expand (certain, rank_shape)
+  certain_best = GatherElements <axis = 3> (certain_each, order)
+  taken = Or (taken_best, certain_best)"""
 
 # count [B, 1, N, 1] of each budget, and what SHARES is where only numbers are counted
 _COUNTS = {
@@ -226,20 +237,24 @@ def ranking(body: str, name: str, budgets: tuple[str, ...], capped: bool) -> str
         capped: some node may have a softcap.
     """
     body = body.replace("SUMMARISED", _POOLED if name == "GateAttention" else _MEANS)
+    certain = name in _CERTAIN
     counts = [b for b in _COUNTS if b in budgets]
     shares = [b for b in _SHARES if b in budgets]
     lines, total = "".join(_COUNTS[b] for b in counts), "endless"
     for b in counts:
         lines += f"\n  least_{b} = Min ({total}, count_{b})"
         total = f"least_{b}"
-    lines += f"\n  count = Min ({total}, free)"
+    lines += f"\n  count{'_any' * certain} = Min ({total}, free)"
+    if certain:
+        lines += "\n  count = Max (count_any, certain_many)"
     more, last = _PARTS if shares else "", "in_budget"
     for b in shares:
         more += f"{_SHARES[b]}\n  and_{b} = And ({last}, in_{b})"
         last = f"and_{b}"
-    rank = _RANK.replace("COUNT", lines).replace("SHARES", more).replace("LAST", last)
-    rank = rank.replace("LIFT", _LIFT if name == "PooledBlocksAttention" else _NO_LIFT)
-    bent = _capped() if capped and name != "GateAttention" else _PLAIN
+    rank = _RANK.replace(_TAKEN, _TAKEN_CERTAIN) if certain else _RANK
+    rank = rank.replace("COUNT", lines).replace("SHARES", more).replace("LAST", last)
+    rank = rank.replace("LIFT", _LIFT if certain or name == "PooledBlocksAttention" else _NO_LIFT)
+    bent = _capped() if capped and name not in _STRAIGHT else _PLAIN
     return body.replace("\nRANK", rank).replace("CAP_RANKS", bent)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 from reattend.errors import RefusedError
-from reattend.mixers.config import CoreConfig
-from reattend.patterns.learned import Gate
+from reattend.mixers.config import CoreConfig, RotaryConfig
+from reattend.mixers.selecting.segments import STEEP
+from reattend.patterns.learned import Gate, Segments, Values
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selector import Budgeted, Selector
 from reattend.patterns.selectors import Blocks, Channels, Recorded, VerticalSlash
@@ -17,9 +19,13 @@ from reattend.targets.onnx.sparse_form import Extra, SparseForm
 _PATTERN = {"select", "sinks", "window"}
 _BUDGET = {"kind", *BUDGETS}
 _KNOWN: dict[type[Selector], set[str]] = {
-    Blocks: {*_BUDGET, "block", "queries"},
+    Blocks: {*_BUDGET, "block", "queries", "key", "first", "last"},
     Gate: {*_BUDGET, "block", "gate_dim"},
     Channels: {*_BUDGET, "share", "phase"},
+    Values: {"kind", "topk", "ratio"},
+    Segments: {
+        "kind", "topk", "ratio", "window", "apart", "theta", "longest", "local", "hidden",
+    },
     Recorded: {"kind", "at", "topk", "layer"},
     VerticalSlash: {
         "kind", "columns", "slashes", "last_queries", "first_columns", "last_slashes",
@@ -31,6 +37,7 @@ _SAVES = {
     "decode": "reads while decoding: the rows that are chosen; prompts are dense",
     "prefill": "nothing: prompts are read under a mask, and decoding is dense",
 }
+_REGIONS = "reads of prompts: the rows that blocks of queries chose; decoding is dense"
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU
 LONGEST = 4096
@@ -57,7 +64,8 @@ def selected_form(path: str, pattern: HeadPattern, core: CoreConfig) -> SparseFo
     if name == "NotingAttention":
         saves = "nothing: it reads every row, and notes which ones later layers read"
     else:
-        saves = f"{_SAVES[select.acts]}; {_NO_MEMORY}"
+        told = _REGIONS if name == "PooledBlocksAttention" else _SAVES[select.acts]
+        saves = f"{told}; {_NO_MEMORY}"
     return SparseForm(name, saves=saves, extra=_extra(select, core), tokens=tokens)
 
 
@@ -66,7 +74,16 @@ def node_name(select: Selector) -> str:
     if isinstance(select, Gate):
         return "GateAttention"
     if isinstance(select, Blocks):
-        return "BlocksAttention" if select.queries == "each" else "PooledBlocksAttention"
+        if select.queries == "pooled":
+            return "PooledBlocksAttention"
+        if select.key == "attended":
+            return "AttendedBlocksAttention"
+        alone = not select.first and select.last == 1
+        return "BlocksAttention" if alone else "AnchoredBlocksAttention"
+    if isinstance(select, Values):
+        return "ValuesAttention"
+    if isinstance(select, Segments):
+        return "SegmentsAttention"
     if isinstance(select, Channels):
         return "ChannelsAttention" if select.phase == "decode" else "EveryChannelsAttention"
     if isinstance(select, Recorded):
@@ -76,18 +93,33 @@ def node_name(select: Selector) -> str:
     return "VerticalSlashAttention"
 
 
-def _extra(select: Selector, core: CoreConfig) -> Extra | None:
+def _extra(select: Selector, core: CoreConfig) -> tuple[Extra, ...]:
     if isinstance(select, Gate):
-        return Extra("summary", select.gate_dim, select.block)
+        return (Extra("summary", select.gate_dim, select.block),)
+    if isinstance(select, Blocks) and select.key == "attended":
+        width = core.qk_head_dim * core.heads // core.kv_heads
+        return (
+            Extra("summary", width, select.block),
+            Extra("recent", width, rows=select.block),
+        )
     if isinstance(select, Blocks) and select.queries == "each":
-        return Extra("summary", core.qk_head_dim, select.block)
+        return (Extra("summary", core.qk_head_dim, select.block),)
     if isinstance(select, Channels):
-        return Extra("label", select.width(core), 1)
-    return None
+        return (Extra("label", select.width(core)),)
+    if isinstance(select, Values):
+        return (Extra("score", 1),)
+    if isinstance(select, Segments):
+        return (Extra("logit", 1),)
+    return ()
 
 
-def attributes(pattern: HeadPattern) -> dict[str, Any]:
-    """What a node says of its pattern; all of it, as `ReferenceEvaluator` fills in no defaults."""
+def attributes(pattern: HeadPattern, rotary: RotaryConfig | None = None) -> dict[str, Any]:
+    """What a node says of its pattern; all of it, as `ReferenceEvaluator` fills in no defaults.
+
+    Args:
+        pattern: of a class of heads.
+        rotary: what turns the block's queries and keys, for nodes that turn them back.
+    """
     select = pattern.select
     found: dict[str, Any] = {"sinks": pattern.sinks, "window": pattern.window}
     if isinstance(select, Budgeted):
@@ -95,6 +127,16 @@ def attributes(pattern: HeadPattern) -> dict[str, Any]:
         found |= {k: BUDGETS[k] if v is None else v for k, v in given.items()}
     if isinstance(select, Blocks | Gate):
         found["block"] = select.block
+        if node_name(select) in ("AnchoredBlocksAttention", "AttendedBlocksAttention"):
+            found |= select.model_dump(include={"first", "last"})
+        if node_name(select) == "AttendedBlocksAttention":
+            found["inv_freq"] = list(rotary.inv_freq) if rotary else [0.0]
+    elif isinstance(select, Segments):
+        found = {k: v for k, v in found.items() if k not in ("topp", "threshold")} | {
+            "gap_window": select.window, "gap_least": STEEP * log(select.theta),
+            "near": [max(1, select.apart)], "apart": select.apart, "delay": select.delay,
+            "longest": select.longest, "local": select.local,
+        }  # fmt: skip
     elif isinstance(select, VerticalSlash):
         found |= {k: v for k, v in select.model_dump().items() if k != "kind"}
     elif isinstance(select, Recorded) and node_name(select) == "NotingAttention":
@@ -129,6 +171,8 @@ def _check_known(path: str, pattern: HeadPattern) -> None:
         unknown.append(f"select: {select.kind}")
     else:
         told = select.model_dump(exclude_defaults=True)
+        if node_name(select) == "PooledBlocksAttention":
+            known = known - {"first", "last"}
         unknown += [f"select.{name}" for name in told if name not in known]
     if unknown:
         raise RefusedError(

@@ -7,13 +7,15 @@ Layout letters: B batch, N new tokens, C capacity, H query heads, G key/value he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from reattend.mixers.base import Kept
-from reattend.mixers.config import CoreConfig
+from reattend.mixers.config import CoreConfig, RotaryConfig
 from reattend.mixers.selecting.frame import attend_selected
-from reattend.mixers.selecting.memo import Memo
+from reattend.mixers.selecting.memo import ROLLBACK, Memo
 from reattend.mixers.selecting.methods import method
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selector import Selector
@@ -24,8 +26,9 @@ from reattend.patterns.selectors import Recorded
     "reattend::selected_attention",
     mutates_args=(),
     schema="(Tensor q_BHNd, Tensor k_BGNd, Tensor v_BGNe, Tensor past_key, Tensor past_value,"
-    " Tensor more, Tensor[] weights, Tensor kv_start_B, Tensor kv_len_B, *, str pattern,"
-    " float scale, int sliding_window=0, float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor more, Tensor recent, Tensor[] weights, Tensor kv_start_B, Tensor kv_len_B, *,"
+    " str pattern, float scale, int sliding_window=0, float softcap=0.0, float[] inv_freq=[])"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def selected_attention(
     q_BHNd: Tensor,
@@ -34,6 +37,7 @@ def selected_attention(
     past_key: Tensor,
     past_value: Tensor,
     more: Tensor,
+    recent: Tensor,
     weights: list[Tensor],
     kv_start_B: Tensor,
     kv_len_B: Tensor,
@@ -42,24 +46,27 @@ def selected_attention(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inv_freq: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Write the new rows, then attend to what the pattern's terms and its selector show.
 
     Args:
         q_BHNd, k_BGNd, v_BGNe: of the new tokens.
         past_key, past_value: [B, G, C, d or e]: row j is token j of its sequence, padding left out.
-        more: what the selector keeps beside them, [B, G, ?, ?], which follows from the keys and is
-            neither read nor written here; or tokens that another layer noted, [B, H, 1, K]; or
-            anything.
+        more: what the selector keeps beside them, [B, G, ?, ?]; or tokens that another layer noted,
+            [B, H, 1, K]; or anything.
+        recent: the queries of the last c tokens, [B, G, c, J d], token t at t mod c, where a
+            selector needs them; or anything.
         weights: the selector's own, in the order of its state dict.
         kv_start_B: padding of each row, on the left.
         kv_len_B: tokens so far, padding and the new ones included; the same in every row.
         pattern: a `HeadPattern` with a selector, as JSON.
         scale, softcap: of the scores.
         sliding_window: of the block; 0: none.
+        inv_freq: of the rotation that queries and keys have.
 
     Returns:
-        y [B, H, N, e], both states after the last token, and what was noted, or `more`.
+        y [B, H, N, e], both states after the last token, `more` or what was noted, and `recent`.
     """
     keys, values = past_key.clone(), past_value.clone()
     heads, n = q_BHNd.shape[1:3]
@@ -78,19 +85,51 @@ def selected_attention(
     described = HeadPattern.model_validate_json(pattern)
     select = described.select
     assert select is not None
-    memo = None
-    if isinstance(select, Recorded):
-        memo = Memo()
-        if select.source is not None:
-            memo.write(torch.arange(len(q_BHNd)), 0, more, len(q_BHNd))
-    kept = Kept(keys, values, place_BM, place_BN.clamp_min(-1), memo)
-    chooser = method(select, core, None).to(q_BHNd.dtype)
+    rotary = RotaryConfig(inv_freq=tuple(inv_freq)) if inv_freq else None
+    chooser = method(select, core, rotary).to(q_BHNd.dtype)
     chooser.load_state_dict(dict(zip(chooser.state_dict(), weights, strict=True)))
+    memo = Memo() if chooser.block or isinstance(select, Recorded) else None
+    if memo is not None and (not isinstance(select, Recorded) or select.source is not None):
+        memo.rows_BGQw = more
+    if memo is not None and chooser.recalls:
+        _remember(memo, recent, place_BN[:, 0].clamp_min(0) - 1, heads)
+    kept = Kept(keys, values, place_BM, place_BN.clamp_min(-1), memo)
     y = attend_selected(q_BHNd, kept, described, core, chooser)
     noted = _noted(select, more, q_BHNd)
-    if noted is not more and memo is not None and memo.rows_BGQw is not None:
+    if memo is not None and memo.rows_BGQw is not None:
         noted = memo.rows_BGQw
-    return y, keys, values, noted.clone()
+    if chooser.recalls and memo is not None:
+        recent = _recent(memo, recent, place_BN[:, -1])
+    return y, keys, values, noted.clone(), recent.clone()
+
+
+def _slots(last_B: Tensor, size: int) -> Tensor:
+    """The token at each slot [B, c] of a ring behind these last tokens; negative: none."""
+    return last_B[:, None] - (last_B[:, None] - torch.arange(size)) % size
+
+
+def _remember(memo: Memo, recent_BGcw: Tensor, last_B: Tensor, heads: int) -> None:
+    """Give the memo the queries of the tokens up to these."""
+    batch, groups, block, _ = recent_BGcw.shape
+    place_Bc, size = _slots(last_B, block), block + ROLLBACK
+    rows_BHcd = recent_BGcw.unflatten(-1, (heads // groups, -1)).transpose(2, 3).flatten(1, 2)
+    memo.last_BHRd = rows_BHcd.new_zeros(batch, heads, size, rows_BHcd.shape[3])
+    memo.place_BR = torch.full((batch, size), -1)
+    for row, place in enumerate(place_Bc):
+        real = place >= 0
+        memo.last_BHRd[row, :, place[real] % size] = rows_BHcd[row, :, real]
+        memo.place_BR[row, place[real] % size] = place[real]
+
+
+def _recent(memo: Memo, before_BGcw: Tensor, last_B: Tensor) -> Tensor:
+    """The queries of the last tokens, of all rows that have some."""
+    assert memo.last_BHRd is not None
+    found, (groups, block) = before_BGcw.clone(), before_BGcw.shape[1:3]
+    for row, place in enumerate(_slots(last_B, block)):
+        real = place >= 0
+        rows_Hcd = memo.last_BHRd[row, :, place[real] % (block + ROLLBACK)]
+        found[row, :, real] = rows_Hcd.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
+    return found
 
 
 def _noted(select: Selector, more: Tensor, q_BHNd: Tensor) -> Tensor:
@@ -103,12 +142,13 @@ def _noted(select: Selector, more: Tensor, q_BHNd: Tensor) -> Tensor:
 @selected_attention.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, more: Tensor,
-    weights: list[Tensor], start: Tensor, length: Tensor, *,
+    recent: Tensor, weights: list[Tensor], start: Tensor, length: Tensor, *,
     pattern: str, scale: float, sliding_window: int = 0, softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inv_freq: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = q.new_empty(*q.shape[:3], v.shape[3])
     select = HeadPattern.model_validate_json(pattern).select
     assert select is not None
-    states = (past_key, past_value, _noted(select, more, q))
-    first, second, third = (x.new_empty(x.shape) for x in states)
-    return y, first, second, third
+    states = (past_key, past_value, _noted(select, more, q), recent)
+    first, second, third, fourth = (x.new_empty(x.shape) for x in states)
+    return y, first, second, third, fourth

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from reattend.mixers.config import RotaryConfig
 from reattend.patterns.pattern import HeadPattern
 from reattend.targets.onnx.functions import DOMAIN, VERSION
 from reattend.targets.onnx.selected_body import INTEGERS, KINDS
@@ -21,9 +22,9 @@ def selected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The entry of `custom_translation_table`."""
 
     def translate(
-        q: Any, k: Any, v: Any, past_key: Any, past_value: Any, more: Any, weights: Any,
-        start: Any, length: Any, *, pattern: str, scale: float, sliding_window: int = 0,
-        softcap: float = 0.0,
+        q: Any, k: Any, v: Any, past_key: Any, past_value: Any, more: Any, recent: Any,
+        weights: Any, start: Any, length: Any, *, pattern: str, scale: float,
+        sliding_window: int = 0, softcap: float = 0.0, inv_freq: Sequence[float] = (),
     ) -> Any:  # fmt: skip
         from onnxscript import opset18
 
@@ -31,13 +32,15 @@ def selected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         assert described.select is not None
         name = node_name(described.select)
         kind = KINDS[name]
-        given = [more] if len(kind.inputs) > len(weights) else []
+        given = [more, recent][: len(kind.inputs) - len(weights)]
+        rotary = RotaryConfig(inv_freq=tuple(inv_freq)) if inv_freq else None
         y, *others = _node(name)(
             q, k, v, past_key, past_value, *given, *weights, start, length, scale=float(scale),
-            sliding_window=int(sliding_window), softcap=float(softcap), **attributes(described),
+            sliding_window=int(sliding_window), softcap=float(softcap),
+            **attributes(described, rotary),
         )  # fmt: skip
-        # the torch op always gives four values; nothing reads what stands for a missing one
-        return (y, *others) if kind.outputs else (y, *others, opset18.Identity(y))
+        # the torch op always gives five values; nothing reads what stands for a missing one
+        return (y, *others, *(opset18.Identity(y) for _ in range(4 - len(others))))
 
     return {torch.ops.reattend.selected_attention.default: translate}
 
@@ -48,7 +51,6 @@ def _node(name: str) -> Any:
     from onnxscript import values
 
     parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
-    types = {float: kind.FLOAT, int: kind.INT}
     said = KINDS[name]
     schema = defs.OpSchema(
         name,
@@ -57,6 +59,8 @@ def _node(name: str) -> Any:
         inputs=[parameter(x, "I" if x in INTEGERS else "T") for x in said.all_inputs],
         outputs=[parameter(x, "I" if x in INTEGERS else "T") for x in said.all_outputs],
         type_constraints=[("T", _FLOATS, ""), ("I", _WHOLE, "")],
-        attributes=[defs.OpSchema.Attribute(n, types[t]) for n, t in said.attributes.items()],
+        attributes=[
+            defs.OpSchema.Attribute(n, getattr(kind, t.upper())) for n, t in said.attributes.items()
+        ],
     )
     return values.Op(values.Opset(DOMAIN, VERSION), name, schema)

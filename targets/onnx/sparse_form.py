@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Extra:
-    """A state beside keys and values: [B, G, one row per `block` tokens, width]."""
+    """A state beside keys and values: [B, G, one row per `block` tokens, or `rows`, width]."""
 
     name: str
     width: int
-    block: int
+    block: int = 1
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SparseForm:
         rows: of its state; 0: the capacity of the session.
         sinks, window: of a state of bounded size.
         saves: what of the pattern's saving the file has, for the manifest.
-        extra: a third state, for what chooses at run time.
+        extra: further states, for what chooses at run time.
         tokens: where keys are chosen at run time, a text so long leaves something out, unless that
             would be more than an export is checked with; else 0.
     """
@@ -33,5 +34,5 @@ class SparseForm:
     sinks: int = 0
     window: int = 0
     saves: str = ""
-    extra: Extra | None = None
+    extra: tuple[Extra, ...] = ()
     tokens: int = 0

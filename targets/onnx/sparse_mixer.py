@@ -83,9 +83,12 @@ class TracedSparse(SparseAttention):
             method, (first, second, *more) = self.selecting[str(number)], state.past()
             weights = [*method.parameters(), *method.buffers()]
             third = more[0] if more else state.noted(head_class.pattern)
+            fourth = more[1] if len(more) > 1 else first
+            rotary = self.config.rotary
             y, *kept = selected_attention(
-                q, keys, values, first, second, first if third is None else third, weights,
+                q, keys, values, first, second, first if third is None else third, fourth, weights,
                 *state.span(), pattern=pattern, **rules,
+                inv_freq=list(rotary.inv_freq) if rotary else [],
             )  # fmt: skip
             state.put(*kept[: 2 + len(more)])
             state.note(kept[2])
