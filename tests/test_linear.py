@@ -89,6 +89,8 @@ def by_the_formula(mixer: Any, x_ND: Tensor) -> Tensor:
             low = n - w + 1 if c.window_form == "sliding" else (n // w - 1) * w if w else n + 1
             near = [j for j in range(max(low, 0), n + 1) if w]
             far = range(max(low, 0)) if w else range(n + 1)
+            if c.direction == "bidirectional":
+                far = range(len(x_ND))
             top = max((float(q[0, h, n] @ k[g, j]) * c.core.scale for j in near), default=0.0)
             weight = torch.zeros(len(x_ND), dtype=x.dtype)
             for j in near:
@@ -136,6 +138,26 @@ def test_weights_are_those_of_the_papers(way: str) -> None:
         position = (real.long().cumsum(-1) - 1).clamp_min(0)
         again = mixer(padded, Context(mask=real, position_BN=position))[0, 5:]
         assert (again - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+BOTH: tuple[dict[str, Any], ...] = (
+    {"feature_dim": 5, "feature_init": "uniform"},
+    {"feature_map": "elu+1", "state": "per-kv-head", "rope": "window-only"},
+    {"feature_map": "relu", "rope": "after", "normalize": "group"},
+)
+
+
+@pytest.mark.parametrize("options", BOTH, ids=("hedgehog", "elu+1", "relu"))
+def test_both_ways_every_query_reads_one_sum_over_real_tokens(options: dict[str, Any]) -> None:
+    mixer = linear(dense(pattern("full")), direction="bidirectional", window=0, **options)
+    x, _ = inputs(13, (0,))
+    position = torch.arange(19)[None]
+    with torch.no_grad():
+        expected = by_the_formula(mixer, x[0])
+        padded, real = torch.cat([x, inputs(6, (0,))[0]], 1), torch.arange(19)[None] < 13
+        for mask in (real, real[:, None, None, :].expand(1, 1, 19, 19)):
+            got = mixer(padded, Context(mask=mask, position_BN=position))[0, :13]
+            assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 class HeldBytes:
@@ -209,6 +231,7 @@ def pattern(name: str, **more: Any) -> Any:
 
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "not causal": (pattern("full"), {}),
+    "would show later tokens": (config(), {"direction": "bidirectional", "window": 0}),
     "own pattern is sliding": (CASES["window"], {}),
     "own pattern is chunked": (pattern("chunked", chunk=4), {}),
     "the mask is the model's own": (pattern("opaque"), {}),

@@ -49,19 +49,26 @@ class FeatureMap(nn.Module):
 
     def forward(self, x_BhNd: Tensor) -> Tensor:
         """Features [B, h, N, f], in float32 or wider."""
-        x = x_BhNd if x_BhNd.dtype == torch.float64 else x_BhNd.float()
-        if self.weight_hfd is not None:
-            x = x @ self.weight_hfd.to(x.dtype).transpose(-1, -2)
-        if self.bias_hf is not None:
-            x = x + self.bias_hf.to(x.dtype)[:, None]
-        if self.name == "elu+1":
-            return nn.functional.elu(x) + 1
-        if self.name in ("relu", "t2r"):
-            return torch.relu(x)
-        if self.name == "exp":
-            return (x - x.amax(-1, keepdim=True)).exp()
-        if self.name == "softmax":
-            return x.softmax(-1)
-        if self.name == "hedgehog":
-            return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
-        return x
+        return mapped(self.name, x_BhNd, self.weight_hfd, self.bias_hf)
+
+
+def mapped(
+    name: FeatureMapName, x_BhNd: Tensor, weight_hfd: Tensor | None, bias_hf: Tensor | None
+) -> Tensor:
+    """Features [B, h, N, f], in float32 or wider; weights are read where the map has them."""
+    x = x_BhNd if x_BhNd.dtype == torch.float64 else x_BhNd.float()
+    if name in LEARNED and weight_hfd is not None:
+        x = x @ weight_hfd.to(x.dtype).transpose(-1, -2)
+    if name == "t2r" and bias_hf is not None:
+        x = x + bias_hf.to(x.dtype)[:, None]
+    if name == "elu+1":
+        return nn.functional.elu(x) + 1
+    if name in ("relu", "t2r"):
+        return torch.relu(x)
+    if name == "exp":
+        return (x - x.amax(-1, keepdim=True)).exp()
+    if name == "softmax":
+        return x.softmax(-1)
+    if name == "hedgehog":
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+    return x

@@ -6,7 +6,7 @@
 c_n is the largest score in the window, m the weight of the window. LoLCATs, Zhang et al., arXiv
 2410.10254; without a window it is linear attention, Katharopoulos et al., arXiv 2006.16236. Where
 no key is older than the window m cancels, and this is softmax attention. The sums over older keys
-are `reattend::linear_attention`.
+are `reattend::linear_attention`. A bidirectional block sums all keys once, for every query.
 
 Layout letters: B batch, N new tokens, L slots (`linear_rows`), H query heads, G KV heads, S heads
 of the state, d and e key and value widths, f features, c columns of the state.
@@ -32,7 +32,7 @@ from reattend.mixers.keeping import HoldingState
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.linear_rows import Lined, Memory, Rows, lined, mapped_rows, remembered
 from reattend.mixers.linear_window import band, first_visible, shifted_exp
-from reattend.mixers.places import usual, valid_tokens
+from reattend.mixers.places import places, usual, valid_tokens
 from reattend.mixers.rotary import grown, rotate, rotation
 
 #: Added to the variance that `normalize: group` divides by.
@@ -78,12 +78,12 @@ class LinearAttention(DenseAttention):
     @property
     def keeps(self) -> bool:
         """A window of rows."""
-        return True
+        return self.config.direction == "causal"
 
     @property
     def holds(self) -> bool:
         """And a state."""
-        return True
+        return self.keeps
 
     def project(
         self, x_BND: Tensor, source_BMD: Tensor | None, ctx: Context, state: State | None
@@ -104,13 +104,17 @@ class LinearAttention(DenseAttention):
         v_BNp = project(self.v_proj, x_BND, ctx)
         v = stream(v_BNp, c.core.kv_heads, c.v, self.v_norm, None, 0)
         q, k = queries(turn), keys(turn)
-        valid = valid_tokens(ctx.mask, *x_BND.shape[:2])
+        valid = self.real(x_BND, ctx, state)
         if c.rope == "before":
             return (q, self.features_q(q)), New((k, v), valid)
         f, plain = self.features_q(queries(None)), keys(None)
         if c.rope == "after":
             f, plain = rotate(f, turn, pairs), rotate(self._mapped(plain), turn, pairs)
         return (q, f), New((k, v, plain), valid)
+
+    def real(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
+        """Which new tokens are no padding, [B, N]; None: all."""
+        return valid_tokens(ctx.mask, *x_BND.shape[:2])
 
     def store(self, new: New, state: State) -> Stored:
         """The window moves on; what leaves it goes into the state.
@@ -138,6 +142,8 @@ class LinearAttention(DenseAttention):
     ) -> Tensor:
         """See `Mixer.attend`."""
         (q, f_q), c = query, self.config
+        if c.direction == "bidirectional":
+            return self.finished(self._everywhere(f_q, rows, ctx), q.dtype)
         fresh = isinstance(rows, New)
         found = lined(rows.rows, rows.valid_BN, None, c) if fresh else rows.found
         self._known(ctx.mask, found.place_BN)
@@ -145,12 +151,29 @@ class LinearAttention(DenseAttention):
             y = self._step(q, f_q, rows)
         else:
             y = found.gathered(self._all(found.spread(q), found.spread(f_q), found))
-        if c.normalize == "sum":
+        return self.finished(y, q.dtype)
+
+    def finished(self, y_BHNc: Tensor, dtype: torch.dtype) -> Tensor:
+        """Outputs [B, H, N, e] from sums."""
+        y = y_BHNc
+        if self.config.normalize == "sum":
             y = divided(y)
-        elif c.normalize == "group":
+        elif self.config.normalize == "group":
             y = F.layer_norm(y, (y.shape[-1],), eps=EPS)
-        y_BHNe: Tensor = y.to(q.dtype)
-        return y_BHNe
+        made: Tensor = y.to(dtype)
+        return made
+
+    def _everywhere(self, f_BHNf: Tensor, new: New, ctx: Context) -> Tensor:
+        """One sum over all real tokens, read by every query, [B, H, N, c]."""
+        c, valid_BN = self.config, new.valid_BN
+        b, _, n, _ = f_BHNf.shape
+        self._known(ctx.mask, places(valid_BN, n, f_BHNf.device).expand(b, n))
+        k = self._features_k(mapped_rows(new.rows))
+        if valid_BN is not None:
+            k = k * valid_BN[:, None, :, None]
+        sums = k.transpose(-1, -2) @ self._columns(new.rows[1])
+        y: Tensor = (f_BHNf.unflatten(1, (c.state_heads, -1)) @ sums[:, :, None]).flatten(1, 2)
+        return y
 
     def _all(self, q_BHLd: Tensor, f_BHLf: Tensor, found: Lined) -> Tensor:
         """Sums over all keys, [B, H, L, c], of the queries in every slot."""

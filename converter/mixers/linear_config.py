@@ -18,6 +18,7 @@ class LinearConfig(BlockConfig):
     """Keys in the window are attended to by softmax, older ones through a state of fixed size.
 
     Attributes:
+        direction: `causal`; or `bidirectional`: every token sees all, and there is one sum.
         feature_map: what makes features of a query or key (`reattend.mixers.features`).
         feature_dim: rows of its weights; the head width where it has none.
         normalize: what linear sums are divided by: `sum`, the sum of the weights, shared with the
@@ -35,6 +36,7 @@ class LinearConfig(BlockConfig):
     """
 
     kind: Literal["linear"] = "linear"
+    direction: Literal["causal", "bidirectional"] = "causal"
     feature_map: FeatureMapName
     feature_dim: int = Field(gt=0)
     normalize: Literal["sum", "group", "none"] = "sum"
@@ -50,6 +52,8 @@ class LinearConfig(BlockConfig):
     def _fits(self) -> LinearConfig:
         if self.decay and len(self.decay) != self.state_heads:
             raise ValueError("`decay` must have one number per head of the state")
+        if self.direction == "bidirectional" and (self.window or self.decay):
+            raise ValueError("a bidirectional block has one sum: no window, and nothing decays")
         if any(d > 0 for d in self.decay):
             raise ValueError("a state cannot grow by itself: decays are at most 0")
         return self

@@ -1,6 +1,7 @@
 """`to: linear`: softmax over a window of keys, and a state of fixed size for all older ones.
 
-One conversion serves LoLCATs, Hedgehog, T2R and SUPRA; presets name their options. The block keeps
+One conversion serves LoLCATs, Hedgehog, T2R and SUPRA, and bidirectional blocks (encoders, vision,
+diffusion) without a window; presets name their options. The block keeps
 its weights; feature maps and the weight of the window are new, start without statistics, and are
 meant to be trained (`calibrate`). Exact with a window as long as the text, and with nothing else,
 so every plan with a smaller one is `learned`. The formulas with the symbols used here:
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from reattend.errors import ArgumentError
 from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.linear import LinearAttention
@@ -29,6 +31,8 @@ class LinearOptions(Frozen):
     """What reaches how far back.
 
     Attributes:
+        direction: `causal`, or `bidirectional` for blocks in which every token sees all (encoders,
+            vision, diffusion): one sum over all keys, no window, no decay.
         feature_map: see `reattend.mixers.features`.
         feature_dim: rows of its weights per head; None: the head width.
         feature_init: `identity` (only at the head width), or `uniform`, small numbers; None:
@@ -46,6 +50,7 @@ class LinearOptions(Frozen):
         state: one for each query head, or one for each KV head.
     """
 
+    direction: Literal["causal", "bidirectional"] = "causal"
     feature_map: FeatureMapName = "hedgehog"
     feature_dim: int | None = Field(default=None, gt=0)
     feature_init: Literal["identity", "uniform"] | None = None
@@ -70,6 +75,10 @@ class LinearOptions(Frozen):
             raise ValueError(
                 "a window shares the sum that it is divided by: set normalize: sum, or window: 0"
             )
+        if self.direction == "bidirectional" and (self.window or self.decay != "none"):
+            raise ValueError(
+                "direction: bidirectional sums all keys once: set window: 0, and no decay"
+            )
         if self.feature_map not in LEARNED and (self.feature_dim or self.feature_init):
             raise ValueError(f"feature_map: {self.feature_map} has no weights to give a size")
         if self.rope == "after" and self.feature_map == "hedgehog":
@@ -78,7 +87,7 @@ class LinearOptions(Frozen):
 
 
 class ToLinear(Conversion):
-    """Causal softmax attention to linear attention, with or without a window."""
+    """Softmax attention to linear attention, with or without a window."""
 
     name = "linear"
     Options = LinearOptions
@@ -90,8 +99,16 @@ class ToLinear(Conversion):
             return Refusal("cross-attention: its keys have no order for a state to follow")
         if (moved := regrouped(config)) is not None:
             return moved
-        if core.pattern == "full":
-            return Refusal("the block is not causal: tokens see later ones, a state does not")
+        causal = options.direction == "causal"
+        if core.pattern == "full" and causal:
+            return Refusal(
+                "the block is not causal: tokens see later ones, a state does not; "
+                "direction: bidirectional with window: 0 sums all keys"
+            )
+        if core.pattern != "full" and not causal:
+            return Refusal(
+                "the block is causal, and direction: bidirectional would show later tokens"
+            )
         if core.pattern in ("sliding", "chunked"):
             return Refusal(
                 f"the block's own pattern is {core.pattern}: it forgets older keys by itself, and "
@@ -132,6 +149,7 @@ class ToLinear(Conversion):
             {
                 **config.model_dump(exclude={"kind"}),
                 "kind": "linear",
+                "direction": options.direction,
                 "feature_map": options.feature_map,
                 "feature_dim": options.feature_dim or core.qk_head_dim,
                 "normalize": options.normalize,
@@ -150,7 +168,13 @@ class ToLinear(Conversion):
         return self.described(config, options)
 
     def exact_setting(self, config: DenseConfig) -> LinearOptions:
-        """A window that no text is longer than: no key is ever linear."""
+        """A window that no text is longer than: no key is ever linear.
+
+        Raises:
+            ArgumentError: the block is not causal, where a window has no order to follow.
+        """
+        if config.core.pattern == "full":
+            raise ArgumentError("bidirectional linear attention has no setting that is exact")
         return LinearOptions(
             feature_map="elu+1", window=ENDLESS, window_form="sliding", mix="fixed", mix_start=0.5
         )
@@ -165,7 +189,7 @@ class ToLinear(Conversion):
         # the state is read for every query head, and a key is added to every head of it
         moved = (core.heads + made.state_heads) * made.features * made.columns
         flops = before.flops_per_token + 2 * (near + moved + grown - attention)
-        numbers = made.held_after(length)
+        numbers = made.held_after(length) if options.direction == "causal" else 0
         return Cost(
             -(-numbers // length), before.parameters + grown, flops, length, before.parameters
         )
@@ -204,8 +228,9 @@ def stated(made: LinearConfig) -> dict[str, Any]:
         "features": made.features,
         "window": f"{made.window} {made.window_form}" if made.window else "none",
         "state_numbers": made.state_heads * made.features * made.columns,
-        "held_in_tokens": f"{made.held_after(made.held_rows) / made.cache_per_token:.1f}",
     }
+    if made.direction == "causal":
+        told["held_in_tokens"] = f"{made.held_after(made.held_rows) / made.cache_per_token:.1f}"
     if made.decay:
         told["decay"] = f"{min(made.decay):.4g} to {max(made.decay):.4g} per token"
     return told

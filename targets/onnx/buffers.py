@@ -73,6 +73,12 @@ class StateBuffers:
         self._binding: Any = None
         self._rows: list[StateBuffers] = []
 
+    def restart(self) -> None:
+        """Forget the text before: a state of bounded size may hold a sum, which masks nothing."""
+        for spec, array in zip(self.specs, self.arrays, strict=True):
+            if spec.row_axis is None:
+                array.fill(0)
+
     def rows(self) -> list[StateBuffers]:
         """Every row of the batch as a batch of one, in the same memory."""
         if not self._rows:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from reattend.targets.onnx.functions import DOMAIN
+from reattend.targets.onnx.linear_body import LINEAR
 from reattend.targets.onnx.rewriting import attribute, forget, producer, take_over
 from reattend.targets.onnx.selected_body import SELECTED
 
 CONTRIB = "com.microsoft"
+GROUP_QUERY = f"{CONTRIB}::GroupQueryAttention"
 # Large enough that exp(-x) is 0, small enough that a score can be added in float16.
 _HIDDEN = -30000.0
 _HEADS_APART = [0, 2, 1, 3]
@@ -57,7 +59,7 @@ def group_queries(model: Any, ids: Any, mask: Any) -> dict[str, Form]:
         why = _why_not(node)
         if not why:
             _replace(model, node, shared)
-        op = f"{DOMAIN}::{node.op_type}" if why else f"{CONTRIB}::GroupQueryAttention"
+        op = f"{DOMAIN}::{node.op_type}" if why else GROUP_QUERY
         found[state] = Form(op, why)
     if any(form.op.startswith(CONTRIB) for form in found.values()):
         model.opset_imports[CONTRIB] = 1
@@ -66,7 +68,7 @@ def group_queries(model: Any, ids: Any, mask: Any) -> dict[str, Form]:
 
 def state_output(node: Any) -> str:
     """The name of the first state that belongs to a node of ours, as it is after the call."""
-    if node.op_type in ("SparseAttention", *SELECTED):
+    if node.op_type in ("SparseAttention", *SELECTED, *LINEAR):
         written = node.outputs[1]
     else:
         written = node.inputs[2 if node.op_type == "LatentAttention" else 1]
@@ -78,6 +80,10 @@ def _why_not(node: Any) -> str:
     """The reason why GroupQueryAttention cannot stand for a node; empty if it can."""
     if node.op_type in _SPARSE:
         return _SPARSE[node.op_type]
+    if node.op_type == "WindowLinearAttention":
+        return "no operator of ONNX Runtime sums over a window and a state in one denominator"
+    if node.op_type == "LinearAttention":
+        return "it is not softmax attention"  # see `contrib_linear.py`
     if node.op_type in SELECTED:
         return "no operator of ONNX Runtime for CPUs chooses keys"
     if node.op_type != "Attention":
@@ -113,7 +119,7 @@ class _Shared:
         tape = ir.tape.Tape()
 
         def number(name: str, value: Any, dtype: Any) -> Any:
-            return _initializer(self.model, f"group_query.{name}.{kind.name}", value, dtype)
+            return initializer(self.model, f"group_query.{name}.{kind.name}", value, dtype)
 
         one = number("one", 1, ir.DataType.INT64)
         last = tape.op("Sub", [length, one])
@@ -147,7 +153,8 @@ def _insert_behind(model: Any, values: list[Any], nodes: list[Any]) -> None:
         model.graph.insert_before(next(iter(model.graph)), nodes)
 
 
-def _initializer(model: Any, name: str, value: Any, dtype: Any) -> Any:
+def initializer(model: Any, name: str, value: Any, dtype: Any) -> Any:
+    """A constant of the graph, made once."""
     import numpy as np
     import onnx_ir as ir
 
@@ -163,7 +170,7 @@ def _replace(model: Any, node: Any, shared: _Shared) -> None:
     lengths, total, bias = shared.inputs(node)
     key, value = (producer(v) for v in node.inputs[1:3])
     heads, groups = int(node.inputs[0].shape[1]), int(key.inputs[0].shape[1])
-    rows = [_flat(model, node, v) for v in (node.inputs[0], key.inputs[1], value.inputs[1])]
+    rows = [flat(model, node, v) for v in (node.inputs[0], key.inputs[1], value.inputs[1])]
     window, cap = attribute(node, "sliding_window"), attribute(node, "softcap")
     attributes: dict[str, Any] = {
         "num_heads": heads, "kv_num_heads": groups, "scale": attribute(node, "scale"),
@@ -175,12 +182,12 @@ def _replace(model: Any, node: Any, shared: _Shared) -> None:
     model.graph.insert_before(node, made)
     for old, new in zip((key.outputs[0], value.outputs[0]), made.outputs[1:], strict=True):
         take_over(old, new)
-    _unflatten(model, node, made.outputs[0], heads)
+    unflatten(model, node, made.outputs[0], heads)
     for written in (key, value):
         forget(model, written)
 
 
-def _flat(model: Any, node: Any, value: Any) -> Any:
+def flat(model: Any, node: Any, value: Any) -> Any:
     """A [B, heads, N, width] value as [B, N, heads * width], made before `node` if need be."""
     import onnx_ir as ir
 
@@ -193,19 +200,19 @@ def _flat(model: Any, node: Any, value: Any) -> Any:
             if len(whole.shape) == 3 and whole.shape[2] == heads * width:
                 return whole
     if maker is not None and maker.op_type == "RotaryEmbedding" and len(maker.inputs) == 3:
-        rows = _flat(model, node, maker.inputs[0])
+        rows = flat(model, node, maker.inputs[0])
         attributes = [*maker.attributes.values(), ir.AttrInt64("num_heads", heads)]
         turned = ir.Node("", "RotaryEmbedding", [rows, *maker.inputs[1:]], attributes)
         model.graph.insert_before(node, turned)
         return turned.outputs[0]
     moved = ir.node("Transpose", [value], {"perm": _HEADS_APART})
-    sizes = _initializer(model, "group_query.flat", [0, 0, -1], ir.DataType.INT64)
+    sizes = initializer(model, "group_query.flat", [0, 0, -1], ir.DataType.INT64)
     joined = ir.node("Reshape", [moved.outputs[0], sizes])
     model.graph.insert_before(node, [moved, joined])
     return joined.outputs[0]
 
 
-def _unflatten(model: Any, node: Any, y: Any, heads: int) -> None:
+def unflatten(model: Any, node: Any, y: Any, heads: int) -> None:
     """Give what read a node's [B, H, N, e] the contrib operator's y, [B, N, H * e]."""
     import onnx_ir as ir
 
@@ -218,7 +225,7 @@ def _unflatten(model: Any, node: Any, y: Any, heads: int) -> None:
                 take_over(joined[0].outputs[0], y)
                 forget(model, joined[0])
                 return
-    sizes = _initializer(model, f"group_query.heads.{heads}", [0, 0, heads, -1], ir.DataType.INT64)
+    sizes = initializer(model, f"group_query.heads.{heads}", [0, 0, heads, -1], ir.DataType.INT64)
     apart = ir.node("Reshape", [y, sizes])
     back = ir.node("Transpose", apart.outputs, {"perm": _HEADS_APART})
     model.graph.insert_before(node, [apart, back])

@@ -13,7 +13,7 @@ from torch import nn
 
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.flavours import Flavour, check_flavour
-from reattend.targets.onnx.layout import layout
+from reattend.targets.onnx.layout import check_dtype, layout
 from reattend.targets.onnx.library import find_library
 from reattend.targets.onnx.manifest import (
     DATA,
@@ -103,7 +103,7 @@ def export_onnx(
     from reattend.targets.onnx.wrapper import check_language_model
 
     check_language_model(model)
-    layout(model)
+    check_dtype(layout(model), dtype)
     asked = {
         "weights": weights_sha256(model),
         "model": digest(_config(model)),

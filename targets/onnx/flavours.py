@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from reattend.errors import ArgumentError
 from reattend.plan_text import nearest
 from reattend.targets.onnx.contrib import Form, group_queries, skip_norms, state_output
+from reattend.targets.onnx.contrib_linear import sum_states
 from reattend.targets.onnx.functions import DOMAIN
 
 Flavour = Literal["portable", "ort", "custom"]
@@ -50,6 +51,7 @@ def choose_forms(model: Any, flavour: Flavour) -> dict[str, Form]:
     if flavour == "ort":
         inputs = {value.name: value for value in model.graph.inputs}
         forms = group_queries(model, inputs["input_ids"], inputs["attention_mask"])
+        forms |= sum_states(model)
         skip_norms(model)
         return forms
     forms = {}

@@ -1,11 +1,12 @@
 """The meaning of our nodes in standard ops: one function body each, attached to every model.
 
 The text below is ONNX's own textual syntax; the bodies of the sparse nodes are in `sparse_body.py`,
-`pattern_body.py` and `selected_body.py`, that of routed heads in `routed_body.py`. Both bodies here
-take the *row-wise* form: the query heads that share keys become rows of one matrix product, so a
-decode step reads the cache once and not once per head (on a CPU 2 to 3 times faster than the
-Attention op for latent rows). Only standard operators are used, so any runtime runs the file; a
-kernel registered for the node's name takes over where one is loaded.
+`pattern_body.py` and `selected_body.py`, that of routed heads in `routed_body.py`, those of linear
+attention in `linear_body.py` and `window_linear_body.py`. Both bodies here take the *row-wise*
+form: the query heads that share keys become rows of one matrix product, so a decode step reads the
+cache once and not once per head (on a CPU 2 to 3 times faster than the Attention op for latent
+rows). Only standard operators are used, so any runtime runs the file; a kernel registered for the
+node's name takes over where one is loaded.
 
 Where some layer has no rotary part (R = 0) the latent body branches on it, because a product over
 zero columns is not zero in ONNX Runtime 1.31 (its fused transposed MatMul leaves the output unset).
@@ -22,12 +23,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from reattend.targets.onnx.fragments import CAP, CAPPED
+from reattend.targets.onnx.linear_body import linear_body
+from reattend.targets.onnx.linear_features import MAPS
 from reattend.targets.onnx.pattern_body import TERMS, pattern_body
 from reattend.targets.onnx.routed_body import NAME as ROUTED
 from reattend.targets.onnx.routed_body import routed_body
 from reattend.targets.onnx.selected_body import SELECTED, selected_body
 from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.sparse_body import sparse_body
+from reattend.targets.onnx.window_linear_body import window_linear_body
 
 DOMAIN = "ai.reattend"
 VERSION = 1
@@ -191,12 +195,16 @@ class Uses:
         terms: terms that some `PatternAttention` has.
         budgets: budgets that some node of `selected_body` has.
         capped: some node that is sparse or routed has a softcap.
+        decayed: some node of linear attention has decays.
+        maps: feature maps that some `WindowLinearAttention` has.
     """
 
     rope_may_be_empty: bool = True
     terms: tuple[str, ...] = TERMS
     budgets: tuple[str, ...] = tuple(BUDGETS)
     capped: bool = True
+    decayed: bool = True
+    maps: tuple[str, ...] = MAPS
 
 
 EVERYTHING = Uses()
@@ -219,6 +227,10 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
         return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped)
     if name == ROUTED:
         return _OWN_DOMAIN_LINE + routed_body(uses.capped)
+    if name == "LinearAttention":
+        return _DOMAIN_LINE + linear_body(uses.decayed)
+    if name == "WindowLinearAttention":
+        return _DOMAIN_LINE + window_linear_body(uses.decayed, uses.maps)
     if name in SELECTED:
         return _DOMAIN_LINE + selected_body(name, uses.budgets, uses.capped)
     header = _HEADER.format(name=name, inputs=", ".join(_INPUTS[name]))
@@ -238,7 +250,8 @@ def function_proto(name: str, uses: Uses = EVERYTHING) -> Any:
             `PatternAttention` (the same inputs), `RoutedAttention` (the same and, before kv_start,
             active [B, U, N]; it calls `Attention`), or `SparseAttention` (q, key [B, G, N, d],
             value [B, G, N, e], past_key [B, G, sinks + window, d], past_value, kv_start, kv_len)
-            -> y, present_key, present_value; or one of `selected_body.KINDS`.
+            -> y, present_key, present_value; or one of `selected_body.KINDS`,
+            or of `linear_body.LINEAR`.
         uses: what the nodes of the file need.
     """
     import onnx.parser

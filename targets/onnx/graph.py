@@ -27,6 +27,7 @@ from reattend.targets.onnx.functions import (
     with_called,
 )
 from reattend.targets.onnx.layout import LayerLayout, StateTensor
+from reattend.targets.onnx.linear_features import MAPS
 from reattend.targets.onnx.pattern_body import TERMS
 from reattend.targets.onnx.rewriting import attribute
 from reattend.targets.onnx.rotary import fuse_rotary
@@ -153,7 +154,9 @@ def _attach(model: Any, layers: list[LayerLayout]) -> None:
 def _uses(model: Any, layers: list[LayerLayout]) -> Uses:
     nodes = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
     return Uses(
-        rope_may_be_empty=any(not g.second.width for layer in layers for g in layer.groups),
+        rope_may_be_empty=any(
+            g.second is not None and not g.second.width for layer in layers for g in layer.groups
+        ),
         terms=tuple(term for term in TERMS if any(has_term(node, term) for node in nodes)),
         budgets=tuple(
             name
@@ -161,6 +164,12 @@ def _uses(model: Any, layers: list[LayerLayout]) -> Uses:
             if any(attribute(node, name, none) != none for node in nodes)
         ),
         capped=any(attribute(node, "softcap") for node in nodes),
+        decayed=any(attribute(node, "decays") for node in nodes),
+        maps=tuple(
+            name
+            for number, name in enumerate(MAPS)
+            if any(attribute(node, "feature_map") == number for node in nodes)
+        ),
     )
 
 

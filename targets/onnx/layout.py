@@ -20,6 +20,7 @@ from reattend.mixers.latent_config import LatentConfig
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.targets.onnx.linear_body import LINEAR
 from reattend.targets.onnx.routed_body import FEW, NAME
 from reattend.targets.onnx.sparse_form import SparseForm
 from reattend.targets.onnx.sparse_layout import sparse_form
@@ -76,7 +77,7 @@ class GroupLayout:
 
     Attributes:
         op: the node.
-        first, second: the state; more: what chooses keys keeps beside it.
+        first, second: the state; more: what chooses keys keeps beside it, or sums of older keys.
         part: the number of the head group in its layer.
         sparse, pattern: of a class of sparse heads: what it becomes, and what it sees, in words.
         saves: what the file saves by the node, for the manifest.
@@ -84,7 +85,7 @@ class GroupLayout:
 
     op: str
     first: StateTensor
-    second: StateTensor
+    second: StateTensor | None
     part: int = 0
     sparse: SparseForm | None = None
     pattern: str = ""
@@ -94,7 +95,7 @@ class GroupLayout:
     @property
     def tensors(self) -> list[StateTensor]:
         """What crosses the graph's border; a rotary part of width 0 holds nothing and does not."""
-        return [t for t in (self.first, self.second, *self.more) if t.width]
+        return [t for t in (self.first, self.second, *self.more) if t is not None and t.width]
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "what the original module does besides attention needs the whole sequence"
     elif binding.cache is None:
         why = "it keeps no cache; only decoders that generate token by token are exported"
-    elif isinstance(config, LinearConfig):
-        why = "linear attention has no ONNX form yet"
+    elif isinstance(config, LinearConfig) and config.window and config.rope != "before":
+        why = "its state is made of keys that are not rotated, for which the node has no window"
     elif config.core.pattern == "chunked":
         why = "chunked attention has no ONNX form yet"
     elif config.core.pattern == "opaque":
@@ -172,6 +173,23 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "what it adds to its scores has no input in the ONNX node yet"
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
+
+
+def check_dtype(layers: list[LayerLayout], dtype: str) -> None:
+    """Refuse what is held in float32 in a file of another dtype.
+
+    Raises:
+        RefusedError: a layer with a state of sums.
+    """
+    for layer in layers:
+        if dtype != "float32" and any(group.op in LINEAR for group in layer.groups):
+            raise RefusedError(
+                f"this layer cannot be exported to ONNX in {dtype}",
+                where=layer.path,
+                why="its sums over all older keys are held in float32, and all states of a file "
+                "have one dtype",
+                next_step='use dtype="float32"',
+            )
 
 
 class _Node(NamedTuple):
@@ -211,6 +229,8 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
             for x in form.extra
         )
         return GroupLayout(form.op, first, second, part, form, words, more, form.saves)
+    if isinstance(config, LinearConfig):
+        return _linear(layer, group, part, config)
     raise RefusedError(
         f"a layer of kind {type(config).__name__} has no ONNX form yet",
         where=path,
@@ -237,3 +257,14 @@ def _key_value(
         StateTensor(layer, f"{group}key", heads, core.qk_head_dim, rows),
         StateTensor(layer, f"{group}value", heads, core.v_head_dim, rows),
     )
+
+
+def _linear(layer: int, group: str, part: int, config: LinearConfig) -> GroupLayout:
+    """A state of sums, and with a window a ring of rows, one more than a query may see."""
+    state = StateTensor(layer, f"{group}state", config.state_heads, config.columns, config.features)
+    saves = f"memory and reads: {config.held_after(config.held_rows)} numbers of a sequence"
+    if not config.window:
+        return GroupLayout("LinearAttention", state, None, part, saves=f"{saves}, always")
+    rings = _key_value(layer, group, config, config.core.kv_heads, config.held_rows + 1)
+    saves = f"{saves}, and a row of keys and values, however long it is"
+    return GroupLayout("WindowLinearAttention", *rings, part, more=(state,), saves=saves)

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from reattend.errors import ModelError
-from reattend.targets.onnx.contrib import CONTRIB, Form
+from reattend.targets.onnx.contrib import GROUP_QUERY, Form
 from reattend.targets.onnx.flavours import Flavour
 from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
-SCHEMA = 4
+SCHEMA = 5
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -35,7 +35,8 @@ class TensorEntry(_Part):
 
 
 class StateEntry(_Part):
-    """A state: bind one buffer, filled with zeros at first, as `input` and as `output`.
+    """A state: bind one buffer, filled with zeros at first, as `input` and as `output`; one with a
+    `capacity` is filled with zeros again before another text.
 
     Attributes:
         input, output: of the graph.
@@ -58,8 +59,9 @@ class LayerEntry(_Part):
     Attributes:
         path, layer: the module and the number of the layer.
         op: what it is in our words: `Attention`, `LatentAttention`, `SparseAttention` (sinks and a
-            window, state of bounded size), `PatternAttention` (any pattern, state of every row), or
-            what chooses keys at run time (state of every row), see `selected_body.KINDS`.
+            window, state of bounded size), `PatternAttention` (any pattern, state of every row),
+            `LinearAttention` and `WindowLinearAttention` (sums, state of bounded size), or what
+            chooses keys at run time (state of every row), see `selected_body.KINDS`.
         form: the operator that stands in the graph, as `domain::name`.
         reason: why it is not the operator that the flavour prefers; empty where it is.
         pattern: what sparse heads see.
@@ -110,7 +112,7 @@ class CheckEntry(_Part):
 class Manifest(_Part):
     """The file as a whole; `schema_version` rises when a reader must change."""
 
-    schema_version: Literal[1, 2, 3, 4] = 4
+    schema_version: Literal[1, 2, 3, 4, 5] = 5
     file: str = MODEL
     data: str = DATA
     dtype: Literal["float32", "float16"]
@@ -163,7 +165,7 @@ def describe(
         ),
         "cache_bytes_fixed": size * sum(t.heads * t.width * t.rows for t in tensors),
         # ONNX Runtime's GroupQueryAttention takes a later chunk of one row only.
-        "chunk_rows": 1 if any(f.op.startswith(CONTRIB) for f in forms.values()) else None,
+        "chunk_rows": 1 if any(f.op == GROUP_QUERY for f in forms.values()) else None,
         "generation": generation(model),
     }
 

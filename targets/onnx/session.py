@@ -124,6 +124,7 @@ class Session:
             or (self._states.capacity < capacity)
         ):
             self._states = StateBuffers(self._specs, dtype, ids.shape[0], capacity)
+        self._states.restart()
         self._progress = Progress(mask)
         size = self.prefill_chunk
         pieces = [self._run(ids[:, at : at + size]) for at in range(0, ids.shape[1], size)]

@@ -13,10 +13,12 @@ from reattend.install.adapter import Adapter
 from reattend.kernels.attention import attention
 from reattend.mixers.base import Context, State
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.linear import LinearAttention
 from reattend.mixers.mixed import MixedAttention
 from reattend.mixers.sparse import SparseAttention
 from reattend.parts import picked, query_heads
 from reattend.passes.rewrite.sparse_build import sparse_like
+from reattend.targets.onnx.linear_mixer import traced_linear
 from reattend.targets.onnx.selected_body import SELECTED
 from reattend.targets.onnx.selected_ops import selected_attention
 from reattend.targets.onnx.sparse_ops import pattern_attention, sink_window_attention
@@ -102,17 +104,21 @@ class TracedSparse(SparseAttention):
 
 
 def make_traceable(model: nn.Module) -> None:
-    """Let every sparse block of a model take states of fixed capacity; changes `model`."""
+    """Let all blocks of a model take states of fixed capacity; changes `model`."""
     for module in model.modules():
-        if isinstance(module, Adapter) and isinstance(module.mixer, SparseAttention):
+        if isinstance(module, Adapter):
             module.mixer = _traced(module.mixer)
         elif isinstance(module, MixedAttention):
             for i, group in enumerate(module.groups):
-                if isinstance(group, SparseAttention):
-                    module.groups[i] = _traced(group)
+                module.groups[i] = _traced(group)
 
 
-def _traced(mixer: SparseAttention) -> TracedSparse:
+def _traced(mixer: Any) -> Any:
+    """The same modules in a mixer that can be traced; itself, where it can."""
+    if isinstance(mixer, LinearAttention):
+        return traced_linear(mixer)
+    if not isinstance(mixer, SparseAttention):
+        return mixer
     made = sparse_like(mixer, mixer.config, TracedSparse)
     made.selecting = mixer.selecting  # what chooses keeps its weights
     return made

@@ -34,6 +34,7 @@ class FixedState:
 
     def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, heads, N, width] rows after those seen; returns [B, heads, C, width]."""
+        assert self.layout.second is not None
         return self._put(self.layout.first.input, first), self._put(
             self.layout.second.input, second
         )

@@ -1,9 +1,9 @@
 """How the torch ops of reattend become ONNX nodes.
 
 The attention ops become one node each in domain `ai.reattend` (those of sparse heads in
-`sparse_translate.py`); `cache_put` is the standard TensorScatter. A translation must be an ordinary
-Python function that calls `values.Op`: a scripted onnxscript function would be inlined, and no node
-of ours would be left.
+`sparse_translate.py`, those of linear attention in `linear_translate.py`); `cache_put` is the
+standard TensorScatter. A translation must be an ordinary Python function that calls `values.Op`: a
+scripted onnxscript function would be inlined, and no node of ours would be left.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION
+from reattend.targets.onnx.linear_translate import linear_translations
 from reattend.targets.onnx.routed_body import NAME as ROUTED
 from reattend.targets.onnx.selected_translate import selected_translations
 from reattend.targets.onnx.sparse_translate import sparse_translations
@@ -54,6 +55,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     return (
         sparse_translations()
+        | linear_translations()
         | selected_translations()
         | {
             torch.ops.reattend.attention.default: translate_attention,

@@ -1,0 +1,74 @@
+"""How the torch ops of linear attention become ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from reattend.targets.onnx.functions import DOMAIN, VERSION
+from reattend.targets.onnx.linear_features import MAPS
+from reattend.targets.onnx.linear_ops import held_linear_attention as _held  # noqa: F401
+from reattend.targets.onnx.linear_ops import window_linear_attention as _window  # noqa: F401
+
+#: Tokens of a chunk, at least.
+CHUNK = 64
+#: Heads of queries and of the state.
+HEADS = ("q_num_heads", "kv_num_heads")
+_HELD = ("q", "key", "value", "decay", "past_state")
+_WINDOW = (
+    "q", "features", "key", "value", "past_key", "past_value", "past_state", "mix", "weight",
+    "bias", "decay", "kv_start", "kv_len",
+)  # fmt: skip
+
+
+def linear_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The entries of `custom_translation_table`."""
+    held = _op("LinearAttention", _HELD, ("y", "present_state"), ("chunk", "decays", *HEADS))
+    node = _op(
+        "WindowLinearAttention",
+        _WINDOW,
+        ("y", "present_key", "present_value", "present_state"),
+        ("window", "chunk", "feature_map", "terraced", "decays"),
+    )
+
+    def translate_held(q: Any, k: Any, v: Any, decay: Any, state: Any, *, decays: bool) -> Any:
+        counts = dict(zip(HEADS, (int(q.shape[1]), int(k.shape[1])), strict=True))
+        return held(q, k, v, decay, state, chunk=CHUNK, decays=int(decays), **counts)
+
+    def translate_window(
+        *inputs: Any, scale: float, window: int, terraced: bool, feature_map: str, decays: bool
+    ) -> Any:
+        return node(
+            *inputs, scale=float(scale), window=int(window), terraced=int(terraced),
+            chunk=max(CHUNK, window * (2 if terraced else 1)),
+            feature_map=MAPS.index(feature_map), decays=int(decays),
+        )  # fmt: skip
+
+    return {
+        torch.ops.reattend.held_linear_attention.default: translate_held,
+        torch.ops.reattend.window_linear_attention.default: translate_window,
+    }
+
+
+def _op(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], integers: tuple[str, ...]
+) -> Any:
+    import onnx.defs as defs
+    from onnxscript import values
+
+    parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
+    attributes = [defs.OpSchema.Attribute(x, kind.INT) for x in integers]
+    if "kv_len" in inputs:
+        attributes.append(defs.OpSchema.Attribute("scale", kind.FLOAT))
+    schema = defs.OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=[parameter(x, "I" if x.startswith("kv_") else "T") for x in inputs],
+        outputs=[parameter(x, "T") for x in outputs],
+        type_constraints=[("T", ["tensor(float)"], ""), ("I", ["tensor(int64)"], "")],
+        attributes=attributes,
+    )
+    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)
