@@ -44,6 +44,12 @@ class Chunks:
         size = -(-least // block) * block
         return Chunks(n, size, -(-n // size), lag > 1, lag, block)
 
+    @property
+    def paired(self) -> bool:
+        """Whether a query sees any key of its band; terraces of a chunk see none."""
+        last = (self.size - 1) // self.block * self.block - self.lag
+        return last >= (-self.size if self.wide else 0)
+
     def cut(self, x: Tensor) -> Tensor:
         """[.., N, w] -> [.., T, C, w], zeros behind the end."""
         padded = F.pad(x, (0, 0, 0, self.count * self.size - self.n))
@@ -136,11 +142,11 @@ def forward(
     k, v = chunks.cut(k_BGNf), chunks.cut(v_BGNe)
     left = k if decays is None else k * (decays.whole[..., None] - decays.within).exp()[..., None]
     states = scanned(left.transpose(-1, -2) @ v, state_BGfe, decays)
-    scores = q @ chunks.band(k).transpose(-1, -2)[:, :, None]
-    y = (scores * weights(decays, chunks, q.device)) @ chunks.band(v)[:, :, None]
-    if decays is not None:
-        q = q * decays.within.exp()[:, :, None, ..., None]
-    y = y + q @ read_states(states, decays, chunks)[:, :, None]
+    now = q if decays is None else q * decays.within.exp()[:, :, None, ..., None]
+    y = now @ read_states(states, decays, chunks)[:, :, None]
+    if chunks.paired:
+        scores = q @ chunks.band(k).transpose(-1, -2)[:, :, None]
+        y = y + (scores * weights(decays, chunks, q.device)) @ chunks.band(v)[:, :, None]
     return chunks.joined(y).flatten(1, 2), states[-1]
 
 

@@ -32,20 +32,19 @@ def backward(
     decays = Decays.of(decay_BGN, chunks)
     q, dy = (chunks.cut(x.unflatten(1, (groups, -1))) for x in (q_BHNf, dy_BHNe))
     k, v = chunks.cut(k_BGNf), chunks.cut(v_BGNe)
-    # inside of the bands
-    w = weights(decays, chunks, q.device)
-    scores = (q @ chunks.band(k).transpose(-1, -2)[:, :, None]) * w
-    pulls = (dy @ chunks.band(v).transpose(-1, -2)[:, :, None]) * w
-    dv = chunks.folded((scores.transpose(-1, -2) @ dy).sum(2))
-    dk = chunks.folded((pulls.transpose(-1, -2) @ q).sum(2))
     # through the states
     now = q if decays is None else q * decays.within.exp()[:, :, None, ..., None]
     asked = (now.transpose(-1, -2) @ dy).sum(2)
     later, first = _later(asked, dstate_BGfe, decays, chunks)
     left = None if decays is None else (decays.whole[..., None] - decays.within).exp()[..., None]
     by_v, by_k = v @ later.transpose(-1, -2), k @ later
-    dk = dk + (by_v if left is None else by_v * left)
-    dv = dv + (by_k if left is None else by_k * left)
+    dk, dv = (by_v, by_k) if left is None else (by_v * left, by_k * left)
+    if chunks.paired:  # inside of the bands
+        w = weights(decays, chunks, q.device)
+        scores = (q @ chunks.band(k).transpose(-1, -2)[:, :, None]) * w
+        pulls = (dy @ chunks.band(v).transpose(-1, -2)[:, :, None]) * w
+        dv = dv + chunks.folded((scores.transpose(-1, -2) @ dy).sum(2))
+        dk = dk + chunks.folded((pulls.transpose(-1, -2) @ q).sum(2))
     dk, dv = chunks.joined(dk), chunks.joined(dv)
     if decay_BGN is None:
         return dq, dk, dv, q.new_zeros(0), first

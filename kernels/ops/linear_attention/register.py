@@ -224,7 +224,7 @@ register_autocast("linear_attention")
 def _flops(q: Any, v: Any, lag: int, block: int, columns: int) -> int:
     """Scores and sums inside of bands, reading the state, and making it once per query head."""
     chunks = chunked.Chunks.of(q[2], lag, block)
-    band = chunks.size * (2 if chunks.wide else 1)
+    band = chunks.size * (2 if chunks.wide else 1) if chunks.paired else 0
     tokens = int(q[0] * q[1] * q[2])
     return 2 * tokens * int(band * (q[3] + columns) + 2 * q[3] * columns)
 
