@@ -107,7 +107,11 @@ def nothing_found(model: str, found: FoundAttention) -> NothingFoundError:
     """Why there is nothing to convert, and what to do about it."""
     if found.refused:
         first = found.refused[0]
-        why = "; ".join(f"{r.path or '(model)'}: {r.reason}" for r in found.refused[:5])
+        alike: dict[str, list[str]] = {}
+        for r in found.refused:
+            alike.setdefault(r.reason, []).append(r.path or "(model)")
+        told = [(p[0] + (f" and {len(p) - 1} more" if p[1:] else ""), r) for r, p in alike.items()]
+        why = "; ".join(f"{paths}: {reason}" for paths, reason in told[:5])
         step = f'see what differs: reattend find {model} --why "{first.path or "(model)"}"'
     else:
         why = "the graph has no softmax attention"

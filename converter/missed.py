@@ -13,6 +13,10 @@ from reattend.passes.find.owners import owner_of
 from reattend.passes.find.sites import Found, Missed
 from reattend.search import Search
 
+#: where a reason may name a node; elsewhere a word (`to`) only looks like one
+_BEFORE = ("\\(", "by ", "reads ", "read ", "behind ", "projection ")
+_NAMED = re.compile("(?:^|" + "|".join(f"(?<={word})" for word in _BEFORE) + r")\w+")
+
 
 def missed(search: Search, item: Missed) -> RefusedSite:
     """A core whose streams, mask or exit are of no known form."""
@@ -30,7 +34,7 @@ def located_at(refusal: RefusedSite, step: str, item: Found | Missed) -> Refused
     """The refusal with what failed, where, and the understood form that comes closest."""
     core = item.region.core if isinstance(item, Found) else item.core
     named = {n.name for n in core.graph.nodes}
-    words = re.findall(r"\w+", refusal.reason)
+    words = _NAMED.findall(refusal.reason) if step == "read" else []
     refusal.step, refusal.item = step, item
     refusal.node = next((w for w in words if w in named), core.name)
     if isinstance(item, Found):

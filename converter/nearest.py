@@ -24,7 +24,11 @@ _FORMS = (
 
 
 def nearest_form(reason: str, core: fx.Node) -> str:
-    """Heads and width as the core shows them, and the form that the failing part would have."""
+    """Heads and width as the core shows them, and the form that the failing part would have.
+
+    Windows that stand beside heads make their number a size of the input: then it is left out.
+    """
     _, heads, _, width = core.meta["val"].shape
     form = next((f for words, f in _FORMS if any(w in reason for w in words)), CORE_FORM)
-    return f"softmax attention with {heads} heads of width {width}, and {form}"
+    known = f"{heads} heads" if isinstance(heads, int) else "heads"
+    return f"softmax attention with {known} of width {width}, and {form}"

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from test_overlooked import Model as Halves
 from test_sizecheck import INPUTS, Model
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from reattend import find_attention
 from reattend.cli_find import as_data, nothing_found
@@ -18,7 +18,9 @@ from reattend.errors import ArgumentError
 from reattend.explain import explain
 from reattend.find_story import show_story
 from reattend.find_table import show_found
-from reattend.found import STEPS, FoundAttention
+from reattend.found import STEPS, FoundAttention, RefusedSite
+from reattend.missed import located_at
+from reattend.passes.find.sites import Missed
 
 
 class Bare(nn.Module):
@@ -99,6 +101,17 @@ def test_what_only_a_run_shows_is_explained_too() -> None:
     assert "0 found, 2 not understood" in text
     error = nothing_found("m.py:make", found)
     assert "reattend find m.py:make --why" in error.next_step
+    assert (error.why or "").startswith("layers.0 and 1 more: ")
+
+
+def test_a_word_that_is_also_a_node_names_none() -> None:
+    graph = fx.Graph()
+    q, k = graph.placeholder("to"), graph.placeholder("cat_2")
+    core = graph.call_function(torch.matmul, (q, k))
+    core.meta["val"] = torch.empty(1, 2, 3, 4)
+    reason = "it holds up to 3 tokens; no projection behind cat_2"
+    for step, node in (("read", "cat_2"), ("lengths", core.name)):
+        assert located_at(RefusedSite("", reason), step, Missed(core, reason)).node == node
 
 
 def test_sizes_of_the_example_are_a_step_of_their_own() -> None:
