@@ -135,7 +135,8 @@ def test_a_stored_checkpoint_with_a_newer_format_is_refused(name: str, tmp_path:
 
 def test_a_sample_is_small_and_names_no_machine() -> None:
     files = [file for file in DATA.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 400_000
+    for sample in DATA.iterdir():  # a format more is a sample more
+        inside = [file for file in files if file.is_relative_to(sample)]
+        assert 0 < sum(file.stat().st_size for file in inside) < 80_000, sample
     for file in files:
-        assert file.stat().st_size < 100_000, file
         assert str(Path(around_models.__file__).parent).encode() not in file.read_bytes(), file
