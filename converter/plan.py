@@ -66,6 +66,12 @@ class Plan(Section):
             return source
         if isinstance(source, Mapping):
             return cls._checked(dict(source), "plan", Path())
+        if not isinstance(source, str | Path):
+            raise PlanError(
+                f"a plan cannot be a {type(source).__name__}",
+                where="plan",
+                next_step='give a preset, a path, or a dict: {"rules": [{"sites": "*", ...}]}',
+            )
         return cls._checked(*fetch(source, Path()))
 
     @classmethod

@@ -173,6 +173,12 @@ def test_mistakes_are_named(change, names):
     assert caught.value.exit_code == EXIT_BAD_INPUT
 
 
+@pytest.mark.parametrize("source", [None, 5, [{"sites": "*", "to": "mla"}]])
+def test_what_is_no_plan_is_named_by_its_type(source):
+    with pytest.raises(PlanError, match=rf"cannot be a {type(source).__name__}\b"):
+        Plan.load(source)
+
+
 def test_a_newer_version_is_reported_before_its_unknown_keys():
     with pytest.raises(PlanError, match="newer"):
         Plan.load({"version": 2, "rulez": []})
