@@ -37,7 +37,13 @@ _SAVES = {
     "decode": "reads while decoding: the rows that are chosen; prompts are dense",
     "prefill": "nothing: prompts are read under a mask, and decoding is dense",
 }
-_REGIONS = "reads of prompts: the rows that blocks of queries chose; decoding is dense"
+_OTHER = {
+    "PooledBlocksAttention": "reads of prompts: the rows that blocks of queries chose; decoding is "
+    "dense",
+    "SegmentsAttention": "reads of values while decoding: those of rows that are chosen; ranking "
+    "chunks reads every key, and on a CPU takes longer than a dense layer; prompts are read under a "
+    "mask",
+}
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU
 LONGEST = 4096
@@ -64,7 +70,7 @@ def selected_form(path: str, pattern: HeadPattern, core: CoreConfig) -> SparseFo
     if name == "NotingAttention":
         saves = "nothing: it reads every row, and notes which ones later layers read"
     else:
-        told = _REGIONS if name == "PooledBlocksAttention" else _SAVES[select.acts]
+        told = _OTHER.get(name, _SAVES[select.acts])
         saves = f"{told}; {_NO_MEMORY}"
     return SparseForm(name, saves=saves, extra=_extra(select, core), tokens=tokens)
 
