@@ -23,8 +23,9 @@ TOKENS = 512
 #: terraces of 64 show 65 to 128 keys
 WINDOW: dict[str, Any] = {"sites": "*", "to": "sparse", "pattern": {"window": 96}}
 BLOCKS, BOTH = ["layerwise"], ["layerwise", "end-to-end"]
-#: name -> preset or rule, tokens trained on, stages
-ROWS: dict[str, tuple[Any, int, list[str]]] = {
+#: preset or rule, tokens trained on, stages
+Row = tuple[Any, int, list[str]]
+ROWS: dict[str, Row] = {
     "window of 96": (WINDOW, 0, BOTH),
     "lolcats; untrained": ("lolcats", 0, BOTH),
     "hedgehog; untrained": ("hedgehog", 0, BOTH),
@@ -37,12 +38,12 @@ ROWS: dict[str, tuple[Any, int, list[str]]] = {
 
 
 class Campaign:
-    """Model and data, loaded once."""
+    """Model and data, loaded once; `rows` by name."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, rows: dict[str, Row]) -> None:
         from reattend.data import load_data
 
-        self.args = args
+        self.args, self.rows = args, rows
         self.model, tokenizer = campaign.opened(args)
         read = {"tokenizer": tokenizer, "seq_len": TOKENS, "seed": args.seed}
         self.text = load_data(args.model / "heldout.txt", **read).take(args.rows)
@@ -65,7 +66,7 @@ class Campaign:
         begin, model = time.perf_counter(), self.model
         stages: dict[str, Any] = {}
         if name != "original":
-            model, stages = self.converted(*ROWS[name])
+            model, stages = self.converted(*self.rows[name])
         seconds = time.perf_counter() - begin
         asked = original(model, context=TOKENS)
         quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
@@ -107,7 +108,7 @@ def table(results: dict[str, Any]) -> str:
 
 def measure(args: argparse.Namespace) -> int:
     """Fill the file."""
-    made = Campaign(args)
+    made = Campaign(args, ROWS)
     results = campaign.begun("linear_table.py", args, made.inputs())
     if results is None:
         return 2

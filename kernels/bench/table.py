@@ -183,6 +183,15 @@ def onnx_selected_table(results: dict[str, Any]) -> str:
     return peers_table(results, what, ("dense", "gqa"))
 
 
+def onnx_routed_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/onnx_routed.py` as Markdown."""
+    what = (
+        "one layer's attention in ONNX Runtime, batch 1, float32, 32 heads of 64; ours: the"
+        " gathered body, dense: all heads computed and hidden"
+    )
+    return peers_table(results, what, ("dense", "gqa"))
+
+
 def digits(ms: float) -> str:
     """Milliseconds for people."""
     return f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"

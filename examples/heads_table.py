@@ -1,0 +1,96 @@
+"""What sharing heads loses: fewer key/value heads, at the start and after some training.
+
+    python examples/heads_table.py --out examples/results/heads_table.json
+
+Every row converts the shipped model anew; training distils the original on `calibration.txt`, as a
+plan does it. Held-out text is only measured on. Every finished row is written at once, so the same
+command continues after an interruption. `--table` prints the Markdown table of an existing file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import campaign
+import linear_table
+
+TOKENS = linear_table.TOKENS
+BOTH = ["layerwise", "end-to-end"]
+#: blocks of 8 query heads in 2 KV groups: the one merge there is
+RULES: dict[str, dict[str, Any]] = {
+    "1 of 2 KV heads, mean": {
+        "to": "gqa", "keys": "mean", "values": "mean", "group": "neighbours",
+    },
+    "1 of 2 KV heads, procrustes": {"to": "gqa", "keys": "procrustes", "values": "procrustes"},
+    "1 of 2 KV heads, joint": {"to": "gqa"},
+    "1 of 2 KV groups pruned": {"to": "prune-heads", "keep": 1},
+}  # fmt: skip
+TRAINED = 50_000
+ROWS: dict[str, linear_table.Row] = {
+    f"{name}{told}": ({"sites": "*", **rule}, tokens, BOTH)
+    for told, tokens in ((", untrained", 0), ("", TRAINED))
+    for name, rule in RULES.items()
+}
+
+
+class Campaign(linear_table.Campaign):
+    """Rows that say how many parameters the model has."""
+
+    def row(self, name: str) -> dict[str, Any]:
+        """One row."""
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        found = super().row(name)
+        return {"parameters": self.parameters, **found}
+
+    def converted(self, asked: Any, tokens: int, stages: list[str]) -> tuple[Any, dict[str, Any]]:
+        """See the base class."""
+        model, lost = super().converted(asked, tokens, stages)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        return model, lost
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"| model | parameters | cache | perplexity | KL | {campaign.RECALL}",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    order = ["original", *ROWS]
+    for row in sorted(results["rows"], key=lambda row: order.index(row["name"])):
+        lines.append(
+            f"| {row['name']} | {row['parameters'] / 1e6:.2f} M | "
+            f"{row['cache_bytes_per_token']:.0f} | {row['perplexity']:.2f} | {row['kl']:.4f} | "
+            + campaign.recall_cells(row["recall"])
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{results['model']}, {results['date']}, {results['device']}; 8 query heads in 2 KV "
+            f"groups, 6 layers; distilled on {TRAINED:,} tokens of calibration.txt; "
+            f"{results['inputs']['rows']} held-out rows of {TOKENS} tokens. Cache: bytes per "
+            f"token, all layers, 2 bytes a number. Command: `{results['command']}`",
+        ]
+    )
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Fill the file."""
+    made = Campaign(args, ROWS)
+    results = campaign.begun("heads_table.py", args, made.inputs())
+    if results is None:
+        return 2
+    return campaign.fill(results, ["original", *ROWS], made.row, args, table)
+
+
+def main() -> int:
+    """Command line."""
+    parser = campaign.arguments(str(__doc__), "examples/results/heads_table.json")
+    parser.add_argument("--only", default="", help="rows whose name has one of these parts")
+    return campaign.run(parser.parse_args(), table, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
