@@ -25,6 +25,7 @@ from peers import inputs_of, peers
 from record import head, place, write
 from table import (
     decode_table,
+    linear_table,
     model_table,
     onnx_selected_table,
     onnx_sparse_table,
@@ -122,6 +123,7 @@ def main() -> int:
             "onnx_sparse": onnx_sparse_table,
             "onnx_selected": onnx_selected_table,
             "routed_cpu": routed_table,
+            "linear_cpu": linear_table,
         }
         for name, shown in made.items():
             say(shown(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")

@@ -165,6 +165,33 @@ def routed_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def linear_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/linear_cpu.py` as Markdown."""
+    return softmax_table(results, "attention", ("sdpa", "causal softmax attention in SDPA"))
+
+
+def softmax_table(results: dict[str, Any], what: str, base: tuple[str, str]) -> str:
+    """Rows of `ms` and `times_faster` than one of them, `base`: its name and words for it."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    names = list(results["rows"][0]["times_faster"])
+    lines = [
+        f"CPU, {results['threads']} thread, {results['date']}, {versions},"
+        f" `{results['command']}`: processor ms of {what}, batch 1, float32, 8 query heads of 64;"
+        f" in brackets how many times faster that is than {base[1]}.",
+        "",
+        f"| problem | {base[0]} | {' | '.join(names)} |",
+        "|---|" + "---:|" * (len(names) + 1),
+    ]
+    for row in results["rows"]:
+        ms, ratio = row["ms"], row["times_faster"]
+        shown = [
+            f"{digits(ms[name]['cpu_ms'])} (x{ratio[name]:.2f})" if name in ratio else ""
+            for name in names
+        ]
+        lines.append(f"| {row['case']} | {digits(ms[base[0]]['cpu_ms'])} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def onnx_sparse_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/onnx_sparse.py` as Markdown."""
     what = (
