@@ -41,8 +41,8 @@ _OTHER = {
     "PooledBlocksAttention": "reads of prompts: the rows that blocks of queries chose; decoding is "
     "dense",
     "SegmentsAttention": "reads of values while decoding: those of rows that are chosen; ranking "
-    "chunks reads every key, and on a CPU takes longer than a dense layer; prompts are read under a "
-    "mask",
+    "chunks reads every key, and takes longer than a dense layer on a CPU; prompts are read under "
+    "a mask",
 }
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU
