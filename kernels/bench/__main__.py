@@ -27,6 +27,7 @@ from table import (
     decode_table,
     linear_table,
     model_table,
+    onnx_linear_table,
     onnx_selected_table,
     onnx_sparse_table,
     routed_table,
@@ -124,6 +125,7 @@ def main() -> int:
             "onnx_selected": onnx_selected_table,
             "routed_cpu": routed_table,
             "linear_cpu": linear_table,
+            "onnx_linear": onnx_linear_table,
         }
         for name, shown in made.items():
             say(shown(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")

@@ -170,6 +170,12 @@ def linear_table(results: dict[str, Any]) -> str:
     return softmax_table(results, "attention", ("sdpa", "causal softmax attention in SDPA"))
 
 
+def onnx_linear_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/onnx_linear.py` as Markdown."""
+    what = "one layer's attention in ONNX Runtime, states and feature maps included"
+    return softmax_table(results, what, ("gqa", "the softmax original, GroupQueryAttention"))
+
+
 def softmax_table(results: dict[str, Any], what: str, base: tuple[str, str]) -> str:
     """Rows of `ms` and `times_faster` than one of them, `base`: its name and words for it."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
