@@ -20,6 +20,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from reattend.targets.onnx import Session, export_onnx  # noqa: E402
+from reattend.targets.onnx.manifest import SCHEMA  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +157,8 @@ def test_other_folders_and_newer_manifests(made: tuple[Any, Path], tmp_path: Pat
     shutil.copytree(made[1], tmp_path / "copy")
     path = tmp_path / "copy" / "manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"schema_version": 5}))
-    with pytest.raises(ModelError, match="version 5"):
+    path.write_text(json.dumps(content | {"schema_version": SCHEMA + 1}))
+    with pytest.raises(ModelError, match=f"version {SCHEMA + 1}"):
         Session(tmp_path / "copy")
     del content["states"]
     path.write_text(json.dumps(content))
