@@ -43,6 +43,9 @@ EXACT: dict[str, Any] = {
     "forced_bos_token_id": None, "relative_attention_num_buckets": 8,
     "max_2d_position_embeddings": 64,
     "attn_layer_period": 2, "attn_layer_offset": 1,
+    "entity_vocab_size": VOCABULARY, "entity_emb_size": WIDTH, "d_latents": WIDTH,
+    "emb_dim": WIDTH, "num_latents": 16, "num_self_attends_per_block": LAYERS,
+    "encoder_hash_byte_group_vocab": VOCABULARY,
     "d_conv": 4, "mamba_d_conv": 4, "chunk_size": 8, "mamba_chunk_size": 8,
 }  # fmt: skip
 ENDINGS: tuple[tuple[tuple[str, ...], Any], ...] = (
@@ -65,14 +68,23 @@ OPEN = {
 KINDS = ("layer_types", "layers_block_type", "block_types")
 
 
-#: sizes left as they are, one attempt after another
-KEPT: tuple[tuple[str, ...], ...] = (
-    (),
-    ENDINGS[0][0],
-    (*ENDINGS[0][0], "image_size", "window_size", "num_heads", "key_dim"),
-    (*ENDINGS[0][0], "hidden_size", "intermediate_size", "head_dim", "_heads", "bottleneck_size"),
-    ("",),
-)
+#: the same, where that changes what other classes do
+FILLED = {
+    "pad_token_id": 0, "mask_token_id": 3, "n_shared_experts": 1, "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+#: one attempt after another: sizes left as they are, and what fills fields that a class leaves open
+ATTEMPTS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    ((), {}),
+    ((), FILLED),
+    ((), {**FILLED, "layer_types": ["full_attention"] * LAYERS}),
+    (("relative_attention_num_buckets",), {}),
+    (ENDINGS[0][0], {}),
+    ((*ENDINGS[0][0], "image_size", "window_size", "num_heads", "key_dim"), {}),
+    ((*ENDINGS[0][0], "hidden_size", "intermediate_size", "head_dim", "_heads", "bottleneck_size"),
+     {}),
+    (("",), {}),
+)  # fmt: skip
 
 
 class CannotBuild(Exception):
@@ -104,10 +116,10 @@ def build(kind: str, name: str) -> Any:
     torch.manual_seed(0)
     problems: list[str] = []
     causal = {other for _, other in architectures("causal-lm")}
-    for kept in KEPT:  # some patterns only hold at the default sizes
+    for kept, filled in ATTEMPTS:  # some patterns only hold at the default sizes
         try:
             model_class = getattr(transformers, name)
-            config = tiny(model_class.config_class, kept)
+            config = tiny(model_class.config_class, kept, filled)
             if hasattr(config, "is_decoder") and name in causal:
                 config.is_decoder = True
             with torch.device("meta"):
@@ -124,9 +136,13 @@ def build(kind: str, name: str) -> Any:
     raise CannotBuild(problems[0])
 
 
-def tiny(config_class: Any, kept: tuple[str, ...] = ()) -> Any:
-    """A config with every size shrunk but those whose names end so."""
-    return config_class(**shrunk(config_class(), kept))
+def tiny(
+    config_class: Any, kept: tuple[str, ...] = (), filled: dict[str, Any] | None = None
+) -> Any:
+    """A config with every size shrunk but those whose names end so, and open fields filled."""
+    config = config_class()
+    absent = {k: v for k, v in (filled or {}).items() if getattr(config, k, v) is None}
+    return config_class(**{**shrunk(config, kept), **absent})
 
 
 def shrunk(config: Any, kept: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -178,6 +194,8 @@ def small(key: str, value: Any, fields: dict[str, Any]) -> Any:
         return 1
     if key == "head_dim" and "expand" in fields:
         return int(fields["expand"] * WIDTH) // HEADS
+    if key == "default_language" and value is None and fields.get("languages"):
+        return fields["languages"][0]
     if value is None and key in OPEN:
         return OPEN[key]
     if key == "embed_dim" and type(value) is int and isinstance(fields.get("num_heads"), list):
