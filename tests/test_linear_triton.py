@@ -6,15 +6,12 @@ One child process runs every case, as in `test_triton_interpreter.py` (this file
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
+from interpreter import interpreted
 
 # tokens, what a query sees (lag, block), options of the call; chunks have 16 tokens
 CASES: dict[str, dict[str, Any]] = {
@@ -99,15 +96,7 @@ def names() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__))]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
-        old = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
-        assert old, run.stderr[-3000:]
-        pytest.skip("the interpreter of this older Triton does not work with numpy >= 2.4")
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return interpreted(__file__)
 
 
 def check(got: dict[str, Any], dtype: str) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
+from interpreter import interpreted
 
 DTYPES = ("float32", "float16", "bfloat16")
 # name: op, heads, groups, queries, capacity, widths (d, e) or (r, R), rows, options
@@ -144,15 +141,7 @@ def names() -> list[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__))]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
-        old = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
-        assert old, run.stderr[-3000:]
-        pytest.skip("the interpreter of this older Triton does not work with numpy >= 2.4")
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize(("shape", "case", "dtype"), names())

@@ -31,6 +31,21 @@ SIZES = """
   n = Squeeze (n_1, axis_0)
 """
 
+#: chunks of C tokens, C no more than there are: how many, and what fills up the last
+CUT = """
+      most_c = Constant <value_int: int = @chunk> ()
+      c = Min (n, most_c)
+      c_1 = Unsqueeze (c, axis_0)
+      c_less = Sub (c, one)
+      n_up = Add (n, c_less)
+      count = Div (n_up, c)
+      count_1 = Unsqueeze (count, axis_0)
+      padded_n = Mul (count, c)
+      padded_1 = Unsqueeze (padded_n, axis_0)
+      missing = Sub (padded_n, n)
+      missing_1 = Unsqueeze (missing, axis_0)
+      pads = Concat <axis = 0> (same, missing_1)"""
+
 # The numbers of heads are not read: onnx has an operator of this name that they are required by.
 _LINEAR = """LinearAttention
 <chunk: int, q_num_heads: int, kv_num_heads: int, decays: int = 0>
@@ -57,17 +72,7 @@ STEP_DECAY
     },
     else_branch = chunks () => (chunks_y, chunks_state)
     {
-      most = Constant <value_int: int = @chunk> ()
-      c = Min (n, most)
-      c_1 = Unsqueeze (c, axis_0)
-      c_less = Sub (c, one)
-      n_up = Add (n, c_less)
-      count = Div (n_up, c)
-      count_1 = Unsqueeze (count, axis_0)
-      padded_n = Mul (count, c)
-      missing = Sub (padded_n, n)
-      missing_1 = Unsqueeze (missing, axis_0)
-      pads = Concat <axis = 0> (same, missing_1)
+CUT
       q_padded = Pad (q, pads, nothing, axis_2)
       key_padded = Pad (key, pads, nothing, axis_2)
       value_padded = Pad (value, pads, nothing, axis_2)
@@ -89,7 +94,6 @@ DECAYED
       before_shared = Unsqueeze (before, axis_2)
       far = MatMul (q_now, before_shared)
       y_cut = Add (near, far)
-      padded_1 = Unsqueeze (padded_n, axis_0)
       by_head = Concat <axis = 0> (same, others, padded_1, columns)
       y_padded = Reshape (y_cut, by_head)
       chunks_y = Slice (y_padded, same, n_1, axis_2)
@@ -185,4 +189,4 @@ def linear_body(decayed: bool) -> str:
     """
     body = _LINEAR.replace("\nSTEP_DECAY", _STEP_DECAY if decayed else _STEP_PLAIN)
     body = body.replace("\nDECAYED", _DECAYED if decayed else _PLAIN)
-    return body.replace("\nSIZES", SIZES)
+    return body.replace("\nCUT", CUT).replace("\nSIZES", SIZES)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reattend.targets.onnx.linear_body import SIZES
+from reattend.targets.onnx.linear_body import CUT, SIZES
 from reattend.targets.onnx.linear_decay import WORDS
 from reattend.targets.onnx.linear_features import feature_lines
 from reattend.targets.onnx.window_linear_chunks import CHUNKS
@@ -178,7 +178,7 @@ def window_linear_body(decayed: bool, maps: Sequence[str]) -> str:
         decayed: some node has decays; else that input is not read.
         maps: feature maps that some node has.
     """
-    body = _WINDOW.replace("\nCHUNKS", CHUNKS)
+    body = _WINDOW.replace("\nCHUNKS", CHUNKS).replace("\nCUT", CUT)
     for word, forms in WORDS.items():
         body = body.replace(f"\n{word}\n", f"{forms[decayed]}\n")
     body = body.replace("\nFEATURES", feature_lines(maps)).replace("\nSIZES", SIZES)

@@ -9,18 +9,7 @@ from __future__ import annotations
 
 CHUNKS = """
       past = Sub (total, n)
-      most_c = Constant <value_int: int = @chunk> ()
-      c = Min (n, most_c)
-      c_1 = Unsqueeze (c, axis_0)
-      c_less = Sub (c, one)
-      n_up = Add (n, c_less)
-      count = Div (n_up, c)
-      count_1 = Unsqueeze (count, axis_0)
-      padded_n = Mul (count, c)
-      padded_1 = Unsqueeze (padded_n, axis_0)
-      missing = Sub (padded_n, n)
-      missing_1 = Unsqueeze (missing, axis_0)
-      pads = Concat <axis = 0> (same, missing_1)
+CUT
 
       begin = Sub (past, ring)
       order_any = Add (slot, begin)
