@@ -51,6 +51,11 @@ class Campaign(linear_table.Campaign):
         return model, lost
 
 
+def _trained(rows: list[dict[str, Any]]) -> str:
+    told = all(ROWS[row["name"]][1] == 0 for row in rows if row["name"] in ROWS)
+    return "" if told else f"distilled on {TRAINED:,} tokens of calibration.txt; "
+
+
 def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -69,7 +74,7 @@ def table(results: dict[str, Any]) -> str:
             *lines,
             "",
             f"{results['model']}, {results['date']}, {results['device']}; 8 query heads in 2 KV "
-            f"groups, 6 layers; distilled on {TRAINED:,} tokens of calibration.txt; "
+            f"groups, 6 layers; {_trained(results['rows'])}"
             f"{results['inputs']['rows']} held-out rows of {TOKENS} tokens. Cache: bytes per "
             f"token, all layers, 2 bytes a number. Command: `{results['command']}`",
         ]

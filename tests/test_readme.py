@@ -93,6 +93,7 @@ def script(name):
         ("sparse-recall", "sparse_recall", "sparse_recall", "README.md"),
         ("gate", "gate_table", "gate_table", "docs/math/sparse.md"),
         ("moh", "moh_table", "moh_table", "docs/math/moh.md"),
+        ("heads", "heads_table", "heads_table", "docs/math/heads.md"),
     ],
 )
 def test_a_committed_table_is_that_of_its_json(mark, name, file, document, monkeypatch):
