@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from reattend.arguments import as_callback, as_folder, as_inputs, as_seed
+from reattend.arguments import as_callback, as_folder, as_inputs, as_inputs_or_file, as_seed
 from reattend.errors import ArgumentError
 from reattend.events import OnEvent
 from reattend.finder import find_attention
@@ -63,7 +63,7 @@ def convert(
     model: nn.Module | str | Path,
     plan: str | Path | Mapping[str, Any] | Plan = "transmla",
     *,
-    inputs: dict[str, Any] | None = None,
+    inputs: dict[str, Any] | str | Path | None = None,
     data: Any = None,
     tokenizer: Any = None,
     out: str | Path | None = None,
@@ -83,7 +83,7 @@ def convert(
             `torch.nn.Module`.
         plan: preset name, YAML path, dict or `Plan`.
         inputs: example keyword arguments for modules that are not from transformers, batch and
-            length at least 2 and distinct.
+            length at least 2 and distinct; or a safetensors file of them.
         data: text file, `.jsonl`, folder, list of strings, or token tensors. None: sequences
             sampled from the model itself, for statistics only.
         tokenizer: for text data; found in the model's folder when None.
@@ -103,14 +103,24 @@ def convert(
     """
     from reattend.pipeline import Job
 
-    return Job(
-        plan=Plan.load(plan), inputs=as_inputs(inputs), data=data, seed=as_seed(seed),
+    job = Job(
+        plan=Plan.load(plan), inputs=as_inputs_or_file(inputs), data=data, seed=as_seed(seed),
         inplace=inplace, out=None if out is None else as_folder(out, "out"), overwrite=overwrite,
         on_event=as_callback(on_event, "on_event"),
-    ).run(
+    )  # fmt: skip
+    job.open(
         model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    job.find()  # capture the graph, read every block, and let it prove itself
+    job.preflight()  # match the plan with the blocks; every refusal at once
+    with job.folder() as complete:  # out.partial: a killed run continues there
+        if not complete:
+            job.rewrite()  # statistics, then new blocks in a copy of the model
+            job.calibrate()  # distil the original into it
+            job.verify()  # measure, report, hold to the plan's gates
+            job.lower()  # publish the checkpoint and the plan's targets
+    return job.result
 
 
 def load(

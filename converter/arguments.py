@@ -41,6 +41,15 @@ def as_seed(value: Any) -> int:
     return value
 
 
+def as_inputs_or_file(value: Any) -> dict[str, Any] | Path | None:
+    """`as_inputs`, or the safetensors file that they are in.
+
+    Raises:
+        ArgumentError: neither.
+    """
+    return Path(value) if isinstance(value, str | Path) and str(value) else as_inputs(value)
+
+
 def as_inputs(value: Any) -> dict[str, Any] | None:
     """Example inputs by the name of the argument; None: none were given.
 

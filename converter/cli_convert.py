@@ -123,18 +123,25 @@ def convert(
             example = example_inputs(inputs, opened)
             if data is not None and Path(data).suffix == ".safetensors":
                 batches = [example_inputs(Path(data), opened)]
-        job = Job(
-            chosen, inputs=example, data=batches, seed=as_seed(seed),
-            out=None if out is None else Path(out), overwrite=overwrite, on_event=listen,
-        )  # fmt: skip
-        opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        where = None if out is None else Path(out)
+        opening: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        from reattend.api import convert as run
+
         try:
             if dry_run:
+                job = Job(chosen, example, batches, as_seed(seed), out=where, on_event=listen)
                 _dry_run(job, opened, opening, json)
                 return
-            result = job.run(opened, **opening)
+            result = run(
+                opened, chosen, inputs=example, data=batches, out=where, seed=seed,
+                overwrite=overwrite, on_event=listen, **opening,
+            )  # fmt: skip
         except KeyboardInterrupt:
-            raise _interrupted(job.out) from None
+            raise _interrupted(where) from None
     if not is_main():
         return
     if json:
@@ -183,12 +190,14 @@ def _dry_run(job: Job, model: Any, opening: dict[str, Any], json: bool) -> None:
     """Print the forecast, then refuse what the run would refuse."""
     from reattend.preflight import enforce
 
-    choices, prediction = job.dry_run(model, **opening)
+    job.open(model, **opening)
+    job.find()
+    prediction = job.forecast()
     if json:
         emit(dumped(prediction.to_dict()))
     else:
         show_prediction(prediction)
-    enforce(choices, job.plan)
+    enforce(job.choices, job.plan)
 
 
 def show_prediction(prediction: Prediction) -> None:
@@ -204,13 +213,15 @@ def show_prediction(prediction: Prediction) -> None:
             made.add_column(head, justify="left" if i < 2 else "right", overflow="fold")
         return made
 
-    sites = table(("Block", "Would become", "Cache B/token", "after", "Parameters", "after"))
+    costs = ("Cache B/token", "after", "Parameters", "after", "Memory", "Time")
+    sites = table(("Block", "Would become", *costs))
     for s in prediction.sites:
         what = _named(s.conversion, s.options)
         what = what if s.action == "converted" else f"{s.action}: {s.reason}"
         sites.add_row(
             Text(s.path), Text(what), f"{s.cache_bytes_before:,}", f"{s.cache_bytes_after:,}",
             f"{s.parameters_before:,}", f"{s.parameters_after:,}",
+            *((size(s.peak_bytes), _duration(s.seconds)) if s.action == "converted" else ("", "")),
         )  # fmt: skip
     before = sum(s.cache_bytes_before for s in prediction.sites)
     after = sum(s.cache_bytes_after for s in prediction.sites)
@@ -229,7 +240,11 @@ def show_prediction(prediction: Prediction) -> None:
     screen.print(sites)
     screen.print()
     screen.print(stages)
-    screen.print(Text("memory beside about 0.5 GB for Python, torch and transformers", style="dim"))
+    notes = (
+        "a block's memory and time: what it would add to the model's if it alone changed",
+        "a stage's memory: beside about 0.5 GB for Python, torch and transformers",
+    )
+    screen.print(Text("\n".join(notes), style="dim"))
 
 
 def _named(conversion: str, options: Mapping[str, Any]) -> str:

@@ -48,7 +48,7 @@ class Divergence:
         rehearsal: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.model, self.choices, self.data, self.rehearsal = model, choices, data, rehearsal
-        self.target = shared_copy(model)
+        self.target = shared_copy(model, owned=True)  # only ever run: nothing writes to either
         self.logits = True
         self.own: dict[tuple[int, int], Tensor] = {}  # the original's answers by length and row
         self.first = self._rehearsed(next(iter(data.batches(ROWS))))

@@ -1,12 +1,16 @@
-"""One conversion from start to end: the stages in order, each reported, resumable where long."""
+"""The steps of one conversion, each reported and timed, resumable where long.
+
+`reattend.api.convert` calls them in order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,7 +21,6 @@ from reattend.events import Event, OnEvent
 from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
-from reattend.inputs import is_hf
 from reattend.lowering import check_choices, check_targets, lower
 from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.moments import site_moments
@@ -27,23 +30,19 @@ from reattend.plan_target import target_name
 from reattend.predict import Prediction, predict
 from reattend.preflight import Choice, check_inplace, choose, preflight
 from reattend.processes import is_main
-from reattend.report.evidence import ParityCheck
-from reattend.reporting import Evidence, build_report
+from reattend.reporting import build_report
 from reattend.rewriting import Rewritten, rewrite
 from reattend.runlog import RunLog
 from reattend.source import Source, open_source
 from reattend.statistics import SiteStatistics
-from reattend.verify.balance import head_use
-from reattend.verify.bounds import block_bounds
-from reattend.verify.gates import check_gates, gate_error
-from reattend.verify.parity import block_errors, decode_checks, exact_check, real_positions
-from reattend.verify.rows import measured_rows
-from reattend.verify.sample import sample_of
+from reattend.verify.evidence import gather
+from reattend.verify.gates import enforce_gates
 from reattend.workdir import Workdir, digest
 
 if TYPE_CHECKING:
     from reattend.calibrate import StageResult
 
+T = TypeVar("T")
 
 #: stages that report their own units
 _COUNTED = frozenset({"statistics", "choose", "rewrite", "layerwise", "end-to-end"})
@@ -51,9 +50,11 @@ _COUNTED = frozenset({"statistics", "choose", "rewrite", "layerwise", "end-to-en
 
 @dataclass
 class Job:
-    """The arguments of `convert` that do not concern opening the model.
+    """One conversion: what `convert` was given, and what its steps have made so far.
 
-    `inputs` may be a safetensors file, read once the model is open.
+    Started by torchrun or accelerate, every process does the same work and shares out the
+    training; the first one writes and reports. `inputs` may be a safetensors file, read once the
+    model is open.
     """
 
     plan: Plan
@@ -66,42 +67,21 @@ class Job:
     on_event: OnEvent | None = None
     log: RunLog = field(default_factory=RunLog)
 
-    def run(self, model: Any, **opening: Any) -> Result:
-        """All stages; see `reattend.convert`.
+    source: Source = field(init=False)
+    example: dict[str, Any] | None = field(init=False)
+    found: FoundAttention = field(init=False)
+    choices: list[Choice] = field(init=False)
+    materials: Materials = field(init=False)
+    work: Workdir | None = field(init=False, default=None)
+    done: Rewritten = field(init=False)
+    stages: list[StageResult] = field(init=False, default_factory=list)
+    result: Result = field(init=False)
 
-        Started by torchrun or accelerate, every process does the same work and shares out the
-        training; the first one writes and reports.
-        """
+    def open(self, model: Any, **opening: Any) -> None:
+        """Check what can be checked at once, then open the model."""
         if not is_main():
             self.on_event = None
         check_targets(self.plan, self.out)
-        source, found = self._look(model, opening)
-        choices = preflight(found, self.plan)
-        check_choices(self.plan, source.model, choices)
-        materials = self._stage("data", lambda: self._materials(source, choices))
-        self.log.predicted = self._predict(source, found, choices, materials).peaks
-        with self._workdir(source, materials) as work:
-            complete = work is not None and work.state == "complete"
-            if self.out is not None and agreed(complete, source.device):
-                return self._already_there(self.out.expanduser().absolute(), source)
-            return self._convert(source, found, choices, materials, work)
-
-    def dry_run(self, model: Any, **opening: Any) -> tuple[list[Choice], Prediction]:
-        """What `run` would do with every site, and what that would cost; nothing is written.
-
-        Refusals are in the choices; `preflight.enforce` raises them.
-        """
-        source, found = self._look(model, opening)
-        choices = choose(found, self.plan)
-        if not any(c.action == "refused" for c in choices):
-            check_choices(self.plan, source.model, choices)
-        materials = Materials()
-        if self.data is not None or self.plan.calibrate.data not in (None, "self"):
-            materials = self._materials(source, choices)
-        return choices, self._predict(source, found, choices, materials)
-
-    def _look(self, model: Any, opening: dict[str, Any]) -> tuple[Source, FoundAttention]:
-        """Check what can be checked at once, then open the model and find its attention."""
         check_data(self.plan, self.data)
         check_inplace(self.plan, self.inplace)
         if self.out is not None:
@@ -112,93 +92,132 @@ class Job:
         if not isinstance(model, torch.nn.Module):
             import reattend.targets.huggingface  # noqa: F401  (likewise)
         self.log.begin()
-        source = self._stage("open", lambda: open_source(model, **opening))
-        if isinstance(self.inputs, Path):
-            self.inputs = read_inputs(self.inputs, source.model)
-        inputs = self.inputs
-        return source, self._stage("find", lambda: find_attention(source.model, inputs))
+        self.source = self._stage("open", lambda: open_source(model, **opening))
+        given = self.inputs
+        self.example = read_inputs(given, self.source.model) if isinstance(given, Path) else given
 
-    def _predict(
-        self, source: Source, found: FoundAttention, choices: list[Choice], materials: Materials
-    ) -> Prediction:
-        return predict(
-            source.model, choices, self.plan, found.capture.inputs, rows=materials.rows,
-            text=text_block(self.plan, self.data), owned=source.owned,
+    def find(self) -> None:
+        """Capture the graph, read every block, and prove it."""
+        model, example = self.source.model, self.example
+        self.found = self._stage("find", lambda: find_attention(model, example))
+
+    def preflight(self) -> None:
+        """What the plan does with every site; all refusals at once. Then the data."""
+        self.choices = preflight(self.found, self.plan)
+        check_choices(self.plan, self.source.model, self.choices)
+        self.materials = self._stage("data", self._read_data)
+        self.log.predicted = self._predict().peaks
+
+    def forecast(self) -> Prediction:
+        """In place of `preflight`: what every site would become, refused or not, and its cost.
+
+        Nothing is written. Refusals are in `choices`; `preflight.enforce` raises them.
+        """
+        self.choices = choose(self.found, self.plan)
+        if not any(c.action == "refused" for c in self.choices):
+            check_choices(self.plan, self.source.model, self.choices)
+        self.materials = Materials()
+        if self.data is not None or self.plan.calibrate.data not in (None, "self"):
+            self.materials = self._stage("data", self._read_data)
+        return self._predict()
+
+    @contextmanager
+    def folder(self) -> Iterator[bool]:
+        """The folder of the work, locked; gives whether this very result is already complete."""
+        if self.out is None or not is_main():
+            yield self.out is not None and self._already_there(False)
+            return
+        prints = run_fingerprint(self.source, self.plan, self.materials, self.seed)
+        with Workdir.open(self.out, prints, self.overwrite) as self.work:
+            if self.work.state == "resumed":
+                self._tell("resume", message="continuing an interrupted run")
+            yield self._already_there(self.work.state == "complete")
+
+    def rewrite(self) -> None:
+        """Statistics; the sizes that wait for them; then every block, in a copy of the model."""
+        moments = self._stage("statistics", self._statistics)
+        if waiting(self.choices):
+            self._stage("choose", lambda: self._choose(moments))
+        self.done = self._stage("rewrite", lambda: self._rewrite(moments))
+
+    def calibrate(self) -> None:
+        """Distil the original into the converted model, if the plan trains."""
+        settings = self.plan.calibrate
+        if not settings.trains:
+            return
+        from reattend.calibrate import calibrate
+
+        assert self.materials.training is not None
+        # gates may change without training anew
+        rules = [r.to_dict() for r in self.plan.rules]
+        fixed = [rules, self.plan.on_refusal, self.materials.fingerprint, self.seed]
+        self.stages = calibrate(
+            self.source.model, self.done.model, self.materials.training, settings,
+            seed=self.seed if settings.seed is None else settings.seed, workdir=self.work,
+            inputs_hash=digest([self.source.state, *fixed]), on_event=self.on_event,
+            around=self.log.stage,
         )  # fmt: skip
+        self.log.reused(*(s.name for s in self.stages if s.reused))
 
-    def _convert(
-        self,
-        source: Source,
-        found: FoundAttention,
-        choices: list[Choice],
-        materials: Materials,
-        work: Workdir | None,
-    ) -> Result:
-        moments = self._stage(
-            "statistics", lambda: self._statistics(source, found, choices, materials, work)
+    def verify(self) -> None:
+        """Compare with the original, write the report, and hold it to the plan's gates.
+
+        Raises:
+            GateError: a gate or a check failed; nothing is published.
+        """
+        seen = (self.plan, self.seed, self.source, self.found, self.choices, self.done)
+        evidence = self._stage(
+            "verify", lambda: gather(*seen, self.materials, self.example, inplace=self.inplace)
         )
-        if waiting(choices):
-            self._stage("choose", lambda: self._choose(source, choices, moments, materials, work))
-        done = self._stage("rewrite", lambda: self._rewrite(source, found, choices, moments))
-        stages: list[StageResult] = []
-        if self.plan.calibrate.trains:
-            stages = self._calibrate(source, done, materials, work)
-        seen = (source, found, choices, done, materials)
-        evidence = self._stage("verify", lambda: self._verify(*seen))
-        evidence.stages = stages
-        report = build_report(self.plan, self.seed, *seen, evidence)
-        failed = [g for g in report.gates if g.verdict == "fail"]
-        failed_checks = [p for p in report.parity if p.verdict == "fail"]
-        if failed or failed_checks:
-            raise gate_error(failed, failed_checks)
-        result = Result(done.model, report, None, None, source.tokenizer, source.home)
+        evidence.stages = self.stages
+        report = build_report(*seen, self.materials, evidence)
+        enforce_gates(report)
+        source = self.source
+        self.result = Result(self.done.model, report, None, None, source.tokenizer, source.home)
+
+    def lower(self) -> None:
+        """Publish the checkpoint, and what else the plan's `targets` ask for."""
+        work, result = self.work, self.result
         if work is not None:
             from reattend.publishing import publish_result
 
             self._stage("publish", lambda: publish_result(result, work))
             for target in self.plan.targets:
                 stage = f"lower to {target_name(target)}"
-                self._stage(stage, lambda target=target: lower(result, work, target))
+                self._stage(stage, partial(lower, result, work, target))
             result.out = work.out
-        result.run = self.log.finish(source, self.out)
+        result.run = self.log.finish(self.source, self.out)
         if work is not None:
             work.publish_bytes("run.json", result.run.to_json().encode())
             work.finish()
             self._tell("done", message=f"published to {work.out.name}")
-        return result
 
-    def _materials(self, source: Source, choices: list[Choice]) -> Materials:
-        needed = any(c.needs for c in choices)
-        return load_materials(source, self.plan, self.data, seed=self.seed, needed=needed)
+    def _read_data(self) -> Materials:
+        needed = any(c.needs for c in self.choices)
+        return load_materials(self.source, self.plan, self.data, seed=self.seed, needed=needed)
 
-    @contextmanager
-    def _workdir(self, source: Source, materials: Materials) -> Iterator[Workdir | None]:
-        if self.out is None or not is_main():
-            return (yield None)
-        with Workdir.open(
-            self.out, run_fingerprint(source, self.plan, materials, self.seed), self.overwrite
-        ) as work:
-            if work.state == "resumed":
-                self._tell("resume", message="continuing an interrupted run")
-            yield work
+    def _predict(self) -> Prediction:
+        return predict(
+            self.source.model, self.choices, self.plan, self.found.capture.inputs,
+            rows=self.materials.rows, text=text_block(self.plan, self.data),
+            owned=self.source.owned,
+        )  # fmt: skip
 
-    def _already_there(self, out: Path, source: Source) -> Result:
+    def _already_there(self, complete: bool) -> bool:
+        """Whether the first process found this very result; then it is loaded."""
+        if self.out is None or not agreed(complete, self.source.device):
+            return False
         from reattend.publishing import load_folder
         from reattend.report import Report
 
+        out, source = self.out.expanduser().absolute(), self.source
         self._tell("done", message=f"{out.name} is already complete: nothing to do")
         model, report = load_folder(out, None), Report.load(out)
-        return Result(model, report, None, out, source.tokenizer, source.home)
+        self.result = Result(model, report, None, out, source.tokenizer, source.home)
+        return True
 
-    def _statistics(
-        self,
-        source: Source,
-        found: FoundAttention,
-        choices: list[Choice],
-        materials: Materials,
-        work: Workdir | None,
-    ) -> dict[str, SiteStatistics]:
-        wanted, data = [c for c in choices if c.needs], materials.statistics
+    def _statistics(self) -> dict[str, SiteStatistics]:
+        wanted, data = [c for c in self.choices if c.needs], self.materials.statistics
         if not wanted or data is None:
             return {}
 
@@ -206,88 +225,37 @@ class Job:
             self._tell("statistics", done=min(tokens, data.tokens), total=data.tokens)
 
         moments, reused = site_moments(
-            source.model, source.state, found, wanted, data, self.plan.calibrate.batch_size,
-            work, progress,
+            self.source.model, self.source.state, self.found, wanted, data,
+            self.plan.calibrate.batch_size, self.work, progress,
         )  # fmt: skip
-        if reused:
-            self._tell("statistics", message="reused from the interrupted run")
-            self.log.reused("statistics")
+        self._note_reused("statistics", reused)
         return moments
 
-    def _choose(
-        self,
-        source: Source,
-        choices: list[Choice],
-        moments: dict[str, SiteStatistics],
-        materials: Materials,
-        work: Workdir | None,
-    ) -> None:
+    def _choose(self, moments: dict[str, SiteStatistics]) -> None:
         def progress(done: int, total: int, path: str) -> None:
             self._tell("choose", site=path, done=done, total=total)
 
-        if allocate(
-            source.model, source.state, choices, moments, materials.statistics, work, progress
-        ):
-            self._tell("choose", message="reused from the interrupted run")
-            self.log.reused("choose")
+        reused = allocate(
+            self.source.model, self.source.state, self.choices, moments,
+            self.materials.statistics, self.work, progress,
+        )  # fmt: skip
+        self._note_reused("choose", reused)
 
-    def _rewrite(
-        self,
-        source: Source,
-        found: FoundAttention,
-        choices: list[Choice],
-        moments: dict[str, SiteStatistics],
-    ) -> Rewritten:
+    def _rewrite(self, moments: dict[str, SiteStatistics]) -> Rewritten:
         def progress(choice: Choice, done: int, total: int) -> None:
             self._tell("rewrite", site=choice.site.path, layer=choice.layer, done=done, total=total)
 
         return rewrite(
-            source.model, choices, moments, capture=found.capture, inplace=self.inplace,
-            owned=source.owned, spend=True, progress=progress,
+            self.source.model, self.choices, moments, capture=self.found.capture,
+            inplace=self.inplace, owned=self.source.owned, spend=True, progress=progress,
         )  # fmt: skip
 
-    def _calibrate(
-        self, source: Source, done: Rewritten, materials: Materials, work: Workdir | None
-    ) -> list[StageResult]:
-        settings = self.plan.calibrate
-        from reattend.calibrate import calibrate
+    def _note_reused(self, stage: str, reused: bool) -> None:
+        if reused:
+            self._tell(stage, message="reused from the interrupted run")
+            self.log.reused(stage)
 
-        assert materials.training is not None
-        # gates may change without training anew
-        rules = [r.to_dict() for r in self.plan.rules]
-        key = digest([source.state, rules, self.plan.on_refusal, materials.fingerprint, self.seed])
-        stages = calibrate(
-            source.model, done.model, materials.training, settings,
-            seed=self.seed if settings.seed is None else settings.seed,
-            workdir=work, inputs_hash=key, on_event=self.on_event, around=self.log.stage,
-        )  # fmt: skip
-        self.log.reused(*(s.name for s in stages if s.reused))
-        return stages
-
-    def _verify(
-        self, source: Source, found: FoundAttention, choices: list[Choice], done: Rewritten,
-        materials: Materials,
-    ) -> Evidence:  # fmt: skip
-        if self.inplace:
-            return Evidence(notes=["inplace=True: the original is gone, so nothing was compared"])
-        paths = list(done.built)
-        sample = sample_of(source.model, materials, self.inputs)
-        with head_use(done.model, real_positions(sample)) as used:
-            errors = {} if done.graph else block_errors(source.model, done.model, paths, sample)
-        trains = self.plan.calibrate.trains
-        bounds = {} if trains else block_bounds(source.model, done, choices, sample)
-        parity: list[ParityCheck] = []
-        if all(b.exactness == "exact" for b in done.built.values()) and not trains:
-            parity.append(exact_check(source.model, done.model, sample))
-        if is_hf(source.model):
-            parity += decode_checks(source.model, done.model, self.seed)
-        rows, notes = measured_rows(
-            source, done.model, choices, materials, self.seed, self.plan, found
-        )
-        gates = check_gates(self.plan.verify, rows)
-        return Evidence(errors, bounds, used, parity, rows, gates, notes=notes)
-
-    def _stage(self, name: str, work: Any) -> Any:
+    def _stage(self, name: str, work: Callable[[], T]) -> T:
         self._tell(name)
         with self.log.stage(name):
             done = work()

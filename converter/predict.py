@@ -14,15 +14,20 @@ from torch import nn
 
 from reattend.inputs import is_hf
 from reattend.plan import Plan
-from reattend.predict_memory import memory, sizes_of
-from reattend.predict_time import seconds
+from reattend.predict_memory import memory, row_length, sizes_of
+from reattend.predict_site import Rates, own_bytes, own_seconds
+from reattend.predict_time import seconds, statistics_tokens
 from reattend.preflight import Choice
 from reattend.probe import probe
 
 
 @dataclass(frozen=True)
 class SitePrediction:
-    """One site before and after; bytes per token in the cache dtype."""
+    """One site before and after; bytes per token in the cache dtype.
+
+    `peak_bytes` is what the site would add to the model's memory were it the only one to change;
+    `seconds` what statistics, sizes and building take for it, the model's own passes aside.
+    """
 
     path: str
     action: str
@@ -33,6 +38,8 @@ class SitePrediction:
     cache_bytes_after: int
     parameters_before: int
     parameters_after: int
+    peak_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -99,19 +106,26 @@ def predict(
     measured = probe(model, inputs, blocks)
     sizes = sizes_of(model, choices, measured.saved)
     peaks = memory(sizes, converted, plan, rows, text, is_hf(model), owned)
-    times = seconds(sizes, converted, plan, rows, measured)
+    rates = Rates.measured()
+    times = seconds(sizes, converted, plan, rows, measured, rates)
     grown = sum(c.after.parameters - c.before.parameters for c in converted)
     return Prediction(
-        sites=tuple(_site(c, sizes.element) for c in choices),
+        sites=tuple(_site(c, sizes.element, plan, rows, rates) for c in choices),
         stages=tuple(StagePrediction(n, p, round(times[n], 2)) for n, p in peaks.items()),
         parameters_before=sizes.parameters,
         parameters_after=sizes.parameters + grown,
     )
 
 
-def _site(choice: Choice, element: int) -> SitePrediction:
-    before = choice.before
-    after = choice.after if choice.action == "converted" else before
+def _site(
+    choice: Choice, element: int, plan: Plan, rows: int | None, rates: Rates
+) -> SitePrediction:
+    before, after, peak, own = choice.before, choice.before, 0, {}
+    if choice.action == "converted":
+        seq_len = row_length(plan, rows)
+        after = choice.after
+        peak = own_bytes(choice, element, plan.calibrate.batch_size * seq_len, seq_len)
+        own = own_seconds(choice, statistics_tokens(plan, rows), seq_len, rates)
     return SitePrediction(
         path=choice.site.path,
         action=choice.action,
@@ -122,4 +136,6 @@ def _site(choice: Choice, element: int) -> SitePrediction:
         cache_bytes_after=after.cache * element,
         parameters_before=before.parameters,
         parameters_after=after.parameters,
+        peak_bytes=peak,
+        seconds=sum(own.values()),
     )

@@ -24,6 +24,7 @@ from reattend.at_once import (
 from reattend.divergence import ROWS
 from reattend.materials import HELD_ROWS, HELD_SHARE
 from reattend.plan import Plan
+from reattend.predict_site import measuring_bytes, new_bytes, solving_bytes
 from reattend.predict_statistics import (
     gram_width,
     moments_bytes,
@@ -90,6 +91,11 @@ def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
     )
 
 
+def row_length(plan: Plan, rows: int | None) -> int:
+    """Tokens of a row of data; `rows` is None where the model samples its own."""
+    return OWN_LENGTH if rows is None else plan.calibrate.seq_len
+
+
 def held_rows(rows: int | None) -> int:
     """Rows held back to measure on."""
     return 0 if rows is None else min(HELD_ROWS, rows // HELD_SHARE)
@@ -117,9 +123,9 @@ def memory(
     """
     calibrate, element = plan.calibrate, sizes.element
     width = max((gram_width(c) for c in converted), default=0)
-    new = sum(c.after.parameters - c.after.kept for c in converted) * element
+    new = sum(new_bytes(c, element) for c in converted)
     block = max((c.before.parameters for c in converted), default=0)
-    batch = calibrate.batch_size * (OWN_LENGTH if rows is None else calibrate.seq_len)
+    batch = calibrate.batch_size * row_length(plan, rows)
     base = sizes.weights + OPENING
     found: dict[str, float] = {}
     found["open"] = base
@@ -132,28 +138,28 @@ def memory(
     moments = sum(moments_bytes(c) for c in converted)
     scored = calibrate.batch_size if sizes.spared else batch
     running = sizes.logits(scored) + sizes.activations(batch)
-    tokens = 2 * 8 * batch * width + 8 * width**2
     length = batch // calibrate.batch_size
+    tokens = measuring_bytes(width, batch)
     tokens += spreading_bytes(converted, length)
     found["statistics"] = base + (running + moments + tokens if width else 0)
     sharing = sharing_bytes(sizes.vocabulary, converted, length, sizes.spared)
     if sharing:
         learns = any(c.conversion and c.conversion.learns(c.options) for c in converted)
         kept = max(4, element) * ROWS * length * sizes.saved if learns else 0
-        found["choose"] = base + moments + 8 * 8 * width**2 + sharing + kept
+        found["choose"] = base + moments + solving_bytes(width) + sharing + kept
     # moments go as new weights come
     taught = max((training(c, length)[1] for c in converted), default=0.0)
-    found["rewrite"] = base + max(moments, new) + 8 * 8 * width**2 + taught
+    found["rewrite"] = base + max(moments, new) + solving_bytes(width) + taught
     base += new
     if calibrate.trains:
         trained = _training(sizes, converted, batch, plan)
         found |= {name: base + TRAINING + grown for name, grown in trained.items()}
         base += TRAINING
-    found["verify"] = base + VERIFYING
-    found["verify"] += _verifying(sizes, held_rows(rows), calibrate.seq_len, generates)
+    measuring = _verifying(sizes, held_rows(rows), calibrate.seq_len, generates)
     if plan.verify.peers and rows is not None:
         peers = new + sum(peer_bytes(c) for c in converted)
-        found["verify"] += peers + max(running + tokens, 8 * 8 * width**2)
+        measuring = peers + max(measuring, running + tokens, solving_bytes(width))
+    found["verify"] = base + VERIFYING + measuring
     copied = 0 if owned else sizes.weights
     found["publish"] = base + PLOTTING + copied
     return {name: int(value) for name, value in found.items()}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,11 +15,8 @@ from reattend.preflight import Choice
 from reattend.report import Report
 from reattend.report.evidence import (
     Calibration,
-    Gate,
-    ParityCheck,
     Provenance,
     Quality,
-    QualityRow,
     Stage,
 )  # fmt: skip
 from reattend.report.site import (
@@ -36,23 +32,7 @@ from reattend.report.site import (
 from reattend.rewriting import Rewritten
 from reattend.source import Source
 from reattend.spec import Norm, Rotary
-
-if TYPE_CHECKING:
-    from reattend.calibrate import StageResult
-
-
-@dataclass
-class Evidence:
-    """What verification and calibration found."""
-
-    errors: dict[str, float] = field(default_factory=dict)
-    bounds: dict[str, float] = field(default_factory=dict)
-    used: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    parity: list[ParityCheck] = field(default_factory=list)
-    rows: list[QualityRow] = field(default_factory=list)
-    gates: list[Gate] = field(default_factory=list)
-    stages: list[StageResult] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+from reattend.verify.evidence import Evidence
 
 
 def build_report(

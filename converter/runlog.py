@@ -76,6 +76,7 @@ class RunLog:
             processes=count(),
             command=tuple(sys.argv),
             paths=paths,
+            baseline_bytes=self.baseline,
             stages=self._completed(),
         )
 

@@ -17,6 +17,8 @@ RESULTS = Path(__file__).parent / "results" / "quality.json"
 SHARES = ("50", "25", "12.5")
 #: next to each share of the cache, the quantised cache whose size is closest
 BITS = {"50": 8, "25": 4, "12.5": 2}
+#: and the quantised cache of a converted model
+BOTH = {"25": "transmla 50 %, int8 cache", "12.5": "transmla 50 %, int4 cache"}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -24,17 +26,20 @@ def table(results: dict[str, Any]) -> str:
     rows = {row["name"]: row for row in results["rows"]}
     whole = rows["original"]
     lines = [
-        "| cache | sliding window | quantised cache | TransMLA as published | `transmla` |",
-        "|---|---|---|---|---|",
+        "| cache | sliding window | quantised cache | TransMLA as published | `transmla` "
+        "| `transmla` 50 %, quantised |",
+        "|---|---|---|---|---|---|",
     ]
     for share in SHARES:
         packed = rows[f"int{BITS[share]} KV cache"]
+        both = rows.get(BOTH.get(share, ""))
         cells = [
             f"{share} %",
             cell(rows[f"sliding window {share} %"]),
-            f"{cell(packed)} at {100 * packed['share']['256']:.0f} %",
+            sized(packed),
             cell(rows[f"transmla-paper {share} %"]),
             cell(rows[f"transmla {share} %"]),
+            "" if both is None else sized(both),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     half = rows["transmla 50 %"]["perplexity"] / whole["perplexity"] - 1
@@ -43,7 +48,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Perplexity (right answers: a copied passage / a passkey / several keys); the original "
         f"has {cell(whole)}. At half of the cache `transmla` adds {100 * half:.1f} %. "
-        f"A quantised cache has the size of its format.",
+        f"A quantised cache has the size of its format (8, 4, 2 bits).",
         "",
         f"{results['model']}, {results['device']}, {results['date']}; {scored} x 256 held-out "
         f"tokens, recall {scored} x 512. Command: `{results['command']}`",
@@ -57,6 +62,11 @@ def cell(row: dict[str, Any]) -> str:
         f"{100 * row['recall'][kind]['accuracy']:.0f}" for kind in ("copy", "passkey", "multi_key")
     )
     return f"{row['perplexity']:.2f} ({right})"
+
+
+def sized(row: dict[str, Any]) -> str:
+    """The same, with the share of the cache."""
+    return f"{cell(row)} at {100 * row['share']['256']:.0f} %"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -68,23 +68,21 @@ def convert(folder: Path, out: Path, rows: int, seq_len: int) -> dict[str, Any]:
     import torch
     import transformers
 
-    import reattend.targets.huggingface  # noqa: F401  (loaded code is no growth)
-    from reattend.pipeline import Job
-    from reattend.plan import Plan
+    import reattend
+    import reattend.targets.huggingface  # (loaded code is no growth)
 
     transformers.utils.logging.disable_progress_bar()
     plan = {"rules": [RULE], "calibrate": {"statistics_tokens": rows * seq_len, "seq_len": seq_len}}
     order = torch.Generator().manual_seed(0)
     ids = torch.randint(0, SHAPE["vocab_size"], (rows, seq_len), generator=order)
-    job = Job(Plan.load(plan), data=ids, out=out)
-    run = job.run(str(folder)).run
+    run = reattend.convert(str(folder), plan, data=ids, out=out).run
     assert run is not None
     stages = [
-        {"name": s.name, "seconds": round(s.seconds, 1), "bytes": s.peak_bytes - job.log.baseline}
+        {"name": s.name, "seconds": round(s.seconds, 1), "bytes": s.peak_bytes - run.baseline_bytes}
         for s in run.stages
         if s.peak_bytes is not None
     ]
-    return {"baseline": job.log.baseline, "stages": stages, "threads": run.threads}
+    return {"baseline": run.baseline_bytes, "stages": stages, "threads": run.threads}
 
 
 def child(*words: object) -> str:

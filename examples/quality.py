@@ -20,6 +20,8 @@ import campaign
 KEEPS = (0.5, 0.25, 0.125)
 BITS = (8, 4, 2)
 PRESETS = ("transmla", "transmla-paper")
+#: share and bits of converted models whose cache is quantised as the yardsticks' is
+QUANTISED = ((0.5, 8), (0.5, 4))
 PPL_TOKENS, RECALL_TOKENS = 256, 512
 
 
@@ -42,7 +44,19 @@ def row_names() -> list[str]:
         *(f"sliding window {100 * keep:g} %" for keep in KEEPS),
         *(f"int{bits} KV cache" for bits in BITS),
         *(f"{preset} {100 * keep:g} %" for preset in PRESETS for keep in KEEPS),
+        *(_as_large_as(bits) for bits in BITS),
+        *(_quantised(keep, bits) for keep, bits in QUANTISED),
     ]
+
+
+def _as_large_as(bits: int) -> str:
+    """The row of `transmla` with as many bytes as the original's quantised cache has."""
+    return f"transmla, bytes of int{bits}"
+
+
+def _quantised(keep: float, bits: int) -> str:
+    """The row of `transmla` with its own cache quantised."""
+    return f"transmla {100 * keep:g} %, int{bits} cache"
 
 
 class Campaign:
@@ -93,7 +107,7 @@ class Campaign:
 
     def _asked(self, name: str) -> Callable[[int], Any]:
         """How the row's model is asked, for a context."""
-        from reattend.verify.yardsticks import original, quantised_cache, sliding_window
+        from reattend.verify.yardsticks import original, sliding_window
 
         for keep in KEEPS:
             if name == f"sliding window {100 * keep:g} %":
@@ -103,13 +117,32 @@ class Campaign:
                     return self._converted(name, converted_row(preset, keep, self.args))
         for bits in BITS:
             if name == f"int{bits} KV cache":
-                return lambda context: quantised_cache(
-                    self.model, bits=bits, context=context, backend=self.args.kv_backend
-                )
+                return self._in_bits(self.model, bits)
+            if name == _as_large_as(bits):
+                keep = self._in_bits(self.model, bits)(PPL_TOKENS).share
+                return self._converted(name, converted_row("transmla", keep, self.args))
+        for keep, bits in QUANTISED:
+            if name == _quantised(keep, bits):
+                model = converted_row("transmla", keep, self.args)
+                return self._scaled(name, self._in_bits(model, bits))
         return lambda context: original(self.model, context=context)
 
+    def _in_bits(self, model: Any, bits: int) -> Callable[[int], Any]:
+        """A model with its cache quantised."""
+        from reattend.verify.yardsticks import quantised_cache
+
+        return lambda context: quantised_cache(
+            model, bits=bits, context=context, backend=self.args.kv_backend
+        )
+
     def _converted(self, name: str, model: Any) -> Callable[[int], Any]:
-        """A converted model as it is, with its own cache over the original's."""
+        """A converted model as it is."""
+        from reattend.verify.yardsticks import original
+
+        return self._scaled(name, lambda context: original(model, context=context))
+
+    def _scaled(self, name: str, asked: Callable[[int], Any]) -> Callable[[int], Any]:
+        """A converted model's row, with its own cache over the original's."""
         from dataclasses import replace
 
         from reattend.verify.yardsticks import original
@@ -117,7 +150,7 @@ class Campaign:
         full = original(self.model, context=1).cache_bytes_per_token
 
         def ask(context: int) -> Any:
-            plain = original(model, context=context)
+            plain = asked(context)
             return replace(plain, name=name, share=plain.cache_bytes_per_token / full)
 
         return ask
@@ -150,7 +183,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _unequal(rows: list[dict[str, Any]]) -> str:
-    """Which lines do not hold the bytes of the others."""
+    """Which lines hold the bytes of which others."""
     sizes = [
         f"{row['name'].split()[0]} holds {100 * row['share']['256']:.1f} %"
         for row in rows
@@ -159,8 +192,9 @@ def _unequal(rows: list[dict[str, Any]]) -> str:
     if not sizes:
         return ""
     return (
-        "Only the sliding windows are at equal bytes with MLA; a quantised cache has the size of "
-        f"its format: {', '.join(sizes)}. `transmla-paper` is the method as published. "
+        "Sliding windows are at the bytes of the converted models above; a quantised cache has the "
+        f"size of its format ({', '.join(sizes)}), and `transmla, bytes of` is converted to that. "
+        "`transmla-paper` is the method as published. "
     )
 
 

@@ -23,28 +23,25 @@ from reattend.probe import probe
 RUN = """
 import json, sys, torch
 torch.set_num_threads(1)
-import transformers, reattend.pipeline, reattend.targets.huggingface
-from reattend import convert
-from reattend.pipeline import Job
-from reattend.plan import Plan
+import transformers, reattend.targets.huggingface
+from reattend import convert, pipeline
 transformers.utils.logging.disable_progress_bar()
-model, vocabulary, out, given, seq_len, tokens = sys.argv[1:]
-plan = {"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}],
-        "calibrate": {"statistics_tokens": 4096, "tokens": int(tokens), "batch_size": 4,
-                      "seq_len": int(seq_len)}}
+model, vocabulary, out, given, seq_len, more = sys.argv[1:]
+plan = {"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}]} | json.loads(more)
+plan["calibrate"] = {"statistics_tokens": 4096, "tokens": 0, "batch_size": 4,
+                     "seq_len": int(seq_len)} | plan.get("calibrate", {})
 shape = (40, int(seq_len))
 ids = torch.randint(0, int(vocabulary), shape, generator=torch.Generator().manual_seed(0))
 data = {"ids": ids, "self": None}.get(given, given)
-job = Job(Plan.load(plan), data=data, out=__import__("pathlib").Path(out))
-told = {}
-predict = job._predict
-def listen(*found):
-    told["prediction"] = predict(*found)
-    return told["prediction"]
-job._predict = listen
-run = job.run(model).run
-print(json.dumps({"base": job.log.baseline, "stages": [s.model_dump() for s in run.stages],
-                  "seconds": {s.name: s.seconds for s in told["prediction"].stages}}))
+told = []
+predict = pipeline.predict
+def listen(*given, **named):
+    told.append(predict(*given, **named))
+    return told[-1]
+pipeline.predict = listen
+run = convert(model, plan, data=data, out=out).run
+print(json.dumps({"base": run.baseline_bytes, "stages": [s.model_dump() for s in run.stages],
+                  "seconds": {s.name: s.seconds for s in told[0].stages}}))
 """
 EXPORT = """
 import sys, torch
@@ -75,10 +72,10 @@ def child(code: str, *arguments: Any) -> str:
 
 
 def compared(
-    model: Path, vocabulary: int, out: Path, data: str = "ids", seq_len: int = 128, tokens: int = 0
+    model: Path, vocabulary: int, out: Path, data: str = "ids", seq_len: int = 128, **more: Any
 ) -> tuple[dict[str, float], float]:
     """By stage, predicted over measured growth of memory; the same for the run's seconds."""
-    told = json.loads(child(RUN, model, vocabulary, out, data, seq_len, tokens))
+    told = json.loads(child(RUN, model, vocabulary, out, data, seq_len, json.dumps(more)))
     base, stages = told["base"], told["stages"]
     memory = {
         s["name"]: (s["peak_bytes_predicted"] - base) / (s["peak_bytes"] - base) for s in stages
@@ -105,7 +102,7 @@ def test_every_stage_of_a_run_that_trains(tmp_path: Path) -> None:
     """Tens of MiB of weights, logits and moments each, so that noise is small beside them."""
     sizes = {"vocab_size": 8192, "num_hidden_layers": 3, "num_key_value_heads": 4}
     model = saved(tmp_path / "model", "float32", **sizes)
-    memory, seconds = compared(model, 8192, tmp_path / "out", tokens=1024)
+    memory, seconds = compared(model, 8192, tmp_path / "out", calibrate={"tokens": 1024})
     assert set(memory) == STAGES | TRAINS
     assert off(memory) == {}, memory
     assert 1 / 6 < seconds < 6, "a third to three times on a quiet machine; this one may be busy"
@@ -124,7 +121,20 @@ def test_memory_with_text_and_without_data(data: str, shipped_path: Path, tmp_pa
 def test_memory_in_half_precision(tmp_path: Path) -> None:
     sizes = {"vocab_size": 8192, "num_hidden_layers": 4, "num_key_value_heads": 8}
     model = saved(tmp_path / "model", "bfloat16", **sizes)
-    memory, _ = compared(model, 8192, tmp_path / "out", tokens=1024)
+    memory, _ = compared(model, 8192, tmp_path / "out", calibrate={"tokens": 1024})
+    assert off(memory) == {}, memory
+
+
+@pytest.mark.slow
+def test_memory_of_choosing_sizes_and_of_the_peers(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 8192, "num_hidden_layers": 3, "num_key_value_heads": 4}
+    model = saved(tmp_path / "model", "float32", **sizes)
+    rule = {"sites": "*", "to": "mla", "kv_keep": 0.5, "kv_lora_rank": "auto"}
+    rule["qk_rope_head_dim"] = "auto"
+    memory, _ = compared(
+        model, 8192, tmp_path / "out", rules=[rule], verify={"peers": ["transmla-paper", "care"]}
+    )
+    assert set(memory) == STAGES | {"choose"}
     assert off(memory) == {}, memory
 
 

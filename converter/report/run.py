@@ -45,6 +45,9 @@ class Run(Part):
     processes: int = Field(default=1, ge=1)
     command: tuple[str, ...] = ()
     paths: dict[str, str] = Field(default_factory=dict, description="model, data, out")
+    baseline_bytes: int = Field(
+        default=0, ge=0, description="memory before the first stage: Python and its packages"
+    )
     stages: tuple[StageRun, ...] = ()
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from reattend.errors import GateError
 from reattend.plan import Verify
-from reattend.report.evidence import Gate, ParityCheck, QualityRow
+from reattend.report import Report
+from reattend.report.evidence import Gate, QualityRow
 
 
 def check_gates(verify: Verify, rows: list[QualityRow]) -> list[Gate]:
@@ -43,14 +44,22 @@ def check_gates(verify: Verify, rows: list[QualityRow]) -> list[Gate]:
     return gates
 
 
-def gate_error(gates: list[Gate], checks: list[ParityCheck]) -> GateError:
-    """The error that lists every gate and parity check that failed."""
+def enforce_gates(report: Report) -> None:
+    """Stop where a gate or a parity check failed.
+
+    Raises:
+        GateError: listing every one of them.
+    """
+    gates = [g for g in report.gates if g.verdict == "fail"]
+    checks = [p for p in report.parity if p.verdict == "fail"]
+    if not gates and not checks:
+        return
     lines = [f"{g.name}: {g.value} (limit {g.relation} {g.limit})" for g in gates]
     lines += [
         f"{p.name}: {p.judged_by} {getattr(p, p.judged_by):.3g} (limit {p.tolerance:.3g})"
         for p in checks
     ]
-    return GateError(
+    raise GateError(
         "the converted model failed verification; nothing was published",
         why="; ".join(lines),
         next_step="keep more cache (kv_keep), calibrate longer, or loosen the plan's gates",

@@ -62,7 +62,7 @@ def measured_peers(
     )  # fmt: skip
     for name, chosen in choices.items():
         allocate(source.model, source.state, chosen, moments, materials.statistics)
-        made = rewrite(source.model, chosen, moments, capture=found.capture)
+        made = rewrite(source.model, chosen, moments, capture=found.capture, owned=True)  # run only
         quality = measure(made.model.eval(), materials.held_out, source.model, **settings)
         rows.append((name, quality, sum(c.after.cache for c in chosen)))
     return rows, notes
