@@ -37,6 +37,7 @@ from reattend.source import Source, open_source
 from reattend.statistics import SiteStatistics
 from reattend.verify.evidence import gather
 from reattend.verify.gates import enforce_gates
+from reattend.verify.subject import Subject
 from reattend.workdir import Workdir, digest
 
 if TYPE_CHECKING:
@@ -165,14 +166,14 @@ class Job:
         Raises:
             GateError: a gate or a check failed; nothing is published.
         """
-        seen = (self.plan, self.seed, self.source, self.found, self.choices, self.done)
-        evidence = self._stage(
-            "verify", lambda: gather(*seen, self.materials, self.example, inplace=self.inplace)
+        source, example = self.source, self.example
+        subject = Subject(
+            self.plan, self.seed, source, self.found, self.choices, self.done, self.materials
         )
+        evidence = self._stage("verify", lambda: gather(subject, example, inplace=self.inplace))
         evidence.stages = self.stages
-        report = build_report(*seen, self.materials, evidence)
+        report = build_report(subject, evidence)
         enforce_gates(report)
-        source = self.source
         self.result = Result(self.done.model, report, None, None, source.tokenizer, source.home)
 
     def lower(self) -> None:

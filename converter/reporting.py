@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from reattend.finder import AttentionSite, FoundAttention
+from reattend.finder import AttentionSite
 from reattend.install.graph import LACKS
 from reattend.materials import Materials
 from reattend.plan import Plan
@@ -33,24 +33,17 @@ from reattend.rewriting import Rewritten
 from reattend.source import Source
 from reattend.spec import Norm, Rotary
 from reattend.verify.evidence import Evidence
+from reattend.verify.subject import Subject
 
 
-def build_report(
-    plan: Plan,
-    seed: int,
-    source: Source,
-    found: FoundAttention,
-    choices: list[Choice],
-    done: Rewritten,
-    materials: Materials,
-    evidence: Evidence,
-) -> Report:
+def build_report(subject: Subject, evidence: Evidence) -> Report:
     """The whole record; nothing in it depends on time, host or path."""
+    source, done, materials = subject.source, subject.done, subject.materials
     size = next(source.model.parameters()).element_size()
-    sites = [_site(c, done, evidence, size) for c in choices]
+    sites = [_site(c, done, evidence, size) for c in subject.choices]
     sites += [
         SiteEntry(path=_unique(r.path, i), action="not-understood", reason=r.reason)
-        for i, r in enumerate(found.refused)
+        for i, r in enumerate(subject.found.refused)
     ]
     data = materials.held_out
     return Report(
@@ -62,7 +55,7 @@ def build_report(
             parameters_after=_parameters(done.model),
             source_hash=next(iter(source.hashes.values()), ""),
         ),
-        plan=plan.to_dict(),
+        plan=subject.plan.to_dict(),
         sites=tuple(sites),
         parity=tuple(evidence.parity),
         quality=None
@@ -71,11 +64,11 @@ def build_report(
             rows=tuple(evidence.rows),
             data=data.description if data is not None else "",
             tokens=data.tokens if data is not None else None,
-            context=plan.calibrate.seq_len,
+            context=subject.plan.calibrate.seq_len,
         ),
         calibration=_calibration(materials, evidence),
         gates=tuple(evidence.gates),
-        provenance=_provenance(source, plan, materials, seed),
+        provenance=_provenance(source, subject.plan, materials, subject.seed),
         notes=(*materials.notes, *evidence.notes),
     )
 

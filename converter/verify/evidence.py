@@ -5,20 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reattend.finder import FoundAttention
 from reattend.inputs import is_hf
-from reattend.materials import Materials
-from reattend.plan import Plan
-from reattend.preflight import Choice
 from reattend.report.evidence import Gate, ParityCheck, QualityRow
-from reattend.rewriting import Rewritten
-from reattend.source import Source
 from reattend.verify.balance import head_use
 from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates
 from reattend.verify.parity import block_errors, decode_checks, exact_check, real_positions
 from reattend.verify.rows import measured_rows
 from reattend.verify.sample import sample_of
+from reattend.verify.subject import Subject
 
 if TYPE_CHECKING:
     from reattend.calibrate import StageResult
@@ -38,37 +33,28 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(
-    plan: Plan,
-    seed: int,
-    source: Source,
-    found: FoundAttention,
-    choices: list[Choice],
-    done: Rewritten,
-    materials: Materials,
-    inputs: dict[str, Any] | None,
-    *,
-    inplace: bool = False,
-) -> Evidence:
+def gather(subject: Subject, inputs: dict[str, Any] | None, *, inplace: bool = False) -> Evidence:
     """Errors of the blocks, equality where the plan is exact, cached decoding, quality, gates.
 
     Args:
+        subject: the conversion.
         inputs: example arguments, for models that nothing can be made up for.
         inplace: the original was changed, so there is nothing to compare with.
     """
     if inplace:
         return Evidence(notes=["inplace=True: the original is gone, so nothing was compared"])
-    original, converted = source.model, done.model
-    sample = sample_of(original, materials, inputs)
+    done, plan = subject.done, subject.plan
+    original, converted = subject.source.model, done.model
+    sample = sample_of(original, subject.materials, inputs)
     with head_use(converted, real_positions(sample)) as used:
         errors = {} if done.graph else block_errors(original, converted, list(done.built), sample)
     trains = plan.calibrate.trains
-    bounds = {} if trains else block_bounds(original, done, choices, sample)
+    bounds = {} if trains else block_bounds(original, done, subject.choices, sample)
     parity: list[ParityCheck] = []
     if all(b.exactness == "exact" for b in done.built.values()) and not trains:
         parity.append(exact_check(original, converted, sample))
     if is_hf(original):
-        parity += decode_checks(original, converted, seed)
-    rows, notes = measured_rows(source, converted, choices, materials, seed, plan, found)
+        parity += decode_checks(original, converted, subject.seed)
+    rows, notes = measured_rows(subject)
     gates = check_gates(plan.verify, rows)
     return Evidence(errors, bounds, used, parity, rows, gates, notes=notes)

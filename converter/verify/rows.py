@@ -9,35 +9,26 @@ from torch import nn
 
 from reattend.at_once import rows_at_once
 from reattend.errors import ReattendError
-from reattend.finder import FoundAttention
 from reattend.materials import Materials
-from reattend.plan import Plan
-from reattend.preflight import Choice
 from reattend.report.evidence import QualityRow
-from reattend.source import Source
 from reattend.verify.parity import by_call, decodes_apart
 from reattend.verify.peers import measured_peers
 from reattend.verify.quality import Quality, measure
 from reattend.verify.recall import lacking
 from reattend.verify.scoring import cached_scorer
+from reattend.verify.subject import Subject
 from reattend.verify.yardsticks import Yardstick, quantised_cache, sliding_window
 
 
-def measured_rows(
-    source: Source,
-    converted: nn.Module,
-    choices: list[Choice],
-    materials: Materials,
-    seed: int,
-    plan: Plan,
-    found: FoundAttention,
-) -> tuple[list[QualityRow], list[str]]:
+def measured_rows(subject: Subject) -> tuple[list[QualityRow], list[str]]:
     """Rows measured on the text that was held back (none without it), and notes.
 
     With `verify.yardsticks` also what the original does at about the same cache bytes without any
     conversion: a sliding window, an int8 and an int4 cache; with `verify.peers` what other presets
     make of the same sites.
     """
+    source, choices, plan = subject.source, subject.choices, subject.plan
+    converted, materials = subject.done.model, subject.materials
     data, notes = materials.held_out, []
     if chosen := by_call(converted):
         notes.append(
@@ -56,7 +47,7 @@ def measured_rows(
     ids, mask = data.packed
     lacks = lacking(ids[mask.bool().all(-1)])
     settings: dict[str, Any] = {
-        "seed": seed,
+        "seed": subject.seed,
         "with_recall": not lacks,
         "batch_size": rows_at_once(source.model, ids.shape[1], most=8),
     }
@@ -82,7 +73,7 @@ def measured_rows(
     if plan.verify.peers and materials.statistics is not None:
         same = after - size * sum(c.after.cache for c in changed)
         made, why = measured_peers(
-            source, found, changed, plan.verify.peers, materials, plan.calibrate.batch_size,
+            source, subject.found, changed, plan.verify.peers, materials, plan.calibrate.batch_size,
             settings,
         )  # fmt: skip
         rows += [_row(f"{n}, untrained", "yardstick", q, same + size * held) for n, q, held in made]

@@ -1,0 +1,35 @@
+"""What is verified and reported on: one finished conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reattend.finder import FoundAttention
+from reattend.materials import Materials
+from reattend.plan import Plan
+from reattend.preflight import Choice
+from reattend.rewriting import Rewritten
+from reattend.source import Source
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The plan and seed, the original with what was found in it, and what was made of it.
+
+    Attributes:
+        plan: with the sizes it asked for, not those that were chosen.
+        seed: of sampling, training and measurement.
+        source: the original, opened.
+        found: its attention.
+        choices: what happened to every site.
+        done: the converted model.
+        materials: the data that was read, and what was held back.
+    """
+
+    plan: Plan
+    seed: int
+    source: Source
+    found: FoundAttention
+    choices: list[Choice]
+    done: Rewritten
+    materials: Materials
