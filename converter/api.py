@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from reattend.arguments import as_callback, as_folder, as_inputs, as_inputs_or_file, as_seed
-from reattend.errors import ArgumentError
+from reattend.arguments import (
+    as_callback,
+    as_flag,
+    as_folder,
+    as_inputs,
+    as_inputs_or_file,
+    as_seed,
+    as_tokenizer,
+)
 from reattend.events import OnEvent
 from reattend.finder import find_attention
-from reattend.lowering import TARGETS
 from reattend.plan import Plan
 from reattend.report import Report
 
@@ -56,7 +62,9 @@ class Result:
         """
         from reattend.publishing import save_result
 
-        return save_result(self, as_folder(folder, "folder"), overwrite=overwrite)
+        return save_result(
+            self, as_folder(folder, "folder"), overwrite=as_flag(overwrite, "overwrite")
+        )
 
 
 def convert(
@@ -105,12 +113,12 @@ def convert(
 
     job = Job(
         plan=Plan.load(plan), inputs=as_inputs_or_file(inputs), data=data, seed=as_seed(seed),
-        inplace=inplace, out=None if out is None else as_folder(out, "out"), overwrite=overwrite,
-        on_event=as_callback(on_event, "on_event"),
+        inplace=as_flag(inplace, "inplace"), out=None if out is None else as_folder(out, "out"),
+        overwrite=as_flag(overwrite, "overwrite"), on_event=as_callback(on_event, "on_event"),
     )  # fmt: skip
     job.open(
         model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=as_flag(trust_remote_code, "trust_remote_code"),
     )  # fmt: skip
     job.find()  # capture the graph, read every block, and let it prove itself
     job.preflight()  # match the plan with the blocks; every refusal at once
@@ -176,46 +184,19 @@ def export(
         MissingExtraError: the `onnx` extra is not installed.
         RefusedError: the target cannot carry the model.
     """
-    if target not in TARGETS:
-        known = ", ".join(f'"{name}"' for name in TARGETS)
-        raise ArgumentError(
-            f"unknown export target {target!r}", next_step=f"known targets: {known}"
-        )
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if pad is not None and target == "onnx":
-        raise ArgumentError(
-            "pad is for the targets deepseek and deepseek-v2",
-            where=f"pad={pad!r}",
-            next_step="leave it out: ONNX files take layers of any size",
-        )
-    if flavour is not None and target != "onnx":
-        raise ArgumentError(
-            "flavour is for the target onnx", where=f"flavour={flavour!r}", next_step="leave it out"
-        )
-    out = as_folder(out, "out")
+    from reattend.lowering import check_export, written
+
+    stored = check_export(target, dtype, pad, flavour)
+    out, overwrite = as_folder(out, "out"), as_flag(overwrite, "overwrite")
+    tokenizer, original = as_tokenizer(tokenizer), None
     if not isinstance(model, nn.Module):
-        folder = as_folder(model, "model")
-        opened: nn.Module = load(folder)  # first: its errors name the folder
-        tokenizer = tokenizer or _folder_tokenizer(folder)
-    else:
-        opened = model
-    if target == "onnx":
-        from reattend.targets.onnx import export_onnx
+        from reattend.source_load import find_tokenizer
 
-        return export_onnx(
-            opened, out, dtype=dtype or "float32", flavour=flavour or "portable",
-            tokenizer=tokenizer, overwrite=overwrite,
-        )  # fmt: skip
-    from reattend.targets.deepseek import export_deepseek
-
-    return export_deepseek(
-        opened, out, version="v2" if target == "deepseek-v2" else "v3", dtype=dtype, pad=pad,
-        tokenizer=tokenizer, overwrite=overwrite,
+        original = as_folder(model, "model")
+        model = load(original)  # first: its errors name the folder
+        tokenizer = tokenizer or find_tokenizer(str(original), True, False)
+    assert isinstance(model, nn.Module)
+    return written(
+        model, target, out, dtype=stored, pad=pad, flavour=flavour, tokenizer=tokenizer,
+        original=original, overwrite=overwrite,
     )  # fmt: skip
-
-
-def _folder_tokenizer(folder: Path) -> Any:
-    from reattend.source_load import find_tokenizer
-
-    return find_tokenizer(str(folder), True, False)

@@ -79,3 +79,31 @@ def as_callback(value: Any, name: str) -> Any:
             next_step="pass a function of one argument, or leave it out",
         )  # fmt: skip
     return value
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """True or False and nothing like it: the text "no" is true to Python.
+
+    Raises:
+        ArgumentError: something else.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError(
+            f"{name} must be True or False", where=f"{name}={value!r}"[:200],
+            next_step="leave it out for False",
+        )  # fmt: skip
+    return value
+
+
+def as_tokenizer(value: Any) -> Any:
+    """A tokenizer that can be saved, or None.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if value is not None and not hasattr(value, "save_pretrained"):
+        raise ArgumentError(
+            f"not a tokenizer: {type(value).__name__}", where=f"tokenizer={value!r}"[:200],
+            next_step="pass one of transformers: AutoTokenizer.from_pretrained(folder)",
+        )  # fmt: skip
+    return value

@@ -1,11 +1,13 @@
-"""A plan's `targets`: what a conversion is lowered to, in folders beside its checkpoint."""
+"""What a converted model is lowered to: by `export`, or by a plan's `targets`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from reattend.errors import PlanError
+import torch
+
+from reattend.errors import ArgumentError, PlanError
 from reattend.plan import Plan
 from reattend.plan_target import Target, target_name
 from reattend.plan_text import unknown_name
@@ -80,6 +82,66 @@ def check_choices(plan: Plan, model: nn.Module, choices: list[Choice]) -> None:
             foresee_onnx(choices)
 
 
+def check_export(target: Any, dtype: Any, pad: Any, flavour: Any) -> str | None:
+    """What can be known to be wrong before a model is opened; the dtype's name.
+
+    Raises:
+        ArgumentError: an unknown target, no dtype, or an option of another target.
+    """
+    if target not in TARGETS:
+        known = ", ".join(f'"{name}"' for name in TARGETS)
+        raise ArgumentError(
+            f"unknown export target {target!r}", next_step=f"known targets: {known}"
+        )
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype is not None and not isinstance(dtype, str):
+        raise ArgumentError(
+            f"not a dtype: {type(dtype).__name__}", where=f"dtype={dtype!r}"[:200],
+            next_step='give its name ("float16") or the torch.dtype',
+        )  # fmt: skip
+    if pad is not None and target == "onnx":
+        raise ArgumentError(
+            "pad is for the targets deepseek and deepseek-v2",
+            where=f"pad={pad!r}",
+            next_step="leave it out: ONNX files take layers of any size",
+        )
+    if flavour is not None and target != "onnx":
+        raise ArgumentError(
+            "flavour is for the target onnx", where=f"flavour={flavour!r}", next_step="leave it out"
+        )
+    return dtype
+
+
+def written(
+    model: nn.Module,
+    target: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    pad: str | None = None,
+    flavour: str | None = None,
+    tokenizer: Any = None,
+    original: Path | None = None,
+    overwrite: bool = False,
+) -> Any:
+    """Write the artifact; arguments and errors as `reattend.export`.
+
+    Args:
+        original: the folder whose licence and processor go with it.
+    """
+    beside = {"tokenizer": tokenizer, "original": original, "overwrite": overwrite}
+    if target == "onnx":
+        from reattend.targets.onnx import export_onnx
+
+        kind = flavour or "portable"
+        return export_onnx(model, out, dtype=dtype or "float32", flavour=kind, **beside)
+    from reattend.targets.deepseek import export_deepseek
+
+    version: Literal["v2", "v3"] = "v2" if target == "deepseek-v2" else "v3"
+    return export_deepseek(model, out, version=version, dtype=dtype, pad=pad, **beside)
+
+
 def lower(result: Result, work: Workdir, target: str | Target) -> None:
     """Publish what `export` makes of the converted model as the folder named like the target.
 
@@ -87,13 +149,13 @@ def lower(result: Result, work: Workdir, target: str | Target) -> None:
         As `reattend.export`; nothing of the conversion is then published, and the same command
         continues after what it had finished.
     """
-    from reattend.api import export
-
     name = target_name(target)
     flavour = None if isinstance(target, str) else target.flavour
 
     def write(folder: Path) -> None:
-        out = folder / name
-        export(result.model, name, out=out, flavour=flavour, tokenizer=result.tokenizer)
+        written(
+            result.model, name, folder / name, flavour=flavour, tokenizer=result.tokenizer,
+            original=result.original,
+        )  # fmt: skip
 
     work.publish_folder(write)

@@ -11,9 +11,11 @@ import torch
 from reattend.data import Dataset, load_data, self_data
 from reattend.data_text import BLOCK_BYTES, pieces_of_path
 from reattend.errors import DataError
+from reattend.host import beside
 from reattend.inputs import is_hf
 from reattend.plan import Plan
 from reattend.preflight import longest_text
+from reattend.running import evaluation
 from reattend.source import Source
 from reattend.source_load import read_tokenizer
 
@@ -102,6 +104,7 @@ def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: 
     check_length(whole, source.model)
     materials = Materials(fingerprint=whole.fingerprint)
     if not _has_ids(whole):
+        check_runs(whole, source.model)
         materials.statistics = materials.training = whole
         return materials
     held, rest = split(whole, min(HELD_ROWS, whole.rows // HELD_SHARE))
@@ -134,6 +137,25 @@ def check_ids(data: Dataset, model: Any) -> None:
             why=f"the largest is {largest}; the model's embedding has {known} rows, from 0",
             next_step="use the tokenizer that belongs to this model",
         )
+
+
+def check_runs(data: Dataset, model: torch.nn.Module) -> None:
+    """Refuse batches that the model cannot be called with.
+
+    Raises:
+        DataError: with the model's own words.
+    """
+    batch = beside(model, next(iter(data.batches(2))))
+    try:
+        with evaluation(model), torch.no_grad():
+            model(**batch)
+    except Exception as problem:  # whatever a model's code makes of wrong arguments
+        raise DataError(
+            "the model cannot be run on a batch of the data",
+            where=", ".join(f"{k} {tuple(getattr(v, 'shape', ()))}" for k, v in batch.items()),
+            why=f"{type(problem).__name__}: {problem}"[:300],
+            next_step="each batch is a dict of model(**batch)'s arguments",
+        ) from problem
 
 
 def check_length(data: Dataset, model: Any) -> None:

@@ -176,6 +176,11 @@ class Plan(Section):
         Raises:
             PlanError: no `=`, no such key, or a value that is not allowed.
         """
+        if isinstance(settings, str) or not isinstance(settings, Iterable):
+            raise PlanError(
+                "settings must be a list", where=f"with_set({settings!r})"[:200],
+                next_step='for example with_set(["kv_keep=0.25"])',
+            )  # fmt: skip
         data = self.to_dict()
         options = [set(type(r.options).model_fields) if r.options else set() for r in self.rules]
         apply_settings(data, settings, type(self).model_fields, options)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from reattend.companions import write_companions
 from reattend.durable import tensors_writer
 from reattend.errors import ArgumentError, ModelError
 from reattend.inputs import is_hf
@@ -22,20 +22,15 @@ if TYPE_CHECKING:
     from reattend.api import Result
 
 SITES_FILE = "reattend.json"
-#: of the original's folder: what its licence asks for, and how its images and chats are prepared
-_CARRIED = (
-    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-    "*processor_config.json", "chat_template.*",
-)  # fmt: skip
 
 
 def publish_result(result: Result, work: Workdir) -> None:
     """Checkpoint, tokenizer, licence and processor, plan and report, file by file."""
 
     def write(folder: Path) -> None:
-        write_checkpoint(result.model, result.tokenizer, folder)
-        if result.original is not None:
-            _carry(result.original, folder)
+        write_checkpoint(result.model, folder)
+        tokenizer = result.tokenizer if is_hf(result.model) else None
+        write_companions(folder, result.model, tokenizer, result.original)
 
     work.publish_folder(write)
     plan = json.dumps(result.report.plan, sort_keys=True, indent=2) + "\n"
@@ -45,20 +40,10 @@ def publish_result(result: Result, work: Workdir) -> None:
     work.publish_bytes("report.html", result.report.to_html().encode())
 
 
-def _carry(original: Path, folder: Path) -> None:
-    """Copy what belongs to the original's files and was not written yet."""
-    for pattern in _CARRIED:
-        for file in sorted(original.glob(pattern)):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
-
-
-def write_checkpoint(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def write_checkpoint(model: nn.Module, folder: Path) -> None:
     """A Hugging Face checkpoint, or weights and `reattend.json` for other modules."""
     if is_hf(model):
         model.save_pretrained(folder)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
         return
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     tensors_writer(_untied(state))(folder / "model.safetensors")
@@ -104,6 +89,13 @@ def load_folder(
             where=str(folder),
             next_step="give the folder that convert(out=...) wrote",
         )
+    if model is not None or inputs is not None:
+        raise ArgumentError(
+            "model and inputs are for a result whose code is yours",
+            where=str(folder),
+            why="this one is a transformers model, which its folder holds whole",
+            next_step="load(dir), with from_pretrained's own arguments",
+        )
     from reattend.source_load import complete
     from reattend.targets.huggingface import checked_section, load_model
 
@@ -118,7 +110,15 @@ def load_folder(
         )
     check_files(folder)
     kwargs["output_loading_info"] = True
-    loaded: Any = load_model(str(folder), config["architectures"], **kwargs)
+    try:
+        loaded: Any = load_model(str(folder), config["architectures"], **kwargs)
+    except (TypeError, ValueError) as problem:  # what from_pretrained says of its arguments
+        raise ArgumentError(
+            "the model cannot be loaded like this",
+            where=", ".join(f"{k}={v!r}" for k, v in kwargs.items() if k != "output_loading_info"),
+            why=f"{type(problem).__name__}: {problem}"[:300],
+            next_step="check the arguments of from_pretrained that were given",
+        ) from problem
     found, info = loaded
     return complete(found, info, str(folder)).eval()
 

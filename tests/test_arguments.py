@@ -11,7 +11,7 @@ import pytest
 import torch
 from decoder_models import decoder
 
-from reattend import convert, export, find_attention, load
+from reattend import Plan, Report, convert, export, find_attention, load
 from reattend.errors import ReattendError
 
 ROWS = [torch.full((2, 40), 500)]
@@ -36,6 +36,15 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tokenizer": (
         lambda m: convert(m, plan=MLA, data=["ab"] * 9, tokenizer=5), "Not a tokenizer: int",
     ),
+    "flag": (lambda m: convert(m, overwrite="no"), "overwrite must be True or False"),
+    "trust": (lambda m: convert("x", trust_remote_code="no"), "trust_remote_code must be True or"),
+    "batch": (
+        lambda m: convert(m, plan=MLA, data=[{"foo": torch.ones(2, 9)}]), "on a batch of the data",
+    ),
+    "export dtype": (lambda m: export(m, out="x", dtype=3), "not a dtype: int"),
+    "export tokenizer": (lambda m: export(m, out="x", tokenizer="x"), "not a tokenizer: str"),
+    "report None": (lambda m: Report.load(None), "source must be the path"),
+    "settings": (lambda m: Plan.load("transmla").with_set("a=1"), "settings must be a list"),
 }  # fmt: skip
 
 

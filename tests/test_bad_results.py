@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from bad_calls import FAST, cut, reattend, refused, untouched
 
+from reattend import load
 from reattend.errors import (
     EXIT_BAD_INPUT,
     EXIT_GATE,
     EXIT_MISSING,
+    ArgumentError,
 )
 
 
@@ -140,3 +142,16 @@ def test_a_checkpoint_from_the_future(converted: Path, tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     for command in (["verify", copy], ["export", copy, "--out", tmp_path / "out"]):
         refused(reattend(*command), EXIT_BAD_INPUT, "format 99", "pip install -U reattend")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"foo": 3}, "unexpected keyword"),
+        ({"dtype": "flat"}, "dtype"),
+        ({"model": 5}, "holds whole"),
+    ],
+)
+def test_loading_with_wrong_arguments(given: dict[str, Any], words: str, converted: Path) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        load(converted, **given)

@@ -247,10 +247,12 @@ def test_a_plan_lowers_to_it_with_tokenizer(tmp_path: Path) -> None:
         error = (stock(ids).logits - result.model(ids).logits).abs().max()
     assert float(error) <= 1e-4
     again = tmp_path / "again"
+    (tmp_path / "out" / "LICENSE").write_text("theirs")
     told = CliRunner().invoke(
         app, ["export", str(tmp_path / "out"), "--target", "deepseek", "--out", str(again)]
     )
     assert told.exit_code == 0 and "DeepseekV3ForCausalLM" in told.output
+    assert (again / "LICENSE").read_text() == "theirs"
     one, two = (load_file(f / "model.safetensors") for f in (folder, again))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     export(tmp_path / "out", "deepseek", out=again)  # complete: nothing to do

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from reattend.arguments import as_folder
 from reattend.errors import ArgumentError
 from reattend.report.part import Part
 
@@ -35,7 +36,7 @@ def load_mapping(
         data: Any = source
         where = "the given mapping"
     else:
-        path = Path(source)
+        path = as_folder(source, "source")
         path = path / file_name if path.is_dir() else path
         where = str(path)
         data = _read(path, file_name)

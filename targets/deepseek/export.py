@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.companions import write_companions
 from reattend.errors import ArgumentError
 from reattend.mixers.latent import LatentAttention
 from reattend.targets.deepseek.blocks import latent_blocks, refuse
@@ -67,6 +68,7 @@ def export_deepseek(
     dtype: str | None = None,
     pad: str | None = None,
     tokenizer: Any = None,
+    original: Path | None = None,
     overwrite: bool = False,
 ) -> Checkpoint:
     """Write a converted decoder in DeepSeek's layout.
@@ -82,6 +84,7 @@ def export_deepseek(
         dtype: of the files; None keeps the model's.
         pad: `max` pads layers of several sizes to the largest, `512+64` to at least that.
         tokenizer: saved beside the model.
+        original: a folder whose licence and processor files are copied.
         overwrite: replace another export in `out`.
 
     Raises:
@@ -106,7 +109,7 @@ def export_deepseek(
     }
     with Workdir.open(out, asked, overwrite) as work:
         if work.state != "complete":
-            _write(model, ready, work, version, stored, tokenizer, asked["weights"])
+            _write(model, ready, work, version, stored, tokenizer, original, asked["weights"])
             work.finish()
     return Checkpoint(work.out, read_manifest(work.out))
 
@@ -144,6 +147,7 @@ def _write(
     version: Version,
     stored: torch.dtype,
     tokenizer: Any,
+    original: Path | None,
     sha256: str,
 ) -> None:
     _, model_class, _ = classes(version)
@@ -159,11 +163,7 @@ def _write(
     work.publish_tensors("model.safetensors", files)
     del files
     work.publish_folder(lambda folder: config.save_pretrained(folder))
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        work.publish_folder(lambda folder: generation.save_pretrained(folder))
-    if tokenizer is not None:
-        work.publish_folder(lambda folder: tokenizer.save_pretrained(folder))
+    work.publish_folder(lambda folder: write_companions(folder, model, tokenizer, original))
     checks = prove(work.partial, model_class, ready.wide, exact, stored, norm_error)
     widths = [m.config.kv_lora_rank + m.config.qk_rope_head_dim for m in blocks.values()]
     manifest = Manifest(

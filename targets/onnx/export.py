@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from reattend.companions import write_companions
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.flavours import Flavour, check_flavour
 from reattend.targets.onnx.layout import check_dtype, layout
@@ -61,6 +62,7 @@ def export_onnx(
     dtype: str = "float32",
     flavour: str = "portable",
     tokenizer: Any = None,
+    original: Path | None = None,
     overwrite: bool = False,
 ) -> Artifact:
     """Write a converted language model as ONNX, opset 24.
@@ -77,6 +79,7 @@ def export_onnx(
         dtype: "float32" or "float16".
         flavour: which operators the attention layers become; `reattend.targets.onnx.flavours`.
         tokenizer: saved beside the model.
+        original: a folder whose licence and processor files are copied.
         overwrite: replace another export in `out`.
 
     Raises:
@@ -114,7 +117,13 @@ def export_onnx(
     with Workdir.open(out, asked, overwrite) as work:
         if work.state != "complete":
             _write(
-                model, work, cast("Literal['float32', 'float16']", dtype), kind, tokenizer, asked
+                model,
+                work,
+                cast("Literal['float32', 'float16']", dtype),
+                kind,
+                tokenizer,
+                original,
+                asked,
             )
             work.finish()
     return Artifact(work.out, read_manifest(work.out))
@@ -126,6 +135,7 @@ def _write(
     dtype: Literal["float32", "float16"],
     flavour: Flavour,
     tokenizer: Any,
+    original: Path | None,
     asked: dict[str, str],
 ) -> None:
     from reattend.targets.onnx.graph import build, evaluation_copy
@@ -155,11 +165,7 @@ def _write(
         for entry in check_logits(session, copied, dtype, int(config.vocab_size), name, sizes)
     ]
     work.publish_json(MANIFEST, Manifest(**fields, checks=checks).model_dump(mode="json"))
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        work.publish_folder(lambda folder: generation.save_pretrained(folder))
-    if tokenizer is not None:
-        work.publish_folder(lambda folder: tokenizer.save_pretrained(folder))
+    work.publish_folder(lambda folder: write_companions(folder, model, tokenizer, original))
 
 
 def _config(model: Any) -> dict[str, Any]:
