@@ -31,11 +31,11 @@ _STAGE, _FILE = "choose", "work/chosen.json"
 
 
 def waiting(choices: list[Choice]) -> list[list[Choice]]:
-    """Sites whose options are to be chosen, those of one conversion and equal options together."""
-    groups: dict[tuple[str, str], list[Choice]] = {}
+    """Sites whose options are to be chosen, those of one rule with options that agree together."""
+    groups: dict[tuple[int, str], list[Choice]] = {}
     for c in choices:
         if c.conversion is not None and c.conversion.undecided(c.options):
-            key = (c.conversion.name, c.options.model_dump_json())
+            key = (id(c.rule), c.conversion.together(c.options))
             groups.setdefault(key, []).append(c)
     return list(groups.values())
 
@@ -59,7 +59,7 @@ def allocate(
     Args:
         model: the original.
         state: what its weights are (`Source.state`); part of what stored options are known by.
-        choices: from `preflight`; sites with equal options share a budget.
+        choices: from `preflight`; the sites of a rule share its budget.
         moments: their statistics by path.
         data: calibration rows, for `Divergence`; a model whose blocks have no modules of their
             own cannot run with one of them replaced, so its sites are not measured.
@@ -68,7 +68,10 @@ def allocate(
     """
     groups = waiting(choices)
     each = [c for group in groups for c in group]
-    asked = [[c.site.path, _of([c]).name, c.options.model_dump(mode="json")] for c in each]
+    asked = [
+        [[c.site.path, _of([c]).name, c.options.model_dump(mode="json")] for c in group]
+        for group in groups
+    ]
     key = digest([state, data.fingerprint if data is not None else None, asked])
     if work is not None and work.has(_STAGE, key):
         stored = read_json(work.path(_FILE)) or {}

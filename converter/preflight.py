@@ -31,6 +31,7 @@ class Choice:
     conversion: Conversion | None = None
     options: Any = None
     reason: str = ""
+    rule: Rule | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -169,7 +170,7 @@ def _choose(
         refusal = chosen.check_within(config, given, longest)
     if refusal is not None:
         return Choice(site, config, layer, "refused", reason=refusal.reason)
-    return Choice(site, config, layer, "converted", chosen, given)
+    return Choice(site, config, layer, "converted", chosen, given, rule=taken.get(0))
 
 
 def _parts(taken: dict[int, Rule], groups: int) -> list[PartOptions]:

@@ -44,6 +44,18 @@ def test_a_model_converts_within_the_budget(name: str, tmp_path: Any) -> None:
     assert bool((again == result.model.generate(ids, **run)).all())
 
 
+def test_the_sites_of_a_rule_share_its_budget_and_no_others() -> None:
+    """Widths listed by layer do not divide it; an equal rule for other layers has its own."""
+    found = find_attention(zoo_models.build("llama"))
+
+    def shared(*rules: dict[str, Any]) -> list[int]:
+        return [len(g) for g in waiting(preflight(found, Plan.load({"rules": list(rules)})))]
+
+    assert shared(AUTO) == [2]
+    assert shared({**AUTO, "qk_rope_head_dim": [4, 2]}) == [2]
+    assert shared({**AUTO, "layers": [0]}, AUTO) == [1, 1]
+
+
 def test_lists_of_sizes_reach_their_layers() -> None:
     model = zoo_models.build("llama")
     layers = len(find_attention(model).sites)

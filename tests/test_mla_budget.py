@@ -86,6 +86,14 @@ def test_a_fixed_rotary_width_stays() -> None:
     assert {o.qk_rope_head_dim for o in allocate(sites, lambda p, m: 1.0)} == {8}
 
 
+def test_a_wide_rotary_part_leaves_what_rank_it_leaves() -> None:
+    """Here 1 of an even share of 33, less than any rank a curve is measured at."""
+    block = dense(config(4, 4, width=16, v_width=2, pairs=8))
+    options = MlaOptions(kv_keep=0.47, kv_lora_rank="auto", qk_rope_head_dim=32)
+    sites = [Subject(path, block, moments(block), options) for path in "ab"]
+    assert [o.kv_lora_rank for o in allocate(sites, lambda p, m: 1.0)] == [1, 1]
+
+
 def test_published_selections_only_get_widths_they_can_take() -> None:
     options = MlaOptions(kv_keep=0.5, **AUTO, **PAPER)
     for chosen in allocate([subject(options), subject(options, "b")], lambda p, m: 1.0):
@@ -105,6 +113,19 @@ def test_equal_energy_gives_more_rank_to_the_flatter_spectrum() -> None:
     (_, more), (_, less) = by_energy([flat, steep], even, 32)
     assert more > less
     assert more + less + 16 <= 32
+
+
+def test_energy_is_shared_at_the_balance_that_derived_starts_from() -> None:
+    given: dict[str, Any] = {"kv_keep": 0.25, "kv_lora_rank": "auto", "allocate": "energy"}
+    ranks = []
+    for balance in (1.0, "derived"):
+        options = MlaOptions(**given, balance=balance)
+        plain, loud = subject(options, "a"), subject(options, "b")
+        loud.dense.k_proj.weight.data[:16] *= 8
+        sites = [plain, Subject("b", loud.dense, moments(loud.dense), options)]
+        even = [resolve(s.dense.config, options) for s in sites]
+        ranks.append(by_energy(sites, even, 32))
+    assert ranks[0] == ranks[1]
 
 
 @pytest.mark.parametrize(

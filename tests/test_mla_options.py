@@ -22,7 +22,9 @@ from reattend.statistics import SiteStatistics
         ({"rope_select": "per-head"}, "mixing: none"),
         ({"mixing": "none"}, "does not go with"),
         ({"balance": "none"}, "no meaning"),
-        ({"balance": 0.0}, "greater than 0"),
+        ({"balance": 0.0}, "greater than or equal"),
+        ({"balance": 1e300}, "less than or equal"),
+        ({"balance": float("inf")}, "less than or equal"),
         ({"kv_lora_rank": "most"}, "kv_lora_rank"),
     ],
 )

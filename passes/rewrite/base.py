@@ -142,6 +142,11 @@ class Conversion(ABC):
         """Whether `allocate` has something to choose."""
         return False
 
+    def together(self, options: Any) -> str:
+        """Sites of one rule for which this is equal are given to `allocate` together."""
+        found: str = options.model_dump_json()
+        return found
+
     def decodes_apart(self, options: Any) -> bool:
         """`Mixer.decodes_apart` of what is built; quality is then measured token by token too."""
         return False

@@ -143,8 +143,7 @@ class ToMla(Conversion):
         if options.derived:
             options, solved = best_solution(dense, statistics, options, sizes)
         else:
-            ratio = options.balance if isinstance(options.balance, float) else None
-            solved = solve(dense, statistics, options, sizes, ratio)
+            solved = solve(dense, statistics, options, sizes)
         if options.latent_norm == "rms":
             mixer, latent = best_norm(dense, statistics, options, sizes, solved)
         else:
@@ -196,6 +195,10 @@ class ToMla(Conversion):
     def undecided(self, options: MlaOptions) -> bool:
         """`auto` anywhere."""
         return options.automatic
+
+    def together(self, options: MlaOptions) -> str:
+        """Widths listed by layer do not divide a budget."""
+        return options.model_dump_json(exclude={"qk_rope_head_dim"})
 
     def allocate(self, sites: list[Subject], measure: Measure) -> list[MlaOptions]:
         """Sizes of all sites from one budget."""

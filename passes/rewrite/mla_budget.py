@@ -59,13 +59,10 @@ def curve(site: Subject, even: Sizes, measure: Measure) -> Curve[tuple[int, int]
     assert site.statistics.samples
     dense = _wide(site.dense)
     sample, options = Sample(dense, site.statistics.samples), site.options
-    ratio = None if options.balance == "none" else 1.0
-    if isinstance(options.balance, float):
-        ratio = options.balance
     share = even.kv_lora_rank + even.qk_rope_head_dim
     cap = dense.config.cache_per_token - 1
     best: dict[int, tuple[float, tuple[int, int]]] = {}
-    mixer = _built(dense, site, even, ratio)
+    mixer = _built(dense, site, even)
     moved = measure(site.path, mixer)
     weight = 1 / max(sample.size(), 1e-30)
     if moved is not None:
@@ -75,10 +72,13 @@ def curve(site: Subject, even: Sizes, measure: Measure) -> Curve[tuple[int, int]
         if sizes is None:
             continue
         most = min(full_rank(dense.config, options, rope), cap - rope)
-        ranks = sorted({min(max(1, round(share * x)), most) for x in RANKS})
         if most < 1:
             continue
-        solved = solve(dense, site.statistics, options, sizes, ratio)
+        shares = [max(1, round(share * x)) for x in RANKS]
+        if rope == options.qk_rope_head_dim:  # beside a wide one, all of RANKS may be too many
+            shares.append(even.kv_lora_rank)
+        ranks = sorted({min(r, most) for r in shares})
+        solved = solve(dense, site.statistics, options, sizes)
         errors = []
         for rank in ranks:
             at = sizes.model_copy(update={"kv_lora_rank": rank})
@@ -96,9 +96,8 @@ def by_energy(sites: list[Subject], even: list[Sizes], budget: int) -> list[tupl
     """X-EcoMLA's dynamic rank: in every site the smallest rank that keeps the same energy share."""
     kept = []
     for site, sizes in zip(sites, even, strict=True):
-        balance = site.options.balance
-        ratio = balance if isinstance(balance, float) else None
-        energy = solve(site.dense, site.statistics, site.options, sizes, ratio).latent.energy
+        options = site.options
+        energy = solve(site.dense, site.statistics, options, sizes).latent.energy
         kept.append(np.cumsum(energy))
     left = budget - sum(s.qk_rope_head_dim for s in even)
     low, high = 0.0, 1.0
@@ -140,10 +139,8 @@ def _widths(site: Subject, share: int) -> list[int]:
     return sorted(w for w in widths if w <= most)
 
 
-def _built(
-    dense: DenseAttention, site: Subject, sizes: Sizes, ratio: float | None
-) -> LatentAttention:
-    solved = solve(dense, site.statistics, site.options, sizes, ratio)
+def _built(dense: DenseAttention, site: Subject, sizes: Sizes) -> LatentAttention:
+    solved = solve(dense, site.statistics, site.options, sizes)
     return assemble(dense, site.statistics, site.options, sizes, solved)[0]
 
 

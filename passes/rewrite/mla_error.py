@@ -61,8 +61,7 @@ def best_solution(
     best: tuple[float, MlaOptions, Solved] | None = None
     for balance, shrinkage in itertools.product(ratios, shrinkages):
         tried = options.model_copy(update={"balance": balance, "shrinkage": shrinkage})
-        ratio = None if balance == "none" else float(balance)
-        solved = solve(dense, statistics, tried, sizes, ratio)
+        solved = solve(dense, statistics, tried, sizes)
         mixer, _ = assemble(dense, statistics, tried, sizes, solved)
         error = sample.error(mixer)
         if best is None or error < best[0]:  # one solution at a time: they are large

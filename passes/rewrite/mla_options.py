@@ -59,7 +59,7 @@ class MlaOptions(Frozen):
     phase: Literal["one", "mean"] = "mean"
     rope_table: Literal["free", "strided"] = "free"
     latent: Literal["pca", "output", "care", "svd"] = "output"
-    balance: Annotated[float, Field(gt=0)] | Literal["derived", "none"] = 1.0
+    balance: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["derived", "none"] = 1.0
     center: bool = True
     shrinkage: Annotated[float, Field(ge=0, lt=1)] | Literal["derived"] = 0.01
     fold: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -96,6 +96,13 @@ class MlaOptions(Frozen):
     def derived(self) -> bool:
         """Whether something is chosen by the block's output error on the sample."""
         return self.balance == "derived" or (self.latent == "care" and self.shrinkage == "derived")
+
+    @property
+    def ratio(self) -> float | None:
+        """`balance` as a number: 1 while it is not derived yet, None for `none`."""
+        if self.balance == "none":
+            return None
+        return 1.0 if self.balance == "derived" else self.balance
 
     @property
     def shrunk(self) -> float:

@@ -44,9 +44,8 @@ def solve(
     statistics: SiteStatistics,
     options: MlaOptions,
     sizes: Sizes,
-    ratio: float | None,
 ) -> Solved:
-    """Every choice for R and fold of `sizes`; `ratio` is the balance, None for `none`."""
+    """Every choice for R and fold of `sizes`."""
     config = dense.config
     moment = key_moment(dense, statistics, options.mixing == "balanced")
     rope = sizes.qk_rope_head_dim
@@ -62,7 +61,7 @@ def solve(
     else:
         metric = plain_metric(rotary, config.core.kv_heads * config.core.v_head_dim)
     moment_y, mean_y = latent_moment(dense, statistics, options)
-    latent = weighted_pca(moment_y, mean_y, rotary, metric, ratio, by_cost)
+    latent = weighted_pca(moment_y, mean_y, rotary, metric, options.ratio, by_cost)
     return Solved(rotary, fold_turn(dense, latent, turn_Hdd), turn_Hdd)
 
 
