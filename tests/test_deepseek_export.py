@@ -23,6 +23,7 @@ from reattend.cli import app
 from reattend.errors import GateError, NothingFoundError
 from reattend.targets.deepseek import Checkpoint
 from reattend.targets.deepseek import export as module
+from reattend.targets.deepseek.loaders import loaders
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -220,12 +221,34 @@ def test_the_manifest_says_what_was_written(name: str, made: Any) -> None:
     assert manifest.latent_norm == ("anchored" if anchored else "own")
     assert manifest.cache.exported == manifest.cache.kv_lora_rank + manifest.cache.qk_rope_head_dim
     assert manifest.cache.exported - manifest.cache.converted[0] in ((1, 2) if anchored else (0,))
-    servers = next(row for row in manifest.loaders if row.name.startswith("vLLM"))
-    assert servers.loads is (not anchored)
+    loads = {row.name.split()[0]: row.loads for row in manifest.loaders}
+    assert loads["SGLang"] is (not anchored)
+    assert not loads["vLLM"]  # 16 cached numbers, which none of its MLA layers takes
     files = {p.name for p in made[1][name].path.iterdir()}
     assert {"config.json", "model.safetensors", "deepseek.json"} <= files
     assert not any(f.endswith((".bin", ".pt", ".pkl")) for f in files)
     assert "reattend" not in (made[1][name].path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rank", "rope", "takers"),
+    [
+        (512, 64, {"vLLM", "SGLang", "FlashMLA", "FlashInfer"}),
+        (256, 64, {"vLLM", "SGLang", "FlashInfer"}),
+        (448, 128, {"vLLM", "SGLang"}),
+        (96, 32, {"SGLang"}),
+    ],
+)
+def test_a_server_takes_the_shapes_its_kernels_are_built_for(
+    rank: int, rope: int, takers: set[str]
+) -> None:
+    def loading(**other: bool) -> set[str]:
+        given = {"biased": False, "plain_table": True, **other}
+        rows = loaders("DeepseekV3ForCausalLM", rank=rank, rope=rope, version="v3", **given)
+        return {row.name.split()[0] for row in rows if row.loads} - {"transformers"}
+
+    assert loading() == takers
+    assert loading(biased=True) == loading(plain_table=False) == set()
 
 
 def test_the_class_caches_one_latent_and_one_rotated_key(made: Any) -> None:

@@ -96,7 +96,7 @@ def test_it_is_said_before_anything_is_computed(name: str, tmp_path: Path) -> No
     for reason in reasons:
         assert reason in refusal.value.where
     assert step in refusal.value.next_step
-    assert "vLLM, SGLang stock classes" in refusal.value.why
+    assert "vLLM with r + R = 576" in refusal.value.why
     assert not {"statistics", "rewrite"} & {e.stage for e in events}
     assert list(tmp_path.iterdir()) == []
 

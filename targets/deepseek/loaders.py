@@ -2,7 +2,8 @@
 
 transformers is run on every export. Servers are not: what is said of them was read in their
 sources (2026), where their DeepSeek layers are built with `bias=False`, with an RMS norm on the
-latent, and with every scaled rotary table taken for one of DeepSeek's own.
+latent, and with every scaled rotary table taken for one of DeepSeek's own. vLLM picks its MLA
+layers by how much they cache, and its older versions stop at a model without experts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict
 #: (latent rank, rotary width) that dense MLA decode kernels are built for
 FLASH_MLA = ((512, 64),)
 FLASHINFER = ((512, 64), (256, 64))
+#: r + R that vLLM's MLA layers accept; 576 alone in its older versions
+VLLM = (576, 320)
 
 
 class Loader(BaseModel):
@@ -40,6 +43,7 @@ def loaders(
         "no bias, the norm on the latent is the model's own, plain rotary table"
     )  # fmt: skip
     shape = f"r + R = {rank} + {rope}"
+    sized = f"{shape} = {rank + rope}; its MLA layers take 576, newer versions 320 too"
     return [
         Loader(
             name=f"transformers {class_name}", loads=True, proven=True,
@@ -50,7 +54,11 @@ def loaders(
             why=f"another model_type; export with target "
             f"{'deepseek-v2' if version == 'v3' else 'deepseek'}",
         ),
-        Loader(name="vLLM, SGLang (stock DeepSeek classes)", loads=served, proven=False, why=why),
+        Loader(
+            name="vLLM (stock DeepSeek classes)", loads=served and rank + rope in VLLM,
+            proven=False, why=sized if served else why,
+        ),
+        Loader(name="SGLang (stock DeepSeek classes)", loads=served, proven=False, why=why),
         Loader(
             name="FlashMLA dense decode", loads=served and (rank, rope) in FLASH_MLA, proven=False,
             why=f"{shape}; its kernels take 512 + 64",
@@ -80,5 +88,6 @@ TAKES = """who loads a DeepSeek checkpoint, and what of a model it can carry:
         no window, no softcap, no sinks, no norm of queries or keys; gated MLP without bias
     transformers DeepseekV2ForCausalLM: the same, MLP biases too
     vLLM, SGLang stock classes: as V3, but no bias at all, the plain rotary table only, and the
-        RMS norm on the latent for real (latent_norm: rms, center: false)
+        RMS norm on the latent for real (latent_norm: rms, center: false); vLLM with r + R = 576
+        or 320 only
     FlashMLA: of these, r + R = 512 + 64; FlashInfer: 512 + 64 or 256 + 64"""
