@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from reattend.plan_text import Section
 
 Stage = Literal["layerwise", "end-to-end"]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Peer = Literal["transmla", "transmla-paper", "mha2mla", "x-ecomla", "care"]
 
 
@@ -61,11 +62,11 @@ class Calibrate(Section):
             raise ValueError("a stage is listed twice")
         return value
 
-    @model_validator(mode="after")
-    def _one_loss(self) -> Calibrate:
+    def contradiction(self) -> str:
+        """See `Section`."""
         if self.loss == "lm" and "layerwise" in self.stages:
-            raise ValueError("loss: lm has no layerwise stage; write stages: [end-to-end]")
-        return self
+            return "loss: lm has no layerwise stage; write stages: [end-to-end]"
+        return ""
 
     @property
     def trains(self) -> bool:
@@ -85,6 +86,8 @@ class Verify(Section):
             gate).
         peers: measure beside it what these presets make of the same sites at the same cache, from
             the same statistics and untrained (no gate).
+        peer_keep: the peers at these shares of those sites' caches instead: a table of presets.
+        peer_pairs: and with these shares of the rotary pairs, everything else kept.
     """
 
     max_ppl_increase: Annotated[float, Field(ge=0)] | None = None
@@ -93,9 +96,22 @@ class Verify(Section):
     max_kl: Annotated[float, Field(ge=0)] | None = None
     yardsticks: bool = False
     peers: tuple[Peer, ...] = ()
+    peer_keep: tuple[Share, ...] = ()
+    peer_pairs: tuple[Share, ...] = ()
 
     @property
     def gates(self) -> dict[str, float]:
         """The gates that are set, by name."""
-        limits = self.model_dump(exclude={"yardsticks", "peers"})
+        limits = self.model_dump(exclude={"yardsticks", "peers", "peer_keep", "peer_pairs"})
         return {name: value for name, value in limits.items() if value is not None}
+
+    @property
+    def peer_rows(self) -> int:
+        """How many models `peers` asks for."""
+        return len(self.peers) * max(1, len(self.peer_keep) + len(self.peer_pairs))
+
+    def contradiction(self) -> str:
+        """See `Section`."""
+        if not self.peers and (self.peer_keep or self.peer_pairs):
+            return "peer_keep and peer_pairs are sizes of peers: name some under peers"
+        return ""

@@ -159,9 +159,19 @@ class Section(BaseModel):
             if wrong := list(not_switches(cls, data)):
                 raise not_allowed(wrong, where)
         try:
-            return handler(data)
+            made = handler(data)
         except ValidationError as error:
             raise not_allowed(complaints(error, cls, data), where) from error
+        if why := made.contradiction():
+            raise not_allowed([why], where)
+        return made
+
+    def contradiction(self) -> str:
+        """Hook: why fields that are each allowed do not go together; nothing where they do.
+
+        A validator of pydantic's own would run outside `_explained`, and its error escape unread.
+        """
+        return ""
 
     @classmethod
     def prepare(cls, data: dict[str, Any], where: str) -> dict[str, Any]:

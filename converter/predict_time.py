@@ -84,7 +84,7 @@ def seconds(
     passes = MEASURING_PASSES * held_rows(rows) * seq_len * forward
     found["verify"] = passes + 4 * 8 * max(single, 3 * forward) + 6 * step
     if plan.verify.peers and rows is not None:
-        found["verify"] += found["statistics"] + len(plan.verify.peers) * (
+        found["verify"] += found["statistics"] + plan.verify.peer_rows * (
             MEASURING_PASSES * held_rows(rows) * seq_len * forward / 2 + added["rewrite"]
         )
     if any(c.conversion and c.conversion.decodes_apart(c.options) for c in converted):

@@ -35,21 +35,13 @@ def cells() -> list[str]:
 
 def options_of(preset: str, cell: str, config: Any) -> dict[str, Any]:
     """The preset's options with the sizes of a cell, for a block's `DenseConfig`."""
-    from reattend.plan import Plan
+    from reattend.verify.peers import sized
 
-    given = Plan.load(preset).rules[0].to_dict()
     for keep in KEEPS:
         if cell == f"{100 * keep:g} %":
-            return {**given, "kv_keep": keep}
-    from reattend.passes.rewrite.mla_options import MlaOptions
-    from reattend.passes.rewrite.mla_sizes import full_rank
-
+            return sized(preset, config, kv_keep=keep)
     share = next(share for share in PAIRS if cell == f"{share} of pairs")
-    rope = 2 * int(share * config.rotary.pairs * config.core.kv_heads)
-    sized = {k: v for k, v in given.items() if k not in ("kv_keep", "sites", "to")}
-    sized |= {"qk_rope_head_dim": rope, "kv_lora_rank": 1, "allow_growth": True}
-    rank = full_rank(config, MlaOptions(**sized), rope)
-    return {"sites": "*", "to": "mla", **sized, "kv_lora_rank": rank}
+    return sized(preset, config, pairs=float(share))
 
 
 class Campaign:

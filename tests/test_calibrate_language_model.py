@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from calibrated_pair import SHORT, data, fresh, teacher_and_students
-from pydantic import ValidationError
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
@@ -16,7 +15,7 @@ from reattend.calibrate import calibrate
 from reattend.calibrate.language_model import LanguageModel, next_tokens
 from reattend.calibrate.ranks import Ranks
 from reattend.calibrate.working import working_copies
-from reattend.errors import ArgumentError
+from reattend.errors import ArgumentError, PlanError
 from reattend.plan import Plan
 from reattend.plan_sections import Calibrate
 
@@ -63,7 +62,7 @@ def test_a_plan_says_so_and_has_no_layerwise_stage() -> None:
     rules = [{"sites": "*", "to": "dense"}]
     plan = Plan.load({"rules": rules, "calibrate": {"loss": "lm", "tokens": 10}})
     assert Plan.load(plan.to_dict()).calibrate.stages == ("end-to-end",)
-    with pytest.raises(ValidationError, match=r"stages: \[end-to-end\]"):
+    with pytest.raises(PlanError, match=r"stages: \[end-to-end\]"):
         settings(stages=("layerwise", "end-to-end"))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from reattend import convert
+from reattend import Plan, convert
 from reattend.errors import PlanError
 from reattend.plan_sections import Verify
 
@@ -19,8 +19,6 @@ SMALL = {"statistics_tokens": 2048, "seq_len": 64}
 def plan(preset: str, **verify: Any) -> dict[str, Any]:
     rules = [{"layers": [0], "to": "keep"}, {"sites": "*", "to": "mla", "kv_keep": 0.5}]
     if preset:
-        from reattend import Plan
-
         rules[1] = {**Plan.load(preset).rules[0].to_dict(), "sites": "*", "kv_keep": 0.5}
     return {"rules": rules, "calibrate": SMALL, "verify": verify}
 
@@ -29,7 +27,9 @@ def test_a_peer_is_what_its_own_conversion_is(tiny_path: Path, tiny_text: Path) 
     """CARE's, which reads statistics that the plan's own rule does not."""
     report = convert(tiny_path, plan("", peers=["care"]), data=tiny_text).report
     rows = {row.name: row for row in report.quality.rows}
-    alone = convert(tiny_path, plan("care"), data=tiny_text).report.quality.last("converted")
+    asked = {"peers": ["mha2mla", "care"], "peer_keep": [0.5, 0.25], "peer_pairs": [0.5]}
+    quality = convert(tiny_path, plan("care", **asked), data=tiny_text).report.quality
+    alone = quality.last("converted")
     peer = rows["care, untrained"]
     assert peer.role == "yardstick"
     assert peer.ppl == pytest.approx(alone.ppl, rel=1e-6)
@@ -37,6 +37,17 @@ def test_a_peer_is_what_its_own_conversion_is(tiny_path: Path, tiny_text: Path) 
     assert peer.cache_bytes_per_token == alone.cache_bytes_per_token
     assert rows["converted"].kl != pytest.approx(peer.kl, rel=0.01)
     assert "care, untrained" in report.to_markdown()
+    table = {row.name.removesuffix(", untrained"): row for row in quality.rows}
+    sizes = ("50 %", "25 %", "0.5 of the pairs")
+    assert list(table)[2:] == [f"{p} at {size}" for size in sizes for p in asked["peers"]]
+    assert table["care at 50 %"].ppl == pytest.approx(alone.ppl, rel=1e-6)
+    whole, half, quarter, pairs = (
+        table[name].cache_bytes_per_token
+        for name in ("original", "care at 50 %", "mha2mla at 25 %", "care at 0.5 of the pairs")
+    )
+    assert whole - half == 2 * (half - quarter)  # the first layer stays
+    assert half < pairs
+    assert table["care at 0.5 of the pairs"].kl < table["care at 25 %"].kl
 
 
 def test_a_peer_that_cannot_take_the_model_is_left_out_with_the_reason() -> None:

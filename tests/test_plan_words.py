@@ -29,7 +29,7 @@ RULE: list[tuple[dict[str, Any], str]] = [
     ({"kv_keep": True}, "kv_keep must be a number > 0 and <= 1 or null, got true"),
     ({"qk_rope_head_dim": -2}, "qk_rope_head_dim must be a whole number >= 0, a list"),
     ({"fold": 0}, "fold must be a whole number >= 1 or auto, got 0"),
-    ({"balance": -1}, "balance must be a number > 0 or derived or none, got -1"),
+    ({"balance": -1}, "balance must be a number >= 0.001 and <= 1000"),
     ({"latent_norm": "layer"}, "latent_norm must be none or rms, got 'layer'"),
     ({"q_lora_rank": 0}, "q_lora_rank must be a whole number >= 1 or null, got 0"),
     ({"shrinkage": 1}, "shrinkage must be a number >= 0 and < 1 or derived, got 1"),
@@ -61,6 +61,8 @@ SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"calibrate": {"data": 3}}, "data must be a text or null, got 3"),
     ({"verify": {"min_top1": 2}}, "min_top1 must be a number >= 0 and <= 1 or null, got 2"),
     ({"verify": {"yardsticks": "perhaps"}}, "yardsticks must be true or false, got 'perhaps'"),
+    ({"verify": {"peer_keep": [0.5]}}, "sizes of peers: name some under peers"),
+    ({"calibrate": {"loss": "lm", "stages": ["layerwise"]}}, "write stages: [end-to-end]"),
     ({"on_refusal": "maybe"}, "on_refusal must be error or keep, got 'maybe'"),
     ({"targets": "onnx"}, "targets must be a list of a text or a mapping, got 'onnx'"),
 ]

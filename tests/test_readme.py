@@ -160,6 +160,21 @@ def test_the_heads_found_keep_what_is_far_and_a_window_does_not():
     assert recall["a-shape 50 %"]["key-value"][-1] == 0
 
 
+@pytest.mark.parametrize("model", ["mla_table", "mla_table_qwen2", "mla_table_qwen3"])
+def test_transmla_loses_least_in_every_cell_of_its_table(model):
+    """And at a quarter of the rotary pairs at most a quarter of what the published method does."""
+    rows = json.loads((ROOT / f"examples/results/{model}.json").read_text("utf-8"))["rows"]
+    found = {(r["preset"], r["cell"]): r.get("perplexity", float("inf")) for r in rows}
+    sizes = {cell for _, cell in found} - {"original"}
+    presets = {preset for preset, _ in found} - {"original"}
+    assert len(sizes) == 7 and len(presets) == 5 and len(found) == 36
+    for cell in sizes:
+        assert min(presets, key=lambda p: found[p, cell]) == "transmla", cell
+    start, cell = found["original", "original"], "1/4 of pairs"
+    paper = found["transmla-paper", cell] - start
+    assert 4 * (found["transmla", cell] - start) <= paper
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_files_a_document_names_exist(document):
     named = files_named_in((ROOT / document).read_text("utf-8"))

@@ -73,7 +73,7 @@ def measured_rows(subject: Subject) -> tuple[list[QualityRow], list[str]]:
     if plan.verify.peers and materials.statistics is not None:
         same = after - size * sum(c.after.cache for c in changed)
         made, why = measured_peers(
-            source, subject.found, changed, plan.verify.peers, materials, plan.calibrate.batch_size,
+            source, subject.found, changed, plan.verify, materials, plan.calibrate.batch_size,
             settings,
         )  # fmt: skip
         rows += [_row(f"{n}, untrained", "yardstick", q, same + size * held) for n, q, held in made]

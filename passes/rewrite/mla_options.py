@@ -59,7 +59,7 @@ class MlaOptions(Frozen):
     phase: Literal["one", "mean"] = "mean"
     rope_table: Literal["free", "strided"] = "free"
     latent: Literal["pca", "output", "care", "svd"] = "output"
-    balance: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["derived", "none"] = 1.0
+    balance: Annotated[float, Field(ge=0.001, le=1000)] | Literal["derived", "none"] = 1.0
     center: bool = True
     shrinkage: Annotated[float, Field(ge=0, lt=1)] | Literal["derived"] = 0.01
     fold: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
