@@ -70,11 +70,11 @@ def measured_peers(
         source.model, source.state, found, next(iter(choices.values())), materials.statistics,
         batch_size, None, lambda tokens: None, needs,
     )  # fmt: skip
-    for name, chosen in choices.items():
+    for label, chosen in choices.items():
         allocate(source.model, source.state, chosen, moments, materials.statistics)
         made = rewrite(source.model, chosen, moments, capture=found.capture, owned=True)  # run only
         quality = measure(made.model.eval(), materials.held_out, source.model, **settings)
-        rows.append((name, quality, sum(c.after.cache for c in chosen)))
+        rows.append((label, quality, sum(c.after.cache for c in chosen)))
     return rows, notes
 
 
