@@ -54,3 +54,47 @@ def test_the_plans_are_on_the_front_and_the_best_of_each_length_is_found(
 
 def test_bounds_that_nothing_keeps_to_give_no_plan() -> None:
     assert problem(size_LHC=np.full((2, 5, 4), 0.7)).pareto() == []
+
+
+def large(heads: int = 64, rules: int = 24, lengths: int = 3) -> Problem:
+    """A model's worth of heads: what each loses falls with its window, faster for some."""
+    rng = np.random.default_rng(5)
+    share = np.linspace(0.05, 1.0, rules)
+    size = np.stack([share ** (1 + 0.2 * n) for n in range(lengths)])[:, None].repeat(heads, 1)
+    worth, fall = rng.lognormal(0.0, 2.0, (2, 1, heads, 1))
+    loss = worth * np.exp(-fall * size) * rng.uniform(0.8, 1.2, (lengths, heads, 1))
+    loss[..., -1] = 0.0
+    return Problem(loss, size, rng.integers(1, 4, heads) * 64.0, np.arange(heads) // 8, 0.5)
+
+
+def bound(p: Problem, first: int, caps: dict[int, float]) -> float:
+    """Below the least loss at one length: Lagrange's bound.
+
+    Every head takes its best rule at prices for sizes and capped losses; that is a bound whatever
+    the prices are. Good ones are those of the program of real numbers.
+    """
+    from scipy.optimize import linprog
+
+    weight_H = (p.weight_H / p.weight_H.sum())[:, None]
+    cost_KHC = np.stack([*(p.size_LHC * weight_H), *(p.loss_LHC[n] for n in caps)])
+    limits, own_HC = np.array([*[p.density] * len(p.size_LHC), *caps.values()]), p.loss_LHC[first]
+    one = np.kron(np.eye(len(own_HC)), np.ones(own_HC.shape[1]))
+    size = (len(limits), -1)
+    found = linprog(own_HC.ravel(), cost_KHC.reshape(size), limits, one, np.ones(len(one)))
+    price_K = np.maximum(0.0, -found.ineqlin.marginals)
+    total_HC = own_HC + np.tensordot(price_K, cost_KHC, 1)
+    return float(total_HC.min(1).sum() - price_K @ limits)
+
+
+def test_plans_of_many_heads_are_within_a_percent_of_a_bound_that_the_solver_did_not_make() -> None:
+    p = large()
+    last = len(p.loss_LHC) - 1
+    alone = [p.best(n, {}) for n in range(last + 1)]
+    worst = [max(plan.loss_L[n] for plan in alone if plan) for n in range(last)]
+    least = [plan.loss_L[n] for n, plan in enumerate(alone) if plan]
+    caps = {n: (worst[n] + 3 * least[n]) / 4 for n in range(last)}
+    for plan, first, given in ((alone[last], last, {}), (p.best(last, caps), last, caps)):
+        assert plan is not None and plan.gap <= 0.01
+        low = bound(p, first, given)
+        assert 0 < low <= plan.loss_L[first] * (1 + 1e-9)
+        assert plan.loss_L[first] <= 1.01 * low
