@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import campaign
 import recall_distance
+from read_keys import densities
 
 STATISTICS_TOKENS, SINKS, STEPS = 16_384, 4, 60
 SHARES = (0.5, 0.25)
@@ -38,6 +40,7 @@ ORDER = (
     *(f"{method} {100 * share:.0f} %" for share in SHARES for method in METHODS),
     "power, whole cache",
     *(f"{method} {100 * share:.0f} % read" for share in SHARES for method in CHOOSING),
+    "tidal, decoded",
 )
 
 
@@ -53,6 +56,8 @@ def options(name: str, length: int, heads: int) -> dict[str, Any]:
     if method == "power,":
         powers = {"block": length // 32}
         return {"pattern": {"sinks": SINKS, "window": length // 16, "powers": powers}}
+    if method == "tidal,":  # the first two layers read everything; four layers cannot read half
+        return {"pattern": {"select": {"kind": "recorded", "at": [1], "topk": length // 4}}}
     share = float(percent.split()[0]) / 100
     window = round(share * length)
     if method in CHOOSING:
@@ -142,6 +147,7 @@ class Campaign:
 
     def row(self, name: str) -> dict[str, Any]:
         """Convert and measure one row."""
+        from reattend.verify.scoring import cached_scorer
         from reattend.verify.yardsticks import original
 
         length, config = self.args.tokens, self.model.config
@@ -151,6 +157,8 @@ class Campaign:
         model = self._converted(given) if given else self.model
         seconds = time.perf_counter() - begin
         asked = original(model, context=length)
+        if name.endswith("decoded"):
+            asked = replace(asked, scorer=cached_scorer(model, chunk=1))
         whole = original(self.model, context=length).cache_bytes_per_token
         quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
         recall = {
@@ -177,61 +185,6 @@ class Campaign:
             "calibrate": {"seq_len": self.args.tokens, "statistics_tokens": STATISTICS_TOKENS},
         }
         return convert(self.model, plan=plan, data=self.calibration.packed[0]).model.eval()
-
-
-def densities(model: Any, ids: Any) -> dict[str, float]:
-    """Shares of the causal pairs that are attended to, and of the KV heads that see every key.
-
-    What is chosen at run time is counted on these rows.
-    """
-    import torch
-
-    from reattend.mixers.sparse import SparseAttention
-
-    length = ids.shape[1]
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
-    pairs, full, heads = length * (length + 1) / 2, 0, 0
-    read, counted = 0.0, []
-    for mixer in (m for m in model.modules() if isinstance(m, SparseAttention)):
-        for number, c in enumerate(mixer.config.classes):
-            heads += len(c.kv_heads)
-            full += len(c.kv_heads) * c.pattern.full
-            if c.pattern.select is None:
-                shown = c.pattern.sees(i, j, mixer.config.core)
-                read += float(shown.sum()) / pairs * len(c.kv_heads)
-            else:
-                counted.append(Counted(mixer.selecting[str(number)], c.pattern, len(c.kv_heads)))
-    if not heads:
-        return {"attention": 1.0, "full_heads": 1.0}
-    with torch.no_grad():
-        for row in ids if counted else ():
-            model(row[None], use_cache=False)
-    read += sum(c.finished() for c in counted)
-    return {"attention": read / heads, "full_heads": full / heads}
-
-
-class Counted:
-    """Counts what a selecting method chooses beside its pattern's terms, until it is finished."""
-
-    def __init__(self, method: Any, pattern: Any, kv_heads: int) -> None:
-        self.method, self.pattern, self.kv_heads = method, pattern, kv_heads
-        self.read = self.every = 0
-        self.choose, method.choose = method.choose, self._counted
-
-    def _counted(self, asked: Any) -> Any:
-        from reattend.mixers.scores import own_pattern
-
-        chosen, (i, j) = self.choose(asked), asked.positions()
-        own = own_pattern(asked.core, i, j)
-        seen = (chosen.mask() | self.pattern.sees(i, j, asked.core) | (i == j)) & own
-        self.read += int(seen.sum())
-        self.every += int(own.sum()) * seen[..., 0, 0].numel()
-        return chosen
-
-    def finished(self) -> float:
-        """The share of the pairs, for each of its KV heads."""
-        del self.method.choose
-        return self.read / self.every * self.kv_heads
 
 
 def table(results: dict[str, Any]) -> str:
@@ -262,7 +215,8 @@ def table(results: dict[str, Any]) -> str:
         f"windows are chosen on {STATISTICS_TOKENS:,} tokens of calibration.txt, duo-attention in "
         f"{STEPS} steps, what learns to choose keys in {LEARNING_STEPS}. `% read`: keys are "
         "chosen at run time among all, which are kept; in one pass, where draft and minference "
-        f"choose for the whole text at once. Command: `{results['command']}`",
+        "choose for the whole text at once. `decoded`: token by token, the last two of four layers "
+        f"read what the second one noted. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 

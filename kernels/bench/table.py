@@ -210,8 +210,8 @@ def onnx_sparse_table(results: dict[str, Any]) -> str:
 def onnx_selected_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/onnx_selected.py` as Markdown."""
     what = (
-        "one layer's attention to one decoded token in ONNX Runtime, states written, batch 1,"
-        " float32, 8 heads of 64, selectors as in the plans of these names"
+        "one layer's attention to one decoded token, or to 512 new ones, in ONNX Runtime, states"
+        " written, batch 1, float32, 8 heads of 64, selectors as in the plans of these names"
     )
     return peers_table(results, what, ("dense", "gqa"))
 

@@ -1,0 +1,65 @@
+"""What share of the keys a sparse model reads: computed for patterns, counted for choices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def densities(model: Any, ids: Any) -> dict[str, float]:
+    """Shares of the causal pairs that are attended to, and of the KV heads that see every key.
+
+    What is chosen at run time is counted on these rows in one pass; what chooses only while
+    decoding is taken to read its budget.
+    """
+    import torch
+
+    from reattend.mixers.sparse import SparseAttention
+
+    length = ids.shape[1]
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    pairs, full, heads = length * (length + 1) / 2, 0, 0
+    read, counted = 0.0, []
+    for mixer in (m for m in model.modules() if isinstance(m, SparseAttention)):
+        for number, c in enumerate(mixer.config.classes):
+            heads += len(c.kv_heads)
+            full += len(c.kv_heads) * c.pattern.full
+            if c.pattern.select is None:
+                shown = c.pattern.sees(i, j, mixer.config.core)
+                read += float(shown.sum()) / pairs * len(c.kv_heads)
+            elif c.pattern.select.acts == "decode":
+                lengths = range(1, length + 1)
+                decoded = sum(c.pattern.reads(n, mixer.config.core) for n in lengths)
+                read += decoded / pairs * len(c.kv_heads)
+            else:
+                counted.append(Counted(mixer.selecting[str(number)], c.pattern, len(c.kv_heads)))
+    if not heads:
+        return {"attention": 1.0, "full_heads": 1.0}
+    with torch.no_grad():
+        for row in ids if counted else ():
+            model(row[None], use_cache=False)
+    read += sum(c.finished() for c in counted)
+    return {"attention": read / heads, "full_heads": full / heads}
+
+
+class Counted:
+    """Counts what a selecting method chooses beside its pattern's terms, until it is finished."""
+
+    def __init__(self, method: Any, pattern: Any, kv_heads: int) -> None:
+        self.method, self.pattern, self.kv_heads = method, pattern, kv_heads
+        self.read = self.every = 0
+        self.choose, method.choose = method.choose, self._counted
+
+    def _counted(self, asked: Any) -> Any:
+        from reattend.mixers.scores import own_pattern
+
+        chosen, (i, j) = self.choose(asked), asked.positions()
+        own = own_pattern(asked.core, i, j)
+        seen = (chosen.mask() | self.pattern.sees(i, j, asked.core) | (i == j)) & own
+        self.read += int(seen.sum())
+        self.every += int(own.sum()) * seen[..., 0, 0].numel()
+        return chosen
+
+    def finished(self) -> float:
+        """The share of the pairs, for each of its KV heads."""
+        del self.method.choose
+        return self.read / self.every * self.kv_heads
