@@ -22,6 +22,8 @@ from reattend.passes.find.sites import Found, find
 from reattend.search import Search
 
 _PLAIN = (bool, int, float, str, type(None))
+#: padding behind which every row still sees something
+_END = slice(-3, None)
 
 
 class NotAlone(Exception):
@@ -92,12 +94,18 @@ class AloneCapture(Capture):
     outer: Capture = field(kw_only=True)
     path: str = field(kw_only=True)
     layout: Layout = field(kw_only=True)
+    always_padded: bool = field(default=False, kw_only=True)
     _known: dict[Any, dict[str, Any]] = field(default_factory=dict, kw_only=True)
 
     def probe(
         self, length: int | None = None, padded: bool = False, side: slice = slice(0, 3)
     ) -> dict[str, Any]:
-        """See `Capture.probe`; the length is that of the model's inputs."""
+        """See `Capture.probe`; the length is that of the model's inputs.
+
+        Where the call has its mask only if something is padded, the end of the first row is.
+        """
+        if self.always_padded and not padded:
+            padded, side = True, _END
         at = (length, padded, side.start, side.stop)
         if at not in self._known:
             inputs = self.outer.probe(length, padded, side)
@@ -140,9 +148,15 @@ class AloneSearch(Search):
         self.deferred = ""
         of = outer.captured
         layout, tensors = laid_out(the_call(of.model, path, of.inputs))
+        padded = of.probe(padded=True, side=_END)
+        fuller, masked = laid_out(the_call(of.model, path, padded))
+        left_out = fuller != layout  # a mask that would hide nothing is not handed over
+        if left_out:
+            layout, tensors = fuller, masked
         alone = Alone(of.model.get_submodule(path), path, layout)
         made = vars(capture(alone, tensors)) | {"sizes": of.sizes}
-        self._enter(AloneCapture(**made, outer=of, path=path, layout=layout), outer.whole)
+        entered = AloneCapture(**made, outer=of, path=path, layout=layout, always_padded=left_out)
+        self._enter(entered, outer.whole)
 
 
 def frozen(verdict: tuple[Case, RefusedSite | None]) -> bool:
@@ -158,14 +172,19 @@ def judged_alone(search: Search, item: Found) -> tuple[Case, RefusedSite | None]
     place = search.place(item)
     if place.binding is None or place.binding.cache is not None or not place.path:
         return None
+    case = read_alone(search, place.path)
+    return (case, None) if case is not None and case.place.path == place.path else None
+
+
+def read_alone(search: Search, path: str) -> Case | None:
+    """The one block of a module, read from that module alone; None where it is not proven."""
     try:
-        alone = AloneSearch(search, place.path)
+        alone = AloneSearch(search, path)
         seen = find(alone.gm, alone.captured.placeholders(), alone.inputs_at)
         if len(seen) != 1 or not isinstance(seen[0], Found):
             return None
         alone.locate([seen[0]])
-        verdict = judged(alone, seen[0])
+        case, refusal = judged(alone, seen[0])
     except (CaptureError, NotAlone, RuntimeError):
         return None
-    case, refusal = verdict
-    return verdict if refusal is None and case.place.path == place.path else None
+    return case if refusal is None else None

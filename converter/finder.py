@@ -11,6 +11,7 @@ from reattend.alone import frozen, judged_alone
 from reattend.arguments import as_inputs
 from reattend.found import AttentionSite, FoundAttention, RefusedSite
 from reattend.host import inputs_on_host, on_host
+from reattend.inside import inside_holes
 from reattend.judge import judged
 from reattend.missed import already_converted, missed, never_fused
 from reattend.overlooked import overlooked
@@ -57,6 +58,7 @@ def _found(model: nn.Module, inputs: dict[str, Any] | None) -> FoundAttention:
         else:
             verdict = judged(search, item)
             accept(result, judged_alone(search, item) or verdict if frozen(verdict) else verdict)
+    inside_holes(search, result)
     result.refused += never_fused(search)
     result.refused += overlooked(search, result)
     result.refused = already_converted(search, result.refused)
