@@ -23,11 +23,11 @@ from reattend.install.binding import (
     leaves,
     match,
     match_output,
-    match_table,
     returns_bias,
 )
 from reattend.install.masking import adds_bias, match_hiding, match_mask, match_wider
 from reattend.install.pieces import CacheAt, Path
+from reattend.install.tables import match_table
 from reattend.install.unmasked import stands_for_ones, unmasked
 from reattend.mixers.relative import relative_bias
 from reattend.mixers.scores import shown
@@ -212,10 +212,10 @@ def _made_tables(cutter: Surround, item: Found, values: dict[fx.Node, Any]) -> t
     """cos and sin where the owner makes them from its arguments; else positions are counted."""
     rotation = item.region.rotation
     assert rotation is not None
-    found: list[Any] = []
-    for name, table_NP in (("cos", rotation.cos_NP), ("sin", rotation.sin_NP)):
+    found: list[Any] = []  # sin first, which tells pairs apart
+    for name, table_NP in (("sin", rotation.sin_NP), ("cos", rotation.cos_NP)):
         for node in item.region.externals:
-            hit = match_table({name: values[node]}, table_NP)
+            hit = match_table({name: values[node]}, table_NP, found[0].columns if found else ())
             if hit is None or abs(hit[1] - 1) > 1e-4:
                 continue
             try:
@@ -225,7 +225,7 @@ def _made_tables(cutter: Surround, item: Found, values: dict[fx.Node, Any]) -> t
             found.append(hit[0].model_copy(update={"path": path}))
             break
     if len(found) == 2:
-        return found[0], found[1]
+        return found[1], found[0]
     for name in ("cos", "sin"):
         cutter.drop(name)
     return None, None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from reattend.capture import Capture
-from reattend.install.binding import match, match_table
+from reattend.install.binding import match
+from reattend.install.tables import match_tables
 from reattend.passes.evaluate import ancestors, attribute
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
@@ -22,8 +23,7 @@ def bind_rotation(
     """The model's own tables where the owner receives them, else positions, else inv_freq."""
     rotation = item.region.rotation
     assert rotation is not None and rotation.spec is not None
-    cos = match_table(arguments, rotation.cos_NP)
-    sin = match_table(arguments, rotation.sin_NP)
+    cos, sin = match_tables(arguments, rotation.cos_NP, rotation.sin_NP)
     exact_frequencies(captured, item)
     if cos is not None and sin is not None:
         if abs(cos[1] - 1) > 1e-4 or abs(sin[1] - 1) > 1e-4:

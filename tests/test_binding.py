@@ -15,12 +15,12 @@ from reattend.install.binding import (
     leaves,
     match,
     match_output,
-    match_table,
     pack,
     read,
 )
 from reattend.install.caching import watch_cache
 from reattend.install.pieces import CacheAt
+from reattend.install.tables import match_table, match_tables
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -78,6 +78,19 @@ def test_rotary_tables_are_found_in_any_shape() -> None:
     assert scaled is not None
     assert abs(scaled[1] - 1 / 1.5) < 1e-6
     assert match_table({"c": cos.square()}, cos) is None
+
+
+def test_slow_pairs_are_told_apart_by_their_sines() -> None:
+    """Their cosines are one at 23 positions and not at 4,096: no column may be another pair's."""
+    angle = torch.outer(torch.arange(23).double(), 1e4 ** -(torch.arange(64).double() / 64))
+    cos, sin = angle.cos(), angle.sin()
+    twice = {"pair": tuple(t.repeat_interleave(2, -1)[None].float() for t in (cos, sin))}
+    hits = match_tables(twice, cos, sin)
+    assert [h and h[0].columns for h in hits] == [tuple(range(0, 128, 2))] * 2
+    beside = {"both": torch.cat([cos, sin], -1)[None].float()}
+    of_cos, of_sin = match_tables(beside, cos, sin)
+    assert of_cos is not None and of_cos[0].columns == tuple(range(64))
+    assert of_sin is not None and of_sin[0].columns == tuple(range(64, 128))
 
 
 def test_results_keep_their_shape_and_aliases() -> None:

@@ -14,7 +14,6 @@ from reattend.install.binding import (
     Binding,
     TableRef,
     by_name,
-    component,
     pack,
     read,
     returns_bias,
@@ -24,6 +23,7 @@ from reattend.install.handing import Handing, hand_on
 from reattend.install.masking import within
 from reattend.install.pieces import FixedLeaf
 from reattend.install.stock import CrossState, StockState
+from reattend.install.tables import component
 from reattend.mixers.base import Context, Mixer, State
 from reattend.mixers.scores import shown
 

@@ -173,52 +173,6 @@ def match(arguments: dict[str, Any], value: Tensor) -> Path | None:
     return min(scored, key=lambda s: s[0])[1] if scored else None
 
 
-def match_table(arguments: dict[str, Any], table_NP: Tensor) -> tuple[TableRef, float] | None:
-    """The leaf and columns that hold a rotary table, and the constant factor between them."""
-    for path, leaf in leaves(arguments):
-        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.shape[-2] != table_NP.shape[0]:
-            continue
-        for part in ("real", "imag") if leaf.is_complex() else ("all",):
-            values = component(leaf, part)
-            if not values.is_floating_point():
-                continue
-            columns_NC = values.reshape(-1, *values.shape[-2:])[0].double()
-            found = _columns(columns_NC, table_NP)
-            if found is not None:
-                return TableRef(path=path, part=part, columns=found[0]), found[1]
-    return None
-
-
-def component(leaf: Tensor, part: str) -> Tensor:
-    """A real tensor: the leaf itself or one part of a complex one."""
-    if part == "real":
-        return leaf.real
-    return leaf.imag if part == "imag" else leaf
-
-
-def _columns(columns_NC: Tensor, table_NP: Tensor) -> tuple[tuple[int, ...], float] | None:
-    """For each pair the column proportional to it, one factor for all."""
-    chosen: list[int] = []
-    factor = None
-    for p in range(table_NP.shape[1]):
-        wanted = table_NP[:, p]
-        factors = (columns_NC * wanted[:, None]).sum(0) / columns_NC.square().sum(0).clamp_min(
-            1e-30
-        )
-        gaps = (columns_NC * factors - wanted[:, None]).abs().amax(0)
-        good = gaps <= 1e-4 * wanted.abs().max().clamp_min(1e-12)
-        if factor is not None:
-            good &= (factors - factor).abs() <= 1e-3 * abs(factor)
-        candidates = torch.nonzero(good).flatten().tolist()
-        if not candidates:
-            return None
-        first = next((c for c in candidates if c not in chosen), candidates[0])
-        chosen.append(first)
-        factor = float(factors[first]) if factor is None else factor
-    assert factor is not None
-    return tuple(chosen), factor
-
-
 def match_output(
     output: Any, value: Tensor, arguments: dict[str, Any], bias_1HNM: Tensor | None = None
 ) -> Any | None:

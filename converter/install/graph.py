@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from reattend.errors import ModelError
-from reattend.install.binding import TableRef, component, match_table
+from reattend.install.binding import TableRef
+from reattend.install.tables import component, match_table
 from reattend.mixers.base import Context, Mixer
 from reattend.mixers.scores import shown
 from reattend.passes.base import drop_dead
@@ -75,8 +76,9 @@ def replace_region(
     cos_node: fx.Node | None = None
     sin_node: fx.Node | None = None
     if region.rotation is not None:
-        cos, cos_node = _table(gm, region, region.rotation.cos_NP, given)
         sin, sin_node = _table(gm, region, region.rotation.sin_NP, given)
+        columns = () if sin is None else sin.columns
+        cos, cos_node = _table(gm, region, region.rotation.cos_NP, given, columns)
     name = site_module(path)
     gm.add_submodule(name, GraphSite(path, mixer, cos, sin))
     last = region.exit.node
@@ -103,12 +105,16 @@ def replace_region(
 
 
 def _table(
-    gm: fx.GraphModule, region: Region, table_NP: Tensor, given: dict[fx.Node, Any]
+    gm: fx.GraphModule,
+    region: Region,
+    table_NP: Tensor,
+    given: dict[fx.Node, Any],
+    beside: tuple[int, ...] = (),
 ) -> tuple[TableRef | None, fx.Node | None]:
     """The external value that holds a rotary table; None where positions are counted instead."""
     values = dict(zip(region.externals, Evaluator(gm).run(region.externals, given), strict=True))
     for node, value in values.items():
-        hit = match_table({"value": value}, table_NP)
+        hit = match_table({"value": value}, table_NP, beside)
         if hit is not None and abs(hit[1] - 1) < 1e-4:
             return hit[0], node
     return None, None
