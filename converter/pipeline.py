@@ -21,6 +21,7 @@ from reattend.events import Event, OnEvent
 from reattend.factory import read_inputs
 from reattend.finder import FoundAttention, find_attention
 from reattend.fingerprint import run_fingerprint
+from reattend.foresight import foresee, is_large
 from reattend.lowering import check_choices, check_targets, lower
 from reattend.materials import Materials, check_data, load_materials, text_block
 from reattend.moments import site_moments
@@ -93,6 +94,9 @@ class Job:
         if not isinstance(model, torch.nn.Module):
             import reattend.targets.huggingface  # noqa: F401  (likewise)
         self.log.begin()
+        trust = bool(opening.get("trust_remote_code"))
+        if is_large(model) and not isinstance(self.inputs, Path):
+            self._stage("preflight", partial(foresee, model, self.plan, self.inputs, trust))
         self.source = self._stage("open", lambda: open_source(model, **opening))
         given = self.inputs
         self.example = read_inputs(given, self.source.model) if isinstance(given, Path) else given

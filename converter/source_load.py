@@ -36,8 +36,7 @@ def load_source(
         model = _moved(model, device)
     if tokenizer is None:
         tokenizer = find_tokenizer(given, local, trust_remote_code)
-    home = folder if local else _cached_config(given).parent
-    return model.eval(), tokenizer, folder if local else None, home
+    return model.eval(), tokenizer, folder if local else None, home_of(given)
 
 
 def read_architecture(given: str, trust_remote_code: bool) -> str | None:
@@ -61,6 +60,15 @@ def read_architecture(given: str, trust_remote_code: bool) -> str | None:
         )
     file = folder / "config.json" if local else _cached_config(given)
     return _architecture(file, given, trust_remote_code)
+
+
+def home_of(given: str) -> Path:
+    """Where the files of a folder or id lie.
+
+    Raises:
+        ModelError: there is no such model on this machine.
+    """
+    return Path(given) if Path(given).is_dir() else _cached_config(given).parent
 
 
 def _cached_config(given: str) -> Path:
