@@ -7,54 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, fx, nn
+from normal_graphs import Holder, X, calls, graph, refusals
+from torch import Tensor
 
 from reattend.passes.evaluate import Evaluator
-from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import aten, attention, is_op, rms_norm
-
-WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Holder(nn.Module):
-    def __init__(self, function: Callable[..., Tensor], gain: int = 8) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(WEIGHT.clone())
-        self.gain = nn.Parameter(torch.rand(gain) + 0.5)
-        self.bias = nn.Parameter(torch.rand(12))
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(self, *args)
-
-
-def graph(
-    function: Callable[..., Tensor], *args: Tensor, gain: int = 8
-) -> tuple[fx.GraphModule, Tensor]:
-    """A normalised graph, after checking that it still computes the same."""
-    module = Holder(function, gain).eval()
-    gm = torch.export.export(module, args, strict=False).module()
-    assert isinstance(gm, fx.GraphModule)
-    expected = module(*args)
-    normalize(gm)
-    got = gm(*args)
-    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
-    return gm, got
-
-
-def refusals(function: Callable[..., Tensor], *args: Tensor) -> str:
-    """Why the spelled-out attention of a function was left alone."""
-    gm = torch.export.export(Holder(function).eval(), args, strict=False).module()
-    assert isinstance(gm, fx.GraphModule)
-    ((_, reason),) = {r.name: r.refused for r in normalize(gm)}["fuse-eager"]
-    return reason
-
-
-def calls(gm: fx.GraphModule, target: object) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if is_op(n, target)]
-
-
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
 class TestLinear:
@@ -267,39 +224,3 @@ class TestCores:
     def test_something_between_product_and_softmax_is_refused(self) -> None:
         gm, _ = graph(lambda _m, q, k, v: eager(torch.relu(q @ k.mT), v), Q, K, V)
         assert not calls(gm, attention)
-
-
-def test_evaluator_runs_only_what_is_needed() -> None:
-    gm, _ = graph(lambda m, x: (x @ m.weight.t()).relu() + m.bias, X)
-    relu = calls(gm, aten.relu)[0]
-    linear = calls(gm, aten.linear)[0]
-    value = torch.full((2, 5, 12), -1.0)
-    assert bool((Evaluator(gm).run([relu], {linear: value})[0] == 0).all())
-    with pytest.raises(KeyError, match="needed here"):
-        Evaluator(gm).run([relu], {})
-
-
-def test_promotion_reaches_weights_and_casts() -> None:
-    gm, _ = graph(lambda m, x: (x @ m.weight.t()).to(torch.float32).softmax(-1), X)
-    last = [n for n in gm.graph.nodes if n.op == "call_function"][-1]
-    given = {next(n for n in gm.graph.nodes if n.op == "placeholder"): X}
-    assert Evaluator(gm, promote=torch.float64).run([last], given)[0].dtype == torch.float64
-
-
-def test_evaluator_runs_writes_that_no_node_names() -> None:
-    def rows(_m: Holder, x: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        first = y[:, 0]
-        first.copy_(x[:, 1])
-        y[:, 2:].mul_(0.0)
-        return y + 1.0
-
-    gm = torch.export.export(Holder(rows).eval(), (X,), strict=False).module()
-    assert isinstance(gm, fx.GraphModule)
-    (add,), (x,) = calls(gm, aten.add), [n for n in gm.graph.nodes if n.op == "placeholder"]
-    (zeros,) = calls(gm, aten.zeros_like)
-    given = {x: X.clone(), zeros: torch.full_like(X, 2.0)}
-    before, after = Evaluator(gm).run([zeros, add], given)
-    assert bool((after[:, 0] == X[:, 1] + 1).all()) and bool((after[:, 1] == 3.0).all())
-    assert bool((after[:, 2:] == 1.0).all())
-    assert bool((before == 2.0).all()) and bool((given[zeros] == 2.0).all())
