@@ -212,10 +212,13 @@ def _made_tables(cutter: Surround, item: Found, values: dict[fx.Node, Any]) -> t
     """cos and sin where the owner makes them from its arguments; else positions are counted."""
     rotation = item.region.rotation
     assert rotation is not None
-    found: list[Any] = []  # sin first, which tells pairs apart
-    for name, table_NP in (("sin", rotation.sin_NP), ("cos", rotation.cos_NP)):
+    tables = {node.name: values[node] for node in item.region.externals}
+    sin = match_table(tables, rotation.sin_NP)
+    columns = () if sin is None else sin[0].columns
+    found: list[Any] = []
+    for name, table_NP in (("cos", rotation.cos_NP), ("sin", rotation.sin_NP)):
         for node in item.region.externals:
-            hit = match_table({name: values[node]}, table_NP, found[0].columns if found else ())
+            hit = match_table({name: values[node]}, table_NP, columns)
             if hit is None or abs(hit[1] - 1) > 1e-4:
                 continue
             try:
@@ -225,7 +228,7 @@ def _made_tables(cutter: Surround, item: Found, values: dict[fx.Node, Any]) -> t
             found.append(hit[0].model_copy(update={"path": path}))
             break
     if len(found) == 2:
-        return found[1], found[0]
+        return found[0], found[1]
     for name in ("cos", "sin"):
         cutter.drop(name)
     return None, None
