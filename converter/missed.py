@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from reattend.depth import REASON, over_layers
 from reattend.found import RefusedSite
 from reattend.install.adapter import Adapter
 from reattend.locate import adapter_of
@@ -27,6 +28,8 @@ def missed(search: Search, item: Missed) -> RefusedSite:
     latent = read_latent(item.core)
     if latent is not None:
         return located_at(RefusedSite(own or path, latent.reason, latent), "new", item)
+    if over_layers(search, item.core):
+        return located_at(RefusedSite(own or path, REASON, verified=True), "read", item)
     return located_at(RefusedSite(own or path, item.reason), "read", item)
 
 
