@@ -76,8 +76,8 @@ class Capture:
         known.update(zip(rest, Evaluator(self.gm).run(rest, known), strict=True))
         return {n: known[n] for n in nodes}
 
-    def outside(self) -> dict[int, str]:
-        """Lengths that the graph does not hold for, where Python asked for the length.
+    def outside(self, most: int = LONGEST) -> dict[int, str]:
+        """Lengths up to `most` that the graph does not hold for, where Python asked for the length.
 
         With each the end of the range behind which it lies, in words.
 
@@ -96,8 +96,17 @@ class Capture:
                 if low > 2:
                     found[low - 1] = f"from {low} tokens on only"
                 if high is not None:  # blocks may see their neighbours
-                    found |= dict.fromkeys((high + 7, 4 * high + 7), f"up to {high} tokens only")
-        return {length: found[length] for length in sorted(found) if length <= LONGEST}
+                    ends = {min(n, most) for n in (high + 7, 4 * high + 7) if n <= LONGEST}
+                    found |= {n: f"up to {high} tokens only" for n in ends if n > high}
+        return {length: found[length] for length in sorted(found)}
+
+    @property
+    def positions(self) -> int:
+        """The longest text that the model has positions for; `LONGEST` where it does not say."""
+        config: Any = getattr(self.model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else None
+        most = getattr(text, "max_position_embeddings", None)
+        return most if isinstance(most, int) and 0 < most < LONGEST else LONGEST
 
     def probe(
         self, length: int | None = None, padded: bool = False, side: slice = slice(0, 3)

@@ -86,7 +86,9 @@ def owned(case: Case) -> RefusedSite | None:
     if place.binding is not None or not case.search.whole:
         return None
     ends = any_length(case)  # what is true of the example only is not understood
-    return ends or case.refused(place.reason, case.understood())
+    beyond = next(iter(case.search.captured.outside().values()), "")
+    reason = f"{place.reason} (read {beyond})" if beyond else place.reason
+    return ends or case.refused(reason, case.understood())
 
 
 def proven(case: Case) -> RefusedSite | None:

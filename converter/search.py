@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from reattend.capture import Call, Capture, capture, tokens_first, watch
+from reattend.capture import LONGEST, Call, Capture, capture, tokens_first, watch
 from reattend.errors import CaptureError
 from reattend.frame import call_number, dropouts
 from reattend.frequencies import exact_frequencies
@@ -99,9 +99,13 @@ class Search:
         return self._elsewhere[length].get(path)
 
     def graph_ends(self) -> str:
-        """Why the graph cannot take the model's place; empty where it holds for every length."""
+        """Why the graph is not the model at some length; empty where it holds for every length.
+
+        It has to hold beyond the model's positions where it may take the model's place.
+        """
         if self._ends is None:
-            reasons = (graph_check(self.captured, n) for n in self.captured.outside())
+            most = self.captured.positions if self.whole else LONGEST
+            reasons = (graph_check(self.captured, n) for n in self.captured.outside(most))
             self._ends = next(filter(None, reasons), "")
         return self._ends
 
