@@ -55,8 +55,15 @@ def noticing() -> Iterator[Seen]:
         ShapeEnv.evaluate_expr = evaluate
 
 
-def symbolic_axes(value: Any, images: bool) -> dict[int, Any] | None:
-    """What torch.export is told of an input: all axes symbolic; `images`: also heights, widths."""
+def symbolic_axes(value: Any, images: bool) -> Any:
+    """What torch.export is told of an input: all axes symbolic; `images`: also heights, widths.
+
+    Inputs that hold several tensors are told of one by one.
+    """
+    if isinstance(value, dict):
+        return {key: symbolic_axes(item, images) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(symbolic_axes(item, images) for item in value)
     if not isinstance(value, Tensor):
         return None
     free = range(value.dim() if images or value.dim() < 4 else 1)
