@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from reattend import convert, find_attention
 from reattend.errors import NothingFoundError
+from reattend.search import Search
 
 
 class Block(nn.Module):
@@ -110,6 +112,18 @@ def test_what_happens_from_some_length_on_is_looked_at(
     if told:
         (refused,) = found.refused
         assert told in refused.reason and refused.step == "lengths"
+
+
+def test_texts_longer_than_the_positions_of_a_model_only_count_where_its_graph_stays() -> None:
+    model = Turns("far").eval()
+    model.config = SimpleNamespace(get_text_config=lambda: model.text)
+    ends = []
+    search = Search(model, INPUTS)
+    for whole, positions in ((False, 15), (True, 15), (True, 16)):
+        model.text = SimpleNamespace(max_position_embeddings=positions)
+        search.whole, search._ends = whole, None
+        ends.append(search.graph_ends()[-60:])
+    assert ends[1] == "" and all("it differs by" in told for told in (ends[0], ends[2]))
 
 
 class Pair(nn.Module):
