@@ -48,7 +48,7 @@ def probe(model: nn.Module, inputs: dict[str, Any], trained: list[str]) -> Probe
     try:
         with evaluation(model), torch.no_grad():
             model(**row)
-    except (RuntimeError, AssertionError, ValueError):  # rows that belong together (windows)
+    except (RuntimeError, AssertionError, ValueError, IndexError):  # rows that belong together
         row = inputs
     first = next(v for v in row.values() if isinstance(v, Tensor) and v.dim())
     tokens = max(1, first.shape[1] if first.dim() > 1 and not first.is_floating_point() else 1)

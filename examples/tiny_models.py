@@ -1,13 +1,16 @@
 """Every architecture of the installed transformers, tiny and random, built from its config alone.
 
 No architecture is named here: sizes shrink by what a config's fields are called, which is the
-same few words everywhere. What cannot be built so says why.
+same few words everywhere. Where sizes must agree that no name tells of, `tiny_settings.py` has
+them. What cannot be built so says why.
 """
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
+
+from tiny_settings import SETTINGS, laid_over, more
 
 TASKS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -111,15 +114,13 @@ def build(kind: str, name: str) -> Any:
     import torch
     import transformers
 
-    from reattend.inputs import made_up
-
     torch.manual_seed(0)
     problems: list[str] = []
     causal = {other for _, other in architectures("causal-lm")}
     for kept, filled in ATTEMPTS:  # some patterns only hold at the default sizes
         try:
             model_class = getattr(transformers, name)
-            config = tiny(model_class.config_class, kept, filled)
+            config = tiny(model_class.config_class, kept, filled, name)
             if hasattr(config, "is_decoder") and name in causal:
                 config.is_decoder = True
             with torch.device("meta"):
@@ -128,7 +129,7 @@ def build(kind: str, name: str) -> Any:
                 raise CannotBuild(f"{size // 1_000_000} million parameters at the least")
             model = model_class(config).eval()
             with torch.no_grad():
-                model(**made_up(model))
+                model(**inputs(model))
             return model
         except Exception as problem:
             lines = [line for line in str(problem).splitlines() if line.strip()] or [""]
@@ -136,13 +137,26 @@ def build(kind: str, name: str) -> Any:
     raise CannotBuild(problems[0])
 
 
+def inputs(model: Any, batch: int = 2, length: int = 23) -> dict[str, Any]:
+    """Example inputs of a model: those that reattend makes up, and what its class needs besides."""
+    from reattend.inputs import made_up
+
+    return more(type(model).__name__, model, made_up(model, batch, length))
+
+
 def tiny(
-    config_class: Any, kept: tuple[str, ...] = (), filled: dict[str, Any] | None = None
+    config_class: Any,
+    kept: tuple[str, ...] = (),
+    filled: dict[str, Any] | None = None,
+    name: str = "",
 ) -> Any:
-    """A config with every size shrunk but those whose names end so, and open fields filled."""
+    """A config with every size shrunk but those whose names end so, and open fields filled.
+
+    `name` is the model's class: what its fields do not say is in `tiny_settings.py`.
+    """
     config = config_class()
     absent = {k: v for k, v in (filled or {}).items() if getattr(config, k, v) is None}
-    return config_class(**{**shrunk(config, kept), **absent})
+    return config_class(**laid_over({**shrunk(config, kept), **absent}, SETTINGS.get(name, {})))
 
 
 def shrunk(config: Any, kept: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -246,12 +260,10 @@ def livened(model: Any) -> None:
     """`liven` with the largest gain that keeps the outputs of a deep model finite."""
     import torch
 
-    from reattend.inputs import made_up
-
     for gain in (2.0, 1.0, 0.5):
         liven(model, gain)
         with torch.no_grad():
-            made = model(**made_up(model))
+            made = model(**inputs(model))
         floats = [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
         if all(bool(torch.isfinite(t).any()) for t in floats if t.is_floating_point()):
             return
