@@ -256,7 +256,7 @@ MOBA = METHODS["moba"][0]
     ("cfg", "options", "reason"),
     [
         (BOTH_WAYS, {"pattern": {"select": LINES}}, "needs a causal block"),
-        (config(), {"pattern": {"select": MOBA}, "evict": True}, "no pattern is KV-monotone"),
+        (config(), {"pattern": {"select": MOBA}, "evict": True}, "is not KV-monotone"),
         (config(), {"pattern": {"select": {**MOBA, "across": "head"}}}, "looks ahead"),
         (config(), {"pattern": {"select": {"kind": "recorded", "at": (0,)}}}, "stack of layers"),
         (BOTH_WAYS, {"pattern": {"select": {**MOBA, "tile": (2, 2)}}}, "give image_grid"),

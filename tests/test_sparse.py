@@ -155,8 +155,14 @@ REFUSED = {
     "position bias": (CASES["alibi"], {}),
     "KV head 5 is named": (config(), {"heads_full": (5,)}),
     "causal block": (config(), {"pattern": {"grid": {"shape": (4, 4), "radius": 1}}}),
-    "no pattern is KV-monotone": (
-        config(), {"pattern": {"window": 4, "powers": {"block": 4}}, "evict": True},
+    "`window 4, powers block 4` is not KV-monotone": (  # KV head 1; head 0 could forget
+        config(),
+        {
+            "head_patterns": [
+                {"kv_heads": [1], "pattern": {"window": 4, "powers": {"block": 4}}}
+            ],
+            "evict": True,
+        },
     ),
     "no fixed pattern": (
         config().model_copy(

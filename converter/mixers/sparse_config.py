@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from reattend.mixers.config import BlockConfig, Frozen
 from reattend.patterns.pattern import HeadPattern
@@ -13,7 +13,7 @@ from reattend.patterns.pattern import HeadPattern
 class HeadClass(Frozen):
     """KV heads (with the query heads that read them) that share a pattern."""
 
-    kv_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...] = Field(min_length=1)
     pattern: HeadPattern
 
 

@@ -180,12 +180,13 @@ class ToSparse(Conversion):
                 "the pattern lies over a grid of image tokens, and nothing says how large: give "
                 "image_grid, for example image_grid: [14, 14] with text_before: 1 (a class token)"
             )
-        if options.evict and not any(c.pattern.monotone for c in classes):
-            return Refusal(
-                "evict: true, but no pattern is KV-monotone: a later query may see again what an "
-                "earlier one did not, so nothing can be forgotten (powers, slashes, grids, select)"
-            )
         wanted = [*(c.pattern for c in classes), *options.candidates]
+        if options.evict and (back := [p for p in wanted if not (p.full or p.monotone)]):
+            return Refusal(
+                f"evict: true, but `{back[0].words()}` is not KV-monotone: a later query may see "
+                "again what an earlier one did not, so nothing can be forgotten (powers, slashes, "
+                "grids, select); without `evict`, the heads of other patterns forget"
+            )
         if options.evict and not core.causal:
             return Refusal("evict: true, but a block that is not causal has no cache to shrink")
         return misfit(config, wanted)
