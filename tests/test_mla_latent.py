@@ -38,7 +38,7 @@ def cost(solved, dense_mixer, found, options, rank, change=None):
 def test_the_cost_is_what_the_spectrum_says_and_no_other_map_is_cheaper() -> None:
     mixer = dense(config())
     found, options = moments(mixer), MlaOptions(kv_lora_rank=5, qk_rope_head_dim=4)
-    solved = solve(mixer, found, options, SIZES, 1.0)
+    solved = solve(mixer, found, options, SIZES)
     best = cost(solved, mixer, found, options, 5)
     total = cost(solved, mixer, found, options, 0)
     assert best == pytest.approx(total * (1 - sum(solved.latent.energy[:5])), rel=1e-3)
@@ -51,7 +51,7 @@ def test_the_cost_is_what_the_spectrum_says_and_no_other_map_is_cheaper() -> Non
 def test_equal_cost_is_given_to_keys_and_values() -> None:
     mixer = dense(config())
     found, options = moments(mixer), MlaOptions(kv_lora_rank=5, qk_rope_head_dim=4)
-    solved = solve(mixer, found, options, SIZES, 1.0)
+    solved = solve(mixer, found, options, SIZES)
     metric = output_metric(mixer, solved.rotary, found, solved.turn_Hdd)
     moment, _ = latent_moment(mixer, found, options)
     z = torch.block_diag(solved.rotary.key_nope, torch.eye(16, dtype=torch.float64))
@@ -65,7 +65,7 @@ def test_the_metric_of_values_is_their_effect_on_the_output() -> None:
     """|W_O spread(dv)|^2 for an error in one group, by running the projection."""
     mixer = dense(config(4, 2))
     found = moments(mixer)
-    solved = solve(mixer, found, MlaOptions(kv_lora_rank=5, qk_rope_head_dim=4), SIZES, 1.0)
+    solved = solve(mixer, found, MlaOptions(kv_lora_rank=5, qk_rope_head_dim=4), SIZES)
     metric = output_metric(mixer, solved.rotary, found, solved.turn_Hdd).values
     error = torch.zeros(2, 8, dtype=torch.float64)
     error[1] = torch.randn(8, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_the_metric_of_keys_is_the_mean_squared_score_error() -> None:
         found.add(mixer, x, None, None)
         q = mixer.q_proj(x)[0].unflatten(-1, (4, 8))
     sizes = Sizes(kv_lora_rank=5, qk_rope_head_dim=0, fold=1)
-    solved = solve(mixer, found, MlaOptions(kv_lora_rank=5, qk_rope_head_dim=0), sizes, 1.0)
+    solved = solve(mixer, found, MlaOptions(kv_lora_rank=5, qk_rope_head_dim=0), sizes)
     metric = output_metric(mixer, solved.rotary, found, solved.turn_Hdd).keys
     lost = torch.randn(16, dtype=torch.float64)
     dk = (solved.rotary.nope_up @ lost).reshape(2, 8).repeat_interleave(2, 0)
