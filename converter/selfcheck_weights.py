@@ -94,7 +94,7 @@ def weight_names(spec: AttentionSpec) -> list[str]:
         names += [source for _, source in spec.core.bias.sources]
     names += [spec.core.bias.weight] if isinstance(spec.core.bias, RelativeBias) else []
     names.append(spec.core.sinks)
-    return [n for n in names if n is not None]
+    return [n for n in names if n]
 
 
 def alone(

@@ -66,14 +66,18 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Growth:
-    """1 + beta log(1 + floor((position + offset) / period)), positions in tokens (Llama 4)."""
+    """1 + beta log(1 + floor((position + offset) / period)), positions in tokens (Llama 4); or,
+    `smooth`, 1 + beta log(max(1, (position + offset) / period)) (Inkling 2)."""
 
     beta: float
     offset: int
     period: int
+    smooth: bool = False
 
     def at(self, position: int) -> float:
         """The factor."""
+        if self.smooth:
+            return 1 + self.beta * math.log(max(1.0, (position + self.offset) / self.period))
         return 1 + self.beta * math.log1p((position + self.offset) // self.period)
 
 
@@ -199,7 +203,8 @@ class Added:
 class Core:
     """softmax(softcap(q k^T * scale) + bias + pattern | sinks) v.
 
-    `sinks`: a weight with one logit per head that takes part in the softmax and has no value.
+    `sinks`: a weight with one logit per head that takes part in the softmax and has no value;
+    empty: that logit is 0.
     """
 
     heads: int

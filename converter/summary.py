@@ -38,7 +38,8 @@ def summary(spec: AttentionSpec) -> str:
         parts.append(f"{'/'.join(own)} by the model's own steps")
     scale = spec.q.first(Scale)
     if isinstance(scale, Scale) and scale.growth is not None:
-        parts.append(f"queries that grow every {scale.growth.period} tokens")
+        how = "from" if scale.growth.smooth else "every"
+        parts.append(f"queries that grow {how} {scale.growth.period} tokens")
     if isinstance(spec.join, Gate):
         parts.append(f"{spec.join.act} gate per {'head' if spec.join.per_head else 'dimension'}")
     if isinstance(spec.join, Joined):

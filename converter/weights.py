@@ -112,8 +112,10 @@ def dense_state(spec: AttentionSpec, lookup: Lookup) -> dict[str, Tensor]:
                 state[f"{name}_norm.weight"] = _gather(lookup(norm.gain), index)
             if norm.bias:
                 state[f"{name}_norm.bias"] = _gather(lookup(norm.bias), index)
-    if spec.core.sinks is not None:
+    if spec.core.sinks:
         state["sinks"] = lookup(spec.core.sinks)[q_heads]
+    elif spec.core.sinks is not None:
+        state["sinks"] = next(iter(state.values())).new_zeros(len(q_heads))
     if isinstance(spec.core.bias, RelativeBias):  # blocks share one table; each gets its own copy
         state["relative.weight"] = lookup(spec.core.bias.weight)[:, q_heads].clone()
     if isinstance(spec.core.bias, Added):
@@ -192,7 +194,8 @@ def _stream_config(stream: Stream, heads: list[int]) -> StreamConfig:
         scale=scale.value if isinstance(scale, Scale) else 1.0,
         handed=bool(stream.site),
         growth=GrowthConfig(
-            beta=scale.growth.beta, offset=scale.growth.offset, period=scale.growth.period
+            beta=scale.growth.beta, offset=scale.growth.offset, period=scale.growth.period,
+            smooth=scale.growth.smooth,
         )
         if isinstance(scale, Scale) and scale.growth is not None
         else None,

@@ -45,3 +45,23 @@ def test_a_query_of_the_tokens_is_not_that() -> None:
     torch.manual_seed(0)
     (told,) = find_attention(Model(asks=True).eval(), {"x": torch.randn(2, 7, WIDTH)}).refused
     assert not told.verified and told.reason != REASON
+
+
+class Read(nn.Module):
+    """The result of a block is one of what the next mixing chooses from, without a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.mixing, self.end = Mixing(asks=False), nn.Linear(WIDTH, WIDTH)
+        self.mixing.up = nn.Identity()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.mixing(self.attn(x, x, x, need_weights=False)[0]))
+
+
+def test_a_blocks_result_is_not_its_keys() -> None:
+    torch.manual_seed(0)
+    found = find_attention(Read().eval(), {"x": torch.randn(2, 7, WIDTH)})
+    assert [(s.path, s.verified) for s in found.sites] == [("attn", True)]
+    assert [(r.path, r.verified) for r in found.refused] == [("mixing", True)]

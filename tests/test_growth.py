@@ -31,6 +31,8 @@ class Attention(nn.Module):
             place = torch.arange(x.shape[1]) + 1
         if self.form == "root":
             return torch.sqrt(1 + torch.floor(place.float() / self.period))
+        if self.form == "smooth":
+            return 1.0 + 0.5 * torch.log((place.float() / self.period).clamp(min=1.0))
         return torch.log1p(torch.floor(place.float() / self.period)) * 0.5 + 1.0
 
     def forward(self, x: Tensor, place: Tensor | None = None) -> Tensor:
@@ -78,6 +80,19 @@ def test_a_factor_is_read_far_beyond_the_example(period: int, told: bool) -> Non
     for given in (inputs(), inputs(1, 1300)):
         with torch.no_grad():
             assert float((converted(**given) - model(**given)).abs().max()) <= 1e-5
+
+
+def test_a_factor_without_steps() -> None:
+    model = made(600, told=False, form="smooth")
+    (site,) = find_attention(model, inputs()).sites
+    scale = site.spec.q.first(Scale)
+    assert isinstance(scale, Scale) and scale.growth is not None
+    assert (scale.growth.offset, scale.growth.period, scale.growth.smooth) == (1, 600, True)
+    assert scale.growth.beta == pytest.approx(0.5, abs=1e-6)
+    converted = convert(model, plan="identity", inputs=inputs()).model
+    with torch.no_grad():
+        given = inputs(1, 1300)
+        assert float((converted(**given) - model(**given)).abs().max()) <= 1e-5
 
 
 def test_mla_keeps_the_factor() -> None:

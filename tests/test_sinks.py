@@ -1,4 +1,4 @@
-"""A factor sigmoid(logsumexp(scores) - sink) behind a core is a sink inside it."""
+"""Sinks as a factor behind a core, and sinks that every query computes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from reattend import find_attention
+from reattend import convert, find_attention
 from reattend.passes.normalize import normalize
 from reattend.passes.normalize.forms import attention, is_op
 
@@ -51,3 +51,41 @@ def test_the_block_is_proven() -> None:
     torch.manual_seed(0)
     found = find_attention(Sunk().eval(), {"x": torch.randn(2, 7, 16)})
     assert [(s.verified, s.spec.core.sinks) for s in found.sites] == [(True, "sinks")]
+
+
+class Asked(nn.Module):
+    """Every query has a sink of its own, computed from its token (Inkling 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.sink, self.out = nn.Linear(16, 24), nn.Linear(16, 2), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        n = x.shape[1]
+        scores = q @ k.transpose(-1, -2) * 0.5
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -1e30)
+        sinks = self.sink(x).transpose(1, 2).unsqueeze(-1)
+        shares = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        return self.out((shares @ v).transpose(1, 2).flatten(2))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Asked(), Asked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+def test_a_sink_of_every_query_is_a_logit_of_zero_and_a_term() -> None:
+    torch.manual_seed(0)
+    model, x = Stack().eval(), torch.randn(2, 7, 16)
+    found = find_attention(model, {"x": x})
+    assert [(s.verified, s.spec.core.sinks) for s in found.sites] == [(True, "")] * 2
+    converted = convert(model, plan="identity", inputs={"x": x}).model
+    with torch.no_grad():
+        longer = torch.randn(3, 11, 16)
+        assert torch.allclose(converted(longer), model(longer), atol=1e-6)

@@ -70,6 +70,7 @@ class GrowthConfig(Frozen):
     beta: float
     offset: int
     period: int
+    smooth: bool = False
 
 
 class StreamConfig(Frozen):

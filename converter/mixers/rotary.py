@@ -49,8 +49,12 @@ def grown(
     if config is None:
         return q_BHNd
     wide = torch.float64 if x_BND.dtype == torch.float64 else torch.float32
-    steps_BN = (positions(ctx, state, x_BND) + config.offset) // config.period
-    factor_BN = 1 + config.beta * torch.log1p(steps_BN.to(wide))
+    place_BN = positions(ctx, state, x_BND) + config.offset
+    if config.smooth:
+        grown_BN = (place_BN.to(wide) / config.period).clamp(min=1).log()
+    else:
+        grown_BN = (place_BN // config.period).to(wide).log1p()
+    factor_BN = 1 + config.beta * grown_BN
     return q_BHNd * factor_BN[:, None, :, None].to(q_BHNd.dtype)
 
 

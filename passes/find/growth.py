@@ -1,8 +1,8 @@
 """Queries that grow with position: read off the factor itself, at positions far beyond an example.
 
 Llama 4 multiplies queries by 1 + beta log(1 + floor((position + 1) / 8192)) (the temperature of
-Nakanishi, arXiv 2501.19399). At the length of an example that is one, so it is looked for where it
-enters, not in what it does there.
+Nakanishi, arXiv 2501.19399), Inkling 2 by 1 + beta log(max(1, (position + 1) / 128000)). At the
+length of an example that is one, so it is looked for where it enters, not in what it does there.
 """
 
 from __future__ import annotations
@@ -120,17 +120,42 @@ def _fitted(at: Callable[[Tensor], Tensor], tokens: int) -> Growth | None:
     first = _change(one, 0)
     if first is None:
         return None
+    for growth in (_stepped(one, first), _smooth(one, 0), _smooth(one, 1)):
+        if growth is not None and _agrees(growth, at, tokens):
+            return growth
+    raise NotUnderstood("a stream is multiplied by a factor of position of no known form")
+
+
+def _stepped(one: Callable[[int], float], first: int) -> Growth | None:
+    """The growth in steps that changes at `first` and then again."""
     second = _change(one, first)
     period = (second or 2 * first) - first
-    growth = Growth((one(first) - 1) / math.log(2), period - first, period)
+    if period < first:
+        return None
+    return Growth((one(first) - 1) / math.log(2), period - first, period)
+
+
+def _smooth(one: Callable[[int], float], offset: int) -> Growth | None:
+    """The growth without steps that has the same values at two far positions."""
+    near, far = _FARTHEST // 2, _FARTHEST
+    beta = (one(far) - one(near)) / math.log((far + offset) / (near + offset))
+    if abs(beta) <= _TOLERANCE:
+        return None
+    begins = math.exp(math.log(near + offset) - (one(near) - 1) / beta)
+    return Growth(beta, offset, round(begins), smooth=True) if 1 <= begins <= near else None
+
+
+def _agrees(growth: Growth, at: Callable[[Tensor], Tensor], tokens: int) -> bool:
+    """Whether it is the factor at random positions, some far behind its beginning."""
     generator = torch.Generator().manual_seed(9)
-    far = min(_FARTHEST, 64 * period)
     for _ in range(8):
-        places = torch.randint(0, far, (tokens,), generator=generator)
+        places = torch.randint(
+            0, min(_FARTHEST, 64 * growth.period), (tokens,), generator=generator
+        )
         wanted = torch.tensor([growth.at(int(p)) for p in places], dtype=torch.float64)
         if not bool(((at(places) - wanted).abs() <= _TOLERANCE * wanted.abs()).all()):
-            raise NotUnderstood("a stream is multiplied by a factor of position of no known form")
-    return growth
+            return False
+    return True
 
 
 def _change(one: Callable[[int], float], after: int) -> int | None:

@@ -63,7 +63,7 @@ def _first_reader(node: fx.Node, core: fx.Node, which: int) -> fx.Node | None:
     return None
 
 
-def handed_on(streams: dict[str, FoundStream], owner: str) -> dict[str, fx.Node]:
+def handed_on(core: fx.Node, streams: dict[str, FoundStream], owner: str) -> dict[str, fx.Node]:
     """Keys and values of a block that others read too, `k` or `v` -> the node.
 
     Raises:
@@ -75,8 +75,9 @@ def handed_on(streams: dict[str, FoundStream], owner: str) -> dict[str, fx.Node]
     for node in next(iter(starts)).graph.nodes if owner else ():
         if not _inside(node, owner) or not _read_elsewhere(node, owner):
             continue
-        if not starts & ancestors([node], stop=lambda n: n in starts):
-            continue  # a rotary table
+        behind = ancestors([node], stop=lambda n: n in starts)
+        if not starts & behind or core in behind:
+            continue  # a rotary table; the block's result
         name = next((n for n in own if n in "kv" and node in own[n].nodes), None)
         if name is None or name in found:
             raise NotUnderstood(f"other blocks read {node.name}, which is not its keys or values")

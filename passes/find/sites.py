@@ -21,6 +21,7 @@ from reattend.passes.find.stored import stored_steps
 from reattend.passes.find.streams import FoundStream, read_carried, read_stream
 from reattend.passes.find.twins import twin
 from reattend.passes.normalize.forms import attention, is_op
+from reattend.passes.normalize.sinks import stored_name
 from reattend.spec import Added, AttentionSpec, Core, Pattern, Rotary, Stream
 
 
@@ -141,7 +142,7 @@ def _read(
         v=Stream(_named(v, source), stored_steps(gm, v.projection, v.steps)),
         core=replace(
             _core(q, k, v, float(scale), float(softcap or 0.0), found_mask),
-            sinks=None if sinks is None else str(sinks.target),
+            sinks=stored_name(sinks),
             bias=found_mask.bias if added is None else added,
         ),
         out=None,
@@ -155,7 +156,7 @@ def _read(
     region = Region(
         core, hidden, memory, mask, exit_, streams, rotation,
         sorted(externals, key=list(gm.graph.nodes).index), sources.extras,
-        handed_on(streams, owner), _position(q, owner),
+        handed_on(core, streams, owner), _position(q, owner),
     )  # fmt: skip
     return Found(spec, region, found_mask.follows_padding)
 

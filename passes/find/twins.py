@@ -133,7 +133,7 @@ class _Walk:
         if isinstance(value, fx.Node):
             return self._known(self.nodes, value)
         if isinstance(value, str):
-            return self._known(self.names, value) if name in _NAMES else value
+            return self._known(self.names, value) if name in _NAMES and value else value
         if name == "sources":
             return tuple((own, self._known(self.names, at)) for own, at in value)
         if is_dataclass(value) and not isinstance(value, type):

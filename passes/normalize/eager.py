@@ -23,6 +23,7 @@ from reattend.passes.normalize.scores import (
     read_scores,
     refolds,
 )
+from reattend.passes.normalize.sinks import zero_sinks
 
 _FILLS = (aten.masked_fill, aten.masked_fill_)
 _SHAPES = (*RESHAPES, aten.transpose, aten.permute, aten.unsqueeze, aten.slice, *_FILLS)
@@ -118,7 +119,7 @@ class FuseEager(GraphPass):
         if not all(_hidden_anyway(gm, n, parts) for n in fills):
             return Refusal("probabilities are changed that were not hidden")
         slices = [n for n in _between(node, product) if is_op(n, aten.slice)]
-        if [_drops_last(n) for n in slices] != [True] * (parts.sinks is not None):
+        if [_drops_last(n) for n in slices] != [True] * parts.column:
             return Refusal("the probabilities are cut before they meet the values")
         if value.dim() <= 4 and not _heads(parts, product):
             return Refusal(f"scores have {value.dim()} axes, not batch, head, query, key")
@@ -153,9 +154,11 @@ class FuseEager(GraphPass):
             else:
                 k, v = (broadcast_heads(gm, _unfolded(gm, n, heads), q) for n in (keys, values))
             mask = _mask(gm, parts, heads, axes)
+            sinks = parts.sinks
+            if parts.column and sinks is None:
+                sinks = zero_sinks(gm, q)
             new = gm.graph.call_function(
-                attention,
-                (q, k, v, mask, parts.scale, parts.softcap, False, parts.sinks),
+                attention, (q, k, v, mask, parts.scale, parts.softcap, False, sinks)
             )
             new.meta["val"] = q.meta["val"].new_empty(
                 (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])

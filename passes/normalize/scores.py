@@ -42,7 +42,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Scores:
-    """scale * q k * factors, capped, plus terms, beside sinks."""
+    """scale * q k * factors, capped, plus terms, beside sinks.
+
+    `column`: one logit more takes part in the softmax: `sinks`, stored per head, or 0. One that is
+    computed for every query t is made 0 by a term -t: softmax does not see what all logits share.
+    """
 
     product: fx.Node
     q: fx.Node
@@ -53,6 +57,7 @@ class Scores:
     terms: tuple[Term, ...] = ()
     factors: tuple[tuple[fx.Node, bool], ...] = ()
     sinks: fx.Node | None = None
+    column: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class _Way:
     terms: tuple[Term, ...] = ()
     factors: tuple[tuple[fx.Node, bool], ...] = ()
     sinks: fx.Node | None = None
+    column: bool = False
     seen: list[fx.Node] = field(default_factory=list, compare=False)
 
 
@@ -106,8 +112,9 @@ def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
             taken = _sinks(node)
             if taken is None:
                 return None
-            node, sinks = taken
-            way = replace(way, sinks=sinks)
+            node, sinks, column = taken
+            terms = () if column is None else (Term(column, -1.0),)
+            way = replace(way, sinks=sinks, column=True, terms=terms)
         elif is_op(node, aten.sub) and _is_max_of(node.args[1], node.args[0]):
             node = node.args[0]
         elif is_op(node, aten.maximum, aten.max, aten.clamp, aten.clamp_min):
@@ -217,7 +224,9 @@ def _product(gm: fx.GraphModule, node: fx.Node, way: _Way) -> Scores | None:
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     heads = way.heads or _heads_of(left)
-    return Scores(node, left, right, heads, scale, way.softcap, terms, way.factors, way.sinks)
+    return Scores(
+        node, left, right, heads, scale, way.softcap, terms, way.factors, way.sinks, way.column
+    )
 
 
 def number(gm: fx.GraphModule, value: object) -> float | None:
@@ -267,8 +276,9 @@ def _is_max_of(node: object, scores: object) -> bool:
     return False
 
 
-def _sinks(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(scores, the stored vector) of cat([scores, one column], -1)."""
+def _sinks(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | None:
+    """Of cat([scores, one column], -1): the scores; the column if it is a stored vector, or else
+    if it is computed for every query, [B, H, N, 1]."""
     parts = node.args[0]
     if not isinstance(parts, list | tuple) or len(parts) != 2:
         return None
@@ -276,9 +286,13 @@ def _sinks(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     scores, column = parts
     if axis not in (-1, scores.meta["val"].dim() - 1) or column.meta["val"].shape[-1] != 1:
         return None
+    made = column
     while is_op(column, *CASTS, *RESHAPES, aten.expand, aten.unsqueeze, aten.repeat):
         column = column.args[0]
-    return (scores, column) if column.op == "get_attr" else None
+    if column.op == "get_attr":
+        return scores, column, None
+    per_query = scores.meta["val"].dim() == 4 and _sizes(made)[:3] == _sizes(scores)[:3]
+    return (scores, None, made) if per_query else None
 
 
 def _heads_of(node: object) -> int:

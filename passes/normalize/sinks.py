@@ -1,4 +1,5 @@
-"""Sinks written as a factor behind the core become logits inside it.
+"""Logits that take part in a softmax and have no value; those written as a factor behind the core
+become logits inside it.
 
 softmax(s) v * sigmoid(logsumexp(s) - sink) is the softmax over s and the sink with the sink's
 value left out: exp(s) / sum(exp(s)) * sum(exp(s)) / (sum(exp(s)) + exp(sink)).
@@ -9,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from reattend.passes.base import SCORES, GraphPass, Refusal, drop_dead, replace_node
 from reattend.passes.normalize.forms import aten, attention, is_op
 from reattend.passes.normalize.scores import CASTS, RESHAPES
 
+#: begins the names of buffers that hold logits of 0
+ZERO = "reattend_zero_sinks"
 _THROUGH = (*CASTS, *RESHAPES, aten.unsqueeze, aten.squeeze)
 
 
@@ -76,3 +80,21 @@ def _behind(node: Any) -> Any:
     while is_op(node, *_THROUGH):
         node = node.args[0]
     return node
+
+
+def zero_sinks(gm: fx.GraphModule, q: fx.Node) -> fx.Node:
+    """A logit of 0 for every head of q [B, H, N, d], as a buffer of the graph alone."""
+    heads = q.meta["val"].shape[1]
+    name = f"{ZERO}_{heads}"
+    if not hasattr(gm, name):
+        gm.register_buffer(name, torch.zeros(heads))
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = q.meta["val"].new_zeros(heads)
+    return node
+
+
+def stored_name(sinks: fx.Node | None) -> str | None:
+    """What a spec calls sinks: the name of a weight, empty where the logit is 0."""
+    if sinks is None:
+        return None
+    return "" if str(sinks.target).startswith(ZERO) else str(sinks.target)
