@@ -70,6 +70,13 @@ def test_weights_per_head_and_sinks() -> None:
     assert found.sinks is not None and str(found.sinks.target) == "sink"
 
 
+def test_a_column_that_every_query_computes_is_a_term_beside_a_logit_of_zero() -> None:
+    found = read(lambda m, q, k: torch.cat([products(m, q, k), q[..., :1]], -1))
+    assert isinstance(found, Scores) and found.column and found.sinks is None
+    ((node, factor),) = [(t.node, t.factor) for t in found.terms]
+    assert is_op(node, aten.slice) and factor == -1.0
+
+
 REFUSED: list[tuple[Callable[..., Tensor], object]] = [
     (lambda m, q, k: products(m, q, k).relu(), aten.relu),
     (lambda m, q, k: products(m, q, k).masked_fill(LATER, -1.0), aten.masked_fill),
@@ -78,7 +85,7 @@ REFUSED: list[tuple[Callable[..., Tensor], object]] = [
     (lambda m, q, k: products(m, q, k).clamp(min=-1.0), aten.clamp),
     (lambda m, q, k: torch.where(LATER, products(m, q, k), 0.0), aten.where),
     (lambda m, q, k: (products(m, q, k) + LATER) * m.warm, aten.add),
-    (lambda m, q, k: torch.cat([products(m, q, k), q[..., :1]], -1), aten.cat),
+    (lambda m, q, k: torch.cat([products(m, q, k), q[..., :2]], -1), aten.cat),
 ]
 
 
