@@ -44,9 +44,13 @@ def verified(row: dict[str, Any]) -> int:
 
 
 def equal(row: dict[str, Any]) -> bool:
-    """Whether the converted model computed the same everywhere it was compared."""
-    gaps = row["identity"].get("gaps")
-    return bool(gaps) and max(gaps.values()) <= TOLERANCE
+    """Whether the converted model computed the same everywhere it was compared.
+
+    On the long text as near as the original is to itself in float64, where that is further.
+    """
+    gaps = dict(row["identity"].get("gaps") or {})
+    long, own = gaps.pop("long", 0.0), gaps.pop("rounding", 0.0)
+    return bool(gaps) and max(gaps.values()) <= TOLERANCE and long <= max(TOLERANCE, own)
 
 
 def different(row: dict[str, Any]) -> bool:
@@ -74,9 +78,10 @@ def table(results: dict[str, Any]) -> str:
     when = " to ".join(dates[:: max(len(dates) - 1, 1)])
     caption = (
         f"{versions}; {when}, {results['device']}. Tiny random models made from their "
-        f"configs, two shapes and padding; identity: outputs within {TOLERANCE:g} of the "
-        f"original's largest; generate: greedy tokens with a cache, where the original can. "
-        f"Command: `{results['command']}`"
+        f"configs, two shapes, padding and a text of up to 1,023 tokens; identity: outputs within "
+        f"{TOLERANCE:g} of the original's largest, on the long text within what the original's own "
+        f"rounding is where that is more; generate: greedy tokens with a cache, where the original "
+        f"can. Command: `{results['command']}`"
     )
     return "\n".join([*lines, "", caption])
 

@@ -39,11 +39,13 @@ def row(**what: Any) -> dict[str, Any]:
 def test_what_differs_in_silence_is_counted(coverage: Any) -> None:
     equal = row(identity={"gaps": {"a": 1e-6, "b": 0.0}, "generate": "equal"})
     apart = row(identity={"gaps": {"a": 1e-6, "b": 2e-3}, "generate": "equal"})
+    far = row(identity={"gaps": {"a": 1e-6, "long": 5e-4, "rounding": 8e-4}, "generate": "equal"})
+    near = row(identity={"gaps": {"a": 1e-6, "long": 5e-4, "rounding": 3e-4}, "generate": "equal"})
     wrote = row(identity={"gaps": {"a": 1e-6}, "generate": "differs"})
     told = row(identity={"error": "the converted model differs"})
-    found = script("coverage_report").summary([equal, apart, wrote, told])["causal-lm"]
-    assert (found["identity_equal"], found["silently_different"]) == (2, 2)
-    assert (found["generate_equal"], found["generate_differs"]) == (2, 1)
+    found = script("coverage_report").summary([equal, apart, far, near, wrote, told])["causal-lm"]
+    assert (found["identity_equal"], found["silently_different"]) == (3, 3)
+    assert (found["generate_equal"], found["generate_differs"]) == (4, 1)
 
 
 def test_cores_that_nobody_saw_lower_the_share(coverage: Any) -> None:
