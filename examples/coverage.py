@@ -149,14 +149,14 @@ def rounding(model: Any, inputs: dict[str, Any], want: Any) -> float:
     """How far the original itself, in float64, is from what it says in float32."""
     import torch
 
-    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    real = {k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    wide = {k: v.double() if k in real else v for k, v in inputs.items()}
     with torch.no_grad():
         return float((first(copy.deepcopy(model).double()(**wide)) - want).abs().max())
 
 
 def longest(model: Any) -> int:
-    """Tokens of the long text: as many as the model has positions for (some begin at 2), at most
-    `LONG`; 0: none."""
+    """Tokens of the long text: `LONG`, or the positions there are (some begin at 2); 0: none."""
     from reattend.preflight import longest_text
 
     if "input_ids" not in tiny_models.inputs(model):
