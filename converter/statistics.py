@@ -51,6 +51,8 @@ class SiteStatistics:
         input_gram: sum of x x^T of what keys and values are made from; None unless asked for.
         samples: rows of the block's input without padding, [n, D] each; None unless asked for.
         most: rows, and tokens of each, that `samples` may hold.
+        key_sizes: sum of what the key norm divides by, [G], or [1] for a norm over all heads at
+            once; None without a norm.
     """
 
     gram: Tensor
@@ -61,6 +63,7 @@ class SiteStatistics:
     input_gram: Tensor | None = None
     samples: list[Tensor] | None = field(default=None)
     most: tuple[int, int] = (SAMPLE_ROWS, SAMPLE_TOKENS)
+    key_sizes: Tensor | None = None
 
     @classmethod
     def empty(cls, dense: DenseAttention, needs: Collection[Need] = ()) -> SiteStatistics:
@@ -77,6 +80,7 @@ class SiteStatistics:
             input_gram=torch.zeros(inputs, inputs, dtype=wide) if "inputs" in needs else None,
             samples=[] if {"sample", "texts"} & set(needs) else None,
             most=(TEXT_ROWS, TEXT_TOKENS) if "texts" in needs else (SAMPLE_ROWS, SAMPLE_TOKENS),
+            key_sizes=_no_sizes(dense),
         )
 
     def add(
@@ -84,15 +88,20 @@ class SiteStatistics:
     ) -> None:
         """Add the tokens of one call; `valid` [B, N] marks real ones."""
         source = x_BND if memory is None else memory
-        y_BNY = torch.cat([keys(dense, source), values(dense, source)], -1)
-        y = _real(y_BNY, valid if memory is None else None)
+        k_BNk = keys(dense, source)
+        real = valid if memory is None else None
+        if self.key_sizes is not None and dense.k_norm is not None:
+            each = k_BNk.unflatten(-1, (len(self.key_sizes), -1))
+            self.key_sizes += _real(dense.k_norm.size(each), real).sum(0)
+        y_BNY = torch.cat([normed(dense, k_BNk), values(dense, source)], -1)
+        y = _real(y_BNY, real)
         self.gram += y.t() @ y
         self.total += y.sum(0)
         self.count += y.shape[0]
         if self.attention is not None:
             self.attention.add(dense, x_BND, y_BNY, valid)
         if self.input_gram is not None:
-            z = _real(source, valid if memory is None else None)
+            z = _real(source, real)
             self.input_gram += z.t() @ z
         rows, tokens = self.most
         if self.samples is not None and len(self.samples) < rows:
@@ -113,9 +122,12 @@ class SiteStatistics:
         attention = self.attention
         if attention is not None:
             attention = attention.part(y, query_heads(core, kv_heads), list(kv_heads))
+        sizes = self.key_sizes
+        if sizes is not None and len(sizes) > 1:
+            sizes = sizes[list(kv_heads)]
         return SiteStatistics(
             self.gram[y][:, y], self.total[y], query, self.count, attention, self.input_gram,
-            self.samples,
+            self.samples, key_sizes=sizes,
         )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
@@ -127,6 +139,8 @@ class SiteStatistics:
             stored |= self.attention.tensors()
         if self.input_gram is not None:
             stored["input_gram"] = self.input_gram
+        if self.key_sizes is not None:
+            stored["key_sizes"] = self.key_sizes
         for number, x in enumerate(self.samples or ()):
             stored[f"sample.{number}"] = x
         return stored
@@ -138,6 +152,7 @@ class SiteStatistics:
         return cls(
             stored["gram"], stored["total"], stored.get("query_gram"), int(stored["count"]),
             AttentionMoments.from_tensors(stored), stored.get("input_gram"), samples or None,
+            key_sizes=stored.get("key_sizes"),
         )  # fmt: skip
 
 
@@ -146,12 +161,27 @@ def _dimensions(heads: Sequence[int], width: int) -> Tensor:
 
 
 def keys(dense: DenseAttention, source: Tensor) -> Tensor:
-    """Unrotated keys of all groups [..., G d]: normed where the block norms them, else biasless."""
-    weight = dense.k_proj.weight
+    """Projected keys of all groups [..., G d]: with bias where a norm follows, else without."""
+    if dense.k_norm is not None:
+        projected: Tensor = dense.k_proj(source)
+        return projected
+    return torch.nn.functional.linear(source, dense.k_proj.weight)
+
+
+def normed(dense: DenseAttention, k_BNk: Tensor) -> Tensor:
+    """Projected keys as the block rotates them [..., G d]."""
     if dense.k_norm is None:
-        return torch.nn.functional.linear(source, weight)
-    groups = dense.config.core.kv_heads
-    return normed_heads(dense.k_proj(source), groups, dense.k_norm).flatten(-2)
+        return k_BNk
+    return normed_heads(k_BNk, dense.config.core.kv_heads, dense.k_norm).flatten(-2)
+
+
+def _no_sizes(dense: DenseAttention) -> Tensor | None:
+    """Zero sizes, one for each stretch of a key that a norm sees at once."""
+    norm = dense.config.k.norm
+    if norm is None:
+        return None
+    groups = dense.config.core.kv_heads if norm.scope == "head" else 1
+    return torch.zeros(groups, dtype=torch.float64)
 
 
 def values(dense: DenseAttention, source: Tensor) -> Tensor:

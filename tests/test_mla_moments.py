@@ -6,8 +6,10 @@ import pytest
 import torch
 from mla_blocks import HIDDEN, config, dense, moments
 
-from reattend.passes.rewrite.mla_moments import key_moment, latent_moment, shrunk_root
+from reattend.mixers.config import NormConfig
+from reattend.passes.rewrite.mla_moments import key_moment, key_weight, latent_moment, shrunk_root
 from reattend.passes.rewrite.mla_options import MlaOptions
+from reattend.statistics import SiteStatistics, keys, normed
 
 
 def test_care_without_shrinkage_is_the_activations_moment() -> None:
@@ -56,11 +58,36 @@ def test_centred_moments_are_about_the_mean(softcap: float) -> None:
 def test_key_moment_includes_the_bias() -> None:
     mixer = dense(config(bias=True))
     x = torch.randn(300, HIDDEN, dtype=torch.float64)
-    from reattend.statistics import SiteStatistics
-
     found = SiteStatistics.empty(mixer)
     with torch.no_grad():
         found.add(mixer, x[None], None, None)
-        keys = mixer.k_proj(x)
+        biased = mixer.k_proj(x)
     got = key_moment(mixer, found, weighted=False)
-    assert torch.allclose(got, keys.t() @ keys / 300)
+    assert torch.allclose(got, biased.t() @ biased / 300)
+
+
+@pytest.mark.parametrize("scope", ["head", "full"])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_behind_a_norm_keys_are_linear_at_its_mean_size(kind: str, scope: str) -> None:
+    """Equal for the token that the sizes come from; right in the mean for tokens of other sizes."""
+    norm = NormConfig(kind=kind, scope=scope, eps=1e-3, gain_offset=0.5)
+    plain = config(norm=True)
+    stream = plain.k.model_copy(update={"norm": norm})
+    mixer = dense(plain.model_copy(update={"q": stream, "k": stream}))
+    x = torch.randn(1, 1, HIDDEN, dtype=torch.float64)
+    with torch.no_grad():
+        key = normed(mixer, keys(mixer, x))[0, 0]
+        one = SiteStatistics.empty(mixer)
+        one.add(mixer, x, None, None)
+        assert torch.allclose(key_weight(mixer, one) @ x[0, 0], key, atol=1e-13)
+        three = SiteStatistics.empty(mixer)
+        three.add(mixer, torch.cat([x, 40 * x, 7 * x], 1), None, torch.tensor([[1.0, 1.0, 0.0]]))
+        twice = mixer.k_norm.size(keys(mixer, torch.cat([x, 40 * x], 1)).unflatten(
+            -1, (2 if scope == "head" else 1, -1)))[0]  # fmt: skip
+    expected = key.unflatten(0, (twice.shape[1], -1)) * (twice[0] / twice.mean(0))[:, None]
+    assert torch.allclose(key_weight(mixer, three) @ x[0, 0], expected.flatten(), atol=1e-13)
+    stored = SiteStatistics.from_tensors(three.tensors())
+    assert torch.equal(stored.key_sizes, three.key_sizes)
+    if scope == "head":
+        part = three.part(mixer.config.core, [1])
+        assert torch.equal(part.key_sizes, three.key_sizes[1:])

@@ -54,14 +54,16 @@ def test_a_peer_that_cannot_take_the_model_is_left_out_with_the_reason() -> None
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=2,
+        num_attention_heads=4, num_key_value_heads=4,
     )  # fmt: skip
     rows = torch.randint(0, 61, (40, 16))
-    chosen = {"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}], "verify": {"peers": ["care"]},
+    chosen = {"rules": [{"sites": "*", "to": "mla", "kv_keep": 0.5}],
+              "verify": {"peers": ["x-ecomla", "care"], "peer_pairs": [0.5]},
               "calibrate": {"seq_len": 16, "statistics_tokens": 256}}  # fmt: skip
     report = convert(Qwen3ForCausalLM(config).eval(), chosen, data=rows).report
-    assert not [row for row in report.quality.rows if row.role == "yardstick"]
-    assert any("peer care left out" in note and "key norm" in note for note in report.notes)
+    peers = [row.name for row in report.quality.rows if row.role == "yardstick"]
+    assert peers == ["care at 0.5 of the pairs, untrained"]
+    assert any("x-ecomla at 0.5" in note and "at most 8" in note for note in report.notes)
 
 
 def test_only_presets_of_mla_are_peers() -> None:

@@ -21,6 +21,13 @@ class StreamNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if config.gain else None
         self.bias = nn.Parameter(torch.zeros(width)) if config.bias else None
 
+    def size(self, x: Tensor) -> Tensor:
+        """What the last axis is divided by, float64."""
+        wide = x.double()
+        if self.config.kind == "layer":
+            wide = wide - wide.mean(-1, keepdim=True)
+        return (wide.square().mean(-1) + self.config.eps).sqrt()
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
         wide = x if x.dtype == torch.float64 else x.float()

@@ -97,7 +97,7 @@ def sized(
     given = {k: v for k, v in given.items() if k not in ("kv_keep", "sites", "to")}
     given |= {"qk_rope_head_dim": rope, "kv_lora_rank": 1, "allow_growth": True}
     rank = full_rank(config, MlaOptions(**given), rope)
-    return {"sites": "*", "to": "mla", **given, "kv_lora_rank": rank}
+    return {"sites": "*", "to": "mla", **given, "kv_lora_rank": max(1, rank)}  # 0: refused below
 
 
 def _chosen(found: FoundAttention, rules: list[dict[str, Any]]) -> list[Choice]:

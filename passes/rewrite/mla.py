@@ -84,11 +84,6 @@ class ToMla(Conversion):
             config.hidden_size, config.core.heads * config.core.qk_head_dim
         ):
             return Refusal(f"q_lora_rank {options.q_lora_rank} is larger than the query's rank")
-        if options.latent in ("svd", "care") and config.k.norm is not None:
-            return Refusal(
-                f"latent: {options.latent} reads key weights, and a key norm follows them here; "
-                "use latent: output or pca"
-            )
         turned = 2 * config.rotary.pairs if config.rotary else config.core.qk_head_dim
         if options.rope_select == "mean-key" and turned != config.core.qk_head_dim:
             return Refusal("rope_select: mean-key is not defined for partial rotary")

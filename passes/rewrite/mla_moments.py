@@ -3,7 +3,7 @@
 `pca`: as calibrated. `output`: weighted by what errors of the scores with each token cost. `care`
 (FutureMLS-Lab/CARE): W S^2 W^T with S = (1 - l) C^(1/2) + l I for the input covariance C, scaled
 to mean diagonal 1; l = 0 is `pca` up to a factor. `svd` (MHA2MLA, X-EcoMLA): W W^T, no data.
-W = [W_K; W_V].
+W = [W_K; W_V]; a norm behind the key projection counts at its mean size (`key_weight`, ours).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def latent_moment(
     """Moment of y and the mean it is about (zero uncentred), [Y, Y] and [Y]."""
     zero = torch.zeros_like(statistics.total)
     if options.latent in ("care", "svd"):
-        weight = torch.cat([dense.k_proj.weight, dense.v_proj.weight]).detach().double().cpu()
+        values = dense.v_proj.weight.detach().double().cpu()
+        weight = torch.cat([key_weight(dense, statistics), values])
         if options.latent == "care":
             weight = weight @ shrunk_root(statistics, options.shrunk)
         return weight @ weight.t(), zero
@@ -41,6 +42,28 @@ def latent_moment(
         cross = torch.outer(total / count, mean)
         return gram / count - cross - cross.t() + torch.outer(mean, mean), mean
     return gram / count - torch.outer(mean, mean), mean
+
+
+def key_weight(dense: DenseAttention, statistics: SiteStatistics) -> Tensor:
+    """The linear map from the block's input to its unrotated keys, [G d, D].
+
+    A norm is not linear; in its place stands division by its mean size over the calibration
+    tokens, and its gain. What the norm adds to every key alike, its bias and that of the
+    projection, is left out as elsewhere: softmax does not see it in keys that are not rotated.
+    """
+    weight: Tensor = dense.k_proj.weight.detach().double().cpu()
+    norm = dense.k_norm
+    if norm is None:
+        return weight
+    assert statistics.key_sizes is not None
+    size = statistics.key_sizes / max(statistics.count, 1)
+    each: Tensor = weight.unflatten(0, (len(size), -1))
+    if norm.config.kind == "layer":
+        each = each - each.mean(1, keepdim=True)
+    each = each / size[:, None, None]
+    if norm.weight is not None:
+        each = each * (norm.weight.detach().double().cpu() + norm.config.gain_offset)[:, None]
+    return each.flatten(0, 1)
 
 
 def shrunk_root(statistics: SiteStatistics, shrinkage: float) -> Tensor:
