@@ -11,6 +11,7 @@ import torch
 from reattend.data import Dataset, load_data, self_data
 from reattend.data_text import BLOCK_BYTES, pieces_of_path
 from reattend.errors import DataError
+from reattend.held_out import read_held_out
 from reattend.host import beside
 from reattend.inputs import is_hf
 from reattend.plan import Plan
@@ -27,14 +28,17 @@ HELD_ROWS, HELD_SHARE = 16, 8
 class Materials:
     """Datasets by use; None where a run does not need one.
 
-    `fingerprint` identifies the data in the run's fingerprint; `own` marks sequences sampled
-    from the model itself.
+    `recall` are rows for the recall probes, where they are not those of `held_out`. `fingerprint`
+    identifies the data in the run's fingerprint; `own` marks sequences sampled from the model
+    itself, `apart` that `held_out` is a text of its own.
     """
 
     statistics: Dataset | None = None
     training: Dataset | None = None
     held_out: Dataset | None = None
+    recall: Dataset | None = None
     own: bool = False
+    apart: bool = False
     fingerprint: str = "none"
     notes: list[str] = field(default_factory=list)
 
@@ -43,7 +47,8 @@ class Materials:
         """Rows of real data, those held back included; None where there are none."""
         if self.own or self.training is None:
             return None
-        return self.training.rows + (0 if self.held_out is None else self.held_out.rows)
+        held = 0 if self.held_out is None or self.apart else self.held_out.rows
+        return self.training.rows + held
 
 
 def check_data(plan: Plan, data: Any) -> None:
@@ -58,6 +63,8 @@ def check_data(plan: Plan, data: Any) -> None:
         _refuse_own(plan)
     elif isinstance(chosen, str | Path):
         next(pieces_of_path(chosen), None)
+    if plan.verify.data is not None:
+        next(pieces_of_path(plan.verify.data), None)
 
 
 def text_block(plan: Plan, data: Any) -> int:
@@ -81,6 +88,19 @@ def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: 
     Raises:
         DataError: training or a gate needs real data, or none can be made.
     """
+    materials = _given(source, plan, data, seed, needed)
+    if plan.verify.data is not None and is_hf(source.model):
+        apart = read_held_out(source, plan, seed)
+        for rows in filter(None, (apart.rows, apart.recall)):
+            check_ids(rows, source.model)
+            check_length(rows, source.model)
+        materials.held_out, materials.recall, materials.apart = apart.rows, apart.recall, True
+        materials.fingerprint += "+" + apart.fingerprint
+    return materials
+
+
+def _given(source: Source, plan: Plan, data: Any, seed: int, needed: bool) -> Materials:
+    """All but the text of `verify.data`, in whose favour no row is held back."""
     settings = plan.calibrate
     if data is None and settings.data not in (None, "self"):
         data = settings.data
@@ -107,11 +127,13 @@ def load_materials(source: Source, plan: Plan, data: Any, *, seed: int, needed: 
         check_runs(whole, source.model)
         materials.statistics = materials.training = whole
         return materials
-    held, rest = split(whole, min(HELD_ROWS, whole.rows // HELD_SHARE))
+    back = 0 if plan.verify.data is not None else min(HELD_ROWS, whole.rows // HELD_SHARE)
+    held, rest = split(whole, back) if back else (None, whole)
     materials.training = rest
     materials.statistics = head(rest, max(1, settings.statistics_tokens // settings.seq_len))
-    materials.held_out = held if held.rows and is_hf(source.model) else None
-    if materials.held_out is None and plan.verify.gates:
+    measured = is_hf(source.model)
+    materials.held_out = held if measured else None
+    if plan.verify.gates and not (measured and (held or plan.verify.data)):
         raise DataError(
             "the data is too short to hold rows back for the plan's gates",
             why=f"{whole.rows} rows of {settings.seq_len} tokens; {HELD_SHARE} or more are needed",
@@ -209,7 +231,7 @@ def _own(source: Source, plan: Plan, seed: int, needed: bool) -> Materials:
 
 
 def _refuse_own(plan: Plan) -> None:
-    if plan.calibrate.trains or plan.verify.gates:
+    if plan.calibrate.trains or (plan.verify.gates and plan.verify.data is None):
         what = "training needs" if plan.calibrate.trains else "the plan's verify gates need"
         raise DataError(
             f"{what} real text",

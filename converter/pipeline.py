@@ -172,8 +172,9 @@ class Job:
         """
         source, example = self.source, self.example
         subject = Subject(
-            self.plan, self.seed, source, self.found, self.choices, self.done, self.materials
-        )
+            self.plan, self.seed, source, self.found, self.choices, self.done, self.materials,
+            self.work, lambda what: self._tell("verify", message=what),
+        )  # fmt: skip
         evidence = self._stage("verify", lambda: gather(subject, example, inplace=self.inplace))
         evidence.stages = self.stages
         report = build_report(subject, evidence)

@@ -12,6 +12,7 @@ from reattend.plan_text import Section
 Stage = Literal["layerwise", "end-to-end"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Peer = Literal["transmla", "transmla-paper", "mha2mla", "x-ecomla", "care"]
+GATES = ("max_ppl_increase", "min_top1", "min_recall", "max_kl")
 
 
 class Calibrate(Section):
@@ -88,6 +89,10 @@ class Verify(Section):
             the same statistics and untrained (no gate).
         peer_keep: the peers at these shares of those sites' caches instead: a table of presets.
         peer_pairs: and with these shares of the rotary pairs, everything else kept.
+        data: text to measure on, as `calibrate.data`; None: rows held back from the data given.
+        rows: how many rows of that text, evenly spaced, of `calibrate.seq_len` tokens.
+        recall_tokens: tokens of the rows of that text that recall is measured on, as many tokens in
+            all; None: the same rows.
     """
 
     max_ppl_increase: Annotated[float, Field(ge=0)] | None = None
@@ -98,11 +103,14 @@ class Verify(Section):
     peers: tuple[Peer, ...] = ()
     peer_keep: tuple[Share, ...] = ()
     peer_pairs: tuple[Share, ...] = ()
+    data: str | None = None
+    rows: Annotated[int, Field(ge=1)] = 16
+    recall_tokens: Annotated[int, Field(ge=2)] | None = None
 
     @property
     def gates(self) -> dict[str, float]:
         """The gates that are set, by name."""
-        limits = self.model_dump(exclude={"yardsticks", "peers", "peer_keep", "peer_pairs"})
+        limits = self.model_dump(include=set(GATES))
         return {name: value for name, value in limits.items() if value is not None}
 
     @property
@@ -110,8 +118,15 @@ class Verify(Section):
         """How many models `peers` asks for."""
         return len(self.peers) * max(1, len(self.peer_keep) + len(self.peer_pairs))
 
+    @property
+    def sized(self) -> bool:
+        """Whether peers are asked for at sizes of their own."""
+        return bool(self.peer_keep or self.peer_pairs)
+
     def contradiction(self) -> str:
         """See `Section`."""
         if not self.peers and (self.peer_keep or self.peer_pairs):
             return "peer_keep and peer_pairs are sizes of peers: name some under peers"
+        if self.data is None and (self.recall_tokens or "rows" in self.model_fields_set):
+            return "rows and recall_tokens are of the text to measure on: name it under data"
         return ""

@@ -96,8 +96,10 @@ def row_length(plan: Plan, rows: int | None) -> int:
     return OWN_LENGTH if rows is None else plan.calibrate.seq_len
 
 
-def held_rows(rows: int | None) -> int:
-    """Rows held back to measure on."""
+def held_rows(plan: Plan, rows: int | None) -> int:
+    """Rows that are measured on: of the plan's own text, or held back."""
+    if plan.verify.data is not None:
+        return plan.verify.rows
     return 0 if rows is None else min(HELD_ROWS, rows // HELD_SHARE)
 
 
@@ -155,7 +157,8 @@ def memory(
         trained = _training(sizes, converted, batch, plan)
         found |= {name: base + TRAINING + grown for name, grown in trained.items()}
         base += TRAINING
-    measuring = _verifying(sizes, held_rows(rows), calibrate.seq_len, generates)
+    longest = max(calibrate.seq_len, plan.verify.recall_tokens or 0)
+    measuring = _verifying(sizes, held_rows(plan, rows), longest, generates)
     if plan.verify.peers and rows is not None:
         peers = new + sum(peer_bytes(c) for c in converted)
         measuring = peers + max(measuring, running + tokens, solving_bytes(width))

@@ -30,7 +30,8 @@ TRAINING_PASSES = {"layerwise": 2.0, "end-to-end": 4.5}
 def statistics_tokens(plan: Plan, rows: int | None) -> int:
     """How many are read for statistics; `rows` of data, None where the model samples its own."""
     seq_len = row_length(plan, rows)
-    given = OWN_ROWS if rows is None else rows - held_rows(rows)
+    back = 0 if plan.verify.data is not None else held_rows(plan, rows)
+    given = OWN_ROWS if rows is None else rows - back
     return min(given * seq_len, max(plan.calibrate.statistics_tokens, seq_len))
 
 
@@ -81,15 +82,15 @@ def seconds(
         slower = min(2.0, max(1.0, speed(dtype) / rates.float32))
         for name, budget in budgets(calibrate).items():
             found[name] = TRAINING_PASSES[name] * forward * slower * budget
-    passes = MEASURING_PASSES * held_rows(rows) * seq_len * forward
+    passes = MEASURING_PASSES * held_rows(plan, rows) * seq_len * forward
     found["verify"] = passes + 4 * 8 * max(single, 3 * forward) + 6 * step
     if plan.verify.peers and rows is not None:
         found["verify"] += found["statistics"] + plan.verify.peer_rows * (
-            MEASURING_PASSES * held_rows(rows) * seq_len * forward / 2 + added["rewrite"]
+            MEASURING_PASSES * held_rows(plan, rows) * seq_len * forward / 2 + added["rewrite"]
         )
     if any(c.conversion and c.conversion.decodes_apart(c.options) for c in converted):
         step = 2 * max(single, STEPPED_ROWS * forward)
-        batches = -(-held_rows(rows) // STEPPED_ROWS)
+        batches = -(-held_rows(plan, rows) // STEPPED_ROWS)
         found["verify"] += STEPPED_PASSES * batches * seq_len * step
     found["publish"] = 1.0 + sizes.weights / 2e8
     return found

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from reattend.data import Dataset
 from reattend.finder import AttentionSite
 from reattend.install.graph import LACKS
 from reattend.materials import Materials
@@ -62,15 +63,24 @@ def build_report(subject: Subject, evidence: Evidence) -> Report:
         if not evidence.rows
         else Quality(
             rows=tuple(evidence.rows),
+            peers=tuple(evidence.peers),
             data=data.description if data is not None else "",
             tokens=data.tokens if data is not None else None,
             context=subject.plan.calibrate.seq_len,
+            recall_data=_length(materials.recall),
         ),
         calibration=_calibration(materials, evidence),
         gates=tuple(evidence.gates),
         provenance=_provenance(source, subject.plan, materials, subject.seed),
         notes=(*materials.notes, *evidence.notes),
     )
+
+
+def _length(rows: Dataset | None) -> str:
+    if rows is None:
+        return ""
+    count, length = rows.packed[0].shape
+    return f"{count} x {length} tokens of the same text"
 
 
 def _unique(path: str, number: int) -> str:

@@ -62,6 +62,7 @@ SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"verify": {"min_top1": 2}}, "min_top1 must be a number >= 0 and <= 1 or null, got 2"),
     ({"verify": {"yardsticks": "perhaps"}}, "yardsticks must be true or false, got 'perhaps'"),
     ({"verify": {"peer_keep": [0.5]}}, "sizes of peers: name some under peers"),
+    ({"verify": {"rows": 4}}, "of the text to measure on: name it under data"),
     ({"calibrate": {"loss": "lm", "stages": ["layerwise"]}}, "write stages: [end-to-end]"),
     ({"on_refusal": "maybe"}, "on_refusal must be error or keep, got 'maybe'"),
     ({"targets": "onnx"}, "targets must be a list of a text or a mapping, got 'onnx'"),

@@ -46,15 +46,33 @@ class QualityRow(Part):
     recall: dict[str, Number] = Field(
         default_factory=dict, description="accuracy by task: copy, passkey, multi_key"
     )
+    gain: dict[str, Number] = Field(
+        default_factory=dict,
+        description="nats per token that having seen it before is worth, by task",
+    )
+
+
+class PeerCell(Part):
+    """Another preset at one size, untrained: what was measured, or why it was not made."""
+
+    preset: str = Field(min_length=1)
+    size: str = Field(min_length=1, description="for example `25 %` (cache) or `1/4 of pairs`")
+    refused: str = Field(default="", description="why there is no such model")
+    widths: tuple[tuple[int, int], ...] = Field(
+        default=(), description="rotary width and latent rank of every site"
+    )
+    row: QualityRow | None = None
 
 
 class Quality(Part):
     """The quality table. The last row of role `converted` is the model that was published."""
 
     rows: tuple[QualityRow, ...] = Field(min_length=1)
+    peers: tuple[PeerCell, ...] = Field(default=(), description="presets by sizes, in this order")
     data: str = Field(default="", description="name of the held-out text; never a path")
     tokens: int | None = Field(default=None, ge=0, description="tokens measured")
     context: int | None = Field(default=None, ge=1, description="tokens per sequence")
+    recall_data: str = Field(default="", description="where recall has rows of its own")
 
     def last(self, role: Role) -> QualityRow | None:
         """The last row of `role`, or None."""

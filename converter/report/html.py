@@ -19,6 +19,7 @@ from reattend.report import evidence_tables, site_tables, svg
 from reattend.report.headline import MARKS, headline
 from reattend.report.model import Report
 from reattend.report.part import dumps
+from reattend.report.peer_table import peers_table
 from reattend.report.plots import all_plots
 
 
@@ -35,6 +36,7 @@ def to_html(report: Report) -> str:
         "sites": site_tables.sites_table(report),
         "cost": site_tables.cost_table(report),
         "quality": evidence_tables.quality_table(report.quality) if report.quality else None,
+        "peers": peers_table(report.quality) if report.quality else None,
         "parity": evidence_tables.parity_table(report),
         "calibration": evidence_tables.calibration_table(report),
         "every_site": site_tables.all_sites_table(report),

@@ -13,6 +13,7 @@ from reattend.report import evidence_tables, site_tables
 from reattend.report.headline import MARKS, headline
 from reattend.report.model import Report
 from reattend.report.part import dumps
+from reattend.report.peer_table import peers_table
 from reattend.report.table import Table
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -57,6 +58,7 @@ def to_markdown(report: Report) -> str:
     calibration = report.calibration
     sections = (
         ("Quality", evidence_tables.quality_table(report.quality) if report.quality else None),
+        ("Presets beside it", peers_table(report.quality) if report.quality else None),
         ("Gates", evidence_tables.gates_table(report)),
         ("What was done", site_tables.sites_table(report)),
         ("Cost", site_tables.cost_table(report)),
@@ -79,9 +81,14 @@ def to_markdown(report: Report) -> str:
 
 
 def _table(table: Table) -> list[str]:
+    return [f"*{text(table.caption)}*", "", *grid(table)]
+
+
+def grid(table: Table) -> list[str]:
+    """The lines of a table without its caption."""
     heads = [text(c.head + (f" ({c.unit})" if c.unit else "")) for c in table.columns]
     rules = ["---:" if c.kind == "number" else "---" for c in table.columns]
-    lines = [f"*{text(table.caption)}*", "", _row(heads), "|" + "|".join(rules) + "|"]
+    lines = [_row(heads), "|" + "|".join(rules) + "|"]
     for index, row in enumerate(table.rows):
         cells = [
             code(cell) if column.kind == "code" else text(cell)
@@ -89,6 +96,9 @@ def _table(table: Table) -> list[str]:
         ]
         if index in table.marked:
             cells[0] = f"**{cells[0]}**"
+        for column in range(len(cells)):
+            if (index, column) in table.strong:
+                cells[column] = f"**{cells[column]}**"
         lines.append(_row(cells))
     return lines
 

@@ -151,7 +151,7 @@ class Report(Part):
                     name
                 ]:  # written where there are any: files from before keep their bytes
                     del site[name]
-        return dumps(data)
+        return dumps(_without_new(data))
 
     def to_markdown(self) -> str:
         """The report as GitHub Markdown, without plots."""
@@ -175,6 +175,20 @@ class Report(Part):
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema of `report.json`; the committed copy is `schema-1.json`."""
         return cls.model_json_schema(by_alias=True, mode="serialization")
+
+
+def _without_new(data: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `quality` that are younger than the schema are written where they say something."""
+    quality = data["quality"]
+    if quality is None:
+        return data
+    rows = [row if row["gain"] else _less(row, "gain") for row in quality["rows"]]
+    empty = [name for name in ("peers", "recall_data") if not quality[name]]
+    return {**data, "quality": {**_less(quality, *empty), "rows": rows}}
+
+
+def _less(data: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in names}
 
 
 def _total(values: Iterable[float]) -> float | None:

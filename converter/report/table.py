@@ -22,12 +22,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Caption, columns, rows of text; `marked` rows are the model that was published."""
+    """Caption, columns, rows of text.
+
+    `marked` rows are the model that was published, `strong` cells (row, column) the best of theirs.
+    """
 
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     marked: frozenset[int] = frozenset()
+    strong: frozenset[tuple[int, int]] = frozenset()
 
 
 def table(

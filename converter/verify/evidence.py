@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from reattend.inputs import is_hf
-from reattend.report.evidence import Gate, ParityCheck, QualityRow
+from reattend.report.evidence import Gate, ParityCheck, PeerCell, QualityRow
 from reattend.verify.balance import head_use
 from reattend.verify.bounds import block_bounds
 from reattend.verify.gates import check_gates
@@ -28,6 +28,7 @@ class Evidence:
     used: dict[str, tuple[float, ...]] = field(default_factory=dict)
     parity: list[ParityCheck] = field(default_factory=list)
     rows: list[QualityRow] = field(default_factory=list)
+    peers: list[PeerCell] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     stages: list[StageResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -55,6 +56,6 @@ def gather(subject: Subject, inputs: dict[str, Any] | None, *, inplace: bool = F
         parity.append(exact_check(original, converted, sample))
     if is_hf(original):
         parity += decode_checks(original, converted, subject.seed)
-    rows, notes = measured_rows(subject)
+    rows, peers, notes = measured_rows(subject)
     gates = check_gates(plan.verify, rows)
-    return Evidence(errors, bounds, used, parity, rows, gates, notes=notes)
+    return Evidence(errors, bounds, used, parity, rows, peers, gates, notes=notes)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reattend.at_once import one_pass, spans, stretches
 from reattend.data import Dataset
 from reattend.errors import DataError, GateError
+from reattend.report.evidence import QualityRow, Role
 from reattend.verify.recall import RecallScore, probes, score
 from reattend.verify.scoring import Scorer, cached_scorer, full_scorer, token_nll
 
@@ -59,6 +60,16 @@ class Quality:
             "seed": self.seed,
             "data": self.data,
         }
+
+
+def row_of(name: str, role: Role, quality: Quality, cache_bytes: int) -> QualityRow:
+    """As it stands in a report."""
+    return QualityRow(
+        name=name, role=role, cache_bytes_per_token=cache_bytes, ppl=quality.perplexity,
+        kl=quality.kl, top1=quality.top1,
+        recall={task: score.accuracy for task, score in quality.recall.items()},
+        gain={task: score.gain for task, score in quality.recall.items()},
+    )  # fmt: skip
 
 
 def mean_loss(

@@ -10,22 +10,22 @@ from torch import nn
 from reattend.at_once import rows_at_once
 from reattend.errors import ReattendError
 from reattend.materials import Materials
-from reattend.report.evidence import QualityRow
+from reattend.report.evidence import PeerCell, QualityRow
 from reattend.verify.parity import by_call, decodes_apart
 from reattend.verify.peers import measured_peers
-from reattend.verify.quality import Quality, measure
+from reattend.verify.quality import measure, row_of
 from reattend.verify.recall import lacking
 from reattend.verify.scoring import cached_scorer
 from reattend.verify.subject import Subject
 from reattend.verify.yardsticks import Yardstick, quantised_cache, sliding_window
 
 
-def measured_rows(subject: Subject) -> tuple[list[QualityRow], list[str]]:
-    """Rows measured on the text that was held back (none without it), and notes.
+def measured_rows(subject: Subject) -> tuple[list[QualityRow], list[PeerCell], list[str]]:
+    """Rows measured on the text that was held back (none without it), presets by sizes, and notes.
 
     With `verify.yardsticks` also what the original does at about the same cache bytes without any
     conversion: a sliding window, an int8 and an int4 cache; with `verify.peers` what other presets
-    make of the same sites.
+    make of the same sites, at the plan's size as further rows, at sizes of their own as cells.
     """
     source, choices, plan = subject.source, subject.choices, subject.plan
     converted, materials = subject.done.model, subject.materials
@@ -43,11 +43,12 @@ def measured_rows(subject: Subject) -> tuple[list[QualityRow], list[str]]:
             else "quality is that of one pass"
         )
     if data is None:
-        return [], notes
-    ids, mask = data.packed
+        return [], [], notes
+    ids, mask = (materials.recall or data).packed
     lacks = lacking(ids[mask.bool().all(-1)])
     settings: dict[str, Any] = {
         "seed": subject.seed,
+        "recall_data": materials.recall,
         "with_recall": not lacks,
         "batch_size": rows_at_once(source.model, ids.shape[1], most=8),
     }
@@ -57,28 +58,26 @@ def measured_rows(subject: Subject) -> tuple[list[QualityRow], list[str]]:
     before = size * sum(c.before.cache for c in choices)
     after = size * sum(c.after.cache for c in choices)
     rows = [
-        _row("original", "original", original, before),
-        _row("converted", "converted", ours, after),
+        row_of("original", "original", original, before),
+        row_of("converted", "converted", ours, after),
     ]
     if stepwise:
         decoding = cached_scorer(converted, chunk=1)
         stepped = measure(converted, data, source.model, scorer=decoding, **settings)
-        rows.append(_row("converted, token by token", "converted", stepped, after))
+        rows.append(row_of("converted, token by token", "converted", stepped, after))
     if lacks:
         notes.append(f"recall was not measured on the text held back: {lacks}")
     if plan.verify.yardsticks and after < before:
         more, why = _yardstick_rows(source.model, materials, after / before, size, settings)
         rows, notes = rows + more, notes + why
-    changed = [c for c in choices if c.action == "converted"]
+    cells: list[PeerCell] = []
     if plan.verify.peers and materials.statistics is not None:
-        same = after - size * sum(c.after.cache for c in changed)
-        made, why = measured_peers(
-            source, subject.found, changed, plan.verify, materials, plan.calibrate.batch_size,
-            settings,
-        )  # fmt: skip
-        rows += [_row(f"{n}, untrained", "yardstick", q, same + size * held) for n, q, held in made]
-        notes = notes + why
-    return rows, notes
+        cells = measured_peers(subject, settings)
+    if not plan.verify.sized:
+        rows += [cell.row for cell in cells if cell.row is not None]
+        notes = [*notes, *(f"peer {c.preset} left out: {c.refused}" for c in cells if c.refused)]
+        cells = []
+    return rows, cells, notes
 
 
 def _yardstick_rows(
@@ -106,13 +105,5 @@ def _yardstick_rows(
         except ReattendError as problem:
             notes.append(f"yardstick {name} left out: {problem.what}")
             continue
-        rows.append(_row(stick.name, "yardstick", quality, round(stick.cache_bytes_per_token)))
+        rows.append(row_of(stick.name, "yardstick", quality, round(stick.cache_bytes_per_token)))
     return rows, notes
-
-
-def _row(name: str, role: Any, quality: Quality, cache_bytes: int) -> QualityRow:
-    return QualityRow(
-        name=name, role=role, cache_bytes_per_token=cache_bytes, ppl=quality.perplexity,
-        kl=quality.kl, top1=quality.top1,
-        recall={task: score.accuracy for task, score in quality.recall.items()},
-    )  # fmt: skip

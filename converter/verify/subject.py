@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from reattend.finder import FoundAttention
@@ -10,6 +11,7 @@ from reattend.plan import Plan
 from reattend.preflight import Choice
 from reattend.rewriting import Rewritten
 from reattend.source import Source
+from reattend.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Subject:
         choices: what happened to every site.
         done: the converted model.
         materials: the data that was read, and what was held back.
+        work: where what takes long is kept for a run that continues; None keeps nothing.
+        tell: told of what is being measured.
     """
 
     plan: Plan
@@ -33,3 +37,5 @@ class Subject:
     choices: list[Choice]
     done: Rewritten
     materials: Materials
+    work: Workdir | None = None
+    tell: Callable[[str], None] = lambda what: None
