@@ -32,7 +32,7 @@ from reattend.predict import Prediction, predict
 from reattend.preflight import Choice, check_inplace, choose, preflight
 from reattend.processes import is_main
 from reattend.reporting import build_report
-from reattend.rewriting import Rewritten, rewrite
+from reattend.rewriting import Rewritten, normal_forms, rewrite
 from reattend.runlog import RunLog
 from reattend.source import Source, open_source
 from reattend.statistics import SiteStatistics
@@ -161,6 +161,7 @@ class Job:
             seed=self.seed if settings.seed is None else settings.seed, workdir=self.work,
             inputs_hash=digest([self.source.state, *fixed]), on_event=self.on_event,
             around=self.log.stage,
+            originals=lambda model: normal_forms(model, self.choices),
         )  # fmt: skip
         self.log.reused(*(s.name for s in self.stages if s.reused))
 

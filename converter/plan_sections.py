@@ -11,6 +11,7 @@ from reattend.plan_text import Section
 
 Stage = Literal["layerwise", "end-to-end"]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Relation = Literal["q", "k", "v"]
 Peer = Literal["transmla", "transmla-paper", "mha2mla", "x-ecomla", "care"]
 GATES = ("max_ppl_increase", "min_top1", "min_recall", "max_kl")
 
@@ -32,6 +33,11 @@ class Calibrate(Section):
         loss: `distill`, the distance to the original, or `lm`, the next-token loss of the text
             (TransMLA's way; end-to-end only, because a block alone has no next token).
         lora_rank: train LoRA factors of this rank in place of full weights; None: full weights.
+        relations: `layerwise` also compares how queries (`q`), keys (`k`) or values (`v`) of tokens
+            relate to one another, as MiniLM does; for blocks that keep heads of their own.
+        relation_weight: of their divergence, in nats per token, beside the relative squared error.
+        relation_heads: into how many heads all numbers of a stream are cut for it; None: as many
+            as leave the heads of both sides whole.
     """
 
     tokens: Annotated[int, Field(ge=0)] = 0
@@ -44,6 +50,9 @@ class Calibrate(Section):
     statistics_tokens: Annotated[int, Field(ge=1)] = 65536
     loss: Literal["distill", "lm"] = "distill"
     lora_rank: Annotated[int, Field(ge=1)] | None = None
+    relations: tuple[Relation, ...] = ()
+    relation_weight: Annotated[float, Field(gt=0)] = 0.1
+    relation_heads: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +76,10 @@ class Calibrate(Section):
         """See `Section`."""
         if self.loss == "lm" and "layerwise" in self.stages:
             return "loss: lm has no layerwise stage; write stages: [end-to-end]"
+        if self.relations and "layerwise" not in self.stages:
+            return "relations are compared block by block: list layerwise among the stages"
+        if len(set(self.relations)) < len(self.relations):
+            return "a stream is listed twice under relations"
         return ""
 
     @property

@@ -21,6 +21,7 @@ from reattend.at_once import (
     vocabulary_of,
     without_logits,
 )
+from reattend.calibrate.relations import CHUNK
 from reattend.divergence import ROWS
 from reattend.materials import HELD_ROWS, HELD_SHARE
 from reattend.plan import Plan
@@ -194,6 +195,8 @@ def _training(sizes: Sizes, converted: list[Choice], batch: int, plan: Plan) -> 
     trained = size * sum(c.after.parameters for c in converted)
     block = max(c.before.cache + 4 * c.config.hidden_size for c in converted)
     alone = batch * size * (3 * sizes.widest + 2 * block)
+    if plan.calibrate.relations:  # queries, keys and values of both sides, with gradients
+        alone += size * (6 * batch * block + 4 * CHUNK * plan.calibrate.seq_len)
     logits = size * batch * sizes.vocabulary
     row = size * plan.calibrate.seq_len * sizes.vocabulary
     kept = size * batch * (sizes.saved + sizes.layers * sizes.hidden)

@@ -100,7 +100,7 @@ def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
     assigned = plan.assign(paths)
     longest = longest_text(found.capture.model)
     choices = [_choose(s, assigned[s.path], *layers[s.path], longest) for s in found.sites]
-    return _units(choices)
+    return _units(_related(choices, plan))
 
 
 def enforce(choices: list[Choice], plan: Plan) -> None:
@@ -200,6 +200,22 @@ def _shared(site: AttentionSite, wanted: list[str]) -> Refusal | None:
     if site.region.handed:
         return Refusal(f"other blocks read its keys and values, which `to: {other}` does not keep")
     return None
+
+
+def _related(choices: list[Choice], plan: Plan) -> list[Choice]:
+    """Refuse the sites that `calibrate.relations` cannot compare."""
+    if not plan.calibrate.relations:
+        return choices
+    from reattend.calibrate.relations import unrelated
+
+    for choice in choices:
+        if choice.conversion is None:
+            continue
+        after = choice.conversion.outcome(choice.config, choice.options)
+        why = unrelated(plan.calibrate, choice.config, after)
+        if why is not None:
+            choice.action, choice.conversion, choice.reason = "refused", None, why
+    return choices
 
 
 def _units(choices: list[Choice]) -> list[Choice]:

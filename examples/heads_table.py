@@ -35,12 +35,21 @@ ROWS: dict[str, linear_table.Row] = {
 }
 
 
+#: MiniLM's relations beside the blocks' outputs, with the weights tried
+RELATIONS: dict[str, dict[str, Any]] = {
+    "1 of 2 KV heads, joint": {"relations": ["q", "k", "v"]},
+    "1 of 2 KV groups pruned": {"relations": ["q", "k", "v"]},
+}
+ROWS |= {f"{name}, relations": ({"sites": "*", **RULES[name]}, TRAINED, BOTH) for name in RELATIONS}
+
+
 class Campaign(linear_table.Campaign):
     """Rows that say how many parameters the model has."""
 
     def row(self, name: str) -> dict[str, Any]:
         """One row."""
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.more = RELATIONS[name.removesuffix(", relations")] if ", relations" in name else {}
         found = super().row(name)
         return {"parameters": self.parameters, **found}
 

@@ -44,6 +44,7 @@ class Campaign:
         from reattend.data import load_data
 
         self.args, self.rows = args, rows
+        self.more: dict[str, Any] = {}  # of the plan's calibrate section
         self.model, tokenizer = campaign.opened(args)
         read = {"tokenizer": tokenizer, "seq_len": TOKENS, "seed": args.seed}
         self.text = load_data(args.model / "heldout.txt", **read).take(args.rows)
@@ -83,6 +84,7 @@ class Campaign:
 
         rule = Plan.load(asked).rules[0].to_dict() if isinstance(asked, str) else asked
         calibrate = {"tokens": tokens, "stages": stages, "seq_len": TOKENS, "batch_size": 4}
+        calibrate |= self.more
         plan = {"rules": [rule], "calibrate": calibrate}
         made = convert(self.model, plan=plan, data=self.calibration.packed[0], seed=self.args.seed)
         told = made.report.calibration.stages if made.report.calibration is not None else ()

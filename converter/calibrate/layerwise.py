@@ -7,10 +7,12 @@ and drops its activations, so memory holds one block's activations at a time. Th
 independent (gradient, clipping and AdamW are their own); only the teacher's pass is shared, and
 so paid once instead of once per site. In exchange a checkpoint holds all sites at one step, and
 resuming continues all of them. The teacher stops after its last site: no logits are formed.
+Where the plan asks for relations (`relations.py`), they are added to what is trained.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from reattend.calibrate.losses import squared_error
 from reattend.calibrate.ranks import Ranks
+from reattend.calibrate.relations import Relations
 from reattend.calibrate.sites import (
     adapters,
     attention_output,
@@ -45,8 +48,9 @@ class Layerwise(Stage):
     floor: ClassVar[float] = 1e-10
     far: ClassVar[float] = 0.1
 
-    def __init__(self, working: Working, ranks: Ranks) -> None:
+    def __init__(self, working: Working, ranks: Ranks, relations: Relations | None = None) -> None:
         super().__init__(working, ranks)
+        self.relations = relations
         self.adapters = adapters(working.student, working.teacher)
         if not self.adapters:
             raise ArgumentError(
@@ -75,13 +79,22 @@ class Layerwise(Stage):
             if target is not None:
                 real = real_tokens(arguments, target, is_below(path, self.decoder))
                 finite_or_raise(target, path, real)
+                real = counted(real, target, silent)
+                relations = self.relations
+                heard = nullcontext() if relations is None else relations.listening(adapter.mixer)
                 with torch.enable_grad():
-                    y = attention_output(adapter.binding.output, adapter(*args, **kwargs))
+                    with heard:
+                        y = attention_output(adapter.binding.output, adapter(*args, **kwargs))
                     assert y is not None
-                    gap, size = squared_error(y, target, counted(real, target, silent))
+                    gap, size = squared_error(y, target, real)
                     total, norm = self.ranks.sum(gap, size)
                     scale = norm.clamp_min(torch.finfo(torch.float32).tiny).to(gap.dtype)
-                    self.backward(gap / scale, adapter, silent)
+                    asked = gap / scale
+                    if relations is not None:  # trained, not told: the loss is the output's alone
+                        apart, tokens = relations.loss(path, adapter.mixer, real)
+                        (tokens,) = self.ranks.sum(tokens)
+                        asked = asked + apart / tokens.clamp_min(1)
+                    self.backward(asked, adapter, silent)
                 loss = total.detach() / scale
                 losses[path] = losses[path] + loss if path in losses else loss
             seen += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -14,12 +14,14 @@ from reattend.calibrate.language_model import LanguageModel
 from reattend.calibrate.layerwise import Layerwise
 from reattend.calibrate.loop import Loop
 from reattend.calibrate.ranks import Ranks
+from reattend.calibrate.relations import Relations
 from reattend.calibrate.stage import Stage, StageResult
 from reattend.calibrate.stream import Stream
 from reattend.calibrate.working import Working, working_copies, write_back
 from reattend.data import Dataset
 from reattend.errors import ArgumentError, DataError
 from reattend.events import OnEvent
+from reattend.mixers.dense import DenseAttention
 from reattend.plan_sections import Calibrate
 from reattend.workdir import Workdir, digest
 
@@ -42,6 +44,7 @@ def calibrate(
     inputs_hash: str = "",
     on_event: OnEvent | None = None,
     around: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    originals: Callable[[nn.Module], Mapping[str, DenseAttention]] | None = None,
 ) -> list[StageResult]:
     """Train `student`, on its distance to `teacher` unless `settings.loss` says otherwise.
 
@@ -67,6 +70,7 @@ def calibrate(
         inputs_hash: hash of everything that decides teacher and student.
         on_event: told after every step; may raise to stop.
         around: what to enter around each stage, by its name.
+        originals: normal forms of a teacher's blocks by path; `settings.relations` needs them.
 
     Returns:
         One result per stage.
@@ -109,8 +113,7 @@ def calibrate(
             spent += budget
             with around(name):
                 working = working or _prepared(teacher, student, settings)
-                made = LanguageModel if settings.loss == "lm" else STAGES[name]
-                stage: Stage = made(working, ranks)
+                stage = _stage(name, settings, working, ranks, originals)
                 saver = Saver(workdir, name, digest([key, name, budget]))
                 loop = Loop(stage, stream, budget, settings.lr, saver, on_event, part)
                 results.append(loop.run(position))
@@ -122,6 +125,18 @@ def calibrate(
             merge(working)
     write_back(student, working)
     return results
+
+
+def _stage(
+    name: str, settings: Calibrate, working: Working, ranks: Ranks,
+    originals: Callable[[nn.Module], Mapping[str, DenseAttention]] | None,
+) -> Stage:  # fmt: skip
+    if name == "layerwise" and settings.relations:
+        if originals is None:
+            raise ArgumentError("relations need the original's blocks", where="originals")
+        return Layerwise(working, ranks, Relations(settings, originals(working.teacher)))
+    made = LanguageModel if settings.loss == "lm" else STAGES[name]
+    return made(working, ranks)
 
 
 def _prepared(teacher: nn.Module, student: nn.Module, settings: Calibrate) -> Working:
