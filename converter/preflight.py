@@ -100,7 +100,7 @@ def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
     assigned = plan.assign(paths)
     longest = longest_text(found.capture.model)
     choices = [_choose(s, assigned[s.path], *layers[s.path], longest) for s in found.sites]
-    return _units(_related(choices, plan))
+    return _joined(_units(_related(choices, plan)))
 
 
 def enforce(choices: list[Choice], plan: Plan) -> None:
@@ -215,6 +215,28 @@ def _related(choices: list[Choice], plan: Plan) -> list[Choice]:
         why = unrelated(plan.calibrate, choice.config, after)
         if why is not None:
             choice.action, choice.conversion, choice.reason = "refused", None, why
+    return choices
+
+
+def _joined(choices: list[Choice]) -> list[Choice]:
+    """Tell conversions whose blocks depend on one another who is in; they may refuse."""
+    rules: dict[int, list[Choice]] = {}
+    for choice in choices:
+        if choice.conversion is not None and choice.conversion.joins:
+            rules.setdefault(id(choice.rule), []).append(choice)
+    for group in rules.values():
+        chosen = group[0].conversion
+        assert chosen is not None
+        told = chosen.join([(c.site.path, c.config, c.options) for c in group])
+        if any(isinstance(options, Refusal) for options in told):  # none goes without the others
+            reason = next(options.reason for options in told if isinstance(options, Refusal))
+            for choice, options in zip(group, told, strict=True):
+                choice.action, choice.conversion = "refused", None
+                own = options.reason if isinstance(options, Refusal) else ""
+                choice.reason = own or f"it is built together with others: {reason}"
+        else:
+            for choice, options in zip(group, told, strict=True):
+                choice.options = options
     return choices
 
 

@@ -16,8 +16,9 @@ from reattend.inputs import is_hf
 from reattend.install.adapter import Adapter, install, replace_module
 from reattend.install.around import Around
 from reattend.install.graph import drop_unused, replace_region
+from reattend.install.stored import connect, installed
 from reattend.mixers.dense import DenseAttention
-from reattend.passes.rewrite.base import Built
+from reattend.passes.rewrite.base import Built, Subject
 from reattend.preflight import Choice
 from reattend.sharing import replacements, share_in_place
 from reattend.surround import filled
@@ -136,11 +137,17 @@ def rewrite(
         from reattend.targets.huggingface import keep_recording
 
         keep_recording(target, [c.site.path for c in converted if c.site.surrounding is not None])
+    together: dict[str, Built] = {}
     for number, choice in enumerate(converted, 1):
         path = choice.site.path
         assert choice.conversion is not None
         known = statistics.pop(path, None) if spend else statistics.get(path)
-        built = choice.conversion.build(forms.pop(path), known, choice.options)
+        if choice.conversion.joins:
+            if path not in together:
+                together |= _together(converted, choice, forms, statistics, known)
+            built = together.pop(path)
+        else:
+            built = choice.conversion.build(forms.pop(path), known, choice.options)
         del known
         if graph:
             assert capture is not None and isinstance(target, fx.GraphModule)
@@ -160,6 +167,7 @@ def rewrite(
         result.built[path] = built
         if progress is not None:
             progress(choice, number, len(converted))
+    connect(installed(target))
     if graph:
         assert isinstance(target, fx.GraphModule)
         drop_unused(target)
@@ -171,3 +179,30 @@ def rewrite(
 
         adopt(target)
     return result
+
+
+def _together(
+    converted: list[Choice],
+    first: Choice,
+    forms: dict[str, DenseAttention],
+    statistics: dict[str, Any],
+    known: Any,
+) -> dict[str, Built]:
+    """The mixers of all sites that are built with one of them, by path.
+
+    Args:
+        converted: every site that changes.
+        first: the one whose turn it is; `known` are its statistics, which may be out of the dict.
+        forms: normal forms by path; those that are used are taken out.
+        statistics: by path; the others' are left in, for their own turns.
+        known: see `first`.
+    """
+    assert first.conversion is not None
+    path = first.site.path
+    seen: Any = {**statistics, path: known}
+    subjects = [
+        Subject(p, forms.pop(p), seen.get(p), c.options)
+        for c in converted
+        if (p := c.site.path) == path or p in first.options.members
+    ]
+    return first.conversion.build_together(subjects)

@@ -43,6 +43,14 @@ RELATIONS: dict[str, dict[str, Any]] = {
 ROWS |= {f"{name}, relations": ({"sites": "*", **RULES[name]}, TRAINED, BOTH) for name in RELATIONS}
 
 
+#: of 6 layers; weights are saved, not the cache
+ROWS |= {
+    f"{atoms} atoms for 6 layers{told}": ({"sites": "*", "to": "masa", "atoms": atoms}, n, BOTH)
+    for told, n in ((", untrained", 0), ("", TRAINED))
+    for atoms in (5, 4, 3, 2)
+}
+
+
 class Campaign(linear_table.Campaign):
     """Rows that say how many parameters the model has."""
 

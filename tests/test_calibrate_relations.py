@@ -87,8 +87,9 @@ def test_heads_that_cannot_be_cut_are_refused() -> None:
 def test_a_plan_is_refused_where_there_is_nothing_to_compare() -> None:
     calibrate: dict[str, Any] = {"tokens": 100, "relations": ["v"]}
     rules = [{"sites": "*", "to": "mla", "kv_keep": 0.5}]
+    plan, text = {"rules": rules, "calibrate": calibrate}, torch.ones(2, 9).long()
     with pytest.raises(RefusedError, match="has not its own heads"):
-        convert(tiny_teacher(), plan={"rules": rules, "calibrate": calibrate})
+        convert(tiny_teacher(), plan=plan, data=text)
     with pytest.raises(PlanError, match="list layerwise"):
         Plan.load({"rules": rules, "calibrate": {**calibrate, "stages": ["end-to-end"]}})
 

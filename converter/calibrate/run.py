@@ -21,6 +21,7 @@ from reattend.calibrate.working import Working, working_copies, write_back
 from reattend.data import Dataset
 from reattend.errors import ArgumentError, DataError
 from reattend.events import OnEvent
+from reattend.mixers.base import Mixer
 from reattend.mixers.dense import DenseAttention
 from reattend.plan_sections import Calibrate
 from reattend.workdir import Workdir, digest
@@ -97,6 +98,14 @@ def calibrate(
             where="calibrate.stages",
             why="its blocks are spread over the processes, and layerwise needs them whole",
             next_step="calibrate with stages: [layerwise, end-to-end]",
+        )
+    tied = [m for m in student.modules() if isinstance(m, Mixer) and m.reads]
+    if ranks.sharded and tied:
+        raise ArgumentError(
+            "blocks that read other blocks cannot be trained under FSDP",
+            where=f"the one that reads {tied[0].reads}",
+            why="every block is gathered for its own call only",
+            next_step="train with ACCELERATE_USE_FSDP=false, or in one process",
         )
     stream = Stream(dataset, settings.batch_size, seed)
     results: list[StageResult] = []

@@ -13,7 +13,7 @@ from reattend.install.adapter import Adapter, install, replace_module
 from reattend.install.around import Around
 from reattend.install.binding import Binding
 from reattend.install.graph import GraphSite
-from reattend.mixers.base import build_mixer
+from reattend.mixers.base import Mixer, build_mixer
 
 FORMAT = 1
 
@@ -65,6 +65,7 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
 def install_empty(model: nn.Module, sites: list[dict[str, Any]]) -> None:
     """Put empty mixers where `sites` say; weights come from the checkpoint."""
     prefix = getattr(model, "base_model_prefix", "")
+    mixers: dict[str, Mixer] = {}
     for site in sites:
         path = local_path(model, site["path"], prefix)
         if path is None:
@@ -75,8 +76,43 @@ def install_empty(model: nn.Module, sites: list[dict[str, Any]]) -> None:
         except ValidationError as problem:
             said = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors()]
             raise _unreadable(site["path"], "; ".join(said[:3])) from problem
+        mixers[site["path"]] = mixer
         around = None if binding.around is None else Around(binding.around)
         replace_module(model, path, install(model.get_submodule(path), mixer, binding, around))
+    connect(mixers)
+
+
+def connect(mixers: Mapping[str, Mixer]) -> None:
+    """Let the blocks that read others find them.
+
+    Args:
+        mixers: of a model, by the path that checkpoints give its site.
+
+    Raises:
+        ModelError: one of them is not there.
+    """
+    for path, mixer in mixers.items():
+        if not mixer.reads:
+            continue
+        if mixer.reads not in mixers:
+            raise ModelError(
+                "a converted block reads another one, which is not there",
+                where=path,
+                why=f"it needs the block at {mixer.reads}",
+                next_step="load the whole model, or convert the blocks of its group together",
+            )
+        mixer.connect(mixers[mixer.reads])
+
+
+def installed(model: nn.Module) -> dict[str, Mixer]:
+    """Every mixer in place, by its site's path."""
+    found: dict[str, Mixer] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            found[path] = module.mixer
+        elif isinstance(module, GraphSite):
+            found[module.path] = module.mixer
+    return found
 
 
 def _unreadable(where: str, why: str) -> ModelError:

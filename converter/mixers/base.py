@@ -119,11 +119,7 @@ class Mixer(nn.Module, ABC):
     def forward(
         self, x_BND: Tensor, ctx: Context, state: State | None = None, memory_BMD: Any = None
     ) -> Tensor:
-        """[B, N, D] -> [B, N, out_features], or joined heads where the block has no projection.
-
-        Raises:
-            ArgumentError: a cross-attention block has neither encoder states nor a filled cache.
-        """
+        """[B, N, D] -> [B, N, out_features], or joined heads where the block has no projection."""
         stored = state.stored() if self.cross and isinstance(state, MemoryState) else None
         if self.cross and stored is None and memory_BMD is None:
             raise ArgumentError(
@@ -188,6 +184,14 @@ class Mixer(nn.Module, ABC):
     def head_groups(self) -> Sequence[Mixer]:
         """The groups of heads, each a mixer; a block of one kind is its own only group."""
         return (self,)
+
+    @property
+    def reads(self) -> str:
+        """Path of the block that this one reads from beside its inputs; "": none."""
+        return ""
+
+    def connect(self, other: Mixer) -> None:  # noqa: B027  (most blocks read no other)
+        """Take what is read of the block at `reads`, once all mixers are in place."""
 
     @property
     def query_heads(self) -> int:
@@ -269,6 +273,7 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     from reattend.mixers.linear import LinearAttention
     from reattend.mixers.linear_config import LinearConfig
     from reattend.mixers.mixed import MixedAttention, MixedConfig
+    from reattend.mixers.pooled import PooledAttention, PooledConfig
     from reattend.mixers.routed import RoutedAttention
     from reattend.mixers.routed_config import RoutedConfig
     from reattend.mixers.sparse import SparseAttention
@@ -277,7 +282,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     own: tuple[tuple[Any, Any], ...] = (
         (DenseAttention, DenseConfig), (LatentAttention, LatentConfig),
         (LinearAttention, LinearConfig), (MixedAttention, MixedConfig),
-        (RoutedAttention, RoutedConfig), (SparseAttention, SparseConfig),
+        (PooledAttention, PooledConfig), (RoutedAttention, RoutedConfig),
+        (SparseAttention, SparseConfig),
     )  # fmt: skip
     for mixer, described in own:
         if kind == mixer.kind:

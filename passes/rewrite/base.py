@@ -110,6 +110,8 @@ class Conversion(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     #: takes blocks that read another block's keys and values, or hand their own on
     shared: ClassVar[bool] = False
+    #: blocks of one rule depend on one another: `join` and `build_together` see them together
+    joins: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, config: DenseConfig, options: Any) -> Refusal | None:
@@ -137,6 +139,21 @@ class Conversion(ABC):
     def for_layer(self, options: Any, layer: int, layers: int) -> Any:
         """The options of one layer of a stack, or a Refusal; for options that list layers."""
         return options
+
+    def join(self, members: Sequence[tuple[str, DenseConfig, Any]]) -> list[Any]:
+        """For conversions that `joins`: of every site of a rule the options, or a Refusal.
+
+        What depends on whom stands in the options' `members`, the paths of sites that are built
+        together.
+
+        Args:
+            members: path, block and options, in the order of the model.
+        """
+        return [options for _, _, options in members]
+
+    def build_together(self, subjects: Sequence[Subject]) -> dict[str, Built]:
+        """`build` of sites that depend on one another, by path."""
+        return {s.path: self.build(s.dense, s.statistics, s.options) for s in subjects}
 
     def undecided(self, options: Any) -> bool:
         """Whether `allocate` has something to choose."""

@@ -33,7 +33,7 @@ ROWS = 8
 @torch.no_grad()
 def input_norms(dense: DenseAttention, rows: Sequence[Tensor]) -> Tensor:
     """Minitron's score [H] from rows of the block's input [n, D]."""
-    squares = [heads.abs().mean(0).square() for heads in _joined(dense, rows)]
+    squares = [heads.abs().mean(0).square() for heads in joined(dense, rows)]
     channel_He = torch.stack(squares).sum(0).sqrt()
     scores: Tensor = torch.linalg.vector_norm(channel_He, dim=-1)
     return scores
@@ -42,7 +42,7 @@ def input_norms(dense: DenseAttention, rows: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def output_norms(dense: DenseAttention, rows: Sequence[Tensor]) -> Tensor:
     """Size [H] of what each head adds to the block's output."""
-    heads_nHe = torch.cat(_joined(dense, rows))
+    heads_nHe = torch.cat(joined(dense, rows))
     assert isinstance(dense.o_proj, nn.Linear)
     weight_DHe = dense.o_proj.weight.double().cpu().unflatten(1, heads_nHe.shape[1:])
     # |W u|^2 summed over tokens = <W^T W, sum of u u^T>
@@ -128,7 +128,7 @@ def ranked(scores: Tensor, units: int) -> tuple[int, ...]:
     return tuple(each.argsort(descending=True, stable=True).tolist())
 
 
-def _joined(dense: DenseAttention, rows: Sequence[Tensor]) -> list[Tensor]:
+def joined(dense: DenseAttention, rows: Sequence[Tensor]) -> list[Tensor]:
     """What the output projection reads of every row, by head [n, H, e], float64."""
     like, heads = next(dense.parameters()), dense.config.core.heads
     found = []

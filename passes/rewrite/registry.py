@@ -16,6 +16,7 @@ _OWN = {
     "dense": "reattend.passes.rewrite.dense:ToDense",
     "gqa": "reattend.passes.rewrite.gqa:ToGqa",
     "linear": "reattend.passes.rewrite.linear:ToLinear",
+    "masa": "reattend.passes.rewrite.masa:ToMasa",
     "mla": "reattend.passes.rewrite.mla:ToMla",
     "moh": "reattend.passes.rewrite.moh:ToMoh",
     "prune-heads": "reattend.passes.rewrite.prune_heads:ToPruneHeads",

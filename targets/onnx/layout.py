@@ -18,6 +18,7 @@ from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.latent_config import LatentConfig
 from reattend.mixers.linear_config import LinearConfig
+from reattend.mixers.pooled import PooledConfig
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.targets.onnx.linear_body import LINEAR
@@ -212,7 +213,7 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
         first = StateTensor(layer, f"{group}latent", 0, config.kv_lora_rank)
         second = StateTensor(layer, f"{group}rope", 0, config.qk_rope_head_dim)
         return GroupLayout("LatentAttention", first, second, part)
-    if isinstance(config, DenseConfig):
+    if isinstance(config, DenseConfig | PooledConfig):
         first, second = _key_value(layer, group, config, config.core.kv_heads, 0)
         return GroupLayout("Attention", first, second, part)
     if isinstance(config, RoutedConfig):
