@@ -131,6 +131,14 @@ def _given(source: Source, plan: Plan, data: Any, seed: int, needed: bool) -> Ma
     held, rest = split(whole, back) if back else (None, whole)
     materials.training = rest
     materials.statistics = head(rest, max(1, settings.statistics_tokens // settings.seq_len))
+    if headless(source.model):
+        if plan.verify.gates:
+            raise DataError(
+                "the plan's gates are about a language model's answers, and this model gives none",
+                where=type(source.model).__name__,
+                next_step="leave out `verify`; the report has the error of every block",
+            )
+        return materials
     measured = is_hf(source.model)
     materials.held_out = held if measured else None
     if plan.verify.gates and not (measured and (held or plan.verify.data)):
@@ -140,6 +148,12 @@ def _given(source: Source, plan: Plan, data: Any, seed: int, needed: bool) -> Ma
             next_step="give more text, or a smaller calibrate.seq_len",
         )
     return materials
+
+
+def headless(model: Any) -> bool:
+    """Whether a model of transformers predicts no token: it ends with hidden states (BertModel)."""
+    body = is_hf(model) and model.base_model is model
+    return bool(body and model.get_output_embeddings() is None)
 
 
 def check_ids(data: Dataset, model: Any) -> None:

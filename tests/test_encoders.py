@@ -1,0 +1,53 @@
+"""Models that end with hidden states: converted and trained on rows of unequal length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from reattend import convert
+from reattend.errors import DataError
+
+RULE = {"sites": "*", "to": "moh", "route": "head", "select_shared": "first", "shared": 1}
+
+
+def encoder() -> Any:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    return BertModel(config).eval()
+
+
+def rows() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 61, (40, 16), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(16) < torch.arange(5, 45)[:, None].clamp(max=16)).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def test_an_encoder_learns_to_leave_heads_out() -> None:
+    model, data = encoder(), rows()
+    held = {name: t[:8] for name, t in data.items()}
+    with torch.no_grad():
+        wanted = model(**held).last_hidden_state[held["attention_mask"].bool()]
+    far = []
+    for tokens in (0, 6000):
+        calibrate = {"tokens": tokens, "seq_len": 16, "batch_size": 4}
+        plan = {"rules": [{**RULE, "top_k": 1}], "calibrate": calibrate}
+        result = convert(model, plan=plan, data=data)
+        assert not result.report.quality
+        with torch.no_grad():
+            got = result.model(**held).last_hidden_state[held["attention_mask"].bool()]
+        far.append(float((got - wanted).norm() / wanted.norm()))
+    assert far[1] < 0.8 * far[0]
+
+
+def test_gates_about_answers_are_refused() -> None:
+    plan = {"rules": [RULE], "calibrate": {"seq_len": 16}, "verify": {"max_kl": 1.0}}
+    with pytest.raises(DataError, match="this model gives none"):
+        convert(encoder(), plan=plan, data=rows())
