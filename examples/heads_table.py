@@ -51,6 +51,14 @@ ROWS |= {
 }
 
 
+#: of 6 layers, of which the first and the last stay
+ROWS |= {
+    f"{n} of 6 layers follow{told}": ({"sites": "*", "to": "echo", "followers": n}, tokens, BOTH)
+    for told, tokens in ((", untrained", 0), ("", TRAINED))
+    for n in (1, 2)
+}
+
+
 class Campaign(linear_table.Campaign):
     """Rows that say how many parameters the model has."""
 

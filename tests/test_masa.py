@@ -11,7 +11,6 @@ from mla_blocks import config, dense, moments
 from safetensors.torch import load_file
 
 from reattend import convert, load
-from reattend.errors import RefusedError
 from reattend.install.stored import connect
 from reattend.mixers.base import Context, build_mixer
 from reattend.passes.rewrite.base import Subject
@@ -121,10 +120,3 @@ def test_a_model_stores_and_trains_atoms_once(tmp_path: Any) -> None:
     run = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     got = loaded.generate(ids, **run)
     assert bool((got == result.model.generate(ids, use_cache=False, **run)).all())
-
-
-def test_a_group_goes_together() -> None:
-    """One block of another size keeps all of them from sharing."""
-    model = decoder("llama", layers=2, groups=2)
-    with pytest.raises(RefusedError, match="atoms: 3 for 2 layers"):
-        convert(model, plan={"rules": [{**RULE, "atoms": 3}]}, data=torch.ones(2, 9).long())

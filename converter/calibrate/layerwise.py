@@ -95,6 +95,7 @@ class Layerwise(Stage):
                         (tokens,) = self.ranks.sum(tokens)
                         asked = asked + apart / tokens.clamp_min(1)
                     self.backward(asked, adapter, silent)
+                    adapter.mixer.let_go()
                 loss = total.detach() / scale
                 losses[path] = losses[path] + loss if path in losses else loss
             seen += 1

@@ -55,7 +55,6 @@ class State(Protocol):
 
     def update(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Append new rows ([B, heads, N, width] each) and return all rows to attend to."""
-        ...
 
     def seen(self) -> int:
         """Tokens this layer has seen before the call."""
@@ -81,7 +80,6 @@ class GroupedState(State, Protocol):
 
     def group(self, index: int) -> State:
         """The state of one group, by its place in `Mixer.head_groups`."""
-        ...
 
 
 class Kept(NamedTuple):
@@ -100,7 +98,7 @@ class Kept(NamedTuple):
 
 @runtime_checkable
 class FreshState(State, Protocol):
-    """A state that knows, without asking the device, whether the last `update` found it empty."""
+    """Knows, without asking the device, whether the last `update` found it empty."""
 
     fresh: bool
 
@@ -193,6 +191,9 @@ class Mixer(nn.Module, ABC):
     def connect(self, other: Mixer) -> None:  # noqa: B027  (most blocks read no other)
         """Take what is read of the block at `reads`, once all mixers are in place."""
 
+    def let_go(self) -> None:  # noqa: B027
+        """Its gradient has been taken: what others read of it must not lead there again."""
+
     @property
     def query_heads(self) -> int:
         """H, over all groups."""
@@ -244,9 +245,7 @@ class Mixer(nn.Module, ABC):
     def score_bias(self, n: int, m: int, offset: int) -> Tensor | None:
         """What the block adds to its scores by itself [1, H, N, M]; None: nothing.
 
-        Args:
-            n, m: queries and keys.
-            offset: tokens before the first query.
+        `n` queries, of which `offset` tokens come before the first, and `m` keys.
         """
         return None
 
@@ -268,6 +267,7 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
         ModelError: nobody here knows the kind.
     """
     from reattend.mixers.dense import DenseAttention, DenseConfig
+    from reattend.mixers.echo import EchoAttention, EchoConfig
     from reattend.mixers.latent import LatentAttention
     from reattend.mixers.latent_config import LatentConfig
     from reattend.mixers.linear import LinearAttention
@@ -280,7 +280,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     from reattend.mixers.sparse_config import SparseConfig
 
     own: tuple[tuple[Any, Any], ...] = (
-        (DenseAttention, DenseConfig), (LatentAttention, LatentConfig),
+        (DenseAttention, DenseConfig), (EchoAttention, EchoConfig),
+        (LatentAttention, LatentConfig),
         (LinearAttention, LinearConfig), (MixedAttention, MixedConfig),
         (PooledAttention, PooledConfig), (RoutedAttention, RoutedConfig),
         (SparseAttention, SparseConfig),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _OWN = {
     "attn-moe": "reattend.passes.rewrite.attn_moe:ToAttnMoe",
     "dense": "reattend.passes.rewrite.dense:ToDense",
+    "echo": "reattend.passes.rewrite.echo:ToEcho",
     "gqa": "reattend.passes.rewrite.gqa:ToGqa",
     "linear": "reattend.passes.rewrite.linear:ToLinear",
     "masa": "reattend.passes.rewrite.masa:ToMasa",
