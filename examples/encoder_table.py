@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "9 of 12 heads, norms, none shared": {"shared": 0, "top_k": 9, **HARD},
     "6 of 12 heads, norms, none shared": {"shared": 0, "top_k": 6, **HARD},
 }
-TRAINED = 200_000
+TRAINED = 60_000
 #: name -> rule of the plan, tokens trained on
 ROWS: dict[str, tuple[dict[str, Any], int]] = {
     f"{name}{told}": ({**HEAD, **options}, tokens)

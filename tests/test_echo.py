@@ -109,7 +109,7 @@ def test_many_heads_are_matched_greedily() -> None:
 def test_the_most_alike_pairs_come_first() -> None:
     """Nobody follows a follower, the ends stay, and windows follow windows only."""
     full, window = config(), config(window=5)
-    alike = {(0, 1): 0.5, (1, 2): 0.9, (0, 2): 0.4, (2, 3): 0.7, (1, 3): 0.8}
+    alike = {(0, 1): 0.85, (1, 2): 0.9, (0, 2): 0.4, (2, 3): 0.7, (1, 3): 0.8}
 
     def found(leader: int, follower: int) -> Match:
         return Match(alike.get((leader, follower), 0.1), (), ())
