@@ -30,22 +30,31 @@ def make(n: int, decay: bool, state: bool, dtype: torch.dtype = torch.float64) -
     return {name: None if x is None else x.to(dtype) for name, x in given.items()}
 
 
+def of_features(given: dict[str, Any], most: float = 0.2) -> dict[str, Any]:
+    """A decay for every feature: some forget nothing, some up to everything."""
+    gen = torch.Generator().manual_seed(3)
+    decay = -(torch.rand(given["k"].shape, generator=gen, dtype=torch.float64) ** 4) * most
+    return given | {"decay": decay.to(given["k"].dtype)}
+
+
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, lag: int, block: int
 ) -> tuple[Tensor, Tensor]:
     """The textbook loop; what a query may not see yet is kept out of the state it reads."""
     b, g, n, f = k.shape
+    if decay is not None:
+        decay = (decay if decay.dim() == 4 else decay[..., None])[..., None]
     before = torch.zeros(b, g, f, v.shape[-1], dtype=q.dtype) if state is None else state
     rows, s = [], before
     for i in range(n):
         s = before
         for j in range(i + 1):
-            s = s if decay is None else s * decay[:, :, j, None, None].exp()
+            s = s if decay is None else s * decay[:, :, j].exp()
             if j <= i // block * block - lag:
                 s = s + k[:, :, j, :, None] * v[:, :, j, None]
         rows.append(torch.einsum("bgrf,bgfe->bgre", q[:, :, i].unflatten(1, (g, -1)), s))
     for i in range(n):
-        before = before if decay is None else before * decay[:, :, i, None, None].exp()
+        before = before if decay is None else before * decay[:, :, i].exp()
         before = before + k[:, :, i, :, None] * v[:, :, i, None]
     return torch.stack(rows, 3).flatten(1, 2), before
 
@@ -53,6 +62,22 @@ def recurrence(
 def apart(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     pairs = zip(got, expected, strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("most", [0.2, 400])
+def test_every_feature_may_forget_by_itself(most: float) -> None:
+    """Up to exp(-400) of it per token, which no product of two exponentials could hold."""
+    for n in (1, 17, 149):
+        given = of_features(make(n, True, True), most)
+        plain = reference.linear_attention(*given.values())
+        if n < 149:
+            assert apart(plain, recurrence(*given.values(), 0, 1)) <= 1e-10
+        assert apart(OP(*given.values()), plain) <= 1e-10
+        narrow = {k: x.float() for k, x in given.items()}
+        assert apart(OP(*narrow.values()), plain) <= 1e-4
+    same = given | {"decay": given["decay"][..., :1].expand(-1, -1, -1, 5)}
+    one = given | {"decay": given["decay"][..., 0]}
+    assert apart(OP(*same.values()), OP(*one.values())) <= 1e-10
 
 
 @pytest.mark.parametrize(("lag", "block"), SEEN)
@@ -69,8 +94,10 @@ def test_chunks_equal_the_recurrence(lag: int, block: int, decay: bool, state: b
         assert apart(OP(*narrow.values(), lag, block), plain) <= 1e-4
 
 
-def test_one_shot_equals_pieces_and_steps() -> None:
+@pytest.mark.parametrize("featured", [False, True])
+def test_one_shot_equals_pieces_and_steps(featured: bool) -> None:
     given = make(150, True, False)
+    given = of_features(given, 3) if featured else given
     whole, last = OP(*given.values(), 0, 1, True)
     for cuts in ((64, 86), (1, 3, 146), (1,) * 150):
         state, parts, at = None, [], 0
@@ -86,10 +113,13 @@ def test_one_shot_equals_pieces_and_steps() -> None:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(("lag", "block"), [(0, 1), (5, 1), (71, 70)])
-def test_gradients(lag: int, block: int, normalize: bool) -> None:
+@pytest.mark.parametrize(
+    ("lag", "block", "featured"), [(0, 1, False), (5, 1, False), (71, 70, False), (0, 1, True)]
+)
+def test_gradients(lag: int, block: int, featured: bool, normalize: bool) -> None:
     """The closed form against autograd through the formula."""
     given = make(149, True, False)
+    given = of_features(given) if featured else given
     given["state"] = torch.rand(2, 3, 5, 8 if normalize else 7, dtype=torch.float64)
     found = []
     for op in (OP, reference.linear_attention):
@@ -101,12 +131,15 @@ def test_gradients(lag: int, block: int, normalize: bool) -> None:
 
 
 def test_the_op_keeps_torchs_contract() -> None:
-    for decay, state, normalize in ((True, True, False), (False, False, True)):
+    for decay, state, normalize, lag in (
+        (True, True, False, 2), (False, False, True, 2), (True, True, False, 0)
+    ):  # fmt: skip
+        made = make(9, decay, state)
         given = [
             None if x is None else x[:1, :, :5].clone().requires_grad_()
-            for x in make(9, decay, state).values()
+            for x in (made if lag else of_features(made)).values()
         ]
-        torch.library.opcheck(OP, (*given, 2, 1, normalize))
+        torch.library.opcheck(OP, (*given, lag, 1, normalize))
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -115,5 +148,7 @@ def test_what_does_not_fit_is_named() -> None:
         OP(*given.values(), 0, 1, True)
     with pytest.raises(ArgumentError, match="lag must be 0"):
         OP(*given.values(), -1)
+    with pytest.raises(ArgumentError, match="every feature needs lag 0"):
+        OP(*of_features(given).values(), 2)
     with pytest.raises(ArgumentError, match="decay_BGN must be a float tensor of 3"):
-        OP(given["q"], given["k"], given["v"], given["state"])
+        OP(given["q"], given["k"], given["v"], given["decay"][0])

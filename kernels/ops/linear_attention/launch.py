@@ -65,6 +65,8 @@ def configs_for(x: Inputs) -> Configs | None:
     target, size = device_target(x.q_BHNf.device), x.q_BHNf.element_size()
     if target is None or size not in (2, 4):
         return None
+    if x.decay_BGN is not None and x.decay_BGN.dim() == 4:  # no kernel yet
+        return None
     width = max(x.q_BHNf.shape[3], x.v_BGNe.shape[3])
     found = {name: find_config(target.name, f"linear_{name}", width, size) for name in KERNELS}
     return {name: c for name, c in found.items() if c is not None} if all(found.values()) else None

@@ -43,7 +43,8 @@ def linear_attention(
         k_BGNf: features of the keys. A token with zeros here is not there.
         v_BGNe: values.
         decay_BGN: natural logarithm of what each token leaves of the state before it, at most 0;
-            None: all of it.
+            None: all of it. Or [B, G, N, f]: of each feature's row of the state (Yang et al.,
+            arXiv 2312.06635); then `lag` is 0 and `block` 1.
         state_BGfe: what the tokens before left; None: nothing.
         lag: see above.
         block: see above.
@@ -60,16 +61,19 @@ def linear_attention(
         v = with_ones(v)
     shape = (*k.shape[:2], k.shape[3], v.shape[3])
     before = q.new_zeros(shape) if state_BGfe is None else state_BGfe.to(dtype)
-    c = q.new_zeros(k.shape[:3]) if decay_BGN is None else decay_BGN.to(dtype).cumsum(-1)
+    c = q.new_zeros(*k.shape[:3], 1)
+    if decay_BGN is not None:
+        c = (decay_BGN if decay_BGN.dim() == 4 else decay_BGN[..., None]).to(dtype).cumsum(-2)
     place = torch.arange(n, device=q.device)
-    seen = place[None] <= last_seen(n, lag, block, q.device)[:, None]
-    weight = torch.where(seen, (c[..., :, None] - c[..., None, :]).masked_fill(~seen, 0).exp(), 0)
+    seen = (place[None] <= last_seen(n, lag, block, q.device)[:, None])[..., None]
+    apart = (c[..., :, None, :] - c[..., None, :, :]).masked_fill(~seen, 0)
+    weight = torch.where(seen, apart.exp(), 0).expand(-1, -1, -1, -1, k.shape[3])
     grouped = q.unflatten(1, (k.shape[1], -1))
-    scores = torch.einsum("bgrnf,bgmf->bgrnm", grouped, k) * weight[:, :, None]
+    scores = torch.einsum("bgrnf,bgmf,bgnmf->bgrnm", grouped, k, weight)
     y = torch.einsum("bgrnm,bgme->bgrne", scores, v)
-    y = y + torch.einsum("bgrnf,bgfe->bgrne", grouped * c.exp()[:, :, None, :, None], before)
-    left = (c[..., -1:] - c).exp()[..., None]
-    state = c[..., -1].exp()[..., None, None] * before + (k * left).transpose(-1, -2) @ v
+    y = y + torch.einsum("bgrnf,bgfe->bgrne", grouped * c.exp()[:, :, None], before)
+    left = (c[..., -1:, :] - c).exp()
+    state = c[..., -1, :].exp()[..., None] * before + (k * left).transpose(-1, -2) @ v
     y = y.flatten(1, 2)
     return (divided(y) if normalize else y).to(q_BHNf.dtype), state
 

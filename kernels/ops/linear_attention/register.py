@@ -13,11 +13,12 @@ from reattend.kernels.autocast import register_autocast
 from reattend.kernels.checks import Shape, check_cache, same_size
 from reattend.kernels.core import compute_dtype
 from reattend.kernels.lazy_triton import load_launch
-from reattend.kernels.linear_attention import chunked, gradient
+from reattend.kernels.linear_attention import channels, chunked, gradient
 from reattend.kernels.linear_attention.reference import LEAST, divided, with_ones
 
 NAME = "reattend::linear_attention"
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+_Prepared = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 _ARGUMENTS = (
     "Tensor q_BHNf, Tensor k_BGNf, Tensor v_BGNe, Tensor? decay_BGN=None, Tensor? state_BGfe=None,"
     " int lag=0, int block=1, bool normalize=False"
@@ -37,8 +38,14 @@ def check(
             f"{NAME}: lag must be 0 or more, and block positive", why=f"lag={lag}, block={block}"
         )
     columns = v.shape[3] + (1 if normalize else 0)
+    featured = decay is not None and decay.dim() == 4
+    if featured and (lag, block) != (0, 1):
+        raise ArgumentError(
+            f"{NAME}: a decay for every feature needs lag 0 and block 1",
+            why=f"lag={lag}, block={block}",
+        )
     for name, x, sizes in (
-        ("decay_BGN", decay, k.shape[:3]),
+        ("decay_BGN", decay, k.shape if featured else k.shape[:3]),
         ("state_BGfe", state, (*k.shape[:2], k.shape[3], columns)),
     ):
         if x is None:
@@ -54,7 +61,7 @@ def check(
 
 def _prepared(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> _Prepared:
     """Tensors in the compute dtype; the state is there, and the values' column of ones."""
     dtype = compute_dtype(q.dtype)
     wide = with_ones(v.to(dtype)) if normalize else v.to(dtype)
@@ -64,13 +71,20 @@ def _prepared(
     return q.to(dtype), k.to(dtype), wide, decay, state.to(dtype)
 
 
+def _sums(x: _Prepared, lag: int, block: int) -> tuple[Tensor, Tensor]:
+    """Nothing divided."""
+    q, k, v, decay, state = x
+    if decay is not None and decay.dim() == 4:
+        return channels.forward(q, k, v, decay, state)
+    return chunked.forward(q, k, v, decay, state, lag, block)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
     lag: int, block: int, normalize: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op in torch."""
-    given = _prepared(q, k, v, decay, state, normalize)
-    y, after = chunked.forward(*given, lag, block)
+    y, after = _sums(_prepared(q, k, v, decay, state, normalize), lag, block)
     y = divided(y) if normalize else y
     return y.to(q.dtype).contiguous(), after.contiguous()
 
@@ -177,12 +191,15 @@ def _gradients(
     q, k, v, decay, state = _prepared(*x, normalize)
     dy = dy.to(q.dtype)
     if normalize:
-        y, _ = chunked.forward(q, k, v, decay, state, lag, block)
+        y, _ = _sums((q, k, v, decay, state), lag, block)
         mass = y[..., -1:]
         dy = dy / mass.clamp_min(LEAST)
         dmass = -(dy * y[..., :-1]).sum(-1, keepdim=True) / mass.clamp_min(LEAST)
         dy = torch.cat([dy, torch.where(mass > LEAST, dmass, 0)], -1)
-    found = gradient.backward(dy, dstate.to(q.dtype), q, k, v, decay, state, lag, block)
+    if decay is not None and decay.dim() == 4:
+        found = channels.backward(dy, dstate.to(q.dtype), q, k, v, decay, state)
+    else:
+        found = gradient.backward(dy, dstate.to(q.dtype), q, k, v, decay, state, lag, block)
     dv = found[2][..., : x[2].shape[3]]
     return _typed((*found[:2], dv, *found[3:]), x)
 
