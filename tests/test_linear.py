@@ -26,6 +26,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "window": 0, "feature_map": "relu", "rope": "after", "normalize": "group",
         "decay": "fixed",
     },
+    "liger": {
+        "window": 3, "window_form": "sliding", "feature_map": "softmax", "normalize": "none",
+        "decay": "gated", "mix": "fixed", "mix_start": 0.4, "mix_form": "averaged",
+        "rope": "window-only", "state": "per-kv-head",
+    },
+    "gated": {"window": 0, "feature_map": "t2r", "decay": "gated", "gate_divisor": 2.0},
+    "averaged": {"window": 2, "decay": "fixed", "mix_form": "averaged"},
 }  # fmt: skip
 TAKEN = [
     name for name in CASES
@@ -72,10 +79,12 @@ def test_a_window_over_everything_is_softmax_attention(name: str, form: str) -> 
 def by_the_formula(mixer: Any, x_ND: Tensor) -> Tensor:
     """One text, query by query and key by key, from the mixer's own projections."""
     c, x = mixer.config, x_ND[None]
+    recurrent, gated = c.kind == "recurrent", getattr(c, "decay_by", "none") == "keys"
     (q, f), new = mixer.project(x, x, Context(), None)
     k, v = new.rows[0][0], new.rows[1][0]
     turn = rotation(c.rotary, Context(), None, x)
     plain = k if c.rope == "before" else rotate(k[None], (turn[0], -turn[1]), c.rotary.pairs)[0]
+    gates = torch.sigmoid(plain) ** (1 / c.gate_divisor) if gated else None
     heads, groups, w = c.core.heads, c.core.kv_heads, c.window
     per, out = heads // groups, []
     for h in range(heads):
@@ -88,21 +97,27 @@ def by_the_formula(mixer: Any, x_ND: Tensor) -> Tensor:
         for n in range(len(x_ND)):
             low = n - w + 1 if c.window_form == "sliding" else (n // w - 1) * w if w else n + 1
             near = [j for j in range(max(low, 0), n + 1) if w]
-            far = range(max(low, 0)) if w else range(n + 1)
+            far = range(max(low, 0)) if w and not recurrent else range(n + 1)
             if c.direction == "bidirectional":
                 far = range(len(x_ND))
             top = max((float(q[0, h, n] @ k[g, j]) * c.core.scale for j in near), default=0.0)
-            weight = torch.zeros(len(x_ND), dtype=x.dtype)
+            weight, own = torch.zeros(2, len(x_ND), dtype=x.dtype)
             for j in near:
-                weight[j] = mix * torch.exp(q[0, h, n] @ k[g, j] * c.core.scale - top)
+                own[j] = torch.exp(q[0, h, n] @ k[g, j] * c.core.scale - top)
+                if not recurrent:
+                    weight[j] = mix * torch.exp(q[0, h, n] @ k[g, j] * c.core.scale - top)
             for j in far:
                 left = torch.tensor(c.decay[s] * (n - j) if c.decay else 0.0, dtype=x.dtype).exp()
-                weight[j] = f[0, h, n] @ fk[j] * left
+                if gated:
+                    left = gates[g, j + 1 : n + 1].prod(0)
+                weight[j] = f[0, h, n] @ (fk[j] * left)
             y = weight @ v[g]
             if c.normalize == "sum":
                 y = y / weight.sum().clamp_min(1e-12)  # all features may be 0
-            else:
+            elif c.normalize == "group":
                 y = (y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt()
+            if recurrent and w:
+                y = mix * (own / own.sum()) @ v[g] + (1 - mix) * y
             out.append(y)
     y = torch.stack(out).unflatten(0, (heads, -1))[None]
     return mixer.o_proj(y.transpose(1, 2).flatten(2))[0]
@@ -245,6 +260,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
         {"feature_map": "t2r", "feature_dim": 6, "rope": "after", "normalize": "group",
          "window": 0},
     ),
+    "a number for each feature": (
+        config(), {"feature_map": "t2r", "feature_dim": 6, "decay": "gated", "window": 0},
+    ),
 }  # fmt: skip
 
 
@@ -259,6 +277,9 @@ def test_options_that_contradict_each_other_are_named() -> None:
     for wrong, words in (
         ({"feature_map": "identity"}, "zero or negative"),
         ({"normalize": "group", "window": 8}, "shares the sum"),
+        ({"mix_form": "averaged", "window": 0}, "give a window"),
+        ({"decay": "gated", "feature_map": "relu"}, "holds keys back"),
+        ({"decay": "gated", "window": 0}, "another feature_map than hedgehog"),
         ({"feature_map": "relu", "feature_dim": 8}, "no weights to give a size"),
         ({"rope": "after", "normalize": "none", "window": 0}, "two for each number"),
     ):

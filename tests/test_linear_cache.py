@@ -13,20 +13,25 @@ from transformers import DynamicCache, StaticCache
 from reattend import convert
 from reattend.errors import UnsupportedCacheError
 from reattend.install.held import HeldLayer
+from reattend.plan import Plan
 
 RULES: dict[str, dict[str, Any]] = {
     "all": {"window": 5, "window_form": "terraced"},
     "middle": {"window": 4, "window_form": "sliding", "decay": "fixed", "state": "per-kv-head"},
     "first": {"window": 0, "feature_map": "elu+1"},
 }
+#: the middle layer of "all": the options of the preset `liger`, with a smaller window
+LIGER = {**Plan.load("liger").to_dict()["rules"][0], "window": 6}
 CELLS = [("llama", "all"), ("llama", "middle"), ("llama", "first")]
 _MADE: dict[str, Any] = {}
 
 
 def linear(which: str) -> Any:
     if which not in _MADE:
-        rule = {"layers": CHOSEN[which], "to": "linear", **RULES[which]}
-        _MADE[which] = convert(decoder("llama", layers=3, groups=2), plan={"rules": [rule]}).model
+        rules = [{"layers": CHOSEN[which], "to": "linear", **RULES[which]}]
+        if which == "all":
+            rules.insert(0, {**LIGER, "sites": "*", "layers": [1]})
+        _MADE[which] = convert(decoder("llama", layers=3, groups=2), plan={"rules": rules}).model
     return _MADE[which]
 
 
@@ -67,8 +72,9 @@ def test_a_cache_is_as_large_after_200_tokens_as_after_20() -> None:
         assert cache.get_seq_length() == n + 1
         sizes.append(sum(t.nbytes for layer in cache.layers for t in layer.rows))
     # keys and values of two terraces, and for each query head a state with a column of sums
-    state = c.core.heads * 2 * 8 * (8 + 1)
-    assert sizes == [3 * 2 * 4 * (state + 2 * 5 * 2 * (8 + 8))] * 3
+    terraced = c.core.heads * 2 * 8 * (8 + 1) + 2 * 5 * 2 * (8 + 8)
+    gated = 2 * 8 * 8 + 6 * 2 * (8 + 8)  # one state per KV head, and a window of 6
+    assert sizes == [2 * 4 * (2 * terraced + gated)] * 3
 
 
 def test_rows_of_the_batch_can_be_repeated_selected_and_forgotten() -> None:

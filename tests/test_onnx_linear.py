@@ -27,15 +27,22 @@ RULES: tuple[dict[str, Any], ...] = (
     {"layers": [2], "window": 0, "feature_map": "t2r", "decay": "fixed", "rope": "after",
      "normalize": "group"},
 )  # fmt: skip
+#: gated by its keys, and averaged with a window, as the preset `liger`
+GATED: dict[str, Any] = {
+    "layers": [3], "window": 5, "window_form": "sliding", "mix_form": "averaged", "mix": "fixed",
+    "mix_start": 0.5, "feature_map": "softmax", "normalize": "none", "decay": "gated",
+    "rope": "window-only", "state": "per-kv-head",
+}  # fmt: skip
 ALONE: dict[str, Any] = {"window": 0, "feature_map": "elu+1", "state": "per-kv-head"}
-PLAN = {"rules": [{"to": "linear", **rule} for rule in RULES]}
+PLAN = {"rules": [{"to": "linear", **rule} for rule in (*RULES, GATED)]}
 OPS = ["WindowLinearAttention", "WindowLinearAttention", "LinearAttention"]
+OPS += ["GatedLinearAttention", "SparseAttention"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifact]:
     torch.set_num_threads(1)
-    model = build(PLAN, layers=3)
+    model = build(PLAN, layers=4)
     with torch.no_grad():  # features of random weights, that differ from head to head
         for mixer in (model.model.layers[i].self_attn.mixer for i in (0, 2)):
             for x in (mixer.features_q, mixer.features_k):
@@ -58,13 +65,15 @@ def test_what_the_file_holds_and_what_the_manifest_says(made: Any) -> None:
     proto = onnx.load(artifact.model, load_external_data=False)
     assert [n.op_type for n in proto.graph.node if n.domain == "ai.reattend"] == OPS
     manifest = artifact.manifest
-    assert [entry.op for entry in manifest.layers] == OPS
+    assert [entry.op for entry in manifest.layers] == OPS[:4]
     shapes = {(s.layer, s.name): s.shape for s in manifest.states}
     assert shapes[0, "key"] == ["B", 4, 7, 8]  # two terraces of 3, and a row
     assert shapes[0, "state"] == ["B", 8, 8, 9]
     assert shapes[1, "state"] == ["B", 4, 8, 9]
     assert shapes[2, "state"] == ["B", 8, 8, 8]
     assert (2, "key") not in shapes
+    assert shapes[3, "key"] == ["B", 4, 5, 8]
+    assert shapes[3, "state"] == ["B", 4, 8, 8]
     assert manifest.cache_bytes_per_token == 0
     session = Session(artifact.path, threads=1)
     sizes = []
@@ -80,10 +89,11 @@ def test_what_the_file_holds_and_what_the_manifest_says(made: Any) -> None:
 @pytest.mark.slow
 def test_onnx_runtimes_own_operator_sums_the_states(tmp_path: Path) -> None:
     decayed = {**RULES[2], "layers": [0], "to": "linear"}
-    model = build({"rules": [decayed, {"sites": "*", "to": "linear", **ALONE}]})
+    gated = {**GATED, "layers": [1], "to": "linear"}
+    model = build({"rules": [decayed, gated, {"sites": "*", "to": "linear", **ALONE}]}, layers=3)
     artifact = export_onnx(model, tmp_path / "out", flavour="ort")
     assert {entry.form for entry in artifact.manifest.layers} == {"com.microsoft::LinearAttention"}
-    assert artifact.manifest.functions == []
+    assert artifact.manifest.functions == ["ai.reattend::SparseAttention"]
     assert error_over(model, in_session(Session(artifact.path, threads=1))) <= 1e-4
 
 

@@ -84,26 +84,34 @@ def test_windows_equal_the_op_on_rings_that_turn(name: str) -> None:
             assert np.abs(now - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("decays", "heads"), [(False, G), (True, H)])
-def test_a_state_alone_equals_the_op(decays: bool, heads: int) -> None:
-    random, tokens = np.random.default_rng(0), sum(PIECES)
+@pytest.mark.parametrize(
+    ("decays", "heads", "featured"), [(False, G, 0), (True, H, 0), (True, G, 0.2), (True, H, 9)]
+)
+def test_a_state_alone_equals_the_op(decays: bool, heads: int, featured: float) -> None:
+    """`featured`: a decay for every feature, up to so much per token; two chunks of them."""
+    pieces = (*PIECES, 150) if featured else PIECES
+    random, tokens = np.random.default_rng(0), sum(pieces)
     draw = lambda *s: random.standard_normal(s).astype(np.float32)  # noqa: E731
     rows = draw(B, H, tokens, D), draw(B, heads, tokens, D), draw(B, heads, tokens, E)
     decay = -0.2 * abs(draw(B, heads, tokens)) * decays
+    if featured:
+        decay = -featured * random.random((B, heads, tokens, D), np.float32) ** 4
     want = held = draw(B, heads, D, E)
     session, at = None, 0
-    for n in PIECES:
+    for n in pieces:
         given = [x[:, :, at : at + n] for x in (*rows, decay)]
         at += n
-        tensors = [torch.from_numpy(x.copy()) for x in (*given, want)]
+        tensors = [torch.from_numpy(x.copy()).double() for x in (*given, want)]
         y, after = held_linear_attention(*tensors, decays=decays)
         want = after.numpy()
         feed = dict(zip(("q", "key", "value", "decay", "past_state"), (*given, held), strict=True))
         if session is None:
-            attributes = {"chunk": 4, "decays": int(decays), "q_num_heads": H}
-            attributes["kv_num_heads"] = heads
+            attributes = {"q_num_heads": H, "kv_num_heads": heads}
+            if not featured:
+                attributes |= {"chunk": 4, "decays": int(decays)}
             outputs, uses = ["y", "present_state"], Uses(decayed=decays)
-            session = run(one_node("LinearAttention", feed, outputs, attributes, uses), decays)
+            name = "GatedLinearAttention" if featured else "LinearAttention"
+            session = run(one_node(name, feed, outputs, attributes, uses), decays and heads == H)
         got, held = session.run(None, feed)
         for now, expected in ((got, y.numpy()), (held, want)):
             assert np.abs(now - expected).max() <= 1e-5 * max(1, np.abs(expected).max())

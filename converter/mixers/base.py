@@ -274,6 +274,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     from reattend.mixers.linear_config import LinearConfig
     from reattend.mixers.mixed import MixedAttention, MixedConfig
     from reattend.mixers.pooled import PooledAttention, PooledConfig
+    from reattend.mixers.recurrent import RecurrentAttention
+    from reattend.mixers.recurrent_config import RecurrentConfig
     from reattend.mixers.routed import RoutedAttention
     from reattend.mixers.routed_config import RoutedConfig
     from reattend.mixers.sparse import SparseAttention
@@ -283,7 +285,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
         (DenseAttention, DenseConfig), (EchoAttention, EchoConfig),
         (LatentAttention, LatentConfig),
         (LinearAttention, LinearConfig), (MixedAttention, MixedConfig),
-        (PooledAttention, PooledConfig), (RoutedAttention, RoutedConfig),
+        (PooledAttention, PooledConfig), (RecurrentAttention, RecurrentConfig),
+        (RoutedAttention, RoutedConfig),
         (SparseAttention, SparseConfig),
     )  # fmt: skip
     for mixer, described in own:

@@ -116,25 +116,19 @@ class LinearAttention(DenseAttention):
         """Which new tokens are no padding, [B, N]; None: all."""
         return valid_tokens(ctx.mask, *x_BND.shape[:2])
 
-    def store(self, new: New, state: State) -> Stored:
+    def store(self, new: Any, state: State) -> Any:
         """The window moves on; what leaves it goes into the state.
 
         Raises:
             UnsupportedCacheError: the cache has no place for a state.
         """
-        if not isinstance(state, HoldingState):
-            raise UnsupportedCacheError(
-                "a block with linear attention was given a cache of rows",
-                why="it holds a window and a state of fixed size",
-                next_step="pass transformers' DynamicCache, or none (use_cache=False)",
-            )
-        held = state.held()
-        memory = None if held is None else Memory(held[:-2], *held[-2:])
+        held = holding(state)
+        memory = memory_of(held)
         found = lined(new.rows, new.valid_BN, memory, self.config)
         after = remembered(
             found, new.valid_BN, memory, self.config, self._features_k, self._columns
         )
-        state.hold((*after.rows, after.state_BSfc, after.count_B), found.place_BN.shape[1])
+        held.hold((*after.rows, after.state_BSfc, after.count_B), found.place_BN.shape[1])
         return Stored(found, after)
 
     def attend(
@@ -181,9 +175,7 @@ class LinearAttention(DenseAttention):
         wide = f_BHLf.dtype
         y: Tensor | None = None
         if c.window:
-            k, v = found.rows[0].to(wide), self._values(found.rows[1])
-            y = band(q_BHLd.to(wide), k, v, c.core.scale, c.window, c.window_form)
-            y = y * self._mix(wide)
+            y = self._near(q_BHLd, found) * self._mix(wide)
             if found.before is None and length <= c.held_rows:
                 return y  # no key is older
         decay = None
@@ -207,17 +199,27 @@ class LinearAttention(DenseAttention):
         y: Tensor = older.flatten(1, 2)[:, :, None]
         if not c.window:
             return y
-        assert found.slot_BN is not None
-        q, k = q_BH1d.to(y.dtype), found.rows[0].to(y.dtype)
+        both: Tensor = y + self._near_step(q_BH1d, found) * self._mix(y.dtype)
+        return both
+
+    def _near(self, q_BHLd: Tensor, found: Lined) -> Tensor:
+        """The window's sums, and the sum of its weights in the last column, [B, H, L, e + 1]."""
+        c, v = self.config, with_ones(widened(found.rows[1]))
+        k, q = found.rows[0].to(v.dtype), q_BHLd.to(v.dtype)
+        return band(q, k, v, c.core.scale, c.window, c.window_form)
+
+    def _near_step(self, q_BH1d: Tensor, found: Lined) -> Tensor:
+        """The same for one query behind a cache."""
+        c, last, place_B = self.config, found.slot_BN, found.place_BN[:, 0]
+        assert last is not None
+        v = with_ones(widened(found.rows[1]))
+        q, k = q_BH1d.to(v.dtype), found.rows[0].to(v.dtype)
         scores = q.unflatten(1, (c.core.kv_heads, -1))[..., 0, :] @ k.transpose(-1, -2)
         slot = torch.arange(k.shape[2], device=k.device)
-        last = found.slot_BN
         first = first_visible(place_B + 1, c.window, c.window_form) - (place_B - last[:, 0])
         seen = ((slot >= first[:, None]) & (slot <= last)) | (last < 0)
         scores = (scores * c.core.scale).masked_fill(~seen[:, None, None], float("-inf"))
-        near = (shifted_exp(scores) @ self._values(found.rows[1])).flatten(1, 2)[:, :, None]
-        both: Tensor = y + near * self._mix(y.dtype)
-        return both
+        return (shifted_exp(scores) @ v).flatten(1, 2)[:, :, None]
 
     def _mix(self, dtype: torch.dtype) -> Tensor | float:
         """Weight of the window, [H, 1, 1] or a number."""
@@ -239,7 +241,7 @@ class LinearAttention(DenseAttention):
 
     def _values(self, v_BGne: Tensor) -> Tensor:
         """Columns [B, G, n, c], in float32 or wider."""
-        v = v_BGne if v_BGne.dtype == torch.float64 else v_BGne.float()
+        v = widened(v_BGne)
         return with_ones(v) if self.config.normalize == "sum" else v
 
     def _columns(self, v_BGne: Tensor) -> Tensor:
@@ -258,3 +260,29 @@ class LinearAttention(DenseAttention):
                 why="older keys are summed in one state, and none of them can be left out of it",
                 next_step="pass a 2-D attention_mask, and one text per row",
             )
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def holding(state: State) -> HoldingState:
+    """The state, if it is one that holds sums.
+
+    Raises:
+        UnsupportedCacheError: it has no place for them.
+    """
+    if not isinstance(state, HoldingState):
+        raise UnsupportedCacheError(
+            "a block with linear attention was given a cache of rows",
+            why="it holds a window and a state of fixed size",
+            next_step="pass transformers' DynamicCache, or none (use_cache=False)",
+        )
+    return state
+
+
+def memory_of(state: HoldingState) -> Memory | None:
+    """What a cache holds; None: nothing yet."""
+    held = state.held()
+    return None if held is None else Memory(held[:-2], *held[-2:])

@@ -114,28 +114,39 @@ def remembered(
         features: rows of keys to features [B, S, .., f].
         values: rows of values to columns [B, S, .., c].
     """
-    keys, (b, n) = found.rows[0], found.place_BN.shape
-    length, device = keys.shape[2], keys.device
+    keys, n = found.rows[0], found.place_BN.shape[1]
+    rows, new_B, leaving_B = kept_rows(found, valid_BN, memory, c)
+    state = found.before
+    if state is None:
+        wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        shape = (keys.shape[0], c.state_heads, c.features, c.columns)
+        state = torch.zeros(shape, dtype=wide, device=keys.device)
+    most = min(keys.shape[2], n if c.window_form == "sliding" else n + c.window)
+    if n > 1 or c.window_form == "sliding" or bool((leaving_B > 0).any()):
+        k, v = features(mapped_rows(found.rows)[:, :, :most]), values(found.rows[1][:, :, :most])
+        state = absorbed(state, k, v, leaving_B, c.decay)
+    return Memory(rows, state, new_B)
+
+
+def kept_rows(
+    found: Lined, valid_BN: Tensor | None, memory: Memory | None, c: LinearConfig
+) -> tuple[Rows, Tensor, Tensor]:
+    """Rows that a later window may reach, real tokens so far, and how many of `found` leave.
+
+    Arguments as in `remembered`.
+    """
+    (b, n), length, device = found.place_BN.shape, found.rows[0].shape[2], found.rows[0].device
     zero_B = torch.zeros(b, dtype=torch.long, device=device)
     old_B = zero_B if memory is None else memory.count_B
     new_B = old_B + (n if valid_BN is None else valid_BN.sum(-1))
     leaving_B = first_visible(new_B, c.window, c.window_form)
     leaving_B = leaving_B - first_visible(old_B, c.window, c.window_form)
-    state = found.before
-    if state is None:
-        wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-        shape = (b, c.state_heads, c.features, c.columns)
-        state = torch.zeros(shape, dtype=wide, device=device)
-    most = min(length, n if c.window_form == "sliding" else n + c.window)
-    if n > 1 or c.window_form == "sliding" or bool((leaving_B > 0).any()):
-        k, v = features(mapped_rows(found.rows)[:, :, :most]), values(found.rows[1][:, :, :most])
-        state = absorbed(state, k, v, leaving_B, c.decay)
     index = leaving_B[:, None] + torch.arange(min(c.held_rows, length), device=device)
     index = index.clamp_max(length - 1)[:, None, :, None]
     rows = tuple(
         x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in found.rows
     )  # behind the last place stands what no query sees before it is written over
-    return Memory(rows, state, new_B)
+    return rows, new_B, leaving_B
 
 
 def absorbed(

@@ -1,10 +1,10 @@
 """`to: linear`: softmax over a window of keys, and a state of fixed size for all older ones.
 
-One conversion serves LoLCATs, Hedgehog, T2R and SUPRA, and bidirectional blocks (encoders, vision,
-diffusion) without a window; presets name their options. The block keeps
-its weights; feature maps and the weight of the window are new, start without statistics, and are
-meant to be trained (`calibrate`). Exact with a window as long as the text, and with nothing else,
-so every plan with a smaller one is `learned`. The formulas with the symbols used here:
+One conversion serves LoLCATs, Hedgehog, T2R, SUPRA and Liger, and bidirectional blocks (encoders,
+vision, diffusion) without a window; presets name their options. The block keeps its weights;
+feature maps and the weight of the window are new, start without statistics, and are meant to be
+trained (`calibrate`). Exact with a window as long as the text, and with nothing else, so every
+plan with a smaller one is `learned`. The formulas with the symbols used here:
 docs/math/linear.md.
 """
 
@@ -19,6 +19,8 @@ from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.linear import LinearAttention
 from reattend.mixers.linear_config import LEARNED, FeatureMapName, LinearConfig, WindowForm
+from reattend.mixers.recurrent import RecurrentAttention
+from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost, regrouped
 from reattend.passes.rewrite.sparse_build import like
@@ -39,12 +41,17 @@ class LinearOptions(Frozen):
             identity where it fits.
         normalize: what linear sums are divided by: `sum` of the weights, `group` (RetNet's norm of
             each head), `none`.
-        decay: `fixed`: head h of S leaves exp(-2^(-8 h / S)) of the state per token, h from 1.
+        decay: `fixed`: head h of S leaves exp(-2^(-8 h / S)) of the state per token, h from 1;
+            `gated`: a token leaves sigmoid(k)^(1 / gate_divisor) of the state's rows, k the numbers
+            that its key's features are made of.
+        gate_divisor: see `decay`.
         window: keys attended to by softmax; 0: none.
         window_form: `terraced`, the query's own block of `window` tokens and the one before, or
             `sliding`, the last `window`.
         mix: whether the weight of the window is trained.
         mix_start: that weight, or where it starts.
+        mix_form: `shared`: window and older keys are divided by one sum; `averaged`: the state
+            holds all keys, each is divided by its own, and the weight is the window's share.
         rope: whether features are made `before` rotating, `after` it, or of what is not rotated
             (`window-only`). `before`: keys are rotated before they are mapped.
         state: one for each query head, or one for each KV head.
@@ -55,11 +62,13 @@ class LinearOptions(Frozen):
     feature_dim: int | None = Field(default=None, gt=0)
     feature_init: Literal["identity", "uniform"] | None = None
     normalize: Literal["sum", "group", "none"] = "sum"
-    decay: Literal["none", "fixed"] = "none"
+    decay: Literal["none", "fixed", "gated"] = "none"
+    gate_divisor: float = Field(default=16.0, gt=0.0)
     window: int = Field(default=64, ge=0)
     window_form: WindowForm = "terraced"
     mix: Literal["learned", "fixed"] = "learned"
     mix_start: float = Field(default=0.1, gt=0.0, lt=1.0)
+    mix_form: Literal["shared", "averaged"] = "shared"
     rope: Literal["before", "after", "window-only"] = "before"
     state: Literal["per-query-head", "per-kv-head"] = "per-query-head"
 
@@ -71,10 +80,14 @@ class LinearOptions(Frozen):
                 "normalize: sum divides by a sum of weights, which feature_map: identity and "
                 "rope: after can make zero or negative; set normalize: group"
             )
-        if self.window and self.normalize != "sum":
+        if self.window and self.mix_form == "shared" and self.normalize != "sum":
             raise ValueError(
-                "a window shares the sum that it is divided by: set normalize: sum, or window: 0"
+                "a window shares the sum that it is divided by: set normalize: sum, or window: 0, "
+                "or mix_form: averaged"
             )
+        if self.mix_form == "averaged" and not self.window:
+            raise ValueError("mix_form: averaged is of a window and a state: give a window")
+        self._gate_is_consistent()
         if self.direction == "bidirectional" and (self.window or self.decay != "none"):
             raise ValueError(
                 "direction: bidirectional sums all keys once: set window: 0, and no decay"
@@ -84,6 +97,25 @@ class LinearOptions(Frozen):
         if self.rope == "after" and self.feature_map == "hedgehog":
             raise ValueError("rope: after rotates features, and hedgehog has two for each number")
         return self
+
+    def _gate_is_consistent(self) -> None:
+        if self.decay != "gated":
+            return
+        if self.window and self.mix_form == "shared":
+            raise ValueError(
+                "decay: gated gates every key when it comes, and a window holds keys back: set "
+                "mix_form: averaged, or window: 0"
+            )
+        if self.feature_map == "hedgehog" or self.rope == "after":
+            raise ValueError(
+                "decay: gated has one number of the key for each feature: choose another "
+                "feature_map than hedgehog, and rope: before or window-only"
+            )
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether every key enters the state at once, gated or beside a window of its own."""
+        return self.decay == "gated" or self.mix_form == "averaged"
 
 
 class ToLinear(Conversion):
@@ -127,6 +159,10 @@ class ToLinear(Conversion):
             return Refusal(f"feature_init: identity needs feature_dim {width}, the head width")
         if options.rope == "after" and config.rotary is not None and rows != width:
             return Refusal(f"rope: after rotates features: feature_dim must be {width}")
+        if options.decay == "gated" and rows != width:
+            return Refusal(
+                f"decay: gated has a number for each feature: feature_dim must be {width}"
+            )
         return None
 
     def check_within(
@@ -145,10 +181,14 @@ class ToLinear(Conversion):
         core = config.core
         heads = core.heads if options.state == "per-query-head" else core.kv_heads
         slopes = tuple(-(2.0 ** (-8 * (h + 1) / heads)) for h in range(heads))
-        return LinearConfig.model_validate(
+        own: dict[str, Any] = {"kind": "linear"}
+        if options.recurrent:
+            own = {"kind": "recurrent", "decay_by": "keys" if options.decay == "gated" else "none"}
+            own["gate_divisor"] = options.gate_divisor
+        return (RecurrentConfig if options.recurrent else LinearConfig).model_validate(
             {
                 **config.model_dump(exclude={"kind"}),
-                "kind": "linear",
+                **own,
                 "direction": options.direction,
                 "feature_map": options.feature_map,
                 "feature_dim": options.feature_dim or core.qk_head_dim,
@@ -197,7 +237,7 @@ class ToLinear(Conversion):
     def build(self, dense: DenseAttention, statistics: Any, options: LinearOptions) -> Built:
         """The same weights, and feature maps at their start."""
         made = self.described(dense.config, options)
-        mixer = like(dense, LinearAttention)
+        mixer = like(dense, RecurrentAttention if options.recurrent else LinearAttention)
         mixer.begin(made)
         identity = options.feature_init == "identity" or (
             options.feature_init is None and made.feature_dim == made.core.qk_head_dim
@@ -209,7 +249,7 @@ class ToLinear(Conversion):
                 new.to(weight)
         if mixer.mix_H is not None and weight is not None:
             mixer.mix_H.data = mixer.mix_H.data.to(weight)
-        exact = options.window >= ENDLESS
+        exact = options.window >= ENDLESS and not options.recurrent
         return Built(mixer.train(dense.training), "exact" if exact else "learned", stated(made))
 
 
@@ -231,6 +271,10 @@ def stated(made: LinearConfig) -> dict[str, Any]:
     }
     if made.direction == "causal":
         told["held_in_tokens"] = f"{made.held_after(made.held_rows) / made.cache_per_token:.1f}"
+    if isinstance(made, RecurrentConfig):
+        told["decay"] = (
+            f"gated by keys, / {made.gate_divisor:g}" if made.decay_by == "keys" else "none"
+        )
     if made.decay:
         told["decay"] = f"{min(made.decay):.4g} to {max(made.decay):.4g} per token"
     return told

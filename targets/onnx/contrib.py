@@ -82,7 +82,7 @@ def _why_not(node: Any) -> str:
         return _SPARSE[node.op_type]
     if node.op_type == "WindowLinearAttention":
         return "no operator of ONNX Runtime sums over a window and a state in one denominator"
-    if node.op_type == "LinearAttention":
+    if node.op_type in ("LinearAttention", "GatedLinearAttention"):
         return "it is not softmax attention"  # see `contrib_linear.py`
     if node.op_type in SELECTED:
         return "no operator of ONNX Runtime for CPUs chooses keys"

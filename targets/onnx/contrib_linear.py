@@ -11,12 +11,13 @@ from typing import Any
 
 from reattend.targets.onnx.contrib import CONTRIB, Form, flat, state_output, unflatten
 from reattend.targets.onnx.functions import DOMAIN
+from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_translate import HEADS
 from reattend.targets.onnx.rewriting import attribute, take_over
 
 
 def sum_states(model: Any) -> dict[str, Form]:
-    """Replace every `LinearAttention` node.
+    """Replace every `LinearAttention` and `GatedLinearAttention` node.
 
     Args:
         model: an `onnx_ir.Model`, changed in place.
@@ -27,12 +28,16 @@ def sum_states(model: Any) -> dict[str, Form]:
     import onnx_ir as ir
 
     found: dict[str, Form] = {}
-    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == "LinearAttention"]
+    kinds = ("LinearAttention", GATED)
+    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type in kinds]
     for node in nodes:
         q, key, value, decay, past = node.inputs
         inputs = [*(flat(model, node, rows) for rows in (q, key, value)), past]
-        decays = bool(attribute(node, "decays"))
-        if decays:
+        featured = node.op_type == GATED
+        decays = featured or bool(attribute(node, "decays"))
+        if featured:
+            inputs.append(flat(model, node, decay))
+        elif decays:
             turned = ir.node("Transpose", [decay], {"perm": [0, 2, 1]})
             model.graph.insert_before(node, turned)
             inputs.append(turned.outputs[0])

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reattend.targets.onnx.fragments import CAP, CAPPED
+from reattend.targets.onnx.gated_linear_body import GATED, gated_linear_body
 from reattend.targets.onnx.linear_body import linear_body
 from reattend.targets.onnx.linear_features import MAPS
 from reattend.targets.onnx.pattern_body import TERMS, pattern_body
@@ -229,6 +230,8 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
         return _OWN_DOMAIN_LINE + routed_body(uses.capped)
     if name == "LinearAttention":
         return _DOMAIN_LINE + linear_body(uses.decayed)
+    if name == GATED:
+        return _DOMAIN_LINE + gated_linear_body()
     if name == "WindowLinearAttention":
         return _DOMAIN_LINE + window_linear_body(uses.decayed, uses.maps)
     if name in SELECTED:

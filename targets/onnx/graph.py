@@ -175,7 +175,7 @@ def _uses(model: Any, layers: list[LayerLayout]) -> Uses:
 
 def _check_nodes(model: Any, layers: list[LayerLayout]) -> None:
     """Check that every head group, or class of a sparse one, became exactly one node."""
-    wanted = Counter(group.op for layer in layers for group in layer.groups)
+    wanted = Counter(op for layer in layers for group in layer.groups for op in group.nodes)
     found = Counter(n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN)
     if wanted != found:
         raise CaptureError(

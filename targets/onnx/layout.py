@@ -19,8 +19,10 @@ from reattend.mixers.dense import DenseConfig
 from reattend.mixers.latent_config import LatentConfig
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.pooled import PooledConfig
+from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_body import LINEAR
 from reattend.targets.onnx.routed_body import FEW, NAME
 from reattend.targets.onnx.sparse_form import SparseForm
@@ -78,6 +80,7 @@ class GroupLayout:
 
     Attributes:
         op: the node.
+        beside: another one whose output is added to it; '' for none.
         first, second: the state; more: what chooses keys keeps beside it, or sums of older keys.
         part: the number of the head group in its layer.
         sparse, pattern: of a class of sparse heads: what it becomes, and what it sees, in words.
@@ -92,6 +95,12 @@ class GroupLayout:
     pattern: str = ""
     more: tuple[StateTensor, ...] = ()
     saves: str = ""
+    beside: str = ""
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All nodes of the group."""
+        return (self.op, self.beside) if self.beside else (self.op,)
 
     @property
     def tensors(self) -> list[StateTensor]:
@@ -160,6 +169,9 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "what the original module does besides attention needs the whole sequence"
     elif binding.cache is None:
         why = "it keeps no cache; only decoders that generate token by token are exported"
+    elif isinstance(config, RecurrentConfig):
+        if config.window and config.window_form == "terraced":
+            why = "a window that is averaged with a state has a node only where it slides"
     elif isinstance(config, LinearConfig) and config.window and config.rope != "before":
         why = "its state is made of keys that are not rotated, for which the node has no window"
     elif config.core.pattern == "chunked":
@@ -264,6 +276,15 @@ def _linear(layer: int, group: str, part: int, config: LinearConfig) -> GroupLay
     """A state of sums, and with a window a ring of rows, one more than a query may see."""
     state = StateTensor(layer, f"{group}state", config.state_heads, config.columns, config.features)
     saves = f"memory and reads: {config.held_after(config.held_rows)} numbers of a sequence"
+    if isinstance(config, RecurrentConfig):
+        op = "LinearAttention" if config.decay_by == "none" else GATED
+        if not config.window:
+            return GroupLayout(op, state, None, part, saves=f"{saves}, always")
+        rings = _key_value(layer, group, config, config.core.kv_heads, config.window)
+        return GroupLayout(
+            op, state, None, part, more=rings, beside="SparseAttention",
+            saves=f"{saves}, however long it is",
+        )  # fmt: skip
     if not config.window:
         return GroupLayout("LinearAttention", state, None, part, saves=f"{saves}, always")
     rings = _key_value(layer, group, config, config.core.kv_heads, config.held_rows + 1)

@@ -6,13 +6,14 @@ under a mask, all that is older comes from the state before it, so work grows wi
 its square. Where nodes have decays, the state before a chunk is a product of what all chunks before
 gave with what is left of it; else a running sum.
 
+`GatedLinearAttention` (`gated_linear_body.py`) is the same where every feature decays by itself.
 `WindowLinearAttention` (`window_linear_body.py`) attends to a window of keys by softmax, and holds
 rows of those beside the state.
 """
 
 from __future__ import annotations
 
-LINEAR = ("LinearAttention", "WindowLinearAttention")
+LINEAR = ("LinearAttention", "GatedLinearAttention", "WindowLinearAttention")
 
 #: the numbers that reshapes are made of
 SIZES = """

@@ -35,7 +35,7 @@ def held_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """`reattend::linear_attention` of every key up to the query's own, nothing divided.
 
-    `decays`: whether `decay_BSN` may be other than 0.
+    `decays`: whether `decay_BSN`, or [B, S, N, f] of each feature, may be other than 0.
     """
     return linear_attention(q_BHNf, k_BSNf, v_BSNc, decay_BSN, past_state)
 

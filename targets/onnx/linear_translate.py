@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from reattend.targets.onnx.functions import DOMAIN, VERSION
+from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_features import MAPS
 from reattend.targets.onnx.linear_ops import held_linear_attention as _held  # noqa: F401
 from reattend.targets.onnx.linear_ops import window_linear_attention as _window  # noqa: F401
@@ -26,6 +27,7 @@ _WINDOW = (
 def linear_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The entries of `custom_translation_table`."""
     held = _op("LinearAttention", _HELD, ("y", "present_state"), ("chunk", "decays", *HEADS))
+    gated = _op(GATED, _HELD, ("y", "present_state"), HEADS)
     node = _op(
         "WindowLinearAttention",
         _WINDOW,
@@ -35,6 +37,8 @@ def linear_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def translate_held(q: Any, k: Any, v: Any, decay: Any, state: Any, *, decays: bool) -> Any:
         counts = dict(zip(HEADS, (int(q.shape[1]), int(k.shape[1])), strict=True))
+        if len(decay.shape) == 4:
+            return gated(q, k, v, decay, state, **counts)
         return held(q, k, v, decay, state, chunk=CHUNK, decays=int(decays), **counts)
 
     def translate_window(

@@ -15,10 +15,12 @@ from reattend.mixers.base import Context, State
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.linear import LinearAttention
 from reattend.mixers.mixed import MixedAttention
+from reattend.mixers.recurrent import RecurrentAttention
 from reattend.mixers.sparse import SparseAttention
 from reattend.parts import picked, query_heads
 from reattend.passes.rewrite.sparse_build import sparse_like
 from reattend.targets.onnx.linear_mixer import traced_linear
+from reattend.targets.onnx.recurrent_mixer import traced_recurrent
 from reattend.targets.onnx.selected_body import SELECTED
 from reattend.targets.onnx.selected_ops import selected_attention
 from reattend.targets.onnx.sparse_ops import pattern_attention, sink_window_attention
@@ -115,6 +117,8 @@ def make_traceable(model: nn.Module) -> None:
 
 def _traced(mixer: Any) -> Any:
     """The same modules in a mixer that can be traced; itself, where it can."""
+    if isinstance(mixer, RecurrentAttention):
+        return traced_recurrent(mixer)
     if isinstance(mixer, LinearAttention):
         return traced_linear(mixer)
     if not isinstance(mixer, SparseAttention):

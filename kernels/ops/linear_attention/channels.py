@@ -65,7 +65,7 @@ def _chunks(n: int) -> Chunks:
 
 def _cut(chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> _Cut:
     grouped = q.unflatten(1, (k.shape[1], -1))
-    return _Cut(*(chunks.cut(x) for x in (grouped, k, v)), chunks.cut(decay).cumsum(-2))
+    return _Cut(chunks.cut(grouped), chunks.cut(k), chunks.cut(v), chunks.cut(decay).cumsum(-2))
 
 
 def _halves(sums: Tensor) -> Iterator[_Halves]:
