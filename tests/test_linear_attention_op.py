@@ -152,3 +152,19 @@ def test_what_does_not_fit_is_named() -> None:
         OP(*of_features(given).values(), 2)
     with pytest.raises(ArgumentError, match="decay_BGN must be a float tensor of 3"):
         OP(given["q"], given["k"], given["v"], given["decay"][0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_naive_loops_of_flash_linear_attention_say_the_same() -> None:
+    """An oracle that others wrote (`fla-core`, where it is installed); it is float32."""
+    featured = pytest.importorskip("fla.ops.gla.naive").naive_recurrent_gla
+    by_head = pytest.importorskip("fla.ops.simple_gla.naive").naive_recurrent_simple_gla
+    for given, naive in (
+        (of_features(make(149, True, True), 3), featured), (make(149, True, True), by_head)
+    ):  # fmt: skip
+        q, k, v, decay, state = given.values()
+        k, v, decay, state = (x.repeat_interleave(2, 1) for x in (k, v, decay, state))
+        turned = [x.transpose(1, 2).float() for x in (q * q.shape[-1] ** 0.5, k, v, decay)]
+        y, after = naive(*turned, initial_state=state.float(), output_final_state=True)
+        assert apart((y.transpose(1, 2), after), OP(q, k, v, decay, state)) <= 1e-4

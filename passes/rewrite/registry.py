@@ -16,7 +16,7 @@ _OWN = {
     "dense": "reattend.passes.rewrite.dense:ToDense",
     "echo": "reattend.passes.rewrite.echo:ToEcho",
     "gqa": "reattend.passes.rewrite.gqa:ToGqa",
-    "linear": "reattend.passes.rewrite.linear:ToLinear",
+    "linear": "reattend.passes.rewrite.linear_hybrid:ToHybrid",
     "masa": "reattend.passes.rewrite.masa:ToMasa",
     "mla": "reattend.passes.rewrite.mla:ToMla",
     "moh": "reattend.passes.rewrite.moh:ToMoh",
