@@ -31,6 +31,9 @@ WAYS: dict[str, dict[str, Any]] = {
         "decay": "gated", "mix": "fixed", "mix_start": 0.4, "mix_form": "averaged",
         "rope": "window-only", "state": "per-kv-head",
     },
+    "lightning": {
+        "window": 0, "feature_map": "silu", "rope": "after", "normalize": "rms", "decay": "fixed",
+    },
     "gated": {"window": 0, "feature_map": "t2r", "decay": "gated", "gate_divisor": 2.0},
     "averaged": {"window": 2, "decay": "fixed", "mix_form": "averaged"},
 }  # fmt: skip
@@ -120,6 +123,8 @@ def by_the_formula(mixer: Any, x_ND: Tensor) -> Tensor:
                 y = mix * (own / own.sum()) @ v[g] + (1 - mix) * y
             out.append(y)
     y = torch.stack(out).unflatten(0, (heads, -1))[None]
+    if c.normalize == "rms":
+        y = y / (y.square().mean((1, 3), keepdim=True) + 1e-5).sqrt()
     return mixer.o_proj(y.transpose(1, 2).flatten(2))[0]
 
 
@@ -134,6 +139,7 @@ def mapped(features: Any, head: int, x: Tensor) -> Tensor:
         return torch.cat([part / part.sum(-1, keepdim=True) for part in e], -1)
     return {
         "elu+1": lambda: torch.where(x > 0, x + 1, x.exp()),
+        "silu": lambda: x / (1 + torch.exp(-x)),
         "relu": lambda: x.clamp(min=0),
         "exp": lambda: torch.exp(x - x.max(-1, keepdim=True).values),
         "softmax": lambda: torch.exp(x) / torch.exp(x).sum(-1, keepdim=True),

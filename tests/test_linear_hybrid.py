@@ -14,6 +14,7 @@ from reattend.errors import PlanError
 from reattend.install.held import HeldLayer
 from reattend.mixers.linear import LinearAttention
 from reattend.passes.rewrite.linear_hybrid import HybridOptions, ToHybrid
+from reattend.plan import Plan
 
 RULE: dict[str, Any] = {
     "sites": "*", "to": "linear", "linear_share": 0.5, "window": 4, "feature_dim": 6,
@@ -91,3 +92,19 @@ def test_rows_shorter_than_the_window_cannot_tell_blocks_apart() -> None:
     part = config().model_copy(update={"out_features": None})
     refusal = ToHybrid().check(part, HybridOptions(linear_share=0.5))
     assert refusal is not None and "compares whole blocks" in refusal.reason
+
+
+def test_decays_by_layer_are_those_of_a_published_model() -> None:
+    """Against transformers' MiniMax, which has Lightning Attention."""
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    size = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 3}
+    options = HybridOptions(**Plan.load("lightning").rules[0].options.model_dump())
+    for layer in range(3):
+        own = ToHybrid().for_layer(options, layer, 3)
+        decay = torch.tensor(ToHybrid().described(config(), own).decay)
+        theirs = MiniMaxLightningAttention(MiniMaxConfig(**size), layer).slope_rate.flatten()
+        torch.testing.assert_close(-decay, theirs, rtol=1e-6, atol=1e-12)
+    other = options.model_copy(update={"decay": "none"})
+    assert "set decay: fixed" in ToHybrid().for_layer(other, 0, 3).reason

@@ -53,7 +53,13 @@ def test_a_converted_model_learns_and_is_reported_saved_and_loaded(tmp_path: Any
 
 @pytest.mark.parametrize(
     "name",
-    ["lolcats", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hedgehog", "supra", "liger"))],
+    [
+        "lolcats",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("hedgehog", "supra", "liger", "lightning")
+        ),
+    ],
 )
 def test_presets_convert_and_generate(name: str) -> None:
     model = convert(decoder("llama", layers=2, groups=2), plan=name).model

@@ -1,10 +1,10 @@
 """Feature maps: what stands for exp in linear attention.
 
 `identity`; `elu+1`, Katharopoulos et al., arXiv 2006.16236; `relu`; `exp`, exp(x - max x);
-`softmax` over a head's numbers; `hedgehog` as in LoLCATs (Zhang et al., arXiv 2410.10254), two
-softmaxes of W x and of -W x side by side, W per head; `t2r`, relu(W x + b), Kasai et al., arXiv
-2103.13076. Other libraries give the name hedgehog to one softmax over both signs; that is another
-map.
+`softmax` over a head's numbers; `silu`, Qin et al., arXiv 2401.04658; `hedgehog` as in LoLCATs
+(Zhang et al., arXiv 2410.10254), two softmaxes of W x and of -W x side by side, W per head; `t2r`,
+relu(W x + b), Kasai et al., arXiv 2103.13076. Other libraries give the name hedgehog to one softmax
+over both signs; that is another map.
 
 Layout letters: B batch, h heads, N tokens, d head width, f features.
 """
@@ -67,6 +67,8 @@ def mapped(
         return torch.relu(x)
     if name == "exp":
         return (x - x.amax(-1, keepdim=True)).exp()
+    if name == "silu":
+        return nn.functional.silu(x)
     if name == "softmax":
         return x.softmax(-1)
     if name == "hedgehog":

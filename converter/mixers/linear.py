@@ -35,7 +35,7 @@ from reattend.mixers.linear_window import band, first_visible, shifted_exp
 from reattend.mixers.places import places, usual, valid_tokens
 from reattend.mixers.rotary import grown, rotate, rotation
 
-#: Added to the variance that `normalize: group` divides by.
+#: Added to what `normalize: group` and `rms` divide by, squared.
 EPS = 1e-5
 
 
@@ -152,6 +152,8 @@ class LinearAttention(DenseAttention):
         y = y_BHNc
         if self.config.normalize == "sum":
             y = divided(y)
+        elif self.config.normalize == "rms":
+            y = y * (y.square().mean((1, 3), keepdim=True) + EPS).rsqrt()
         elif self.config.normalize == "group":
             y = F.layer_norm(y, (y.shape[-1],), eps=EPS)
         made: Tensor = y.to(dtype)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from reattend.mixers.config import BlockConfig
 
-FeatureMapName = Literal["identity", "elu+1", "relu", "exp", "softmax", "hedgehog", "t2r"]
+FeatureMapName = Literal["identity", "elu+1", "relu", "exp", "softmax", "silu", "hedgehog", "t2r"]
 WindowForm = Literal["terraced", "sliding"]
 #: maps with weights of their own
 LEARNED = ("hedgehog", "t2r")
@@ -22,7 +22,8 @@ class LinearConfig(BlockConfig):
         feature_map: what makes features of a query or key (`reattend.mixers.features`).
         feature_dim: rows of its weights; the head width where it has none.
         normalize: what linear sums are divided by: `sum`, the sum of the weights, shared with the
-            window; `group`, their own root mean square per head, mean removed; `none`.
+            window; `group`, their own root mean square per head, mean removed; `rms`, that of all
+            heads together; `none`.
         decay: natural logarithm of what a token leaves of the state, per head of the state; empty:
             all of it.
         window: w, tokens. 0: none.
@@ -39,7 +40,7 @@ class LinearConfig(BlockConfig):
     direction: Literal["causal", "bidirectional"] = "causal"
     feature_map: FeatureMapName
     feature_dim: int = Field(gt=0)
-    normalize: Literal["sum", "group", "none"] = "sum"
+    normalize: Literal["sum", "group", "rms", "none"] = "sum"
     decay: tuple[float, ...] = ()
     window: int = Field(default=0, ge=0)
     window_form: WindowForm = "terraced"

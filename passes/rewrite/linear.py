@@ -40,7 +40,7 @@ class LinearOptions(Frozen):
         feature_init: `identity` (only at the head width), or `uniform`, small numbers; None:
             identity where it fits.
         normalize: what linear sums are divided by: `sum` of the weights, `group` (RetNet's norm of
-            each head), `none`.
+            each head), `rms` (one norm of all heads), `none`.
         decay: `fixed`: head h of S leaves exp(-2^(-8 h / S)) of the state per token, h from 1;
             `gated`: a token leaves sigmoid(k)^(1 / gate_divisor) of the state's rows, k the numbers
             that its key's features are made of.
@@ -61,7 +61,7 @@ class LinearOptions(Frozen):
     feature_map: FeatureMapName = "hedgehog"
     feature_dim: int | None = Field(default=None, gt=0)
     feature_init: Literal["identity", "uniform"] | None = None
-    normalize: Literal["sum", "group", "none"] = "sum"
+    normalize: Literal["sum", "group", "rms", "none"] = "sum"
     decay: Literal["none", "fixed", "gated"] = "none"
     gate_divisor: float = Field(default=16.0, gt=0.0)
     window: int = Field(default=64, ge=0)
@@ -74,11 +74,11 @@ class LinearOptions(Frozen):
 
     @model_validator(mode="after")
     def _are_consistent(self) -> LinearOptions:
-        signed = self.feature_map == "identity" or self.rope == "after"
+        signed = self.feature_map in ("identity", "silu") or self.rope == "after"
         if self.normalize == "sum" and signed:
             raise ValueError(
-                "normalize: sum divides by a sum of weights, which feature_map: identity and "
-                "rope: after can make zero or negative; set normalize: group"
+                "normalize: sum divides by a sum of weights, which feature_map: identity or silu "
+                "and rope: after can make zero or negative; set normalize: group"
             )
         if self.window and self.mix_form == "shared" and self.normalize != "sum":
             raise ValueError(

@@ -1,4 +1,6 @@
-"""`to: linear` with `linear_share`: only the blocks that lose least by it become linear.
+"""`to: linear` as a block among others: decays by its place in the stack, and `linear_share`.
+
+With `linear_share` only the blocks that lose least by it become linear.
 
 What a block loses is measured before any is chosen, as stage 1 of training would see it: its
 linear form reads rows of the block's own input, its new weights are trained for a few steps to give
@@ -22,6 +24,7 @@ from reattend.errors import PlanError
 from reattend.mixers.base import Context, Mixer
 from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
+from reattend.mixers.linear_config import LinearConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Cost, Measure, Subject, dense_cost
 from reattend.passes.rewrite.linear import LinearOptions, ToLinear
@@ -29,23 +32,30 @@ from reattend.statistics import SAMPLE_ROWS, SAMPLE_TOKENS, Need
 
 #: Steps of AdamW on a block's new weights, and its learning rate (LoLCATs').
 STEPS, RATE = 24, 1e-2
+#: What Lightning Attention adds to both, so that no layer has a decay of exactly 0.
+NEVER_ZERO = 1e-5
 
 
 class HybridOptions(LinearOptions):
-    """Which blocks of the rule become linear.
+    """Which blocks of the rule become linear, and what their places change.
 
     Attributes:
+        decay_rate: factor of fixed decays.
+        decay_by_layer: of n layers, number i from 0 has them times 1 - i / (n - 1), and the last
+            hardly any (Lightning Attention, MiniMax).
         linear_share: how many of them: those whose output the linear form comes nearest to; the
             others keep softmax attention, and their cache grows with the text.
         linear: whether this block is one of them, where that has been measured; not for plans.
     """
 
+    decay_rate: float = Field(default=1.0, ge=0.0)
+    decay_by_layer: bool = False
     linear_share: float = Field(default=1.0, gt=0.0, le=1.0)
     linear: bool | None = None
 
 
 class ToHybrid(ToLinear):
-    """All blocks of a rule, or those that lose least."""
+    """All blocks of a rule, or those that lose least; the conversion that plans name."""
 
     Options = HybridOptions
 
@@ -59,6 +69,22 @@ class ToHybrid(ToLinear):
         if options.linear_share < 1 and config.core.pattern == "opaque":
             return Refusal("linear_share runs blocks alone, and the mask is the model's own")
         return super().check(config, options)
+
+    def for_layer(self, options: HybridOptions, layer: int, layers: int) -> HybridOptions | Refusal:
+        """The decays of a layer."""
+        if not options.decay_by_layer:
+            return options
+        if options.decay != "fixed":
+            return Refusal("decay_by_layer is about fixed decays: set decay: fixed")
+        left = 1 - layer / (layers - 1 + NEVER_ZERO) + NEVER_ZERO
+        return options.model_copy(
+            update={"decay_rate": options.decay_rate * left, "decay_by_layer": False}
+        )
+
+    def described(self, config: DenseConfig, options: HybridOptions) -> LinearConfig:  # type: ignore[override]
+        """The mixer's description."""
+        made = super().described(config, options)
+        return made.model_copy(update={"decay": tuple(x * options.decay_rate for x in made.decay)})
 
     def undecided(self, options: HybridOptions) -> bool:
         """Whether blocks are to be compared."""
