@@ -11,6 +11,7 @@ import torch
 from test_onnx_sparse import PIECES, build, error_over, in_reference, in_session
 
 from reattend.errors import RefusedError
+from reattend.plan import Plan
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -34,15 +35,17 @@ GATED: dict[str, Any] = {
     "rope": "window-only", "state": "per-kv-head",
 }  # fmt: skip
 ALONE: dict[str, Any] = {"window": 0, "feature_map": "elu+1", "state": "per-kv-head"}
-PLAN = {"rules": [{"to": "linear", **rule} for rule in (*RULES, GATED)]}
+#: a Mamba-2 layer, as the preset `mamba2`
+SELECTIVE = {**Plan.load("mamba2").to_dict()["rules"][0], "layers": [4]}
+PLAN = {"rules": [*({"to": "linear", **rule} for rule in (*RULES, GATED)), SELECTIVE]}
 OPS = ["WindowLinearAttention", "WindowLinearAttention", "LinearAttention"]
-OPS += ["GatedLinearAttention", "SparseAttention"]
+OPS += ["GatedLinearAttention", "SparseAttention", "LinearAttention"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifact]:
     torch.set_num_threads(1)
-    model = build(PLAN, layers=4)
+    model = build(PLAN, layers=5)
     with torch.no_grad():  # features of random weights, that differ from head to head
         for mixer in (model.model.layers[i].self_attn.mixer for i in (0, 2)):
             for x in (mixer.features_q, mixer.features_k):
@@ -65,7 +68,7 @@ def test_what_the_file_holds_and_what_the_manifest_says(made: Any) -> None:
     proto = onnx.load(artifact.model, load_external_data=False)
     assert [n.op_type for n in proto.graph.node if n.domain == "ai.reattend"] == OPS
     manifest = artifact.manifest
-    assert [entry.op for entry in manifest.layers] == OPS[:4]
+    assert [entry.op for entry in manifest.layers] == [*OPS[:4], OPS[5]]
     shapes = {(s.layer, s.name): s.shape for s in manifest.states}
     assert shapes[0, "key"] == ["B", 4, 7, 8]  # two terraces of 3, and a row
     assert shapes[0, "state"] == ["B", 8, 8, 9]
@@ -74,6 +77,7 @@ def test_what_the_file_holds_and_what_the_manifest_says(made: Any) -> None:
     assert (2, "key") not in shapes
     assert shapes[3, "key"] == ["B", 4, 5, 8]
     assert shapes[3, "state"] == ["B", 4, 8, 8]
+    assert shapes[4, "conv_query"] == ["B", 8, 3, 8]
     assert manifest.cache_bytes_per_token == 0
     session = Session(artifact.path, threads=1)
     sizes = []

@@ -278,6 +278,8 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
     from reattend.mixers.recurrent_config import RecurrentConfig
     from reattend.mixers.routed import RoutedAttention
     from reattend.mixers.routed_config import RoutedConfig
+    from reattend.mixers.selective import SelectiveAttention
+    from reattend.mixers.selective_config import SelectiveConfig
     from reattend.mixers.sparse import SparseAttention
     from reattend.mixers.sparse_config import SparseConfig
 
@@ -287,7 +289,7 @@ def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
         (LinearAttention, LinearConfig), (MixedAttention, MixedConfig),
         (PooledAttention, PooledConfig), (RecurrentAttention, RecurrentConfig),
         (RoutedAttention, RoutedConfig),
-        (SparseAttention, SparseConfig),
+        (SelectiveAttention, SelectiveConfig), (SparseAttention, SparseConfig),
     )  # fmt: skip
     for mixer, described in own:
         if kind == mixer.kind:

@@ -43,7 +43,7 @@ class LinearOptions(Frozen):
             each head), `rms` (one norm of all heads), `none`.
         decay: `fixed`: head h of S leaves exp(-2^(-8 h / S)) of the state per token, h from 1;
             `gated`: a token leaves sigmoid(k)^(1 / gate_divisor) of the state's rows, k the numbers
-            that its key's features are made of.
+            that its key's features are made of; `selective`: a Mamba-2 layer (`linear_selective`).
         gate_divisor: see `decay`.
         window: keys attended to by softmax; 0: none.
         window_form: `terraced`, the query's own block of `window` tokens and the one before, or
@@ -62,7 +62,7 @@ class LinearOptions(Frozen):
     feature_dim: int | None = Field(default=None, gt=0)
     feature_init: Literal["identity", "uniform"] | None = None
     normalize: Literal["sum", "group", "rms", "none"] = "sum"
-    decay: Literal["none", "fixed", "gated"] = "none"
+    decay: Literal["none", "fixed", "gated", "selective"] = "none"
     gate_divisor: float = Field(default=16.0, gt=0.0)
     window: int = Field(default=64, ge=0)
     window_form: WindowForm = "terraced"

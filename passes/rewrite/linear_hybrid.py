@@ -27,7 +27,7 @@ from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.linear_config import LinearConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Cost, Measure, Subject, dense_cost
-from reattend.passes.rewrite.linear import LinearOptions, ToLinear
+from reattend.passes.rewrite.linear_selective import SelectiveOptions, ToSelective
 from reattend.statistics import SAMPLE_ROWS, SAMPLE_TOKENS, Need
 
 #: Steps of AdamW on a block's new weights, and its learning rate (LoLCATs').
@@ -36,7 +36,7 @@ STEPS, RATE = 24, 1e-2
 NEVER_ZERO = 1e-5
 
 
-class HybridOptions(LinearOptions):
+class HybridOptions(SelectiveOptions):
     """Which blocks of the rule become linear, and what their places change.
 
     Attributes:
@@ -54,7 +54,7 @@ class HybridOptions(LinearOptions):
     linear: bool | None = None
 
 
-class ToHybrid(ToLinear):
+class ToHybrid(ToSelective):
     """All blocks of a rule, or those that lose least; the conversion that plans name."""
 
     Options = HybridOptions
@@ -147,7 +147,8 @@ class ToHybrid(ToLinear):
         original = copy.deepcopy(dense).float()
         mixer = super().build(original, None, options).mixer
         *learn, last = [x.float().to(next(dense.parameters()).device)[None] for x in rows]
-        new = [p for n, p in mixer.named_parameters() if n.startswith(("features", "mix"))]
+        own = {name for name, _ in original.named_parameters()}
+        new = [p for name, p in mixer.named_parameters() if name not in own]
         if new:
             _trained(mixer, new, original, learn or [last])
         with torch.no_grad():

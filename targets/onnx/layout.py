@@ -21,6 +21,7 @@ from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.pooled import PooledConfig
 from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.mixers.routed_config import RoutedConfig
+from reattend.mixers.selective_config import SelectiveConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_body import LINEAR
@@ -266,9 +267,17 @@ def _key_value(
     layer: int, group: str, config: BlockConfig, heads: int, rows: int
 ) -> tuple[StateTensor, StateTensor]:
     core = config.core
-    return (
-        StateTensor(layer, f"{group}key", heads, core.qk_head_dim, rows),
-        StateTensor(layer, f"{group}value", heads, core.v_head_dim, rows),
+    first = StateTensor(layer, f"{group}key", heads, core.qk_head_dim, rows)
+    return first, StateTensor(layer, f"{group}value", heads, core.v_head_dim, rows)
+
+
+def conv_tails(layer: int, group: str, config: SelectiveConfig) -> tuple[StateTensor, ...]:
+    """Rows that a short convolution still sees."""
+    core, d = config.core, config.core.qk_head_dim
+    parts = ("key", core.kv_heads, d), ("value", core.kv_heads, core.v_head_dim)
+    return tuple(
+        StateTensor(layer, f"{group}conv_{name}", heads, width, config.held_rows)
+        for name, heads, width in (*parts, ("query", core.heads, d))
     )
 
 
@@ -278,13 +287,12 @@ def _linear(layer: int, group: str, part: int, config: LinearConfig) -> GroupLay
     saves = f"memory and reads: {config.held_after(config.held_rows)} numbers of a sequence"
     if isinstance(config, RecurrentConfig):
         op = "LinearAttention" if config.decay_by == "none" else GATED
+        more = conv_tails(layer, group, config) if isinstance(config, SelectiveConfig) else ()
         if not config.window:
-            return GroupLayout(op, state, None, part, saves=f"{saves}, always")
+            return GroupLayout(op, state, None, part, more=more, saves=f"{saves}, always")
         rings = _key_value(layer, group, config, config.core.kv_heads, config.window)
-        return GroupLayout(
-            op, state, None, part, more=rings, beside="SparseAttention",
-            saves=f"{saves}, however long it is",
-        )  # fmt: skip
+        saves = f"{saves}, however long it is"
+        return GroupLayout(op, state, None, part, more=rings, saves=saves, beside="SparseAttention")
     if not config.window:
         return GroupLayout("LinearAttention", state, None, part, saves=f"{saves}, always")
     rings = _key_value(layer, group, config, config.core.kv_heads, config.held_rows + 1)

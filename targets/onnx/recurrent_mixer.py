@@ -12,7 +12,9 @@ from torch import Tensor
 
 from reattend.kernels.linear_attention.reference import with_ones
 from reattend.mixers.base import Context, State
-from reattend.mixers.recurrent import Entering, RecurrentAttention, spread
+from reattend.mixers.linear_rows import Lined
+from reattend.mixers.recurrent import RecurrentAttention, spread
+from reattend.mixers.selective import SelectiveAttention
 from reattend.passes.rewrite.sparse_build import like
 from reattend.targets.onnx.linear_ops import held_linear_attention
 from reattend.targets.onnx.sparse_ops import sink_window_attention
@@ -22,7 +24,7 @@ from reattend.targets.onnx.state import FixedState
 class _Rows(NamedTuple):
     """What new tokens bring, and the states that the ops will write."""
 
-    new: Entering
+    new: Any
     state: FixedState
 
 
@@ -45,9 +47,7 @@ class TracedRecurrent(RecurrentAttention):
             return super().attend(query, rows, ctx, span)
         (q, features), (new, state), c = query, rows, self.config
         (past, *rings), (b, _, n, _) = state.past(), q.shape
-        start_B, length_B = state.span()
-        place_BN = (length_B - start_B)[:, None] - n + torch.arange(n, device=start_B.device)
-        real_BN = place_BN >= 0
+        real_BN = place_of(state, n) >= 0
         k, log = new.k_BSNf * real_BN[:, None, :, None], new.log
         log = k.new_zeros(b, c.state_heads, n) if log is None else log * spread(real_BN, log)
         older, after = held_linear_attention(
@@ -58,12 +58,54 @@ class TracedRecurrent(RecurrentAttention):
             state.put(after)
             return y.to(q.dtype)
         near, *kept = sink_window_attention(
-            q, *new.rows, *rings, start_B, length_B, sinks=0, window=c.window, scale=c.core.scale
+            q, *new.rows, *rings, *state.span(), sinks=0, window=c.window, scale=c.core.scale
         )
         state.put(after, *kept)
         return self.averaged(with_ones(near), y).to(q.dtype)
 
 
-def traced_recurrent(mixer: RecurrentAttention) -> TracedRecurrent:
+class TracedSelective(SelectiveAttention):
+    """A SelectiveAttention that also takes a state of fixed capacity; else it is as before."""
+
+    def real(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
+        """With a fixed state: its first real row says it."""
+        return None if isinstance(state, FixedState) else super().real(x_BND, ctx, state)
+
+    def store(self, new: Any, state: State) -> Any:
+        """Nothing yet."""
+        return _Rows(new, state) if isinstance(state, FixedState) else super().store(new, state)
+
+    def attend(
+        self, query: Any, rows: Any, ctx: Context, span: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """See `Mixer.attend`."""
+        if not isinstance(rows, _Rows):
+            return super().attend(query, rows, ctx, span)
+        new, state = rows
+        (past, *tails), n, kept = state.past(), new.dt_BHN.shape[2], self.config.held_rows
+        place_BN = place_of(state, n)
+        real_BN = place_BN >= 0
+        real_B1N1 = real_BN[:, None, :, None]
+        seen = [torch.cat([t, x * real_B1N1], 2) for t, x in zip(tails, new.rows, strict=True)]
+        convs = (self.conv_k, self.conv_v, self.conv_q)
+        made = self.behind(
+            new._replace(dt_BHN=new.dt_BHN * real_BN[:, None]),
+            Lined(new.rows, None, place_BN, None),
+            *(conv(x)[:, :, kept:] for conv, x in zip(convs, seen, strict=True)),
+        )
+        k, v, log = made.entering.k_BSNf, made.entering.v_BSNc, made.entering.log
+        y, after = held_linear_attention(made.q_BHNd, k, v, log, past, decays=True)
+        state.put(after, *(x[:, :, -kept:] for x in seen))
+        return self.gated(y, v, query)
+
+
+def place_of(state: FixedState, n: int) -> Tensor:
+    """Places [B, N] of new tokens, negative for padding."""
+    start_B, length_B = state.span()
+    return (length_B - start_B)[:, None] - n + torch.arange(n, device=start_B.device)
+
+
+def traced_recurrent(mixer: RecurrentAttention) -> RecurrentAttention:
     """The same modules in a mixer that can be traced."""
-    return like(mixer, TracedRecurrent)
+    kind = TracedSelective if isinstance(mixer, SelectiveAttention) else TracedRecurrent
+    return like(mixer, kind)
