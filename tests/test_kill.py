@@ -34,6 +34,11 @@ GATES: dict[str, Any] = {
     ],
 }  # fmt: skip
 TRAINS = {**PLAN, "calibrate": {**PLAN["calibrate"], "tokens": 1200, "batch_size": 4}}
+LINEAR: dict[str, Any] = {
+    **TRAINS,
+    "rules": [{"sites": "*", "to": "linear", "linear_share": 0.5, "window": 8}],
+    "calibrate": {**TRAINS["calibrate"], "stages": ["layerwise"]},
+}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -98,6 +103,19 @@ def test_killed_while_it_trains(tmp_path: Path, tiny_path: Path, tiny_text: Path
     assert any("work/calibrate/end-to-end" in p for p in told["points"])
     for name in ("again", "chain", "random"):
         assert differing(tmp_path / name, tmp_path / "whole") == [], (name, told)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_where_one_of_two_layers_becomes_linear(
+    tmp_path: Path, tiny_path: Path, tiny_text: Path
+) -> None:
+    """Which one is kept by the killed run, and so are its trained feature maps."""
+    told = harness(tmp_path, tiny_path, tiny_text, LINEAR, ["chain"])
+    assert any("work/chosen.json" in p for p in told["points"])
+    assert any("work/calibrate/layerwise" in p for p in told["points"])
+    assert told["killed"] >= len(set(told["points"])) - 1
+    assert differing(tmp_path / "chain", tmp_path / "whole") == []
 
 
 @pytest.mark.slow
