@@ -23,11 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     "terraces-of-a-chunk": {"n": 50, "lag": 17, "block": 16, "decay": True},
     "terraces-of-no-chunk": {"n": 83, "lag": 25, "block": 24, "decay": True, "state": True},
     "sees-nothing": {"n": 20, "lag": 40, "normalize": True},
+    "featured": {"n": 21, "featured": 0.4, "state": True, "normalize": True, "h": 2},
+    "featured-forgetful": {"n": 18, "featured": 60.0, "h": 2, "g": 2, "b": 2, "tile": 16},
+    "featured-step": {"n": 1, "featured": 0.4, "state": True, "normalize": True, "h": 2, "b": 2},
     "step": {"n": 1, "decay": True, "state": True, "normalize": True, "h": 4, "g": 2, "b": 2},
     "step-behind-a-window": {"n": 1, "lag": 7, "state": True, "f": 18, "e": 40},
 }
-HALF = ("sliding", "step")
-NO_GRADIENT = ("step", "step-behind-a-window")
+HALF = ("sliding", "step", "featured")
+NO_GRADIENT = ("step", "step-behind-a-window", "featured-step")
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
@@ -50,12 +53,14 @@ def run_case(name: str, dtype_name: str, device: str = "cpu") -> dict[str, Any]:
     k, v = draw(b, g, n, f).abs().to(dtype), draw(b, g, n, e).to(dtype)
     k[-1, :, : n // 4] = 0
     decay = -draw(b, g, n).abs() * 0.2 if case.get("decay") else None
+    if case.get("featured"):  # some features forget everything, others hardly anything
+        decay = -((draw(b, g, n, f).abs() / 3) ** 3) * case["featured"]
     state = draw(b, g, f, columns).abs() if case.get("state") else None
     tensors = [q, k, v, None if decay is None else decay.float()]
     tensors.append(None if state is None else state.float())
     rules = (case["lag"], case["block"], case["normalize"])
     config = KernelConfig(16, case.get("tile", 32), 4, 1)
-    configs = dict.fromkeys(launch.KERNELS, config)
+    configs = dict.fromkeys((*launch.KERNELS, "channels"), config)
     x = launch.Inputs(*tensors, *rules)
     wide = [None if t is None else t.double().requires_grad_() for t in tensors]
     want = reference.linear_attention(*wide, *rules)

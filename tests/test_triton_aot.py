@@ -56,6 +56,8 @@ def test_every_width_and_dtype_has_a_kernel_and_wider_ones_have_none() -> None:
             chunked = ("state", "read", "state_back", "read_back")
             found = [find_config(target.name, f"linear_{name}", 1, size) for name in chunked]
             assert len({c.rows for c in found if c}) == 1 and None not in found  # one chunk
+            assert find_config(target.name, "linear_channels", 128, size), target
+            assert find_config(target.name, "linear_channels", 129, size) is None
         assert find_config(target.name, "attention_prefill", 64, 8) is None
     assert find_config("sm_75", "attention_prefill", 64, 2) is None
 

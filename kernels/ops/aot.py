@@ -27,6 +27,7 @@ from reattend.kernels.attention import triton_kernel as attention_kernels
 from reattend.kernels.configs import MEASURED, KernelConfig, shipped, variants
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
 from reattend.kernels.linear_attention import triton_backward as linear_kernels
+from reattend.kernels.linear_attention import triton_channels as channel_kernels
 from reattend.kernels.linear_attention import triton_kernel as linear_read_kernels
 from reattend.kernels.linear_attention import triton_state as linear_state_kernels
 from reattend.kernels.routed_attention import triton_kernel as routed_kernels
@@ -83,7 +84,7 @@ class Compiled:
 
 def _kernel(name: str) -> Any:
     if name.startswith("linear"):
-        every = (linear_kernels, linear_read_kernels, linear_state_kernels)
+        every = (linear_kernels, linear_read_kernels, linear_state_kernels, channel_kernels)
         return getattr(next(m for m in every if name in vars(m)), name)
     modules = {"attention": attention_kernels, "latent": latent_kernels, "sparse": sparse_kernels}
     modules["routed"] = routed_kernels
@@ -122,7 +123,8 @@ def _linear_constants(width: int, config: KernelConfig, full: bool, names: Any) 
         "F": width, "E": width, "HAS_DECAY": full, "ONES": full, "ADDED": full, "OWN": True,
         "UPCAST": False, "PRECISION": "ieee", "BLOCK_ROWS": config.rows,
         "BLOCK_F": triton.next_power_of_2(width) if whole else config.keys,
-        "BLOCK_E": config.keys,
+        "BLOCK_E": config.keys, "BACK": full, "FEATURED": full,
+        "WHOLE_F": triton.next_power_of_2(width),
     }  # fmt: skip
     return {name: value for name, value in every.items() if name in names}
 

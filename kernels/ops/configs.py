@@ -67,6 +67,15 @@ def _linear(size: int, chunk: Tile, *, step: Tile) -> Rows:
     return found | {("linear_step", size): {256: KernelConfig(*step)}}
 
 
+def _channels() -> Rows:
+    """Where every feature decays, a program has all features of a head: at most 128 fit."""
+    narrow, wide = KernelConfig(16, 32, 4, 1), KernelConfig(16, 16, 8, 1)
+    return {
+        ("linear_channels", 2): {64: narrow, 128: narrow},
+        ("linear_channels", 4): {64: narrow, 128: wide},
+    }
+
+
 def _routed(table: Rows) -> Rows:
     """`routed` kernels take the tiles of `attention`: the same sweep, with other rows.
 
@@ -100,6 +109,7 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("sparse_dkv", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 _SM_80 |= _routed(_SM_80)
+_SM_80 |= _channels()
 _SM_80 |= _linear(2, (64, 64, 4, 2), step=(1, 32, 4, 1))
 _SM_80 |= _linear(4, (32, 32, 4, 2), step=(1, 32, 4, 1))
 _SM_90: Rows = {
@@ -140,6 +150,7 @@ _GFX942: Rows = {
     ("sparse_dkv", 4): _heads((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _GFX942 |= _routed(_GFX942)
+_GFX942 |= _channels()
 _GFX942 |= _linear(2, (64, 64, 4, 1), step=(1, 32, 4, 1))
 _GFX942 |= _linear(4, (32, 32, 4, 1), step=(1, 32, 4, 1))
 # fmt: on
@@ -179,6 +190,7 @@ def variants(kernel: str) -> tuple[str, ...]:
     """How a kernel is compiled ahead of time: `reattend.kernels.aot.Compiled.variant`.
 
     Plain pipelines the most loads (most shared memory), full needs the most registers; of linear
-    attention full has all that plain has.
+    attention full has all that plain has, but where the two are one kernel's forms.
     """
-    return ("full",) if kernel.startswith("linear") else ("plain", "full")
+    one = kernel.startswith("linear") and kernel != "linear_channels"
+    return ("full",) if one else ("plain", "full")

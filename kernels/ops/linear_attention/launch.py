@@ -19,6 +19,7 @@ from reattend.kernels.launching import (
     on_device,
     unit_stride,
 )
+from reattend.kernels.linear_attention import launch_channels
 from reattend.kernels.linear_attention.gradient import decay_gradient
 from reattend.kernels.linear_attention.reference import LEAST
 from reattend.kernels.linear_attention.triton_backward import linear_read_back, linear_state_back
@@ -40,6 +41,18 @@ class Inputs(NamedTuple):
     lag: int
     block: int
     normalize: bool
+
+    @property
+    def featured(self) -> bool:
+        """Whether every feature decays by itself."""
+        return self.decay_BGN is not None and self.decay_BGN.dim() == 4
+
+    @property
+    def sums(self) -> launch_channels.Sums:
+        """The call as those kernels take it."""
+        q, k, v, decay, _ = self[:5]
+        assert decay is not None
+        return launch_channels.Sums(q, k, v, decay, _before(self))
 
 
 class _Chunked(NamedTuple):
@@ -65,10 +78,9 @@ def configs_for(x: Inputs) -> Configs | None:
     target, size = device_target(x.q_BHNf.device), x.q_BHNf.element_size()
     if target is None or size not in (2, 4):
         return None
-    if x.decay_BGN is not None and x.decay_BGN.dim() == 4:  # no kernel yet
-        return None
-    width = max(x.q_BHNf.shape[3], x.v_BGNe.shape[3])
-    found = {name: find_config(target.name, f"linear_{name}", width, size) for name in KERNELS}
+    width = max(x.q_BHNf.shape[3], x.v_BGNe.shape[3] + x.featured * x.normalize)
+    names = ("channels", "step") if x.featured else KERNELS
+    found = {name: find_config(target.name, f"linear_{name}", width, size) for name in names}
     return {name: c for name, c in found.items() if c is not None} if all(found.values()) else None
 
 
@@ -81,6 +93,8 @@ def launch(x: Inputs, configs: Configs) -> tuple[Tensor, Tensor]:
     """
     if x.q_BHNf.shape[2] == 1:
         return _step(x, configs["step"])
+    if x.featured:
+        return launch_channels.forward(x.sums, x.normalize, configs["channels"])
     made = _scanned(x, configs["state"])
     y, _ = _read(x, made, configs["read"], x.q_BHNf.dtype)
     return y, made.states[:, :, -1].contiguous()
@@ -95,6 +109,8 @@ def launch_backward(dy: Tensor, dstate: Tensor, x: Inputs, configs: Configs) -> 
         x: the call.
         configs: see `launch`.
     """
+    if x.featured:
+        return launch_channels.backward(dy, dstate, x.sums, x.normalize, configs["channels"])
     x = x._replace(q_BHNf=x.q_BHNf.contiguous(), k_BGNf=x.k_BGNf.contiguous())
     x = x._replace(v_BGNe=x.v_BGNe.contiguous())
     q, k, v = x[:3]
@@ -230,6 +246,7 @@ def _step(x: Inputs, config: KernelConfig) -> tuple[Tensor, Tensor]:
     with on_device(q):
         linear_step[(-(-e // config.keys) * g * b,)](
             q, k, v, y, before, after, decay, h, h // g, *q.stride()[:2], *k.stride()[:2],
-            *v.stride()[:2], F=f, E=e, ONES=x.normalize, OWN=x.lag == 0, **options,
+            *v.stride()[:2], F=f, E=e, ONES=x.normalize, OWN=x.lag == 0,
+            FEATURED=x.featured, **options,
         )  # fmt: skip
     return y, after

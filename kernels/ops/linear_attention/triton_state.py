@@ -131,13 +131,14 @@ def linear_step(
     HAS_DECAY: tl.constexpr,
     ONES: tl.constexpr,
     OWN: tl.constexpr,
+    FEATURED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """One token. Grid: (tiles of E * G * B). The state of a group is read once, for all its heads.
 
     ``state`` and ``after`` are [B, G, F, E (+ 1)], ``decay`` [B, G], y [B, H, E], all contiguous.
-    OWN: the query sees its own key.
+    OWN: the query sees its own key. FEATURED: ``decay`` is [B, G, F], one for each row of a state.
     """
     tiles_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     columns: tl.constexpr = E + 1 if ONES else E
@@ -153,7 +154,10 @@ def linear_step(
     key = tl.load(k + b * k_b + g * k_g + f, mask=is_f, other=0.0).to(tl.float32)
     value = tl.load(v + b * v_b + g * v_g + e, mask=is_e, other=0.0).to(tl.float32)
     factor = 1.0
-    if HAS_DECAY:
+    if FEATURED:
+        factor = tl.exp(tl.load(decay + (b * groups + g) * F + f, mask=is_f, other=0.0))
+        seen *= factor[:, None]
+    elif HAS_DECAY:
         factor = tl.exp(tl.load(decay + b * groups + g))
         seen *= factor
     new = seen + key[:, None] * value[None, :]
