@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "terraces-of-no-chunk": {"n": 83, "lag": 25, "block": 24, "decay": True, "state": True},
     "sees-nothing": {"n": 20, "lag": 40, "normalize": True},
     "featured": {"n": 21, "featured": 0.4, "state": True, "normalize": True, "h": 2},
-    "featured-forgetful": {"n": 18, "featured": 60.0, "h": 2, "g": 2, "b": 2, "tile": 16},
+    "featured-forgetful": {"n": 18, "featured": 60.0, "b": 2},
     "featured-step": {"n": 1, "featured": 0.4, "state": True, "normalize": True, "h": 2, "b": 2},
     "step": {"n": 1, "decay": True, "state": True, "normalize": True, "h": 4, "g": 2, "b": 2},
     "step-behind-a-window": {"n": 1, "lag": 7, "state": True, "f": 18, "e": 40},
