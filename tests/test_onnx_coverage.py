@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +71,8 @@ def test_a_model_that_was_not_converted_is_refused(tmp_path: Path) -> None:
         export_onnx(tiny(), tmp_path / "out")
     with pytest.raises(ArgumentError, match="head"):
         export_onnx(LlamaModel(tiny().config), tmp_path / "out")
+    with pytest.raises(ArgumentError, match="convert it first"):
+        export_onnx(zoo_models.build("vit", None), tmp_path / "out")
 
 
 def test_a_partly_converted_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -79,32 +80,6 @@ def test_a_partly_converted_model_is_refused_with_the_way_out(tmp_path: Path) ->
     with pytest.raises(RefusedError, match="to: dense"):
         export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("bert", {"pattern": {"select": {"kind": "observed", "ratio": 0.5}}}),
-        pytest.param(
-            "vit",
-            {"pattern": {"grid": {"radius": 1}}, "image_grid": [4, 4], "text_before": 1},
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_encoders_are_refused_before_a_weight_moves(
-    name: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    """They have no states to decode from; without `targets` the same plans convert them."""
-    plan = {"rules": [{"sites": "*", "to": "sparse", **options}], "targets": ["onnx"]}
-    model = zoo_models.build(name, None)
-    given = {} if name == "bert" else {"inputs": {"pixel_values": torch.randn(2, 3, 16, 16)}}
-    with pytest.raises(RefusedError, match="only decoders that generate token by token"):
-        convert(model, plan=plan, out=tmp_path / "out", **given)
-    if name == "vit":
-        with pytest.raises(ArgumentError, match="encoders of texts and images have none"):
-            export_onnx(model, tmp_path / "file")
-    assert not list(tmp_path.glob("*/model*"))
 
 
 @pytest.mark.parametrize(("name", "words"), [("gpt_oss", "sinks"), ("falcon_alibi", "adds to")])

@@ -81,7 +81,12 @@ def one_node(
         helper.make_graph(
             [helper.make_node(name, list(values), outputs, domain=DOMAIN, **attributes)],
             "one_node", given,
-            [helper.make_tensor_value_info(o, kind, [None] * 4) for o in outputs],
+            [
+                helper.make_tensor_value_info(
+                    o, TensorProto.INT64 if o == "blocks" else kind, [None] * 4
+                )
+                for o in outputs
+            ],
         ),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         functions=[function_proto(n, uses) for n in with_called({name})], ir_version=11,

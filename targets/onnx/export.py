@@ -65,13 +65,14 @@ def export_onnx(
     original: Path | None = None,
     overwrite: bool = False,
 ) -> Artifact:
-    """Write a converted language model as ONNX, opset 24.
+    """Write a converted model as ONNX, opset 24.
 
     Each converted layer is one node of domain `ai.reattend` with a function body in standard ops;
-    prefill and decode are one file. The folder holds `model.onnx`, `model.onnx.data`,
-    `manifest.json`, the generation config, and the tokenizer if given. It appears under its name
-    only after the file passed onnx.checker and gave torch's logits in ONNX Runtime. `model` is
-    not changed.
+    of a language model prefill and decode are one file, of a model without caches (an encoder of
+    texts or images) a call is all there is, see `EncoderSession`. The folder holds `model.onnx`,
+    `model.onnx.data`, `manifest.json`, the generation config, and the tokenizer if given. It
+    appears under its name only after the file passed onnx.checker and gave torch's logits in ONNX
+    Runtime. `model` is not changed.
 
     Args:
         model: a model of `convert` or `load`; every attention layer must be converted.
@@ -83,8 +84,8 @@ def export_onnx(
         overwrite: replace another export in `out`.
 
     Raises:
-        ArgumentError: dtype or flavour is something else, or the model is not a decoder-only
-            language model.
+        ArgumentError: dtype or flavour is something else, or the model is neither a decoder-only
+            language model nor one without caches.
         MissingExtraError: the packages of the extra `onnx` are not installed, or, for flavour
             `custom`, the library is not built.
         RefusedError: a layer has no ONNX form; the message names it.
@@ -103,10 +104,18 @@ def export_onnx(
     need_exporter()
     if kind == "custom":
         find_library()
+    from reattend.targets.onnx.encoder import check_encoder, is_encoder
     from reattend.targets.onnx.wrapper import check_language_model
 
-    check_language_model(model)
-    check_dtype(layout(model), dtype)
+    encoder = is_encoder(model)
+    if encoder:
+        from reattend.targets.onnx.encoder_export import check_encoder_flavour
+
+        check_encoder(model)
+        check_encoder_flavour(kind)
+    else:
+        check_language_model(model)
+        check_dtype(layout(model), dtype)
     asked = {
         "weights": weights_sha256(model),
         "model": digest(_config(model)),
@@ -116,15 +125,12 @@ def export_onnx(
     }
     with Workdir.open(out, asked, overwrite) as work:
         if work.state != "complete":
-            _write(
-                model,
-                work,
-                cast("Literal['float32', 'float16']", dtype),
-                kind,
-                tokenizer,
-                original,
-                asked,
-            )
+            precision = cast("Literal['float32', 'float16']", dtype)
+            if encoder:
+                _write_encoder(model, work, precision, asked)
+            else:
+                _write(model, work, precision, kind, asked)
+            work.publish_folder(lambda folder: write_companions(folder, model, tokenizer, original))
             work.finish()
     return Artifact(work.out, read_manifest(work.out))
 
@@ -134,8 +140,6 @@ def _write(
     work: Workdir,
     dtype: Literal["float32", "float16"],
     flavour: Flavour,
-    tokenizer: Any,
-    original: Path | None,
     asked: dict[str, str],
 ) -> None:
     from reattend.targets.onnx.graph import build, evaluation_copy
@@ -165,7 +169,29 @@ def _write(
         for entry in check_logits(session, copied, dtype, int(config.vocab_size), name, sizes)
     ]
     work.publish_json(MANIFEST, Manifest(**fields, checks=checks).model_dump(mode="json"))
-    work.publish_folder(lambda folder: write_companions(folder, model, tokenizer, original))
+
+
+def _write_encoder(
+    model: nn.Module, work: Workdir, dtype: Literal["float32", "float16"], asked: dict[str, str]
+) -> None:
+    from reattend.targets.onnx.encoder_export import (
+        build_encoder,
+        check_results,
+        describe_encoder,
+        encoder_of,
+        folder_session,
+    )
+    from reattend.targets.onnx.verify import check_file
+
+    plain, encoder = encoder_of(model, _DTYPES[dtype])
+    graph = build_encoder(encoder)
+    work.publish_folder(_graph_writer(graph))
+    check_file(work.path(MODEL))
+    fields = describe_encoder(graph, encoder, model, dtype)
+    fields |= {"model_sha256": asked["weights"], "versions": _versions()}
+    work.publish_json(MANIFEST, Manifest(**fields, checks=[]).model_dump(mode="json"))
+    checks = check_results(folder_session(work.partial), plain, dtype, encoder)
+    work.publish_json(MANIFEST, Manifest(**fields, checks=checks).model_dump(mode="json"))
 
 
 def _config(model: Any) -> dict[str, Any]:

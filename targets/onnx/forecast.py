@@ -6,6 +6,7 @@ from typing import Any
 
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.sparse_config import SparseConfig
+from reattend.targets.onnx.encoder import check_encoder_block
 from reattend.targets.onnx.layout import check_block
 from reattend.targets.onnx.sparse_layout import sparse_form
 
@@ -21,12 +22,16 @@ def foresee(choices: list[Any]) -> None:
     Raises:
         RefusedError: the first such block.
     """
+    whole = all(c.site.binding is None or c.site.binding.cache is None for c in choices)
     for choice in choices:
         if choice.conversion is None or choice.options is None:
             continue
         outcome = choice.conversion.outcome(choice.config, choice.options)
         binding, path = choice.site.binding, choice.site.path
         if not isinstance(outcome, BlockConfig) or binding is None:
+            continue
+        if whole:
+            check_encoder_block(path, outcome, binding)
             continue
         check_block(path, outcome, binding)
         if isinstance(outcome, SparseConfig):

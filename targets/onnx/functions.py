@@ -22,6 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from reattend.targets.onnx.encoder_body import ENCODER, encoder_body
+from reattend.targets.onnx.encoder_observed import OBSERVED, observed_body
 from reattend.targets.onnx.fragments import CAP, CAPPED
 from reattend.targets.onnx.gated_linear_body import GATED, gated_linear_body
 from reattend.targets.onnx.linear_body import linear_body
@@ -236,6 +238,10 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
         return _DOMAIN_LINE + window_linear_body(uses.decayed, uses.maps)
     if name in SELECTED:
         return _DOMAIN_LINE + selected_body(name, uses.budgets, uses.capped)
+    if name in ENCODER:
+        return _DOMAIN_LINE + encoder_body(name, uses.capped)
+    if name == OBSERVED:
+        return _DOMAIN_LINE + observed_body(uses.capped)
     header = _HEADER.format(name=name, inputs=", ".join(_INPUTS[name]))
     rope = _ROPE_OR_NONE if uses.rope_may_be_empty else _ROPE
     body = _BODIES[name].replace("SOFTMAX", _SOFTMAX).replace("ROPE", rope)
@@ -254,7 +260,7 @@ def function_proto(name: str, uses: Uses = EVERYTHING) -> Any:
             active [B, U, N]; it calls `Attention`), or `SparseAttention` (q, key [B, G, N, d],
             value [B, G, N, e], past_key [B, G, sinks + window, d], past_value, kv_start, kv_len)
             -> y, present_key, present_value; or one of `selected_body.KINDS`,
-            or of `linear_body.LINEAR`.
+            of `linear_body.LINEAR`, or of `encoder_body.ENCODER`.
         uses: what the nodes of the file need.
     """
     import onnx.parser

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,11 +51,29 @@ def build(step: Step, dtype: torch.dtype, flavour: Flavour) -> tuple[Any, dict[s
         CaptureError: torch cannot trace or translate the model; the reason is torch's.
         RefusedError: a layer that was not converted.
     """
+    model = translated(step, lambda: _capture(step, dtype))
+    _name_dimensions(model, step)
+    tidy(model)
+    _check_nodes(model, step.layers)
+    forms = choose_forms(model, flavour)
+    attach(model, step.layers)
+    return model, forms
+
+
+def translated(step: Any, capture: Callable[[], Any]) -> Any:
+    """The `onnx_ir.Model` of what `capture` traces.
+
+    Args:
+        step: the wrapper: `model`, `input_names` and `output_names`.
+        capture: gives its `ExportedProgram`.
+
+    Raises:
+        CaptureError: torch cannot trace or translate it; the reason is torch's.
+    """
     with _quiet(), torch.no_grad():
         try:
-            program = _capture(step, dtype)
             exported = torch.onnx.export(
-                program,
+                capture(),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=step.input_names,
@@ -73,16 +91,15 @@ def build(step: Step, dtype: torch.dtype, flavour: Flavour) -> tuple[Any, dict[s
                 why=f"{type(error).__name__}: {_first_line(error)}",
             ) from error
     assert exported is not None
-    model = exported.model
-    _name_dimensions(model, step)
+    return exported.model
+
+
+def tidy(model: Any) -> None:
+    """Make a translated graph smaller and free of the trace."""
     _forget_the_trace(model)
     cancel_squeezes(model)
     fuse_norms(model)
     fuse_rotary(model)
-    _check_nodes(model, step.layers)
-    forms = choose_forms(model, flavour)
-    _attach(model, step.layers)
-    return model, forms
 
 
 def _capture(step: Step, dtype: torch.dtype) -> Any:
@@ -136,7 +153,7 @@ def _forget_the_trace(model: Any) -> None:
                 value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
-def _attach(model: Any, layers: list[LayerLayout]) -> None:
+def attach(model: Any, layers: list[LayerLayout]) -> None:
     """Add the function bodies of the nodes that are left in our domain."""
     import onnx_ir as ir
 

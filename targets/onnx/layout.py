@@ -169,7 +169,7 @@ def check_block(path: str, config: object, binding: Binding) -> None:
     elif not binding.stepwise:
         why = "what the original module does besides attention needs the whole sequence"
     elif binding.cache is None:
-        why = "it keeps no cache; only decoders that generate token by token are exported"
+        why = "it keeps no cache, and other layers of the model do"
     elif isinstance(config, RecurrentConfig):
         if config.window and config.window_form == "terraced":
             why = "a window that is averaged with a state has a node only where it slides"

@@ -17,6 +17,8 @@ from reattend.targets.onnx.flavours import Flavour
 from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
 SCHEMA = 5
+#: what layers of models without caches are
+WHOLE = ("MaskedAttention", "RegionAttention", "ChosenRegionAttention", "ObservedAttention")
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -41,7 +43,8 @@ class StateEntry(_Part):
     Attributes:
         input, output: of the graph.
         layer, name: whose it is.
-        shape: letters and numbers; `C/64`: a row for every 64 tokens, rounded up.
+        shape: letters and numbers; `C/64`: a row for every 64 tokens, rounded up. P blocks of
+            queries and K blocks that each reads: what one pass over a text found, for the next.
         capacity: rows that it has, however many tokens there are; null: C, at least one per token.
     """
 
@@ -61,7 +64,8 @@ class LayerEntry(_Part):
         op: what it is in our words: `Attention`, `LatentAttention`, `SparseAttention` (sinks and a
             window, state of bounded size), `PatternAttention` (any pattern, state of every row),
             `LinearAttention` and `WindowLinearAttention` (sums, state of bounded size), or what
-            chooses keys at run time (state of every row), see `selected_body.KINDS`.
+            chooses keys at run time (state of every row), see `selected_body.KINDS`. Of a model
+            without caches one of `WHOLE`; `A + B`: a grid, and the text around it.
         form: the operator that stands in the graph, as `domain::name`.
         reason: why it is not the operator that the flavour prefers; empty where it is.
         pattern: what sparse heads see.
@@ -89,7 +93,8 @@ class CheckEntry(_Part):
     """One comparison of logits with torch's at export, over real tokens.
 
     Attributes:
-        runtime: what ran the file.
+        runtime: what ran the file. Of a model without caches, results instead of logits are
+            compared, padding is on the right, and steps are passes over one text.
         batch, prefill, padding, steps: rows, prompt length, left padding of the first row, and
             single steps after the prompt.
         error: relative: largest |difference| / max(1, largest |logit|). No unit.
@@ -137,6 +142,11 @@ class Manifest(_Part):
     generation: Generation
     checks: list[CheckEntry]
     versions: dict[str, str]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file is of a model without caches: a call brings all there is."""
+        return any(e.op.split(" + ")[0] in WHOLE for e in self.layers)
 
 
 def describe(

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from reattend.errors import ArgumentError, MissingExtraError
+from reattend.errors import ArgumentError
 from reattend.targets.onnx.buffers import StateBuffers, StateSpec
 from reattend.targets.onnx.feeds import Progress
-from reattend.targets.onnx.library import CPU, find_library, register
+from reattend.targets.onnx.library import find_library, register
 from reattend.targets.onnx.manifest import Manifest, read_manifest
-from reattend.targets.onnx.requirements import need
+from reattend.targets.onnx.runtime import started
 
 Ids = Any
 Array = np.ndarray[Any, Any]
@@ -40,7 +40,8 @@ class Session:
         ModelError: the folder is not such an export.
         MissingExtraError: onnxruntime is not installed, a provider did not start, or the library
             is not there.
-        ArgumentError: the library with another provider than the CPU's.
+        ArgumentError: the library with another provider than the CPU's, or the export is of a model
+            without states.
     """
 
     def __init__(
@@ -53,28 +54,22 @@ class Session:
         prefill_chunk: int = 512,
         library: str | Path | bool | None = None,
     ) -> None:
-        ort = need("onnxruntime", "running an exported model")
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        wanted = list(providers or [CPU])
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if self.manifest.flavour == "custom" if library is None else library:
-            path = library if isinstance(library, str | Path) else None
-            register(options, find_library(path), wanted)
-        self.ort = ort.InferenceSession(
-            str(self.folder / self.manifest.file), options, providers=wanted
-        )
-        started = self.ort.get_providers()
-        lost = [name for name in wanted if name not in started]
-        if lost:
-            raise MissingExtraError(
-                f"the execution provider {lost[0]} did not start",
-                why=f"ONNX Runtime runs with {', '.join(started)}",
-                next_step="install the onnxruntime package for that device, or leave it out",
+        if self.manifest.whole:
+            raise ArgumentError(
+                "this export is of a model that does not decode from states",
+                where=str(folder),
+                next_step="open it with reattend.targets.onnx.EncoderSession",
             )
+        own = self.manifest.flavour == "custom" if library is None else library
+
+        def prepare(options: Any, wanted: list[str]) -> None:
+            if own:
+                path = library if isinstance(library, str | Path) else None
+                register(options, find_library(path), wanted)
+
+        self.ort = started(self.folder / self.manifest.file, providers, threads, prepare)
         self.capacity, self.prefill_chunk = capacity, prefill_chunk
         self._specs = [StateSpec(s.input, s.output, tuple(s.shape)) for s in self.manifest.states]
         self._given = [v.name for v in self.ort.get_inputs() if not v.name.startswith("state.")]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from reattend.errors import ArgumentError
+from reattend.targets.onnx.encoder_translate import encoder_translations
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION
 from reattend.targets.onnx.linear_translate import linear_translations
 from reattend.targets.onnx.routed_body import NAME as ROUTED
@@ -57,6 +58,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         sparse_translations()
         | linear_translations()
         | selected_translations()
+        | encoder_translations()
         | {
             torch.ops.reattend.attention.default: translate_attention,
             torch.ops.reattend.latent_attention.default: translate_latent,

@@ -86,7 +86,7 @@ def check_language_model(model: nn.Module) -> None:
         raise ArgumentError(
             "the model has no language-model head, so it has no logits to export",
             where=type(model).__name__,
-            why="a file decodes token by token from states; encoders of texts and images have none",
-            next_step="load a language model with AutoModelForCausalLM; another one keeps to its "
-            "Hugging Face checkpoint",
+            why="a file decodes token by token, or is of a converted model without caches",
+            next_step="load a language model with AutoModelForCausalLM; if it is an encoder, "
+            'convert it first: convert(model, plan="identity") keeps it as it is',
         )

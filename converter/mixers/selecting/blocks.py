@@ -130,12 +130,8 @@ class BlocksMethod(Method):
         rest = m - s.text_before - prod(s.shape)
         if rest < 0 or s.text_after not in (None, rest):
             raise off_grid(s.kind, prod(s.shape), m)
-        place = torch.arange(prod(s.shape), device=asked.k_BGMd.device)
-        tiles, region = prod(s.shape) // s.size, torch.zeros_like(place)
-        many = 1
-        for size, tile in zip(reversed(s.shape), reversed(s.tile), strict=True):
-            region = region + place % size // tile * many
-            many, place = many * (size // tile), place // size
+        tiles = prod(s.shape) // s.size
+        region = tile_of(s).to(asked.k_BGMd.device)
         region_M = torch.nn.functional.pad(region, (s.text_before, rest), value=tiles)
         keys = _pooled(asked.k_BGMd, region_M, tiles + 1)[:, :, :tiles]
         query, row_N = asked.q_BHNd, torch.arange(m, device=region.device)
@@ -172,8 +168,19 @@ class BlocksMethod(Method):
         return torch.cat([told, rest.mean(2, keepdim=True)], 2) if rest.shape[2] else told
 
 
+def tile_of(select: Blocks) -> Tensor:
+    """The tile of every token of the grid, tokens and tiles row by row."""
+    place = torch.arange(prod(select.shape))
+    region, many = torch.zeros_like(place), 1
+    for size, tile in zip(reversed(select.shape), reversed(select.tile), strict=True):
+        region = region + place % size // tile * many
+        many, place = many * (size // tile), place // size
+    return region
+
+
 def _pooled(x_BHNd: Tensor, region_N: Tensor, regions: int) -> Tensor:
     """Means over the regions of tokens [B, H, R, d]; of none: 0."""
     shape = (*x_BHNd.shape[:2], regions, x_BHNd.shape[3])
     sums = x_BHNd.new_zeros(shape).index_add(2, region_N, x_BHNd)
-    return sums / torch.bincount(region_N, minlength=regions).clamp_min(1)[:, None]
+    one = x_BHNd.new_ones(len(region_N), 1)
+    return sums / one.new_zeros(regions, 1).index_add(0, region_N, one).clamp_min(1)

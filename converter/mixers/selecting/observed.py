@@ -101,7 +101,7 @@ class ObservedMethod(Method):
         blocks = -(-asked.k_BGMd.shape[2] // self.selector.block)
         notes, text = asked.notes, self.text
         if text is None or not isinstance(notes, Seen):
-            return self._routes(self._map(asked, blocks), asked)
+            return self._routes(self.observed(asked, blocks), asked)
         first = int(text.passes * self.selector.skip) + 1
         notes.passes += 1
         if notes.passes > 1 and notes.tokens != asked.k_BGMd.shape[2]:
@@ -110,7 +110,7 @@ class ObservedMethod(Method):
         if notes.passes <= first + 1:
             if notes.passes == first + 1:
                 prompt = -(-(asked.k_BGMd.shape[2] - text.new_tokens) // self.selector.block)
-                notes.write(self._map(asked, max(0, min(prompt, blocks - 1))))
+                notes.write(self.observed(asked, max(0, min(prompt, blocks - 1))))
             shape = (*asked.q_BHNd.shape[:3], asked.k_BGMd.shape[2])
             return Tokens(torch.ones(shape, dtype=torch.bool, device=asked.q_BHNd.device))
         found = notes.read()
@@ -122,7 +122,7 @@ class ObservedMethod(Method):
         region_M = torch.arange(m, device=asked.k_BGMd.device) // block
         return Routes(map_BHPQ, region_M, region_M, 0, block if block % 64 == 0 else 0)
 
-    def _map(self, asked: Asked, prompt: int) -> Tensor:
+    def observed(self, asked: Asked, prompt: int) -> Tensor:
         """The best blocks of each row among the first `prompt` ones, and among the others."""
         block, m = self.selector.block, asked.k_BGMd.shape[2]
         blocks, rows = -(-m // block), []

@@ -1,0 +1,118 @@
+"""The bodies of nodes of models without states, and the torch ops they stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+from test_onnx_sparse_functions import SCALE, B, H, T, one_node, rows  # noqa: E402
+
+from reattend.mixers.config import CoreConfig  # noqa: E402
+from reattend.mixers.scores import attend  # noqa: E402
+from reattend.patterns.pattern import HeadPattern  # noqa: E402
+from reattend.targets.onnx.encoder_observed import observed_attention  # noqa: E402
+from reattend.targets.onnx.encoder_ops import masked_attention, region_attention  # noqa: E402
+from reattend.targets.onnx.encoder_regions import Regions, regions  # noqa: E402
+
+
+def runs(name: str, feed: dict[str, Any], rules: dict[str, Any], outputs: list[str]) -> Any:
+    made = one_node(name, feed, outputs, rules)
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, feed), ReferenceEvaluator(made).run(None, feed)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_mask_is_read(softcap: float) -> None:
+    q, k, v = rows()
+    seen = np.random.default_rng(2).random((B, H, T, T)) < 0.3
+    feed = {"q": q, "key": k, "value": v, "seen": seen}
+    rules = {"scale": SCALE, "softcap": softcap}
+    want = masked_attention(*map(torch.from_numpy, feed.values()), **rules).numpy()
+    for (y,) in runs("MaskedAttention", feed, rules, ["y"]):
+        assert np.abs(y - want).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        ({"grid": {"radius": 2, "norm": "circle", "text_before": 2}}, (7, 6)),
+        ({"grid": {"radius": 1, "norm": "neighborhood"}, "sinks": 3}, (6, 8)),
+        ({"tiles": {"tile": [3, 2], "radius": 0, "text_before": 5}}, (6, 8)),
+        ({"radial": {"block": 2}}, (3, 4, 4)),
+    ],
+)
+def test_boxes_of_a_grid_read_what_their_queries_see(
+    given: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boxes that do not divide the grid, rows that few of a box see; grids too small to pay."""
+    name = next(n for n in ("grid", "tiles", "radial") if n in given)
+    pattern = HeadPattern.model_validate({**given, name: {**given[name], "shape": shape}})
+    core = CoreConfig(
+        heads=H, kv_heads=2, qk_head_dim=8, v_head_dim=6, scale=SCALE, softcap=1.5, pattern="full"
+    )
+    n = pattern.grids[0].text_before + pattern.grids[0].tokens
+    q, k, v = (torch.from_numpy(x[:, :, :n]) for x in rows())
+    place = torch.arange(n)
+    mask = pattern.sees(place[:, None], place, core)[None, None]
+    assert (regions(pattern, core, n) is None) == (name != "tiles")
+    monkeypatch.setattr("reattend.targets.onnx.encoder_regions._PAYS", 9.0)
+    boxes = regions(pattern, core, n)
+    assert isinstance(boxes, Regions)
+    grid = slice(boxes.first, boxes.first + boxes.tokens)
+    want = attend(q, k, v, core, mask)[:, :, grid]
+    told = (
+        boxes.query_rows_Rc, boxes.key_rows_RK, boxes.masks_UcK[boxes.mask_R], boxes.at_N,
+    )  # fmt: skip
+    rules = {"scale": SCALE, "softcap": 1.5}
+    y = region_attention(q[:, :, grid], k, v, *told, **rules)
+    assert float((y - want).abs().max()) <= 1e-5
+    names = ["q", "key", "value", "query_rows", "key_rows", "seen", "at"]
+    values = [x.contiguous().numpy() for x in (q[:, :, grid], k, v, *told)]
+    for (got,) in runs("RegionAttention", dict(zip(names, values, strict=True)), rules, ["y"]):
+        assert np.abs(got - want.numpy()).max() <= 1e-5
+
+
+def test_rows_of_each_heads_own_are_read() -> None:
+    q, k, v = rows()
+    random, r, c, many = np.random.default_rng(2), 5, 3, 7
+    queries = random.permutation(r * c).reshape(r, c)
+    feed = {
+        "q": q[:, :, : r * c], "key": k, "value": v, "query_rows": queries,
+        "key_rows": random.integers(0, T, (B, H, r, many)),
+        "seen": random.random((B, 1, r, c, many)) < 0.7, "at": queries.flatten().argsort(),
+    }  # fmt: skip
+    feed = {name: np.ascontiguousarray(x) for name, x in feed.items()}
+    feed["seen"][..., 0] = True
+    rules = {"scale": SCALE, "softcap": 0.0}
+    want = region_attention(*map(torch.from_numpy, feed.values()), **rules).numpy()
+    for (y,) in runs("ChosenRegionAttention", feed, rules, ["y"]):
+        assert np.abs(y - want).max() <= 1e-5
+
+
+@pytest.mark.parametrize("budget", [{"topk": 2, "ratio": 0.0}, {"topk": 0, "ratio": 0.3}])
+def test_blocks_are_observed_and_read(budget: dict[str, Any]) -> None:
+    """T is no multiple of the block; the prompt is part of the blocks, none or all."""
+    q, k, v = rows()
+    rules = {"block": 8, **budget, "scale": SCALE, "softcap": 0.0}
+    last = np.zeros((B, H, 1, 1), np.int64)
+    kept = {}
+    for phase, prompt in ((0, 0), (1, 4), (2, 4), (3, 7), (3, 0)):
+        feed = {
+            "q": q, "key": k, "value": v, "past_blocks": kept.get("blocks", last),
+            "phase": np.array([phase]), "prompt_blocks": np.array([prompt]),
+        }  # fmt: skip
+        y, blocks = observed_attention(*map(torch.from_numpy, feed.values()), **rules)
+        for got, found in runs("ObservedAttention", feed, rules, ["y", "blocks"]):
+            assert np.abs(got - y.numpy()).max() <= 1e-5
+            np.testing.assert_array_equal(np.sort(found, -1), np.sort(blocks.numpy(), -1))
+        if phase == 1:
+            kept["blocks"] = blocks.numpy()
