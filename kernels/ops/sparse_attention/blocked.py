@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from reattend.kernels.core import Rule, average, average_backward, compute_dtype, products
+from reattend.kernels.core import Rule, average_backward, compute_dtype, products
 from reattend.kernels.sparse_attention.schedule import schedule
 
 SCORES_PER_STEP = 1 << 18  # 1 MiB of fp32 scores: they stay in the processor's cache
@@ -44,7 +44,8 @@ class Step:
         query: places (J, h, queries) in q_BHNd, counted over its first three axes.
         key: places (J, K) in k_BGMd, likewise; keys that do not exist name others.
         run: there is one pair, and its keys follow each other.
-        hidden: (first column, bools (1 or J, 1, 1, queries or 1, columns)): scores to hide.
+        hidden: (first column, (1 or J, 1, 1, queries or 1, columns)): scores to hide, as bools, or
+            -inf to add.
     """
 
     query: Tensor
@@ -74,7 +75,9 @@ def _steps(x: Inputs) -> Iterator[Step]:
     for batch in schedule(x.layout, x.rows, n, x.block, x.first):
         row_I = batch.row_I
         key_IK = batch.key_IK + start_B[row_I, None]
-        hidden = [(column, pairs[:, None, None]) for column, pairs in batch.hidden]
+        # where all items share what is hidden, adding -inf is faster than filling
+        hidden = [(c, _added(x) if len(x) == 1 else x) for c, x in batch.hidden]
+        hidden = [(column, pairs[:, None, None]) for column, pairs in hidden]
         beyond_IK = key_IK > last_B[row_I, None]
         run = bool((key_IK[:, -1] - key_IK[:, 0] == key_IK.shape[1] - 1).all())
         if bool(beyond_IK.any()):
@@ -83,22 +86,26 @@ def _steps(x: Inputs) -> Iterator[Step]:
             hidden.append((0, beyond_IK[:, None, None, None]))
         query_IN = batch.query_I[:, None] + torch.arange(batch.queries)
         for kv_head, query_heads in _heads(head_layout, heads // groups, batch.layout):
-            # (items, KV heads) -> pairs
-            key = (row_I[:, None] * groups + kv_head)[..., None] * m + key_IK[:, None]
-            query = (row_I[:, None, None] * heads + query_heads)[..., None] * n
-            query = (query + query_IN[:, None, None]).flatten(0, 1)
+            # (KV heads, items) -> pairs: neighbours read nearly the same keys
+            key = (row_I * groups + kv_head[:, None])[..., None] * m + key_IK
+            query = (row_I[:, None] * heads + query_heads[:, None])[..., None] * n
+            query = (query + query_IN[:, None]).flatten(0, 1)
             key = key.flatten(0, 1)
-            many = len(kv_head)
             scores_each = query.shape[1] * query.shape[2] * key.shape[1]
             alone = run and scores_each >= SCORES_OF_A_RUN
             size = 1 if alone else max(SCORES_PER_STEP // scores_each, 1)
             for i in range(0, len(key), size):
                 j = min(i + size, len(key))
                 part = [
-                    (c, pairs if len(pairs) == 1 else pairs[torch.arange(i, j) // many])
+                    (c, pairs if len(pairs) == 1 else pairs[torch.arange(i, j) % len(row_I)])
                     for c, pairs in hidden
                 ]
                 yield Step(query[i:j], key[i:j], alone, part)
+
+
+def _added(hidden: Tensor) -> Tensor:
+    """What hides these scores when it is added to them; they are of keys that exist."""
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
 def _gather(x: Tensor, place: Tensor, dtype: torch.dtype, run: bool = False) -> Tensor:
@@ -120,8 +127,23 @@ def _read(x: Inputs, step: Step, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Te
     s = products((q,), (k,), rule)
     for column, hidden in step.hidden:
         part = s[..., column : column + hidden.shape[-1]]
-        part.masked_fill_(hidden.to(s.device), float("-inf"))
+        if hidden.dtype == torch.bool:
+            part.masked_fill_(hidden.to(s.device), float("-inf"))
+        else:
+            part.add_(hidden.to(s))
     return s, q, k, v
+
+
+def _average(s: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`average` by torch's own softmax, which is faster than its parts; no gradient."""
+    top, p = s.amax(-1, keepdim=True), torch.softmax(s, -1, out=s)
+    blind = top == float("-inf")
+    if bool(blind.any()):
+        p = p.masked_fill(blind, 0)
+    b, g, h, n, m = p.shape
+    y = torch.matmul(p.reshape(b, g, h * n, m), values).view(b, g, h, n, values.shape[-1])
+    lse = torch.where(blind, top, top - p.amax(-1, keepdim=True).log())  # the largest is 1 / mass
+    return y, lse.squeeze(-1)
 
 
 def forward(x: Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -132,7 +154,7 @@ def forward(x: Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=compute_dtype(q.dtype))
     for step in _steps(x):
         s, _, _, v = _read(x, step, rule)
-        out, log_sum = average(s, v)
+        out, log_sum = _average(s, v)
         place = step.query.flatten().to(q.device)
         y.view(-1, e).index_copy_(0, place, out.reshape(-1, e).to(y.dtype))
         lse.view(-1).index_copy_(0, place, log_sum.reshape(-1))
