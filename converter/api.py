@@ -159,6 +159,7 @@ def export(
     dtype: str | torch.dtype | None = None,
     pad: str | None = None,
     flavour: str | None = None,
+    inputs: Any = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Any:
@@ -176,6 +177,8 @@ def export(
         flavour: ONNX only: `portable` (the default: any runtime), `ort` (ONNX Runtime's own
             operators where they win), `custom` (the portable file, checked with and run by the
             kernels of reattend's own library).
+        inputs: ONNX only, for models without states (encoders, vision, diffusion): example inputs
+            by name; one pass is written. A model that became a graph is loaded with them too.
         tokenizer: saved beside the model; found in the model's folder when None.
         overwrite: replace another export in `out`.
 
@@ -188,15 +191,15 @@ def export(
 
     stored = check_export(target, dtype, pad, flavour)
     out, overwrite = as_folder(out, "out"), as_flag(overwrite, "overwrite")
-    tokenizer, original = as_tokenizer(tokenizer), None
+    tokenizer, original, inputs = as_tokenizer(tokenizer), None, as_inputs(inputs)
     if not isinstance(model, nn.Module):
         from reattend.source_load import find_tokenizer
 
         original = as_folder(model, "model")
-        model = load(original)  # first: its errors name the folder
+        model = load(original, inputs=inputs)  # first: its errors name the folder
         tokenizer = tokenizer or find_tokenizer(str(original), True, False)
     assert isinstance(model, nn.Module)
     return written(
-        model, target, out, dtype=stored, pad=pad, flavour=flavour, tokenizer=tokenizer,
-        original=original, overwrite=overwrite,
+        model, target, out, dtype=stored, pad=pad, flavour=flavour, inputs=inputs,
+        tokenizer=tokenizer, original=original, overwrite=overwrite,
     )  # fmt: skip

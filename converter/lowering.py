@@ -121,6 +121,7 @@ def written(
     dtype: str | None = None,
     pad: str | None = None,
     flavour: str | None = None,
+    inputs: Any = None,
     tokenizer: Any = None,
     original: Path | None = None,
     overwrite: bool = False,
@@ -135,7 +136,8 @@ def written(
         from reattend.targets.onnx import export_onnx
 
         kind = flavour or "portable"
-        return export_onnx(model, out, dtype=dtype or "float32", flavour=kind, **beside)
+        name = dtype or "float32"
+        return export_onnx(model, out, dtype=name, flavour=kind, inputs=inputs, **beside)
     from reattend.targets.deepseek import export_deepseek
 
     version: Literal["v2", "v3"] = "v2" if target == "deepseek-v2" else "v3"

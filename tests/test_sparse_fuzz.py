@@ -52,7 +52,7 @@ def masks(patterns: list[HeadPattern], real_BN: Tensor, window: int) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_generation_equals_the_original_under_a_mask(seed: int) -> None:
-    """MHA and GQA, with and without a window of the block's own, left padding, one shot or chunks."""
+    """MHA and GQA, a window of the block's own or none, left padding, one shot or chunks."""
     rng = random.Random(seed)
     name, groups = rng.choice(["llama", "mistral"]), rng.choice([1, 2, 4])
     original = decoder(name, layers=2, groups=groups)

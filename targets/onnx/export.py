@@ -61,11 +61,12 @@ def export_onnx(
     *,
     dtype: str = "float32",
     flavour: str = "portable",
+    inputs: Any = None,
     tokenizer: Any = None,
     original: Path | None = None,
     overwrite: bool = False,
 ) -> Artifact:
-    """Write a converted model as ONNX, opset 24.
+    """Write a converted model as ONNX, opset 24: a language model, or one pass of another one.
 
     Each converted layer is one node of domain `ai.reattend` with a function body in standard ops;
     of a language model prefill and decode are one file, of a model without caches (an encoder of
@@ -79,6 +80,8 @@ def export_onnx(
         out: folder to create.
         dtype: "float32" or "float16".
         flavour: which operators the attention layers become; `reattend.targets.onnx.flavours`.
+        inputs: example inputs of a model without states (encoders, vision, diffusion): one pass
+            from these inputs to its outputs is written (`reattend.targets.onnx.forward`).
         tokenizer: saved beside the model.
         original: a folder whose licence and processor files are copied.
         overwrite: replace another export in `out`.
@@ -104,18 +107,7 @@ def export_onnx(
     need_exporter()
     if kind == "custom":
         find_library()
-    from reattend.targets.onnx.encoder import check_encoder, is_encoder
-    from reattend.targets.onnx.wrapper import check_language_model
-
-    encoder = is_encoder(model)
-    if encoder:
-        from reattend.targets.onnx.encoder_export import check_encoder_flavour
-
-        check_encoder(model)
-        check_encoder_flavour(kind)
-    else:
-        check_language_model(model)
-        check_dtype(layout(model), dtype)
+    write = _writer(model, cast("Literal['float32', 'float16']", dtype), kind, inputs)
     asked = {
         "weights": weights_sha256(model),
         "model": digest(_config(model)),
@@ -123,16 +115,63 @@ def export_onnx(
         "tokenizer": type(tokenizer).__name__,
         "versions": digest(_versions()),
     }
+    if inputs is not None:
+        asked["inputs"] = digest({k: str(getattr(v, "shape", v)) for k, v in inputs.items()})
     with Workdir.open(out, asked, overwrite) as work:
         if work.state != "complete":
-            precision = cast("Literal['float32', 'float16']", dtype)
-            if encoder:
-                _write_encoder(model, work, precision, asked)
-            else:
-                _write(model, work, precision, kind, asked)
+            write(work, asked)
             work.publish_folder(lambda folder: write_companions(folder, model, tokenizer, original))
             work.finish()
     return Artifact(work.out, read_manifest(work.out))
+
+
+def _writer(
+    model: nn.Module, dtype: Literal["float32", "float16"], flavour: Flavour, inputs: Any
+) -> Callable[[Workdir, dict[str, str]], None]:
+    """What writes this kind of model; all that can be known to be wrong is said here."""
+    from reattend.targets.onnx.encoder import check_encoder, is_encoder
+    from reattend.targets.onnx.encoder_export import check_encoder_flavour
+    from reattend.targets.onnx.forward import blocks
+    from reattend.targets.onnx.wrapper import check_language_model
+
+    if inputs is not None:
+        blocks(model)
+        check_encoder_flavour(flavour)
+        return lambda work, asked: _write_forward(model, work, dtype, inputs, asked)
+    if is_encoder(model):
+        check_encoder(model)
+        check_encoder_flavour(flavour)
+        return lambda work, asked: _write_encoder(model, work, dtype, asked)
+    check_language_model(model)
+    check_dtype(layout(model), dtype)
+    return lambda work, asked: _write(model, work, dtype, flavour, asked)
+
+
+def _write_forward(
+    model: nn.Module,
+    work: Workdir,
+    dtype: Literal["float32", "float16"],
+    inputs: Any,
+    asked: dict[str, str],
+) -> None:
+    """One pass, checked."""
+    from reattend.targets.onnx.forward import (
+        as_given,
+        check_forward,
+        describe_forward,
+        export_graph,
+    )
+    from reattend.targets.onnx.graph import evaluation_copy
+    from reattend.targets.onnx.verify import check_file
+
+    copied, given = evaluation_copy(model, _DTYPES[dtype]), as_given(inputs, _DTYPES[dtype])
+    graph = export_graph(copied, given)
+    work.publish_folder(_graph_writer(graph))
+    check_file(work.path(MODEL))
+    fields = describe_forward(graph, model, dtype)
+    fields |= {"model_sha256": asked["weights"], "versions": _versions()}
+    checks = check_forward(work.partial, copied, given, dtype)
+    work.publish_json(MANIFEST, Manifest(**fields, checks=checks).model_dump(mode="json"))
 
 
 def _write(
@@ -195,8 +234,11 @@ def _write_encoder(
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """The model's config without the folder it came from."""
-    return {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    """The model's config without the folder it came from; of a module that has none, its words."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {"module": repr(model), "config": repr(config)}
+    return {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}
 
 
 def _graph_writer(graph: Any) -> Callable[[Path], None]:

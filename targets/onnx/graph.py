@@ -96,7 +96,7 @@ def translated(step: Any, capture: Callable[[], Any]) -> Any:
 
 def tidy(model: Any) -> None:
     """Make a translated graph smaller and free of the trace."""
-    _forget_the_trace(model)
+    forget_the_trace(model)
     cancel_squeezes(model)
     fuse_norms(model)
     fuse_rotary(model)
@@ -133,7 +133,7 @@ def _name_dimensions(model: Any, step: Step) -> None:
             value.shape = ir.Shape(letters[value.name])
 
 
-def _forget_the_trace(model: Any) -> None:
+def forget_the_trace(model: Any) -> None:
     """Drop what torch noted about the trace: stack traces (they name files of this machine) and
     its own symbol names inside the graph, which do not match the border's letters.
     """
@@ -202,6 +202,7 @@ def _check_nodes(model: Any, layers: list[LayerLayout]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     text = str(error).strip()
     return text.splitlines()[0] if text else "no reason given"
 

@@ -81,12 +81,18 @@ def check_language_model(model: nn.Module) -> None:
     """
     config = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
-        raise ArgumentError("only decoder-only language models can be exported to ONNX")
+        raise ArgumentError(
+            "only decoder-only language models can be exported to ONNX without an example",
+            where=type(model).__name__,
+            next_step="encoders, vision and diffusion models: pass inputs={...}, and one pass is "
+            "written",
+        )
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ArgumentError(
             "the model has no language-model head, so it has no logits to export",
             where=type(model).__name__,
             why="a file decodes token by token, or is of a converted model without caches",
-            next_step="load a language model with AutoModelForCausalLM; if it is an encoder, "
-            'convert it first: convert(model, plan="identity") keeps it as it is',
+            next_step="load a language model with AutoModelForCausalLM; an encoder is converted "
+            'first (convert(model, plan="identity") keeps it as it is), or pass inputs={...}, an '
+            "example, and one pass is written",
         )
