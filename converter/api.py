@@ -178,7 +178,7 @@ def export(
             operators where they win), `custom` (the portable file, checked with and run by the
             kernels of reattend's own library).
         inputs: ONNX only, for models without states (encoders, vision, diffusion): example inputs
-            by name; one pass is written. A model that became a graph is loaded with them too.
+            by name; one pass is written.
         tokenizer: saved beside the model; found in the model's folder when None.
         overwrite: replace another export in `out`.
 
@@ -196,7 +196,7 @@ def export(
         from reattend.source_load import find_tokenizer
 
         original = as_folder(model, "model")
-        model = load(original, inputs=inputs)  # first: its errors name the folder
+        model = load(original)  # first: its errors name the folder
         tokenizer = tokenizer or find_tokenizer(str(original), True, False)
     assert isinstance(model, nn.Module)
     return written(

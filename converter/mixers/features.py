@@ -3,8 +3,9 @@
 `identity`; `elu+1`, Katharopoulos et al., arXiv 2006.16236; `relu`; `exp`, exp(x - max x);
 `softmax` over a head's numbers; `silu`, Qin et al., arXiv 2401.04658; `hedgehog` as in LoLCATs
 (Zhang et al., arXiv 2410.10254), two softmaxes of W x and of -W x side by side, W per head; `t2r`,
-relu(W x + b), Kasai et al., arXiv 2103.13076. Other libraries give the name hedgehog to one softmax
-over both signs; that is another map.
+relu(W x + b), Kasai et al., arXiv 2103.13076; `sigmoid`; `mlp`, elu+1 of what is projected from
+x + f(x) (`reattend.mixers.input_map`). `performer` is in `reattend.mixers.estimated`. Other
+libraries give the name hedgehog to one softmax over both signs; that is another map.
 
 Layout letters: B batch, h heads, N tokens, d head width, f features.
 """
@@ -61,10 +62,12 @@ def mapped(
         x = x @ weight_hfd.to(x.dtype).transpose(-1, -2)
     if name == "t2r" and bias_hf is not None:
         x = x + bias_hf.to(x.dtype)[:, None]
-    if name == "elu+1":
+    if name in ("elu+1", "mlp"):
         return nn.functional.elu(x) + 1
     if name in ("relu", "t2r"):
         return torch.relu(x)
+    if name == "sigmoid":
+        return torch.sigmoid(x)
     if name == "exp":
         return (x - x.amax(-1, keepdim=True)).exp()
     if name == "silu":

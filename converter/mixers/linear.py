@@ -27,6 +27,7 @@ from reattend.kernels.linear_attention.reference import divided, with_ones
 from reattend.mixers.base import Context, State
 from reattend.mixers.block import project
 from reattend.mixers.dense import DenseAttention, stream
+from reattend.mixers.everywhere import Call, Everywhere
 from reattend.mixers.features import FeatureMap
 from reattend.mixers.keeping import HoldingState
 from reattend.mixers.linear_config import LinearConfig
@@ -71,6 +72,7 @@ class LinearAttention(DenseAttention):
         self.features_q = FeatureMap(name, core.heads, width, rows)
         self.features_k = FeatureMap(name, config.state_heads, width, rows)
         self.mix_H: nn.Parameter | None = None
+        self.everywhere = Everywhere(config) if config.direction == "bidirectional" else None
         if config.mix_learned and config.window:
             start = math.log(config.mix / (1 - config.mix))
             self.mix_H = nn.Parameter(torch.full((core.heads,), start))
@@ -92,7 +94,8 @@ class LinearAttention(DenseAttention):
         c = self.config
         turn = rotation(c.rotary, ctx, state, x_BND)
         pairs = c.rotary.pairs if c.rotary else 0
-        q_BNp, k_BNp = (project(proj, x_BND, ctx) for proj in (self.q_proj, self.k_proj))
+        x_q, x_k = (x_BND, x_BND) if self.everywhere is None else self.everywhere.inputs(x_BND)
+        q_BNp, k_BNp = project(self.q_proj, x_q, ctx), project(self.k_proj, x_k, ctx)
 
         def queries(turned: Any) -> Tensor:
             made = stream(q_BNp, c.core.heads, c.q, self.q_norm, turned, pairs)
@@ -136,8 +139,8 @@ class LinearAttention(DenseAttention):
     ) -> Tensor:
         """See `Mixer.attend`."""
         (q, f_q), c = query, self.config
-        if c.direction == "bidirectional":
-            return self.finished(self._everywhere(f_q, rows, ctx), q.dtype)
+        if self.everywhere is not None:
+            return self._everywhere(self.everywhere, q, f_q, rows, ctx)
         fresh = isinstance(rows, New)
         found = lined(rows.rows, rows.valid_BN, None, c) if fresh else rows.found
         self._known(ctx.mask, found.place_BN)
@@ -159,16 +162,17 @@ class LinearAttention(DenseAttention):
         made: Tensor = y.to(dtype)
         return made
 
-    def _everywhere(self, f_BHNf: Tensor, new: New, ctx: Context) -> Tensor:
-        """One sum over all real tokens, read by every query, [B, H, N, c]."""
-        c, valid_BN = self.config, new.valid_BN
-        b, _, n, _ = f_BHNf.shape
-        self._known(ctx.mask, places(valid_BN, n, f_BHNf.device).expand(b, n))
-        k = self._features_k(mapped_rows(new.rows))
-        if valid_BN is not None:
-            k = k * valid_BN[:, None, :, None]
-        sums = k.transpose(-1, -2) @ self._columns(new.rows[1])
-        y: Tensor = (f_BHNf.unflatten(1, (c.state_heads, -1)) @ sums[:, :, None]).flatten(1, 2)
+    def _everywhere(
+        self, attention: Everywhere, q_BHNd: Tensor, f_BHNf: Tensor, new: New, ctx: Context
+    ) -> Tensor:
+        """Outputs [B, H, N, e] of a block in which every token sees all."""
+        valid_BN, (b, _, n, _) = new.valid_BN, q_BHNd.shape
+        self._known(ctx.mask, places(valid_BN, n, q_BHNd.device).expand(b, n))
+        keys, values = new.rows[:2]
+        mapped = self._features_k(mapped_rows(new.rows))
+        columns = self._columns(values)
+        call = Call(q_BHNd, keys, values, f_BHNf, mapped, columns, valid_BN)
+        y: Tensor = attention(call, lambda sums: self.finished(sums, q_BHNd.dtype))
         return y
 
     def _all(self, q_BHLd: Tensor, f_BHLf: Tensor, found: Lined) -> Tensor:

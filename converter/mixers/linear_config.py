@@ -7,14 +7,18 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from reattend.mixers.config import BlockConfig
+from reattend.mixers.everywhere_config import EverywhereConfig
 
-FeatureMapName = Literal["identity", "elu+1", "relu", "exp", "softmax", "silu", "hedgehog", "t2r"]
+FeatureMapName = Literal[
+    "identity", "elu+1", "relu", "exp", "softmax", "silu", "hedgehog", "t2r", "sigmoid", "mlp",
+    "performer",
+]  # fmt: skip
 WindowForm = Literal["terraced", "sliding"]
 #: maps with weights of their own
 LEARNED = ("hedgehog", "t2r")
 
 
-class LinearConfig(BlockConfig):
+class LinearConfig(BlockConfig, EverywhereConfig):
     """Keys in the window are attended to by softmax, older ones through a state of fixed size.
 
     Attributes:

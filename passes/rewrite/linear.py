@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from reattend.errors import ArgumentError
-from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.linear import LinearAttention
 from reattend.mixers.linear_config import LEARNED, FeatureMapName, LinearConfig, WindowForm
@@ -23,14 +21,23 @@ from reattend.mixers.recurrent import RecurrentAttention
 from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost, regrouped
+from reattend.passes.rewrite.linear_everywhere import (
+    EverywhereOptions,
+    everywhere_stated,
+    everywhere_weights,
+    everywhere_work,
+    settings,
+)
 from reattend.passes.rewrite.sparse_build import like
 
 #: A window that no text is longer than.
 ENDLESS = 2**30
 
 
-class LinearOptions(Frozen):
+class LinearOptions(EverywhereOptions):
     """What reaches how far back.
+
+    Those of `EverywhereOptions` are for bidirectional blocks.
 
     Attributes:
         direction: `causal`, or `bidirectional` for blocks in which every token sees all (encoders,
@@ -92,7 +99,8 @@ class LinearOptions(Frozen):
             raise ValueError(
                 "direction: bidirectional sums all keys once: set window: 0, and no decay"
             )
-        if self.feature_map not in LEARNED and (self.feature_dim or self.feature_init):
+        sized = (*LEARNED, "performer") if self.feature_init is None else LEARNED
+        if self.feature_map not in sized and (self.feature_dim or self.feature_init):
             raise ValueError(f"feature_map: {self.feature_map} has no weights to give a size")
         if self.rope == "after" and self.feature_map == "hedgehog":
             raise ValueError("rope: after rotates features, and hedgehog has two for each number")
@@ -200,6 +208,7 @@ class ToLinear(Conversion):
                 "mix_learned": options.mix == "learned",
                 "rope": options.rope,
                 "state": options.state,
+                **settings(options, config.hidden_size),
             }
         )
 
@@ -208,13 +217,11 @@ class ToLinear(Conversion):
         return self.described(config, options)
 
     def exact_setting(self, config: DenseConfig) -> LinearOptions:
-        """A window that no text is longer than: no key is ever linear.
-
-        Raises:
-            ArgumentError: the block is not causal, where a window has no order to follow.
-        """
+        """A window that no text is longer than, or all blocks of keys: none is ever linear."""
         if config.core.pattern == "full":
-            raise ArgumentError("bidirectional linear attention has no setting that is exact")
+            return LinearOptions(
+                direction="bidirectional", window=0, feature_map="softmax", sparse_top=1.0
+            )
         return LinearOptions(
             feature_map="elu+1", window=ENDLESS, window_form="sliding", mix="fixed", mix_start=0.5
         )
@@ -228,6 +235,7 @@ class ToLinear(Conversion):
         grown = own_weights(made)
         # the state is read for every query head, and a key is added to every head of it
         moved = (core.heads + made.state_heads) * made.features * made.columns
+        near += everywhere_work(made, length)
         flops = before.flops_per_token + 2 * (near + moved + grown - attention)
         numbers = made.held_after(length) if options.direction == "causal" else 0
         return Cost(
@@ -247,9 +255,13 @@ class ToLinear(Conversion):
             new.start(identity)
             if weight is not None:
                 new.to(weight)
+        if mixer.everywhere is not None:
+            mixer.everywhere.start()
+            mixer.everywhere.to(next(dense.parameters()))
         if mixer.mix_H is not None and weight is not None:
             mixer.mix_H.data = mixer.mix_H.data.to(weight)
-        exact = options.window >= ENDLESS and not options.recurrent
+        endless = options.window >= ENDLESS and not options.recurrent
+        exact = endless or options.sparse_top == 1.0
         return Built(mixer.train(dense.training), "exact" if exact else "learned", stated(made))
 
 
@@ -258,7 +270,7 @@ def own_weights(made: LinearConfig) -> int:
     rows = made.feature_dim * made.core.qk_head_dim if made.feature_map in LEARNED else 0
     bias = made.feature_dim if made.feature_map == "t2r" else 0
     mix = made.core.heads if made.mix_learned and made.window else 0
-    return (made.core.heads + made.state_heads) * (rows + bias) + mix
+    return (made.core.heads + made.state_heads) * (rows + bias) + mix + everywhere_weights(made)
 
 
 def stated(made: LinearConfig) -> dict[str, Any]:
@@ -277,4 +289,4 @@ def stated(made: LinearConfig) -> dict[str, Any]:
         )
     if made.decay:
         told["decay"] = f"{min(made.decay):.4g} to {max(made.decay):.4g} per token"
-    return told
+    return told | everywhere_stated(made)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from textwrap import indent
 
 #: feature maps by the number that the attribute `feature_map` says
-MAPS = ("identity", "elu+1", "relu", "exp", "softmax", "hedgehog", "t2r")
+MAPS = ("identity", "elu+1", "relu", "exp", "softmax", "hedgehog", "t2r", "sigmoid")
 _LEARNED = """
 {p}weight_t = Transpose <perm = [0, 2, 1]> (weight)
 {p}sizes = Shape <start = 1> ({p}weight_t)
@@ -29,6 +29,7 @@ _MAPS = {
 {p}top = ReduceMax <keepdims = 1> (raw, {p}last)
 {p}less = Sub (raw, {p}top)
 {p}out = Exp ({p}less)""",
+    "sigmoid": "\n{p}out = Sigmoid (raw)",
     "softmax": "\n{p}out = Softmax <axis = -1> (raw)",
     "hedgehog": _LEARNED
     + """

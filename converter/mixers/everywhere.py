@@ -1,0 +1,113 @@
+"""Linear attention of blocks in which every token sees all: one sum over all keys, and variants.
+
+Layout letters: B batch, N tokens, H query heads, G KV heads, S heads of the state, d and e key and
+value widths, f features, c columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from reattend.mixers.estimated import Estimated
+from reattend.mixers.flow import flow
+from reattend.mixers.input_map import InputMap
+from reattend.mixers.linear_config import LinearConfig
+from reattend.mixers.top_blocks import attend_best
+
+
+class Call(NamedTuple):
+    """What one call attends with.
+
+    Attributes:
+        q_BHNd, k_BGNd, v_BGNe: queries, keys and values as softmax would read them.
+        f_BHNf, k_BSNf: features of queries and keys, in float32 or wider.
+        columns_BSNc: values, and a column of ones where sums are divided by weights.
+        valid_BN: which tokens are real; None: all.
+    """
+
+    q_BHNd: Tensor
+    k_BGNd: Tensor
+    v_BGNe: Tensor
+    f_BHNf: Tensor
+    k_BSNf: Tensor
+    columns_BSNc: Tensor
+    valid_BN: Tensor | None
+
+
+class Everywhere(nn.Module):
+    """What a bidirectional block has of its own, and how it attends."""
+
+    def __init__(self, config: LinearConfig) -> None:
+        super().__init__()
+        self.config = config
+        core, hidden, inner = config.core, config.hidden_size, config.mlp_width
+        self.map_q = InputMap(hidden, inner) if inner else None
+        self.map_k = InputMap(hidden, inner) if inner else None
+        self.estimated: Estimated | None = None
+        if config.feature_map == "performer":
+            width = core.qk_head_dim
+            self.estimated = Estimated(config, core.kv_heads, width, config.feature_dim)
+        self.rest: nn.Linear | None = None
+        if config.sparse_top and not config.lowrank:
+            self.rest = nn.Linear(core.v_head_dim, core.v_head_dim)
+
+    def start(self) -> None:
+        """Weights before training, always the same: maps and the rest add nothing yet."""
+        for seed, part in enumerate((self.map_q, self.map_k)):
+            if part is not None:
+                part.start(seed)
+        if self.estimated is not None:
+            self.estimated.start()
+        if self.rest is not None:
+            self.rest.weight.data.zero_()
+            self.rest.bias.data.zero_()
+
+    def inputs(self, x_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries and what keys are projected from."""
+        if self.map_q is None or self.map_k is None:
+            return x_BND, x_BND
+        return self.map_q(x_BND), self.map_k(x_BND)
+
+    def forward(self, call: Call, finished: Callable[[Tensor], Tensor]) -> Tensor:
+        """Outputs [B, H, N, e].
+
+        Args:
+            call: see there.
+            finished: outputs from sums, as `normalize` says.
+        """
+        c, scale = self.config, self.config.core.scale
+        softmax = (call.q_BHNd, call.k_BGNd, call.v_BGNe)
+        if self.estimated is not None:
+            y: Tensor = self.estimated(*softmax, scale, call.valid_BN)
+            return y.to(call.q_BHNd.dtype)
+        if c.flow:
+            values = call.columns_BSNc[..., :-1]
+            return flow(call.f_BHNf, call.k_BSNf, values, call.valid_BN).to(call.q_BHNd.dtype)
+        y = finished(sums(call, c.normalize == "sum"))
+        if self.rest is None:
+            return y
+        near = attend_best(*softmax, c, scale, call.valid_BN)
+        both: Tensor = near + self.rest(y.to(near.dtype))
+        return both
+
+
+def sums(call: Call, mean: bool) -> Tensor:
+    """``phi(q_n) . sum_j phi(k_j) v_j`` over the real keys, [B, H, N, c].
+
+    Args:
+        call: see there.
+        mean: divided by the number of keys, as LinFusion does: where weights cancel it changes
+            nothing, and sums stay finite in half precision.
+    """
+    k, valid_BN = call.k_BSNf, call.valid_BN
+    if valid_BN is not None:
+        k = k * valid_BN[:, None, :, None]
+    if mean:
+        count = k.shape[2] if valid_BN is None else valid_BN.sum(-1).clamp_min(1)
+        k = k / (count[:, None, None, None] if isinstance(count, Tensor) else count)
+    state = k.transpose(-1, -2) @ call.columns_BSNc
+    y: Tensor = call.f_BHNf.unflatten(1, (k.shape[1], -1)) @ state[:, :, None]
+    return y.flatten(1, 2)

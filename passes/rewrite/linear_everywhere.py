@@ -1,0 +1,130 @@
+"""Options of `to: linear` for blocks in which every token sees all, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from reattend.mixers.config import Frozen
+from reattend.mixers.everywhere_config import PARTS, EverywhereConfig
+from reattend.mixers.linear_config import LinearConfig
+
+#: maps whose features may be negative
+_SIGNED = ("identity",)
+
+
+class EverywhereOptions(Frozen):
+    """For `direction: bidirectional` only.
+
+    Attributes:
+        mlp_width: of `feature_map: mlp` (LinFusion): inner width of the two maps that change what
+            queries and keys are projected from; None: the block's own width.
+        flow: weights are flows, conserved at queries and at keys (Flowformer).
+        sparse_top: this share of the key blocks is attended to by softmax, for every block of
+            queries the best by pooled scores; the sum over all keys is added through a projection
+            that starts at zero (SLA). 1: exact.
+        sparse_block: tokens of a block.
+        lowrank: with `sparse_top` and `feature_map: performer`: keys of other blocks have estimated
+            softmax weights, in one sum with the exact ones (Scatterbrain).
+    """
+
+    mlp_width: int | None = Field(default=None, gt=0)
+    flow: bool = False
+    sparse_top: float | None = Field(default=None, ge=1 / PARTS, le=1.0)
+    sparse_block: int = Field(default=64, gt=0)
+    lowrank: bool = False
+
+    @model_validator(mode="after")
+    def _fits_everywhere(self) -> EverywhereOptions:
+        reason = contradiction(self)
+        if reason:
+            raise ValueError(reason)
+        return self
+
+
+def contradiction(o: Any) -> str:
+    """Which options cannot stand together; "": all can.
+
+    Args:
+        o: `LinearOptions`.
+    """
+    asked = {
+        "feature_map: mlp": o.feature_map == "mlp",
+        "feature_map: performer": o.feature_map == "performer",
+        "mlp_width": o.mlp_width is not None,
+        "flow": o.flow,
+        "sparse_top": o.sparse_top is not None,
+        "lowrank": o.lowrank,
+    }
+    given = [name for name, is_given in asked.items() if is_given]
+    if given and o.direction != "bidirectional":
+        return f"{given[0]} is for direction: bidirectional"
+    if o.mlp_width is not None and o.feature_map != "mlp":
+        return "mlp_width is for feature_map: mlp"
+    if o.flow and (o.sparse_top is not None or o.feature_map in (*_SIGNED, "performer")):
+        return "flow needs features that are not negative, of all keys: no sparse_top"
+    whole = o.normalize == "sum" and o.state == "per-query-head" and o.rope == "before"
+    if (o.flow or o.feature_map == "performer") and not whole:
+        what = "flow" if o.flow else "feature_map: performer"
+        return f"{what} needs normalize: sum, state: per-query-head and rope: before"
+    if o.lowrank and (o.sparse_top is None or o.feature_map != "performer"):
+        return "lowrank needs sparse_top, and feature_map: performer, which estimates softmax"
+    if o.sparse_top is not None and o.feature_map == "performer" and not o.lowrank:
+        return "feature_map: performer beside sparse_top shares one sum with it: set lowrank: true"
+    if o.sparse_block != 64 and o.sparse_top is None:
+        return "sparse_block is for sparse_top"
+    return ""
+
+
+def settings(o: Any, hidden: int) -> dict[str, Any]:
+    """The fields of `EverywhereConfig`.
+
+    Args:
+        o: `LinearOptions`.
+        hidden: width of the block.
+    """
+    return {
+        "mlp_width": (o.mlp_width or hidden) if o.feature_map == "mlp" else 0,
+        "flow": o.flow,
+        "sparse_top": o.sparse_top or 0.0,
+        "sparse_block": o.sparse_block,
+        "lowrank": o.lowrank,
+    }
+
+
+def everywhere_weights(made: LinearConfig) -> int:
+    """Parameters of a bidirectional block beside its own and its feature maps'."""
+    hidden, inner, e = made.hidden_size, made.mlp_width, made.core.v_head_dim
+    maps = 2 * ((hidden + 1) * inner + 2 * inner + (inner + 1) * hidden) if inner else 0
+    drawn = made.feature_map == "performer"
+    estimated = made.core.kv_heads * made.feature_dim * made.core.qk_head_dim if drawn else 0
+    rest = e * (e + 1) if made.sparse_top and not made.lowrank else 0
+    return maps + estimated + rest
+
+
+def everywhere_work(made: LinearConfig, length: int) -> int:
+    """Multiply-adds per token of the blocks that are attended to, and of their choice."""
+    if not made.sparse_top:
+        return 0
+    core, size = made.core, made.sparse_block
+    many = -(-length // size)
+    read = min(length, made.top(many) * size)
+    features = made.features if made.lowrank else 0  # what is taken out of the sum again
+    rest = 0 if made.lowrank else core.v_head_dim**2
+    chosen = many * core.qk_head_dim // size
+    return core.heads * (read * (core.qk_head_dim + core.v_head_dim + features) + rest + chosen)
+
+
+def everywhere_stated(made: EverywhereConfig) -> dict[str, Any]:
+    """For the report."""
+    told: dict[str, Any] = {}
+    if made.mlp_width:
+        told["mlp_width"] = made.mlp_width
+    if made.flow:
+        told["flow"] = "conserved at queries and keys"
+    if made.sparse_top:
+        rest = "estimated, in one sum" if made.lowrank else "a sum, through a projection"
+        told["sparse_top"] = f"{made.sparse_top:g} of the blocks of {made.sparse_block} tokens"
+        told["other_keys"] = rest
+    return told
