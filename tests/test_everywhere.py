@@ -26,9 +26,10 @@ WAYS: dict[str, dict[str, Any]] = {
         "lowrank": True,
     },
     "performer": {"feature_map": "performer", "feature_dim": 11},
+    "sea": {"feature_map": "performer", "feature_dim": 11, "sparse_top": 0.4, "estimate": 5},
 }  # fmt: skip
 EXACT: dict[str, dict[str, Any]] = {
-    name: {**WAYS[name], "sparse_top": 1.0} for name in ("sla", "scatterbrain")
+    name: {**WAYS[name], "sparse_top": 1.0} for name in ("sla", "scatterbrain", "sea")
 }
 
 
@@ -145,9 +146,31 @@ def scatterbrain(mixer: Any, x_ND: Tensor) -> Tensor:
     return weight @ v / weight.sum(-1, keepdim=True)
 
 
+def sea(mixer: Any, x_ND: Tensor) -> Tensor:
+    """Columns by the network's own layers, then attention query by query."""
+    (q, k, v), net = streams(mixer, x_ND), mixer.everywhere.estimate
+    many, scale, n = mixer.config.estimate, mixer.config.core.scale, len(x_ND)
+    w = net.context.weight_Gfd.repeat_interleave(len(q) // len(net.context.weight_Gfd), 0)
+    a, b = (x * scale**0.5 for x in (q, k))
+    f, g = ((x @ w.transpose(-1, -2) - x.square().sum(-1)[..., None] / 2).exp() for x in (a, b))
+    weight = f @ g.transpose(-1, -2)
+    seen = torch.cat([weight @ v / weight.sum(-1, keepdim=True), v], -1)
+    inner = torch.nn.functional.gelu(net.norm(net.enter(seen)))
+    rows = net.columns(inner)
+    rows = rows + net.mend(net.mix(rows[None]).clamp_min(0))[0]
+    gate, out = net.gate(inner), torch.zeros_like(v)
+    for h in range(len(q)):
+        for i in range(n):
+            best = rows[h, i].argsort(descending=True)[: -int(-many * mixer.config.sparse_top // 1)]
+            keys = [j for j in range(n) if j * many // n in best.tolist()]
+            near = (q[h, i] @ k[h, keys].T * scale).softmax(-1) @ v[h, keys]
+            out[h, i] = near + gate[h, i] * (v[h].mean(0) - near)
+    return out
+
+
 FORMULAS = {
     "linfusion": linfusion, "flowformer": flowformer, "sla": sla, "scatterbrain": scatterbrain,
-    "performer": scatterbrain,
+    "performer": scatterbrain, "sea": sea,
 }  # fmt: skip
 
 
@@ -221,6 +244,27 @@ def test_estimates_come_closer_with_more_features() -> None:
     assert gaps[1] < 0.1 * gaps[0] < 0.1 * float(wanted.square().mean())
 
 
+def test_estimated_rows_learn_which_columns_the_block_attends_to() -> None:
+    """The block's own attention is the teacher, and learns nothing by it."""
+    options = {**WAYS["sea"], "sparse_top": 0.25, "estimate": 8, "feature_dim": 16}
+    mixer = built(dense(both_ways()), False, **options).train()
+    net, x = mixer.everywhere.estimate, 0.5 * inputs(32, 4)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-2)
+    found: list[float] = []
+    for _ in range(40):
+        mixer(x, Context())
+        loss = net.own_loss()
+        found.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert found[-1] < 0.6 * found[0] and net.own_loss() is None
+    with torch.no_grad():
+        mixer(x, Context())
+        assert net.own_loss() is None  # nothing is compared where nothing is trained
+    assert mixer.q_proj.weight.grad is None
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stored_description_builds_the_same_and_parameters_are_as_forecast(way: str) -> None:
     block = dense(both_ways())
@@ -244,6 +288,7 @@ def test_options_that_contradict_each_other_are_named() -> None:
         ({"lowrank": True}, "lowrank needs sparse_top"),
         ({"feature_map": "performer", "sparse_top": 0.1}, "set lowrank: true"),
         ({"sparse_block": 32}, "sparse_block is for"),
+        ({"estimate": 8}, "estimate needs sparse_top"),
     ):
         with pytest.raises(ValidationError, match=words):
             LinearOptions(**{"direction": "bidirectional", "window": 0, **wrong})

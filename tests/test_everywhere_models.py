@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "flowformer": {},
     "sla": {"sparse_top": 0.3, "sparse_block": 4},
     "scatterbrain": {"sparse_top": 0.3, "sparse_block": 4, "feature_dim": 16},
+    "sea": {"sparse_top": 0.25, "estimate": 8, "feature_dim": 16},
 }
 TRAINED = {"tokens": 64, "stages": ["layerwise"], "batch_size": 4, "lr": 1e-2}
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name != "linfusion"]
@@ -140,6 +141,19 @@ def dit() -> tuple[Any, dict[str, Any]]:
         "class_labels": torch.tensor([1, 2, 3, 0]), "return_dict": False,
     }  # fmt: skip
     return model, inputs
+
+
+@pytest.mark.slow
+def test_a_circle_of_image_tokens_is_exported_too(tmp_path: Path) -> None:
+    """CLEAR on a DiT: a pattern that does not depend on values is a mask in the file."""
+    torch.manual_seed(0)
+    model, inputs = dit()
+    rule = {"sites": "*", "to": "sparse", "pattern": {"grid": {"radius": 1}}, "image_grid": [4, 4]}
+    data = [{name: x for name, x in inputs.items() if isinstance(x, Tensor)}]
+    plan = {"rules": [rule], "calibrate": TRAINED}
+    result = convert(model.eval(), plan=plan, inputs=inputs, data=data)
+    assert learned(result.report)
+    assert export(result.model, out=tmp_path / "x", inputs=inputs).max_error <= 1e-5
 
 
 @pytest.mark.slow

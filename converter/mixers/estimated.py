@@ -54,7 +54,7 @@ class Estimated(nn.Module):
         """Outputs [B, H, N, e], in float32 or wider."""
         repeat = q_BHNd.shape[1] // k_BGNd.shape[1]
         tokens = real_first(valid_BN)
-        q, k, v = (_wide(tokens.sorted(x)) for x in (q_BHNd, k_BGNd, v_BGNe))
+        q, k, v = (wide(tokens.sorted(x)) for x in (q_BHNd, k_BGNd, v_BGNe))
         (n, size), count_B = (q.shape[2], self.config.sparse_block), tokens.count_B
         k_all, v_all = (x.repeat_interleave(repeat, 1) for x in (k, with_ones(v)))
         whole = self.config.sparse_top >= 1
@@ -94,5 +94,6 @@ class Estimated(nn.Module):
         return log - torch.tensor(weight.shape[1], dtype=x.dtype).log() / 2
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32, or as it is where it is wider."""
     return x if x.dtype == torch.float64 else x.float()

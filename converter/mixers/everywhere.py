@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from reattend.mixers.estimate import Estimate
 from reattend.mixers.estimated import Estimated
 from reattend.mixers.flow import flow
 from reattend.mixers.input_map import InputMap
@@ -47,11 +48,15 @@ class Everywhere(nn.Module):
         self.map_q = InputMap(hidden, inner) if inner else None
         self.map_k = InputMap(hidden, inner) if inner else None
         self.estimated: Estimated | None = None
-        if config.feature_map == "performer":
-            width = core.qk_head_dim
-            self.estimated = Estimated(config, core.kv_heads, width, config.feature_dim)
+        self.estimate: Estimate | None = None
+        width, rows = core.qk_head_dim, config.feature_dim
+        if config.estimate:
+            heads = (core.heads, core.kv_heads)
+            self.estimate = Estimate(config, heads, width, core.v_head_dim, rows)
+        elif config.feature_map == "performer":
+            self.estimated = Estimated(config, core.kv_heads, width, rows)
         self.rest: nn.Linear | None = None
-        if config.sparse_top and not config.lowrank:
+        if config.projects:
             self.rest = nn.Linear(core.v_head_dim, core.v_head_dim)
 
     def start(self) -> None:
@@ -59,8 +64,9 @@ class Everywhere(nn.Module):
         for seed, part in enumerate((self.map_q, self.map_k)):
             if part is not None:
                 part.start(seed)
-        if self.estimated is not None:
-            self.estimated.start()
+        for estimate in (self.estimated, self.estimate):
+            if estimate is not None:
+                estimate.start()
         if self.rest is not None:
             self.rest.weight.data.zero_()
             self.rest.bias.data.zero_()
@@ -80,9 +86,10 @@ class Everywhere(nn.Module):
         """
         c, scale = self.config, self.config.core.scale
         softmax = (call.q_BHNd, call.k_BGNd, call.v_BGNe)
-        if self.estimated is not None:
-            y: Tensor = self.estimated(*softmax, scale, call.valid_BN)
-            return y.to(call.q_BHNd.dtype)
+        for estimate in (self.estimated, self.estimate):
+            if estimate is not None:
+                y: Tensor = estimate(*softmax, scale, call.valid_BN)
+                return y.to(call.q_BHNd.dtype)
         if c.flow:
             values = call.columns_BSNc[..., :-1]
             return flow(call.f_BHNf, call.k_BSNf, values, call.valid_BN).to(call.q_BHNd.dtype)

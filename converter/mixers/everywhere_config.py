@@ -24,6 +24,9 @@ class EverywhereConfig(Frozen):
         sparse_block: tokens of a block.
         lowrank: keys outside of those blocks have estimated softmax weights, in one sum with the
             exact ones (Scatterbrain, arXiv 2110.15343).
+        estimate: columns of keys for which a trained network estimates what each query pays;
+            `sparse_top` is then of these columns, for every query by itself (SEA, arXiv
+            2310.01777). 0: there is none.
     """
 
     mlp_width: int = Field(default=0, ge=0)
@@ -31,7 +34,13 @@ class EverywhereConfig(Frozen):
     sparse_top: float = Field(default=0.0, ge=0.0, le=1.0)
     sparse_block: int = Field(default=64, gt=0)
     lowrank: bool = False
+    estimate: int = Field(default=0, ge=0)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the sum over all keys is added to what the best blocks give."""
+        return bool(self.sparse_top) and not self.lowrank and not self.estimate
 
     def top(self, blocks: int) -> int:
-        """How many of so many blocks are attended to, rounded up."""
+        """How many of so many blocks or columns are attended to, rounded up."""
         return (blocks * round(self.sparse_top * PARTS) + PARTS - 1) // PARTS

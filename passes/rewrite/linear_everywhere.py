@@ -27,6 +27,9 @@ class EverywhereOptions(Frozen):
         sparse_block: tokens of a block.
         lowrank: with `sparse_top` and `feature_map: performer`: keys of other blocks have estimated
             softmax weights, in one sum with the exact ones (Scatterbrain).
+        estimate: with `sparse_top` and `feature_map: performer`: a trained network estimates what
+            each query pays to so many columns of keys, and `sparse_top` is the share of columns
+            that each query reads (SEA). Trained by `calibrate` against the block's own attention.
     """
 
     mlp_width: int | None = Field(default=None, gt=0)
@@ -34,6 +37,7 @@ class EverywhereOptions(Frozen):
     sparse_top: float | None = Field(default=None, ge=1 / PARTS, le=1.0)
     sparse_block: int = Field(default=64, gt=0)
     lowrank: bool = False
+    estimate: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="after")
     def _fits_everywhere(self) -> EverywhereOptions:
@@ -56,6 +60,7 @@ def contradiction(o: Any) -> str:
         "flow": o.flow,
         "sparse_top": o.sparse_top is not None,
         "lowrank": o.lowrank,
+        "estimate": o.estimate is not None,
     }
     given = [name for name, is_given in asked.items() if is_given]
     if given and o.direction != "bidirectional":
@@ -68,12 +73,17 @@ def contradiction(o: Any) -> str:
     if (o.flow or o.feature_map == "performer") and not whole:
         what = "flow" if o.flow else "feature_map: performer"
         return f"{what} needs normalize: sum, state: per-query-head and rope: before"
+    if o.estimate is not None and (o.sparse_top is None or o.feature_map != "performer"):
+        return "estimate needs sparse_top, and feature_map: performer, which it estimates from"
+    if o.estimate is not None and o.lowrank:
+        return "estimate and lowrank both say what becomes of keys that are not chosen: give one"
     if o.lowrank and (o.sparse_top is None or o.feature_map != "performer"):
         return "lowrank needs sparse_top, and feature_map: performer, which estimates softmax"
-    if o.sparse_top is not None and o.feature_map == "performer" and not o.lowrank:
+    alone = not o.lowrank and o.estimate is None
+    if o.sparse_top is not None and o.feature_map == "performer" and alone:
         return "feature_map: performer beside sparse_top shares one sum with it: set lowrank: true"
-    if o.sparse_block != 64 and o.sparse_top is None:
-        return "sparse_block is for sparse_top"
+    if o.sparse_block != 64 and (o.sparse_top is None or o.estimate is not None):
+        return "sparse_block is for sparse_top, without estimate"
     return ""
 
 
@@ -90,6 +100,7 @@ def settings(o: Any, hidden: int) -> dict[str, Any]:
         "sparse_top": o.sparse_top or 0.0,
         "sparse_block": o.sparse_block,
         "lowrank": o.lowrank,
+        "estimate": o.estimate or 0,
     }
 
 
@@ -99,8 +110,16 @@ def everywhere_weights(made: LinearConfig) -> int:
     maps = 2 * ((hidden + 1) * inner + 2 * inner + (inner + 1) * hidden) if inner else 0
     drawn = made.feature_map == "performer"
     estimated = made.core.kv_heads * made.feature_dim * made.core.qk_head_dim if drawn else 0
-    rest = e * (e + 1) if made.sparse_top and not made.lowrank else 0
-    return maps + estimated + rest
+    rest = e * (e + 1) if made.projects else 0
+    return maps + estimated + rest + _network(made)
+
+
+def _network(made: LinearConfig) -> int:
+    """Parameters of what estimates columns."""
+    h, inner, many = made.core.heads, 2 * made.core.v_head_dim, made.estimate
+    if not many:
+        return 0
+    return (inner + 1) * (inner + many + 1) + 2 * inner + 2 * (9 * h + 1) * h
 
 
 def everywhere_work(made: LinearConfig, length: int) -> int:
@@ -108,6 +127,11 @@ def everywhere_work(made: LinearConfig, length: int) -> int:
     if not made.sparse_top:
         return 0
     core, size = made.core, made.sparse_block
+    if made.estimate:
+        many, inner = made.estimate, 2 * core.v_head_dim
+        read = made.top(many) * -(-length // many)
+        each = inner * (inner + many + 1) + 18 * core.heads * many
+        return core.heads * (read * (core.qk_head_dim + core.v_head_dim) + each)
     many = -(-length // size)
     read = min(length, made.top(many) * size)
     features = made.features if made.lowrank else 0  # what is taken out of the sum again
@@ -123,7 +147,9 @@ def everywhere_stated(made: EverywhereConfig) -> dict[str, Any]:
         told["mlp_width"] = made.mlp_width
     if made.flow:
         told["flow"] = "conserved at queries and keys"
-    if made.sparse_top:
+    if made.estimate:
+        told["estimate"] = f"{made.sparse_top:g} of {made.estimate} columns of keys"
+    elif made.sparse_top:
         rest = "estimated, in one sum" if made.lowrank else "a sum, through a projection"
         told["sparse_top"] = f"{made.sparse_top:g} of the blocks of {made.sparse_block} tokens"
         told["other_keys"] = rest
