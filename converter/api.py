@@ -178,7 +178,7 @@ def export(
             operators where they win), `custom` (the portable file, checked with and run by the
             kernels of reattend's own library).
         inputs: ONNX only, for models without states (encoders, vision, diffusion): example inputs
-            by name; one pass is written.
+            by name, or the safetensors file that they are in; one pass is written.
         tokenizer: saved beside the model; found in the model's folder when None.
         overwrite: replace another export in `out`.
 
@@ -189,9 +189,10 @@ def export(
     """
     from reattend.lowering import check_export, written
 
-    stored = check_export(target, dtype, pad, flavour)
+    stored = check_export(target, dtype, pad, flavour, inputs)
     out, overwrite = as_folder(out, "out"), as_flag(overwrite, "overwrite")
-    tokenizer, original, inputs = as_tokenizer(tokenizer), None, as_inputs(inputs)
+    tokenizer, original = as_tokenizer(tokenizer), None
+    example = as_inputs_or_file(inputs)
     if not isinstance(model, nn.Module):
         from reattend.source_load import find_tokenizer
 
@@ -199,7 +200,11 @@ def export(
         model = load(original)  # first: its errors name the folder
         tokenizer = tokenizer or find_tokenizer(str(original), True, False)
     assert isinstance(model, nn.Module)
+    if isinstance(example, Path):
+        from reattend.factory import read_inputs
+
+        example = read_inputs(example, model)
     return written(
-        model, target, out, dtype=stored, pad=pad, flavour=flavour, inputs=inputs,
+        model, target, out, dtype=stored, pad=pad, flavour=flavour, inputs=example,
         tokenizer=tokenizer, original=original, overwrite=overwrite,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from reattend.cli_guard import console, dumped, emit, guarded, quiet
-from reattend.cli_look import Json, Trust
+from reattend.cli_look import Inputs, Json, Trust
 from reattend.errors import GateError
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What `reattend convert` wrote.")]
@@ -90,13 +90,15 @@ def export(
         str | None,
         typer.Option(help="onnx: portable (default), ort (ONNX Runtime's operators) or custom."),
     ] = None,
+    inputs: Inputs = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another export of reattend in OUT.")
     ] = False,
 ) -> None:
     """Lower a converted model to files that others read, and check them against torch.
 
-    onnx: one file for ONNX Runtime. deepseek: a checkpoint for transformers' own
+    onnx: one file for ONNX Runtime; of an encoder, vision or diffusion model one pass, from example
+    --inputs to outputs. deepseek: a checkpoint for transformers' own
     DeepseekV3ForCausalLM (deepseek-v2: DeepseekV2ForCausalLM), without reattend.
     """
     quiet()
@@ -106,8 +108,9 @@ def export(
 
     check_claimable(out.expanduser().absolute())
     made = lower(
-        folder, target, out=out, dtype=dtype, pad=pad, flavour=flavour, overwrite=overwrite
-    )
+        folder, target, out=out, dtype=dtype, pad=pad, flavour=flavour, inputs=inputs,
+        overwrite=overwrite,
+    )  # fmt: skip
     weight = sum(f.stat().st_size for f in made.path.iterdir() if f.is_file())
     text = f"{made.path}: {size(weight)}, relative difference from torch {made.max_error:.1e}"
     console().print(text, markup=False, soft_wrap=True)

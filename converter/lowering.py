@@ -82,7 +82,7 @@ def check_choices(plan: Plan, model: nn.Module, choices: list[Choice]) -> None:
             foresee_onnx(choices)
 
 
-def check_export(target: Any, dtype: Any, pad: Any, flavour: Any) -> str | None:
+def check_export(target: Any, dtype: Any, pad: Any, flavour: Any, inputs: Any = None) -> str | None:
     """What can be known to be wrong before a model is opened; the dtype's name.
 
     Raises:
@@ -105,6 +105,10 @@ def check_export(target: Any, dtype: Any, pad: Any, flavour: Any) -> str | None:
             "pad is for the targets deepseek and deepseek-v2",
             where=f"pad={pad!r}",
             next_step="leave it out: ONNX files take layers of any size",
+        )
+    if inputs is not None and target != "onnx":
+        raise ArgumentError(
+            "inputs is for the target onnx", where=f"target={target!r}", next_step="leave it out"
         )
     if flavour is not None and target != "onnx":
         raise ArgumentError(

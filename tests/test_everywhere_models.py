@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo_models
 from mla_blocks import HIDDEN, dense
-from test_everywhere import WAYS, both_ways, built
+from test_everywhere import EXACT, WAYS, both_ways, built
 from torch import Tensor, nn
 
 from reattend import convert, export, load
@@ -60,21 +60,31 @@ def test_an_image_model_learns_is_stored_and_exported(preset: str, tmp_path: Pat
         assert torch.equal(loaded(**data[1]).logits, result.model(**data[1]).logits)
     with pytest.raises(ArgumentError, match="pass inputs="):
         export(result.model, out=tmp_path / "no")
-    if preset in ("linfusion", "sla"):  # the others' graphs are exported below
+    if preset == "linfusion":  # the others' graphs are exported below
         made = export(tmp_path / "m", out=tmp_path / "x", inputs=data[0])
         assert made.max_error <= 1e-5
         assert [entry.op for entry in made.manifest.layers] == ["linear"] * 2
         assert [check.batch for check in made.manifest.checks] == [4, 5]
 
 
+def test_all_blocks_and_nothing_trained_is_verified_as_exact() -> None:
+    rule = {"sites": "*", "to": "linear", "direction": "bidirectional", "window": 0}
+    rule |= {"feature_map": "softmax", "sparse_top": 1.0}
+    model, image = zoo_models.build("vit", None), images()[0]
+    result = convert(model, plan={"rules": [rule]}, inputs=image)
+    assert {site.exactness for site in result.report.sites} == {"exact"}
+    with torch.no_grad():
+        assert (result.model(**image).logits - model(**image).logits).abs().max() <= 1e-5
+
+
 class Every(nn.Module):
-    """A block of each kind, on the same tokens."""
+    """A block of each kind that has more than products, on the same tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         block = dense(both_ways())
         self.parts = nn.ModuleDict(
-            {name: built(block, **options) for name, options in WAYS.items()}
+            {name: built(block, **WAYS[name]) for name in ("flowformer", *EXACT)}
         )
 
     def forward(self, x: Tensor, valid: Tensor) -> dict[str, Tensor]:

@@ -110,7 +110,8 @@ class Estimate(nn.Module, Schooled):
         z = z + self.mend(F.relu(self.mix(z)) * real)
         z = z if z.dtype == torch.float64 else z.float()
         begin, end = self._ends(torch.arange(z.shape[3], device=z.device), count_B[:, None])
-        return z.masked_fill((begin >= end)[:, None, None], torch.finfo(z.dtype).min)
+        rows: Tensor = z.masked_fill((begin >= end)[:, None, None], torch.finfo(z.dtype).min)
+        return rows
 
     def _ends(self, column: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """The first key of columns, and the first behind them, of so many keys."""
