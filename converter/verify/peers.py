@@ -48,13 +48,14 @@ def measured_peers(subject: Subject, settings: dict[str, Any]) -> list[PeerCell]
         for name in verify.peers
     ]
     wanted = {(name, label): _chosen(subject, rules) for name, label, rules in asked}
+    read = [source.state, rows.fingerprint, materials.fingerprint, subject.seed, verify.sized]
     cells: list[PeerCell] = []
     for number, (name, label, rules) in enumerate(asked):
         chosen = wanted[name, label]
         if isinstance(chosen, str):
             cells.append(PeerCell(preset=name, size=label, refused=chosen))
             continue
-        key = digest([source.state, materials.fingerprint, rules, subject.seed])
+        key = digest([*read, rules])
         stage, work = f"peer-{number}", subject.work
         if work is not None and work.has(stage, key):
             cells.append(PeerCell.model_validate(read_json(work.path(f"work/{stage}.json"))))
