@@ -52,9 +52,9 @@ def check_encoder(model: nn.Module) -> list[tuple[str, Adapter]]:
         check_encoder_block(path, layer.mixer.config, layer.binding)
     if not is_hf(model):
         raise ArgumentError(
-            "only models of transformers can be exported to ONNX",
+            "only models of transformers can be exported to ONNX without an example",
             where=type(model).__name__,
-            next_step="keep to the checkpoint, or export the module with torch.onnx",
+            next_step="pass inputs={...}, an example: one pass is written in standard operators",
         )
     return layers
 
@@ -83,7 +83,12 @@ def check_encoder_block(path: str, config: object, binding: Binding) -> None:
     elif isinstance(config, SparseConfig):
         why = next(filter(None, (_unknown(c.pattern) for c in config.classes)), "")
     if why:
-        raise RefusedError("this layer has no ONNX form", where=path, why=why)
+        raise RefusedError(
+            "this layer has no ONNX form as a node",
+            where=path,
+            why=why,
+            next_step="pass inputs={...}, an example: one pass is written in standard operators",
+        )
 
 
 def _unknown(pattern: HeadPattern) -> str:

@@ -146,7 +146,7 @@ class Manifest(_Part):
     @property
     def whole(self) -> bool:
         """Whether the file is of a model without caches: a call brings all there is."""
-        return any(e.form == "standard" or e.op.split(" + ")[0] in WHOLE for e in self.layers)
+        return not self.states or any(e.op.split(" + ")[0] in WHOLE for e in self.layers)
 
 
 def describe(
