@@ -155,7 +155,7 @@ def _graph_with(
     """Capture the module again and put empty mixers where the stored sites were."""
     from reattend.finder import find_attention
     from reattend.install.graph import drop_unused, replace_region
-    from reattend.mixers.base import build_mixer
+    from reattend.mixers.kinds import build_mixer
 
     if inputs is None:
         raise ArgumentError(

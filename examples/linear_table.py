@@ -3,7 +3,8 @@
     python examples/linear_table.py --out examples/results/linear_table.json
 
 The preset `lolcats` and its parts: without the window (`hedgehog`), and the window alone (sparse
-heads that see the mean length of its terraces, nothing older). Trained by distillation as a plan
+heads that see the mean length of its terraces, nothing older); `linear`, the same block from another
+start; `hybrid`, half of the layers. Trained by distillation as a plan
 does it, block by block, then end to end; `layerwise` stops after the blocks, as LoLCATs' attention
 transfer does. Every row converts anew. Training reads `calibration.txt`; held-out text is only
 measured on. Every finished row is written at once, so the same command continues after an
@@ -28,12 +29,20 @@ Row = tuple[Any, int, list[str]]
 ROWS: dict[str, Row] = {
     "window of 96": (WINDOW, 0, BOTH),
     "lolcats; untrained": ("lolcats", 0, BOTH),
+    "linear; untrained": ("linear", 0, BOTH),
     "hedgehog; untrained": ("hedgehog", 0, BOTH),
     "lolcats; 50k": ("lolcats", 50_000, BOTH),
+    "linear; 50k": ("linear", 50_000, BOTH),
     "lolcats; 50k layerwise": ("lolcats", 50_000, BLOCKS),
     "hedgehog; 50k": ("hedgehog", 50_000, BOTH),
     "window of 96; 50k": (WINDOW, 50_000, BOTH),
+    "hybrid; 50k": ("hybrid", 50_000, BOTH),
     "lolcats; 200k": ("lolcats", 200_000, BOTH),
+    "linear; 200k": ("linear", 200_000, BOTH),
+    "hedgehog; 200k": ("hedgehog", 200_000, BOTH),
+    "window of 96; 200k": (WINDOW, 200_000, BOTH),
+    "linear; 1M": ("linear", 1_000_000, BOTH),
+    "lolcats; 1M": ("lolcats", 1_000_000, BOTH),
 }
 
 

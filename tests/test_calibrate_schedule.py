@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reattend import convert
 from reattend.calibrate import calibrate
-from reattend.calibrate.schedule import WARMUP, factor, pace
+from reattend.calibrate.schedule import FRESH, WARMUP, factor, fresh_rate, pace
 from reattend.data import Dataset
 from reattend.plan_sections import Calibrate
 
@@ -27,6 +27,12 @@ def test_the_pace_is_the_root_of_the_loss_and_at_most_one() -> None:
     assert pace(0.1, far=0.1) == pace(7.0, far=0.1) == 1.0
     assert pace(0.001, far=0.1) == pytest.approx(0.1)
     assert pace(0.0, far=0.1) == 0.0
+
+
+def test_new_weights_walk_as_far_in_fewer_steps() -> None:
+    assert fresh_rate(1e-3, 400) == pytest.approx(2 * fresh_rate(1e-3, 800)) == 0.02
+    assert fresh_rate(1e-3, 5) == FRESH
+    assert fresh_rate(1e-3, 1e6) == 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +65,24 @@ def test_a_start_close_by_is_not_carried_away(teacher: LlamaForCausalLM, stage: 
     lr = {"layerwise": 2e-3, "end-to-end": 1e-3}[stage]
     assert worst(settings.model_copy(update={"lr": lr})) > 2.0
     assert worst(settings) < 1.5
+
+
+def test_feature_maps_walk_and_the_blocks_own_weights_stay_close(teacher: LlamaForCausalLM) -> None:
+    rule = {"sites": "*", "to": "linear", "window": 4, "feature_dim": 8, "feature_init": "uniform"}
+    student = convert(teacher, plan={"rules": [rule]}).model
+    start = {n: p.detach().clone() for n, p in student.named_parameters() if "mixer" in n}
+    ids = torch.randint(1, 61, (16, 24), generator=torch.Generator().manual_seed(1))
+    data = Dataset([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], description="x")
+    told = Calibrate(tokens=1000, batch_size=4, seq_len=24, stages=["layerwise"])
+
+    def moved(settings: Calibrate, name: str) -> float:
+        made = copy.deepcopy(student)
+        calibrate(teacher, made, data, settings, seed=0)
+        gaps = [
+            (p.detach() - start[n]).abs().max() for n, p in made.named_parameters() if name in n
+        ]
+        return float(torch.stack(gaps).max())
+
+    assert moved(told, "features_q") > 10 * moved(told, "q_proj") > 0
+    one = told.model_copy(update={"lr": 2e-3})  # what is asked for is one rate for all
+    assert moved(one, "features_q") < 2 * moved(one, "q_proj")

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from reattend.mixers import top_blocks
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
 from reattend.mixers.estimated import Estimated
 from reattend.mixers.everywhere_config import EverywhereConfig
+from reattend.mixers.kinds import build_mixer
 from reattend.passes.rewrite.base import dense_cost
 from reattend.passes.rewrite.linear import LinearOptions, ToLinear
 

@@ -14,7 +14,8 @@ from torch import Tensor
 import reattend.selfcheck as selfcheck
 from reattend import convert, find_attention
 from reattend.finder import FoundAttention
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
+from reattend.mixers.kinds import build_mixer
 from reattend.passes.find.sites import Found
 from reattend.spec import Gate, Joined
 from reattend.weights import build_dense

@@ -10,7 +10,8 @@ from mla_blocks import CASES, HIDDEN, config, dense
 from pydantic import ValidationError
 from torch import Tensor
 
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
+from reattend.mixers.kinds import build_mixer
 from reattend.mixers.rotary import rotate, rotation
 from reattend.passes.rewrite.linear import LinearOptions, ToLinear
 
@@ -18,6 +19,7 @@ PLAIN = {"feature_map": "elu+1", "window": 0}
 WAYS: dict[str, dict[str, Any]] = {
     "lolcats": {"window": 4, "feature_dim": 6, "feature_init": "uniform"},
     "sliding": {"window": 3, "window_form": "sliding", "state": "per-kv-head"},
+    "blended": {"window": 2, "mix_form": "blended", "mix_start": 0.9},
     "terraced": {"window": 3, "rope": "window-only", "feature_map": "softmax", "mix": "fixed"},
     "decayed": {"window": 2, "decay": "fixed", "feature_map": "exp", "state": "per-kv-head"},
     "hedgehog": {"window": 0},
@@ -97,6 +99,7 @@ def by_the_formula(mixer: Any, x_ND: Tensor) -> Tensor:
         if c.rope == "after":
             fk = rotate(fk[None, None], turn, c.rotary.pairs)[0, 0]
         mix = c.mix if mixer.mix_H is None else float(mixer.mix_H[h].sigmoid())
+        rest = 1 - mix if c.blended else 1.0
         for n in range(len(x_ND)):
             low = n - w + 1 if c.window_form == "sliding" else (n // w - 1) * w if w else n + 1
             near = [j for j in range(max(low, 0), n + 1) if w]
@@ -113,7 +116,7 @@ def by_the_formula(mixer: Any, x_ND: Tensor) -> Tensor:
                 left = torch.tensor(c.decay[s] * (n - j) if c.decay else 0.0, dtype=x.dtype).exp()
                 if gated:
                     left = gates[g, j + 1 : n + 1].prod(0)
-                weight[j] = f[0, h, n] @ (fk[j] * left)
+                weight[j] = rest * (f[0, h, n] @ (fk[j] * left))
             y = weight @ v[g]
             if c.normalize == "sum":
                 y = y / weight.sum().clamp_min(1e-12)  # all features may be 0

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from reattend import convert, load
 from reattend.install.stored import connect
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
+from reattend.mixers.kinds import build_mixer
 from reattend.passes.rewrite.base import Subject
 from reattend.passes.rewrite.masa import MasaOptions, ToMasa, fitted
 

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from reattend.errors import UnsupportedCacheError
-from reattend.mixers.base import Context, Mixer, build_mixer
+from reattend.mixers.base import Context, Mixer
 from reattend.mixers.config import NormConfig, RelativeConfig, StreamConfig
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.kinds import build_mixer
 from reattend.mixers.mixed import GroupConfig, MixedConfig, runs
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.mixed import Mixed, MixedOptions, PartOptions

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reattend import convert, load
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
 from reattend.mixers.config import NormConfig, StreamConfig
+from reattend.mixers.kinds import build_mixer
 from reattend.parts import reordered
 from reattend.passes.rewrite.base import dense_cost
 from reattend.passes.rewrite.mixed import Mixed, MixedOptions, PartOptions

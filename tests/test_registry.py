@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reattend.errors import EXIT_REFUSED, ModelError, PlanError
-from reattend.mixers.base import build_mixer
+from reattend.mixers.kinds import build_mixer
 from reattend.passes.rewrite import registry
 
 PACKAGE = Path(__file__).resolve().parent.parent / "examples" / "conversion_package"
@@ -168,14 +168,14 @@ def test_its_refusal_is_reported_as_ours_are(made, folder):
 
 def test_a_mixer_of_a_package_is_built_by_its_name(tmp_path, monkeypatch):
     """Checkpoints name kinds of mixers; a package says which class is one, by entry point."""
-    (tmp_path / "echo_mixer.py").write_text(
-        "class Echo:\n    @staticmethod\n    def from_config(config):\n        return [config]\n"
+    (tmp_path / "parrot_mixer.py").write_text(
+        "class Parrot:\n    @staticmethod\n    def from_config(config):\n        return [config]\n"
     )
-    info = tmp_path / "echo_mixer-1.dist-info"
+    info = tmp_path / "parrot_mixer-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-mixer\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[reattend.mixers]\necho = echo_mixer:Echo\n")
-    with pytest.raises(ModelError, match="'echo', which is not installed"):
-        build_mixer("echo", {"a": 1})
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: parrot-mixer\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[reattend.mixers]\nparrot = parrot_mixer:Parrot\n")
+    with pytest.raises(ModelError, match="'parrot', which is not installed"):
+        build_mixer("parrot", {"a": 1})
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert build_mixer("echo", {"a": 1}) == [{"a": 1}]
+    assert build_mixer("parrot", {"a": 1}) == [{"a": 1}]

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from reattend.errors import ArgumentError
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.kinds import build_mixer
 from reattend.mixers.selecting import frame
 from reattend.mixers.selecting.budget import within
 from reattend.mixers.sparse_blocks import LEAST

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from reattend import convert, load
 from reattend.errors import DataError
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.kinds import build_mixer
 from reattend.mixers.scores import own_pattern
 from reattend.mixers.selecting.base import Asked
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse

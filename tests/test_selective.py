@@ -15,7 +15,8 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from reattend import convert, load
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
+from reattend.mixers.kinds import build_mixer
 from reattend.passes.rewrite.linear_hybrid import HybridOptions, ToHybrid
 from reattend.plan import Plan
 

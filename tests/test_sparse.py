@@ -13,8 +13,9 @@ from torch import Tensor
 from reattend import convert, load
 from reattend.errors import ArgumentError, RefusedError
 from reattend.mixers import sparse_blocks
-from reattend.mixers.base import Context, build_mixer
+from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.kinds import build_mixer
 from reattend.passes.rewrite.base import dense_cost
 from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
 from reattend.plan import Plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibrate.checkpoint import Progress, Saver, slots
-from reattend.calibrate.schedule import factor, pace
+from reattend.calibrate.schedule import factor, fresh_rate, pace
 from reattend.calibrate.shards import is_sharded, whole
 from reattend.calibrate.stage import Stage, StageResult
 from reattend.calibrate.stream import Batch, Stream, cut
@@ -43,10 +43,14 @@ class Loop:
         self.lr, self.paced = lr or stage.lr, lr is None
         self.saver, self.on_event = saver, on_event
         self.parameters = stage.parameters
+        steps = budget / stream.mean_tokens
+        self.peak = {False: self.lr, True: fresh_rate(self.lr, steps) if self.paced else self.lr}
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [self.parameters[n] for n in names], "group": group}
+                {"params": [self.parameters[n] for n in some], "group": group, "fresh": new}
                 for group, names in stage.groups.items()
+                for new in (False, True)
+                if (some := [n for n in names if (n in stage.fresh) == new])
             ],
             lr=self.lr, betas=BETAS, weight_decay=0.0,
         )  # fmt: skip
@@ -111,7 +115,8 @@ class Loop:
         self._record(losses)
         middle = (p.tokens + 0.5 * batch.tokens) / self.budget
         for options in self.optimizer.param_groups:
-            options["lr"] = self.lr * factor(middle) * self._pace(options["group"])
+            peak = self.peak[options["fresh"]]
+            options["lr"] = peak * factor(middle) * self._pace(options["group"])
         self.optimizer.step()
         self._check_weights()
         p.step, p.tokens, p.position = p.step + 1, p.tokens + batch.tokens, p.position + 1

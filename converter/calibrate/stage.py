@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reattend.calibrate.ranks import Ranks
 from reattend.calibrate.working import Working
 from reattend.errors import ModelError
+from reattend.mixers.base import Mixer
 from reattend.mixers.schooling import Schooled
 
 
@@ -45,6 +46,7 @@ class Stage(ABC):
         groups: label -> names of the parameters trained together; gradients are clipped, and
             updates skipped, per group. Layerwise has one group per site, so sites do not
             influence each other.
+        fresh: names of weights that hold nothing of the original's at the start.
         floor: a loss that rounding alone explains. AdamW divides the gradient by its own size,
             so on rounding noise it would walk away from an exact start at full speed; a group
             whose loss is below the floor is not updated.
@@ -59,6 +61,8 @@ class Stage(ABC):
 
     def __init__(self, working: Working, ranks: Ranks) -> None:
         self.working, self.ranks = working, ranks
+        new = {id(p) for m in mixers(working.student) for p in m.fresh()}
+        self.fresh = {name for name, master in working.masters.items() if id(master) in new}
         self.groups: dict[str, list[str]] = {}
 
     @property
@@ -98,6 +102,11 @@ class Stage(ABC):
     def blame(self, group: str) -> str:
         """The site to name when the loss of `group` is not a number."""
         return group
+
+
+def mixers(module: nn.Module) -> Iterator[Mixer]:
+    """Every mixer below a module, and those that are parts of others."""
+    return (m for m in module.modules() if isinstance(m, Mixer))
 
 
 def schooled(module: nn.Module) -> Iterator[Schooled]:

@@ -13,7 +13,8 @@ from reattend.install.adapter import Adapter, install, replace_module
 from reattend.install.around import Around
 from reattend.install.binding import Binding
 from reattend.install.graph import GraphSite
-from reattend.mixers.base import Mixer, build_mixer
+from reattend.mixers.base import Mixer
+from reattend.mixers.kinds import build_mixer
 
 FORMAT = 1
 

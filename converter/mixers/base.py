@@ -12,14 +12,13 @@ rotary pairs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from reattend.errors import ArgumentError, ModelError
+from reattend.errors import ArgumentError
 from reattend.mixers.config import Frozen
 from reattend.mixers.selecting.memo import Memo
 
@@ -175,7 +174,7 @@ class Mixer(nn.Module, ABC):
         return joined
 
     def described(self) -> dict[str, Any]:
-        """What a checkpoint stores; `build_mixer` reads it back."""
+        """What a checkpoint stores; `kinds.build_mixer` reads it back."""
         return {"kind": self.kind, "config": self.config.model_dump(mode="json")}
 
     @property
@@ -242,6 +241,10 @@ class Mixer(nn.Module, ABC):
         """Numbers this mixer caches per token."""
         return sum(heads * width for heads, width in self.row_shapes)
 
+    def fresh(self) -> Iterator[nn.Parameter]:
+        """Weights that hold nothing of the original's at the start, and have far to go."""
+        yield from ()
+
     def score_bias(self, n: int, m: int, offset: int) -> Tensor | None:
         """What the block adds to its scores by itself [1, H, N, M]; None: nothing.
 
@@ -253,52 +256,3 @@ class Mixer(nn.Module, ABC):
     def adds_bias(self) -> bool:
         """Whether `score_bias` is not None."""
         return False
-
-
-def build_mixer(kind: str, config: dict[str, Any]) -> Mixer:
-    """An empty mixer from what a checkpoint stores.
-
-    Args:
-        kind: of a mixer of ours, or the name of an entry point of group `reattend.mixers` that a
-            third party's package registers for its `Mixer` subclass.
-        config: fields of that class's config; third parties implement `from_config(mapping)`.
-
-    Raises:
-        ModelError: nobody here knows the kind.
-    """
-    from reattend.mixers.dense import DenseAttention, DenseConfig
-    from reattend.mixers.echo import EchoAttention, EchoConfig
-    from reattend.mixers.latent import LatentAttention
-    from reattend.mixers.latent_config import LatentConfig
-    from reattend.mixers.linear import LinearAttention
-    from reattend.mixers.linear_config import LinearConfig
-    from reattend.mixers.mixed import MixedAttention, MixedConfig
-    from reattend.mixers.pooled import PooledAttention, PooledConfig
-    from reattend.mixers.recurrent import RecurrentAttention
-    from reattend.mixers.recurrent_config import RecurrentConfig
-    from reattend.mixers.routed import RoutedAttention
-    from reattend.mixers.routed_config import RoutedConfig
-    from reattend.mixers.selective import SelectiveAttention
-    from reattend.mixers.selective_config import SelectiveConfig
-    from reattend.mixers.sparse import SparseAttention
-    from reattend.mixers.sparse_config import SparseConfig
-
-    own: tuple[tuple[Any, Any], ...] = (
-        (DenseAttention, DenseConfig), (EchoAttention, EchoConfig),
-        (LatentAttention, LatentConfig),
-        (LinearAttention, LinearConfig), (MixedAttention, MixedConfig),
-        (PooledAttention, PooledConfig), (RecurrentAttention, RecurrentConfig),
-        (RoutedAttention, RoutedConfig),
-        (SelectiveAttention, SelectiveConfig), (SparseAttention, SparseConfig),
-    )  # fmt: skip
-    for mixer, described in own:
-        if kind == mixer.kind:
-            built: Mixer = mixer(described.model_validate(config))
-            return built
-    for entry in entry_points(group="reattend.mixers", name=kind):
-        made: Mixer = entry.load().from_config(config)
-        return made
-    raise ModelError(
-        f"this checkpoint has a mixer of kind {kind!r}, which is not installed here",
-        next_step="update reattend, or install the package that added this conversion",
-    )

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from reattend.errors import UnsupportedCacheError
 from reattend.mixers.base import Kept, State
 
 
@@ -37,3 +38,18 @@ class HoldingState(State, Protocol):
     def hold(self, tensors: tuple[Tensor, ...], tokens: int) -> None:
         """Keep these in place of what there was, after `tokens` more (padding included)."""
         ...
+
+
+def holding(state: State) -> HoldingState:
+    """The state, if it is one that holds sums.
+
+    Raises:
+        UnsupportedCacheError: it has no place for them.
+    """
+    if not isinstance(state, HoldingState):
+        raise UnsupportedCacheError(
+            "a block with linear attention was given a cache of rows",
+            why="it holds a window and a state of fixed size",
+            next_step="pass transformers' DynamicCache, or none (use_cache=False)",
+        )
+    return state

@@ -15,13 +15,14 @@ of the state, d and e key and value widths, f features, c columns of the state.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from reattend.errors import ArgumentError, UnsupportedCacheError
+from reattend.errors import ArgumentError
 from reattend.kernels.linear_attention import linear_attention
 from reattend.kernels.linear_attention.reference import divided, with_ones
 from reattend.mixers.base import Context, State
@@ -29,9 +30,17 @@ from reattend.mixers.block import project
 from reattend.mixers.dense import DenseAttention, stream
 from reattend.mixers.everywhere import Call, Everywhere
 from reattend.mixers.features import FeatureMap
-from reattend.mixers.keeping import HoldingState
+from reattend.mixers.keeping import holding
 from reattend.mixers.linear_config import LinearConfig
-from reattend.mixers.linear_rows import Lined, Memory, Rows, lined, mapped_rows, remembered
+from reattend.mixers.linear_rows import (
+    Lined,
+    Memory,
+    Rows,
+    lined,
+    mapped_rows,
+    memory_of,
+    remembered,
+)
 from reattend.mixers.linear_window import band, first_visible, shifted_exp
 from reattend.mixers.places import places, usual, valid_tokens
 from reattend.mixers.rotary import grown, rotate, rotation
@@ -76,6 +85,13 @@ class LinearAttention(DenseAttention):
         if config.mix_learned and config.window:
             start = math.log(config.mix / (1 - config.mix))
             self.mix_H = nn.Parameter(torch.full((core.heads,), start))
+
+    def fresh(self) -> Iterator[nn.Parameter]:
+        """Weights of feature maps and windows."""
+        for new in (self.features_q, self.features_k):
+            yield from new.parameters()
+        if self.mix_H is not None:
+            yield self.mix_H
 
     @property
     def keeps(self) -> bool:
@@ -228,10 +244,11 @@ class LinearAttention(DenseAttention):
         return (shifted_exp(scores) @ v).flatten(1, 2)[:, :, None]
 
     def _mix(self, dtype: torch.dtype) -> Tensor | float:
-        """Weight of the window, [H, 1, 1] or a number."""
+        """Weight of the window against that of older keys, [H, 1, 1] or a number."""
         if self.mix_H is None:
-            return self.config.mix
-        return self.mix_H.to(dtype).sigmoid()[:, None, None]
+            return self.config.mix / (1 - self.config.mix if self.config.blended else 1)
+        mix = self.mix_H.to(dtype)
+        return (mix.exp() if self.config.blended else mix.sigmoid())[:, None, None]
 
     def _mapped(self, k_BGnd: Tensor) -> Tensor:
         """Features of keys, [B, S, n, f]."""
@@ -271,24 +288,3 @@ class LinearAttention(DenseAttention):
 def widened(x: Tensor) -> Tensor:
     """In float32 or wider."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def holding(state: State) -> HoldingState:
-    """The state, if it is one that holds sums.
-
-    Raises:
-        UnsupportedCacheError: it has no place for them.
-    """
-    if not isinstance(state, HoldingState):
-        raise UnsupportedCacheError(
-            "a block with linear attention was given a cache of rows",
-            why="it holds a window and a state of fixed size",
-            next_step="pass transformers' DynamicCache, or none (use_cache=False)",
-        )
-    return state
-
-
-def memory_of(state: HoldingState) -> Memory | None:
-    """What a cache holds; None: nothing yet."""
-    held = state.held()
-    return None if held is None else Memory(held[:-2], *held[-2:])

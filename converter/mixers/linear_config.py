@@ -35,6 +35,7 @@ class LinearConfig(BlockConfig, EverywhereConfig):
             counted from the first, and of the w before them.
         mix: weight of the window against the older keys, between 0 and 1; where it starts, if it is
             `learned`.
+        blended: the older keys' weight is one less that, m to 1 - m; otherwise it is one.
         rope: what the older keys and their queries are: rotated, then mapped (`before`); mapped,
             then rotated (`after`); not rotated (`window-only`).
         state: whether each query head has a state, or each KV head.
@@ -50,6 +51,7 @@ class LinearConfig(BlockConfig, EverywhereConfig):
     window_form: WindowForm = "terraced"
     mix: float = Field(default=0.5, gt=0.0, lt=1.0)
     mix_learned: bool = False
+    blended: bool = False
     rope: Literal["before", "after", "window-only"] = "before"
     state: Literal["per-query-head", "per-kv-head"] = "per-query-head"
 

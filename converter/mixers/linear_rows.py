@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reattend.mixers.keeping import HoldingState
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.linear_window import first_visible
 from reattend.mixers.places import places
@@ -161,3 +162,9 @@ def absorbed(
         k = k * since.exp()[..., None]
         state_BSfc = state_BSfc * (count_B[:, None] * log_S).exp()[..., None, None]
     return state_BSfc + k.transpose(-1, -2) @ v_BSmc
+
+
+def memory_of(state: HoldingState) -> Memory | None:
+    """What a cache holds; None: nothing yet."""
+    held = state.held()
+    return None if held is None else Memory(held[:-2], *held[-2:])

@@ -27,9 +27,9 @@ from reattend.mixers.base import (
     Rows,
     RowShapes,
     State,
-    build_mixer,
 )
 from reattend.mixers.config import Frozen
+from reattend.mixers.kinds import build_mixer
 
 
 class GroupConfig(Frozen):

@@ -23,8 +23,17 @@ from torch import Tensor
 from reattend.kernels.linear_attention import linear_attention
 from reattend.kernels.linear_attention.reference import divided
 from reattend.mixers.base import Context, State
-from reattend.mixers.linear import LinearAttention, holding, memory_of
-from reattend.mixers.linear_rows import Lined, Memory, Rows, kept_rows, lined, mapped_rows
+from reattend.mixers.keeping import holding
+from reattend.mixers.linear import LinearAttention
+from reattend.mixers.linear_rows import (
+    Lined,
+    Memory,
+    Rows,
+    kept_rows,
+    lined,
+    mapped_rows,
+    memory_of,
+)
 from reattend.mixers.recurrent_config import RecurrentConfig
 
 

@@ -57,8 +57,10 @@ class LinearOptions(EverywhereOptions):
             `sliding`, the last `window`.
         mix: whether the weight of the window is trained.
         mix_start: that weight, or where it starts.
-        mix_form: `shared`: window and older keys are divided by one sum; `averaged`: the state
-            holds all keys, each is divided by its own, and the weight is the window's share.
+        mix_form: `shared`: window and older keys are divided by one sum, the window's weighted by
+            m; `blended`: likewise, by m and 1 - m, so m near 1 starts near a window alone;
+            `averaged`: the state holds all keys, each is divided by its own, and the weight is
+            the window's share.
         rope: whether features are made `before` rotating, `after` it, or of what is not rotated
             (`window-only`). `before`: keys are rotated before they are mapped.
         state: one for each query head, or one for each KV head.
@@ -75,7 +77,7 @@ class LinearOptions(EverywhereOptions):
     window_form: WindowForm = "terraced"
     mix: Literal["learned", "fixed"] = "learned"
     mix_start: float = Field(default=0.1, gt=0.0, lt=1.0)
-    mix_form: Literal["shared", "averaged"] = "shared"
+    mix_form: Literal["shared", "blended", "averaged"] = "shared"
     rope: Literal["before", "after", "window-only"] = "before"
     state: Literal["per-query-head", "per-kv-head"] = "per-query-head"
 
@@ -87,7 +89,7 @@ class LinearOptions(EverywhereOptions):
                 "normalize: sum divides by a sum of weights, which feature_map: identity or silu "
                 "and rope: after can make zero or negative; set normalize: group"
             )
-        if self.window and self.mix_form == "shared" and self.normalize != "sum":
+        if self.window and self.mix_form != "averaged" and self.normalize != "sum":
             raise ValueError(
                 "a window shares the sum that it is divided by: set normalize: sum, or window: 0, "
                 "or mix_form: averaged"
@@ -109,7 +111,7 @@ class LinearOptions(EverywhereOptions):
     def _gate_is_consistent(self) -> None:
         if self.decay != "gated":
             return
-        if self.window and self.mix_form == "shared":
+        if self.window and self.mix_form != "averaged":
             raise ValueError(
                 "decay: gated gates every key when it comes, and a window holds keys back: set "
                 "mix_form: averaged, or window: 0"
@@ -206,6 +208,7 @@ class ToLinear(Conversion):
                 "window_form": options.window_form,
                 "mix": options.mix_start,
                 "mix_learned": options.mix == "learned",
+                "blended": options.mix_form == "blended",
                 "rope": options.rope,
                 "state": options.state,
                 **settings(options, config.hidden_size),
