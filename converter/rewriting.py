@@ -203,6 +203,7 @@ def _together(
     subjects = [
         Subject(p, forms.pop(p), seen.get(p), c.options)
         for c in converted
-        if (p := c.site.path) == path or p in first.options.members
+        if (p := c.site.path) == path
+        or (type(c.conversion) is type(first.conversion) and c.options.group == first.options.group)
     ]
     return first.conversion.build_together(subjects)

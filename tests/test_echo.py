@@ -49,9 +49,9 @@ def test_who_attends_alike_follows_exactly(cfg: Any) -> None:
     match = matched(overlaps(*maps), cfg.core)
     assert match.alike == pytest.approx(1.0)
     paths = ("a", "b")
-    leads = EchoOptions(members=paths, leads=1)
+    leads = EchoOptions(size=2, leads=1)
     follows = EchoOptions(
-        members=paths, place=1, leads=0, leader="a", groups=match.groups, heads=match.heads
+        size=2, place=1, leads=0, leader="a", groups=match.groups, heads=match.heads
     )
     built = ToEcho().build_together([
         Subject("a", leader, moments(leader), leads), Subject("b", other, moments(other), follows)

@@ -94,6 +94,7 @@ def script(name):
         ("gate", "gate_table", "gate_table", "docs/math/sparse.md"),
         ("moh", "moh_table", "moh_table", "docs/math/moh.md"),
         ("heads", "heads_table", "heads_table", "docs/math/heads.md"),
+        ("encoder", "encoder_table", "encoder_table", "docs/math/moh.md"),
     ],
 )
 def test_a_committed_table_is_that_of_its_json(mark, name, file, document, monkeypatch):

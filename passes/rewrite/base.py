@@ -143,8 +143,7 @@ class Conversion(ABC):
     def join(self, members: Sequence[tuple[str, DenseConfig, Any]]) -> list[Any]:
         """For conversions that `joins`: of every site of a rule the options, or a Refusal.
 
-        What depends on whom stands in the options' `members`, the paths of sites that are built
-        together.
+        Sites whose options then have an equal `group` are built together.
 
         Args:
             members: path, block and options, in the order of the model.

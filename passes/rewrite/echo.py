@@ -32,8 +32,8 @@ class EchoOptions(Frozen):
 
     Attributes:
         followers: layers of the rule that follow: a count, or a share (rounded down).
-        members: sites of the rule; not for plans.
-        place: of a block among them; not for plans.
+        group, size, place: first of the rule's sites, how many they are, and which of them this is;
+            not for plans.
         leader: site whose queries and keys a follower takes, once measured; not for plans.
         leads: blocks that follow this one, once measured; None: not measured yet; not for plans.
         groups, heads: a follower's KV groups and query heads in the order of those of its leader
@@ -42,7 +42,8 @@ class EchoOptions(Frozen):
     """
 
     followers: Count = 0.25
-    members: tuple[str, ...] = ()
+    group: str = ""
+    size: int = Field(default=1, ge=1)
     place: int = Field(default=0, ge=0)
     leader: str = ""
     leads: int | None = None
@@ -73,26 +74,26 @@ class ToEcho(Conversion):
 
     def join(self, members: Sequence[tuple[str, DenseConfig, Any]]) -> list[Any]:
         """Who is in; a refusal where fewer layers can follow than are asked for."""
-        names = tuple(path for path, _, _ in members)
-        wanted = followers(members[0][2], len(names))
+        size = len(members)
+        wanted = followers(members[0][2], size)
         possible = [
-            i for i in range(1, len(names) - 1)
+            i for i in range(1, size - 1)
             if any(unlike(members[i][1], members[j][1]) is None for j in range(i))
         ]  # fmt: skip
         share = members[0][2].followers
         if wanted == 0 and share != 0:
-            return [Refusal(f"followers: {share} of {len(names)} layers is none") for _ in names]
+            return [Refusal(f"followers: {share} of {size} layers is none") for _ in members]
         if wanted > len(possible):
             return [
                 Refusal(
-                    f"followers: {wanted}, and of these {len(names)} layers {len(possible)} can "
+                    f"followers: {wanted}, and of these {size} layers {len(possible)} can "
                     "follow an earlier one of the same heads, widths and pattern; the first and "
                     "the last stay as they are"
                 )
-                for _ in names
+                for _ in members
             ]  # fmt: skip
         return [
-            options.model_copy(update={"members": names, "place": place})
+            options.model_copy(update={"group": members[0][0], "size": size, "place": place})
             for place, (_, _, options) in enumerate(members)
         ]
 
@@ -102,11 +103,11 @@ class ToEcho(Conversion):
 
     def undecided(self, options: EchoOptions) -> bool:
         """Whether there are followers to choose."""
-        return followers(options, len(options.members)) > 0 and options.leads is None
+        return followers(options, options.size) > 0 and options.leads is None
 
     def together(self, options: EchoOptions) -> str:
         """All sites of the rule."""
-        return ",".join(options.members)
+        return f"{options.group} {options.followers}"
 
     def trials(self, configs: Sequence[DenseConfig], options: EchoOptions) -> int:
         """One pass over a few rows, without gradients."""
@@ -151,7 +152,7 @@ class ToEcho(Conversion):
         plain = dense_cost(config)
         follows = bool(options.leader)
         if self.undecided(options):
-            follows = 0 < options.place <= followers(options, len(options.members))
+            follows = 0 < options.place <= followers(options, options.size)
         if not follows:
             return plain
         core = config.core

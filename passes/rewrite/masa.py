@@ -34,13 +34,14 @@ class MasaOptions(Frozen):
     Attributes:
         atoms: of each projection: a count, or a share of the layers that share them (rounded up).
         layers_each: layers, one after the other, that share atoms; None: all that the rule takes.
-        members: sites that share atoms, the owner first; not for plans.
-        place: of a block among them; not for plans.
+        group, size, place: first of the sites that share atoms, which owns them, how many they are,
+            and which of them this is; not for plans.
     """
 
     atoms: Count = 0.5
     layers_each: int | None = Field(default=None, ge=1)
-    members: tuple[str, ...] = ()
+    group: str = ""
+    size: int = Field(default=1, ge=1)
     place: int = Field(default=0, ge=0)
 
 
@@ -76,12 +77,12 @@ class ToMasa(Conversion):
         for begin in range(0, len(members), each):
             group = members[begin : begin + each]
             first = group[0][1]
-            names = tuple(path for path, _, _ in group)
+            owner = group[0][0]
             for place, (path, config, options) in enumerate(group):
                 wanted = atoms(options, len(group))
                 if _sizes(config) != _sizes(first):
                     found.append(Refusal(
-                        f"its projections have other sizes than those of {names[0]}, with which "
+                        f"its projections have other sizes than those of {owner}, with which "
                         f"{path} would share atoms"
                     ))  # fmt: skip
                 elif wanted > len(group):
@@ -89,12 +90,13 @@ class ToMasa(Conversion):
                         Refusal(f"atoms: {wanted} for {len(group)} layers that share them")
                     )
                 else:
-                    found.append(options.model_copy(update={"members": names, "place": place}))
+                    told = {"group": owner, "size": len(group), "place": place}
+                    found.append(options.model_copy(update=told))
         return found
 
     def wants(self, config: DenseConfig, options: MasaOptions) -> frozenset[Need]:
         """Moments of the block's input, and rows of it, unless nothing is lost."""
-        exact = atoms(options, len(options.members)) == len(options.members)
+        exact = atoms(options, options.size) == options.size
         return frozenset() if exact else frozenset({"gram", "inputs", "sample"})
 
     def solves(self, options: MasaOptions) -> int:
@@ -106,8 +108,8 @@ class ToMasa(Conversion):
         return PooledConfig.model_validate(
             {
                 **config.model_dump(exclude={"kind"}),
-                "atoms": atoms(options, max(1, len(options.members))),
-                "owner": options.members[0] if options.place else "",
+                "atoms": atoms(options, options.size),
+                "owner": options.group if options.place else "",
             }
         )
 
@@ -118,7 +120,7 @@ class ToMasa(Conversion):
     def cost(self, config: DenseConfig, options: MasaOptions) -> Cost:
         """Atoms count where they are owned; every call forms the weights of its block."""
         plain = dense_cost(config)
-        made = atoms(options, max(1, len(options.members)))
+        made = atoms(options, options.size)
         size = sum(a * b for a, b in _sizes(config))
         own = 4 * made + (0 if options.place else made * size)
         return Cost(
