@@ -207,6 +207,15 @@ def onnx_sparse_table(results: dict[str, Any]) -> str:
     return peers_table(results, what, ("mask", "causal", "gqa", "gqa-window"))
 
 
+def onnx_encoder_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/onnx_encoder.py` as Markdown."""
+    what = (
+        "one layer's attention over 4096 tokens in ONNX Runtime, no states, batch 1, float32, 8"
+        " heads of 64; mask: our node under a mask, theirs: the standard operator under it"
+    )
+    return peers_table(results, what, ("mask", "theirs", "full"))
+
+
 def onnx_selected_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/onnx_selected.py` as Markdown."""
     what = (

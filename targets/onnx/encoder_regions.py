@@ -23,7 +23,7 @@ from reattend.patterns.pattern import HeadPattern
 _BOXES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((16,), (64,)),
     2: ((4, 4), (8, 8), (16, 16)),
-    3: ((2, 4, 4), (4, 4, 4), (1, 8, 8), (2, 8, 8)),
+    3: ((2, 4, 4), (4, 4, 4), (1, 8, 8), (2, 8, 8), (1, 1, 64), (1, 4, 64)),
 }
 #: reading a row costs as much as so many queries that look at it
 _READING = 8
