@@ -77,6 +77,7 @@ def allocate(
         stored = read_json(work.path(_FILE)) or {}
         for c in each:
             c.options = _of([c]).Options.model_validate(stored[c.site.path])
+        _settle(each)
         return True
     forms = normal_forms(model, each)
     counted = Counted(trials(groups), progress)
@@ -95,7 +96,16 @@ def allocate(
     if work is not None:
         work.publish_json(_FILE, {c.site.path: c.options.model_dump(mode="json") for c in each})
         work.mark(_STAGE, key)
+    _settle(each)
     return False
+
+
+def _settle(choices: list[Choice]) -> None:
+    """Sites for which their conversion has chosen another one get that."""
+    for c in choices:
+        other = _of([c]).instead(c.options)
+        if other is not None:
+            c.conversion, c.options = other, other.Options()
 
 
 class Counted(Measure):

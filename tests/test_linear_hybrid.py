@@ -40,7 +40,9 @@ def test_layers_that_a_state_can_follow_are_taken(tmp_path: Any) -> None:
     result = convert(model, plan={"rules": [RULE]}, data=ids(8), out=tmp_path / "m")
     kinds = [layer.self_attn.mixer.kind for layer in result.model.model.layers]
     assert kinds == ["dense", "linear", "dense", "linear"]
-    assert [site.exactness for site in result.report.sites] == ["exact", "learned"] * 2
+    sites = result.report.sites
+    assert [site.exactness for site in sites] == ["exact", "learned"] * 2
+    assert [site.conversion for site in sites] == ["dense", "linear"] * 2
     run = {"max_new_tokens": 9, "do_sample": False}
     loaded = load(tmp_path / "m")
     cached = loaded.generate(ids(2, 9), **run)

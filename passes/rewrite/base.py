@@ -194,6 +194,10 @@ class Conversion(ABC):
         """Final options of sites that share options, once there are statistics."""
         return [site.options for site in sites]
 
+    def instead(self, options: Any) -> Conversion | None:
+        """The conversion, without options, that `allocate` chose instead of this; None: none."""
+        return None
+
     @abstractmethod
     def exact_setting(self, config: DenseConfig) -> Frozen:
         """Options under which the converted block equals the original."""

@@ -26,7 +26,8 @@ from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.linear_config import LinearConfig
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import Built, Cost, Measure, Subject, dense_cost
+from reattend.passes.rewrite.base import Built, Conversion, Cost, Measure, Subject, dense_cost
+from reattend.passes.rewrite.dense import ToDense
 from reattend.passes.rewrite.linear_selective import SelectiveOptions, ToSelective
 from reattend.statistics import SAMPLE_ROWS, SAMPLE_TOKENS, Need
 
@@ -153,6 +154,10 @@ class ToHybrid(ToSelective):
             _trained(mixer, new, original, learn or [last])
         with torch.no_grad():
             return float(_gap(mixer, original, last))
+
+    def instead(self, options: HybridOptions) -> Conversion | None:
+        """The block as it is, where others lose less."""
+        return ToDense() if options.linear is False else None
 
     def outcome(self, config: DenseConfig, options: HybridOptions) -> Frozen | None:  # type: ignore[override]
         """None until the blocks have been compared."""
