@@ -11,7 +11,7 @@ from reattend.mixers.everywhere_config import PARTS, EverywhereConfig
 from reattend.mixers.linear_config import LinearConfig
 
 #: maps whose features may be negative
-_SIGNED = ("identity",)
+_SIGNED = ("identity", "silu")
 
 
 class EverywhereOptions(Frozen):
