@@ -3,11 +3,11 @@
     python examples/linear_table.py --out examples/results/linear_table.json
 
 The preset `lolcats` and its parts: without the window (`hedgehog`), and the window alone (sparse
-heads that see the mean length of its terraces, nothing older); `linear`, the same block from another
-start; `hybrid`, half of the layers. Trained by distillation as a plan
-does it, block by block, then end to end; `layerwise` stops after the blocks, as LoLCATs' attention
-transfer does. Every row converts anew. Training reads `calibration.txt`; held-out text is only
-measured on. Every finished row is written at once, so the same command continues after an
+heads that see the mean length of its terraces, nothing older); `linear`, the same block from
+another start; `hybrid`, half of the layers. Trained by distillation as a plan does it, block by
+block, then end to end; `layerwise` stops after the blocks, as LoLCATs' attention transfer does.
+Every row converts anew. Training reads `calibration.txt`; held-out text is only measured on.
+Every finished row is written at once, so the same command continues after an
 interruption. `--table` prints the Markdown table of an existing file and computes nothing.
 """
 
