@@ -167,8 +167,8 @@ def describe(
         "functions": sorted(f"{key[0]}::{key[1]}" for key in graph.functions),
         "model_class": type(model).__name__,
         "layers": [_layer(x, g, forms[g.first.output]) for x in layers for g in x.groups],
-        "inputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.inputs],
-        "outputs": [_entry(v, dtype, config.vocab_size) for v in graph.graph.outputs],
+        "inputs": [_entry(v, config.vocab_size) for v in graph.graph.inputs],
+        "outputs": [_entry(v, config.vocab_size) for v in graph.graph.outputs],
         "states": [_state(t) for t in tensors],
         "cache_bytes_per_token": ceil(
             size * sum(max(t.heads, 1) * t.width / t.block for t in tensors if not t.rows)
@@ -180,12 +180,21 @@ def describe(
     }
 
 
-def _entry(value: Any, dtype: str, vocabulary: int) -> TensorEntry:
-    kind = dtype if value.dtype.is_floating_point() else "int64"
+def _entry(value: Any, vocabulary: int) -> TensorEntry:
+    entry = border_entry(value)
+    if value.name != "logits":
+        return entry
+    last = entry.shape[-1]
+    return entry.model_copy(
+        update={"shape": ["B", "N", last if isinstance(last, int) else vocabulary]}
+    )
+
+
+def border_entry(value: Any) -> TensorEntry:
+    """An input or output of a graph."""
     shape = [s if isinstance(s, int) else str(s.value) for s in value.shape]
-    if value.name == "logits":
-        shape = ["B", "N", vocabulary if not isinstance(shape[-1], int) else shape[-1]]
-    return TensorEntry(name=value.name, dtype=kind, shape=shape)
+    name = {"FLOAT": "float32"}.get(value.dtype.name, value.dtype.name.lower())
+    return TensorEntry(name=value.name, dtype=name, shape=shape)
 
 
 def _layer(layer: LayerLayout, group: GroupLayout, form: Form) -> LayerEntry:

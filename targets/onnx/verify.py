@@ -125,14 +125,24 @@ def check_logits(
             runtime=runtime, batch=batch, prefill=prompt, padding=padding, steps=steps,
             error=error, limit=LIMITS[dtype], share=share,
         )  # fmt: skip
-        if not error <= entry.limit:
-            raise GateError(
-                "the exported model does not give torch's logits",
-                where=f"batch {batch}, {prompt} tokens, {padding} padded, {steps} steps",
-                why=f"relative difference {error:.3g}, limit {entry.limit:.3g}",
-            )
-        found.append(entry)
+        where = f"batch {batch}, {prompt} tokens, {padding} padded, {steps} steps"
+        found.append(passed(entry, "logits", where))
     return found
+
+
+def passed(entry: CheckEntry, what: str, where: str) -> CheckEntry:
+    """The entry, if its error is within its limit.
+
+    Raises:
+        GateError: it is above, or not finite.
+    """
+    if entry.error <= entry.limit:
+        return entry
+    raise GateError(
+        f"the exported model does not give torch's {what}",
+        where=where,
+        why=f"relative difference {entry.error:.3g}, limit {entry.limit:.3g}",
+    )
 
 
 def torch_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
