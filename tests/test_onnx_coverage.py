@@ -71,7 +71,7 @@ def test_a_model_that_was_not_converted_is_refused(tmp_path: Path) -> None:
         export_onnx(tiny(), tmp_path / "out")
     with pytest.raises(ArgumentError, match="head"):
         export_onnx(LlamaModel(tiny().config), tmp_path / "out")
-    with pytest.raises(ArgumentError, match="convert it first"):
+    with pytest.raises(ArgumentError, match="an encoder is converted first"):
         export_onnx(zoo_models.build("vit", None), tmp_path / "out")
 
 
