@@ -24,6 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "decayed": {"window": 2, "decay": "fixed", "feature_map": "exp", "state": "per-kv-head"},
     "hedgehog": {"window": 0},
     "t2r": {"window": 0, "feature_map": "t2r", "feature_dim": 5},
+    "hedgehog-fla": {"window": 2, "feature_map": "hedgehog-fla", "state": "per-kv-head"},
     "supra": {
         "window": 0, "feature_map": "relu", "rope": "after", "normalize": "group",
         "decay": "fixed",
@@ -133,6 +134,10 @@ def by_the_formula(mixer: Any, x_ND: Tensor) -> Tensor:
 
 def mapped(features: Any, head: int, x: Tensor) -> Tensor:
     """The maps once more, in the papers' words."""
+    if features.name == "hedgehog-fla":
+        u = 2 * (x @ features.weight_hfd[0].t() + features.bias_hf[0])
+        e = torch.exp(torch.cat([u, -u], -1))
+        return e / e.sum(-1, keepdim=True)
     if features.weight_hfd is not None:
         x = torch.einsum("fd,nd->nf", features.weight_hfd[head], x)
     if features.name == "t2r":
@@ -246,6 +251,18 @@ def test_feature_maps_start_without_statistics() -> None:
     wide = small.features_q.weight_hfd.detach()
     assert wide.shape == (4, 64, 8)
     assert float(wide.square().mean()) == pytest.approx(2 / (64 * 8), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_map_of_flash_linear_attention_says_the_same() -> None:
+    theirs = pytest.importorskip("fla.modules.feature_map").HedgehogFeatureMap(8).double()
+    map_q = linear(dense(config()), feature_map="hedgehog-fla", window=2).features_q
+    with torch.no_grad():
+        theirs.layer.weight.copy_(map_q.weight_hfd[0])
+        theirs.layer.bias.copy_(map_q.bias_hf[0])
+    x = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    assert torch.allclose(map_q(x), theirs(x), atol=1e-12)
 
 
 def pattern(name: str, **more: Any) -> Any:

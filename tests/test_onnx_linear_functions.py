@@ -28,6 +28,7 @@ NAMES = (
 #: window, terraced, decays, heads of the state, maps in the file (the first is the node's)
 WINDOWS: dict[str, tuple[int, bool, bool, int, tuple[str, ...]]] = {
     "hedgehog": (3, True, False, H, ("hedgehog",)),
+    "hedgehog-fla": (2, False, False, G, ("hedgehog-fla", "relu")),
     "t2r, sliding": (1, False, True, H, ("t2r",)),
     "exp": (2, True, True, G, ("exp",)),
     "softmax among others": (4, False, False, G, ("softmax", "identity", "relu", "t2r")),
@@ -51,7 +52,7 @@ def test_windows_equal_the_op_on_rings_that_turn(name: str) -> None:
     window, terraced, decays, heads, maps = WINDOWS[name]
     random, tokens = np.random.default_rng(0), sum(PIECES)
     draw = lambda *s: random.standard_normal(s).astype(np.float32)  # noqa: E731
-    f, ring = D * (2 if maps[0] == "hedgehog" else 1), window * (2 if terraced else 1) + 1
+    f, ring = D * (2 if "hedgehog" in maps[0] else 1), window * (2 if terraced else 1) + 1
     rows = draw(B, H, tokens, D), abs(draw(B, H, tokens, f)), draw(B, G, tokens, D)
     rows = (*rows, draw(B, G, tokens, E))
     held = [9 * draw(B, G, ring, D), 9 * draw(B, G, ring, E), 0 * draw(B, heads, f, E + 1)]

@@ -4,8 +4,9 @@
 `softmax` over a head's numbers; `silu`, Qin et al., arXiv 2401.04658; `hedgehog` as in LoLCATs
 (Zhang et al., arXiv 2410.10254), two softmaxes of W x and of -W x side by side, W per head; `t2r`,
 relu(W x + b), Kasai et al., arXiv 2103.13076; `sigmoid`; `mlp`, elu+1 of what is projected from
-x + f(x) (`reattend.mixers.input_map`). `performer` is in `reattend.mixers.estimated`. Other
-libraries give the name hedgehog to one softmax over both signs; that is another map.
+x + f(x) (`reattend.mixers.input_map`). `performer` is in `reattend.mixers.estimated`.
+`hedgehog-fla` is what flash-linear-attention calls hedgehog: one softmax over 2 (W x + b) and its
+negative, W and b shared by the heads.
 
 Layout letters: B batch, h heads, N tokens, d head width, f features.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from reattend.mixers.linear_config import LEARNED, FeatureMapName
+from reattend.mixers.linear_config import BIASED, LEARNED, FeatureMapName
 
 
 class FeatureMap(nn.Module):
@@ -24,11 +25,12 @@ class FeatureMap(nn.Module):
     def __init__(self, name: FeatureMapName, heads: int, width: int, rows: int) -> None:
         super().__init__()
         self.name = name
+        heads = 1 if name == "hedgehog-fla" else heads
         self.weight_hfd: nn.Parameter | None = None
         self.bias_hf: nn.Parameter | None = None
         if name in LEARNED:
             self.weight_hfd = nn.Parameter(torch.zeros(heads, rows, width))
-        if name == "t2r":
+        if name in BIASED:
             self.bias_hf = nn.Parameter(torch.zeros(heads, rows))
 
     def start(self, identity: bool) -> None:
@@ -48,6 +50,14 @@ class FeatureMap(nn.Module):
             drawn = torch.rand(self.weight_hfd.shape, generator=torch.Generator().manual_seed(0))
             self.weight_hfd.copy_(bound * (2 * drawn - 1))
 
+    def by_head(self, heads: int) -> tuple[Tensor | None, Tensor | None]:
+        """Weights [h, rows, d] and biases [h, rows], also where heads share them."""
+        weight, bias = self.weight_hfd, self.bias_hf
+        return (
+            None if weight is None else weight.expand(heads, -1, -1),
+            None if bias is None else bias.expand(heads, -1),
+        )
+
     def forward(self, x_BhNd: Tensor) -> Tensor:
         """Features [B, h, N, f], in float32 or wider."""
         return mapped(self.name, x_BhNd, self.weight_hfd, self.bias_hf)
@@ -60,7 +70,7 @@ def mapped(
     x = x_BhNd if x_BhNd.dtype == torch.float64 else x_BhNd.float()
     if name in LEARNED and weight_hfd is not None:
         x = x @ weight_hfd.to(x.dtype).transpose(-1, -2)
-    if name == "t2r" and bias_hf is not None:
+    if name in BIASED and bias_hf is not None:
         x = x + bias_hf.to(x.dtype)[:, None]
     if name in ("elu+1", "mlp"):
         return nn.functional.elu(x) + 1
@@ -76,4 +86,6 @@ def mapped(
         return x.softmax(-1)
     if name == "hedgehog":
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+    if name == "hedgehog-fla":
+        return torch.cat([2 * x, -2 * x], -1).softmax(-1)
     return x

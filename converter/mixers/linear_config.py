@@ -10,12 +10,14 @@ from reattend.mixers.config import BlockConfig
 from reattend.mixers.everywhere_config import EverywhereConfig
 
 FeatureMapName = Literal[
-    "identity", "elu+1", "relu", "exp", "softmax", "silu", "hedgehog", "t2r", "sigmoid", "mlp",
-    "performer",
+    "identity", "elu+1", "relu", "exp", "softmax", "silu", "hedgehog", "hedgehog-fla", "t2r",
+    "sigmoid", "mlp", "performer",
 ]  # fmt: skip
 WindowForm = Literal["terraced", "sliding"]
 #: maps with weights of their own
-LEARNED = ("hedgehog", "t2r")
+LEARNED = ("hedgehog", "hedgehog-fla", "t2r")
+#: of these, maps with a bias, and maps of two features for each row
+BIASED, DOUBLED = ("hedgehog-fla", "t2r"), ("hedgehog", "hedgehog-fla")
 
 
 class LinearConfig(BlockConfig, EverywhereConfig):
@@ -73,7 +75,7 @@ class LinearConfig(BlockConfig, EverywhereConfig):
     @property
     def features(self) -> int:
         """Features of a query or key, f."""
-        return self.feature_dim * (2 if self.feature_map == "hedgehog" else 1)
+        return self.feature_dim * (2 if self.feature_map in DOUBLED else 1)
 
     @property
     def columns(self) -> int:

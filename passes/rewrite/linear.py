@@ -16,7 +16,14 @@ from pydantic import Field, model_validator
 
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.linear import LinearAttention
-from reattend.mixers.linear_config import LEARNED, FeatureMapName, LinearConfig, WindowForm
+from reattend.mixers.linear_config import (
+    BIASED,
+    DOUBLED,
+    LEARNED,
+    FeatureMapName,
+    LinearConfig,
+    WindowForm,
+)
 from reattend.mixers.recurrent import RecurrentAttention
 from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.passes.base import Refusal
@@ -104,7 +111,7 @@ class LinearOptions(EverywhereOptions):
         sized = (*LEARNED, "performer") if self.feature_init is None else LEARNED
         if self.feature_map not in sized and (self.feature_dim or self.feature_init):
             raise ValueError(f"feature_map: {self.feature_map} has no weights to give a size")
-        if self.rope == "after" and self.feature_map == "hedgehog":
+        if self.rope == "after" and self.feature_map in DOUBLED:
             raise ValueError("rope: after rotates features, and hedgehog has two for each number")
         return self
 
@@ -116,7 +123,7 @@ class LinearOptions(EverywhereOptions):
                 "decay: gated gates every key when it comes, and a window holds keys back: set "
                 "mix_form: averaged, or window: 0"
             )
-        if self.feature_map == "hedgehog" or self.rope == "after":
+        if self.feature_map in DOUBLED or self.rope == "after":
             raise ValueError(
                 "decay: gated has one number of the key for each feature: choose another "
                 "feature_map than hedgehog, and rope: before or window-only"
@@ -271,9 +278,10 @@ class ToLinear(Conversion):
 def own_weights(made: LinearConfig) -> int:
     """Parameters beside the block's own."""
     rows = made.feature_dim * made.core.qk_head_dim if made.feature_map in LEARNED else 0
-    bias = made.feature_dim if made.feature_map == "t2r" else 0
+    bias = made.feature_dim if made.feature_map in BIASED else 0
+    maps = 2 if made.feature_map == "hedgehog-fla" else made.core.heads + made.state_heads
     mix = made.core.heads if made.mix_learned and made.window else 0
-    return (made.core.heads + made.state_heads) * (rows + bias) + mix + everywhere_weights(made)
+    return maps * (rows + bias) + mix + everywhere_weights(made)
 
 
 def stated(made: LinearConfig) -> dict[str, Any]:

@@ -10,13 +10,21 @@ from collections.abc import Sequence
 from textwrap import indent
 
 #: feature maps by the number that the attribute `feature_map` says
-MAPS = ("identity", "elu+1", "relu", "exp", "softmax", "hedgehog", "t2r", "sigmoid")
+MAPS = ("identity", "elu+1", "relu", "exp", "softmax", "hedgehog", "t2r", "sigmoid", "hedgehog-fla")
 _LEARNED = """
 {p}weight_t = Transpose <perm = [0, 2, 1]> (weight)
 {p}sizes = Shape <start = 1> ({p}weight_t)
 {p}grouped = Concat <axis = 0> (g, others, {p}sizes)
 {p}weight_5 = Reshape ({p}weight_t, {p}grouped)
 {p}u = MatMul (raw, {p}weight_5)"""
+_BIASED = (
+    _LEARNED
+    + """
+{p}rows = Shape <start = 1> (bias)
+{p}bias_shape = Concat <axis = 0> (g, others, one_1, {p}rows)
+{p}bias_5 = Reshape (bias, {p}bias_shape)
+{p}moved = Add ({p}u, {p}bias_5)"""
+)
 _MAPS = {
     "identity": "\n{p}out = Identity (raw)",
     "elu+1": """
@@ -37,13 +45,14 @@ _MAPS = {
 {p}first = Softmax <axis = -1> ({p}u)
 {p}second = Softmax <axis = -1> ({p}negative)
 {p}out = Concat <axis = -1> ({p}first, {p}second)""",
-    "t2r": _LEARNED
+    "hedgehog-fla": _BIASED
     + """
-{p}rows = Shape <start = 1> (bias)
-{p}bias_shape = Concat <axis = 0> (g, others, one_1, {p}rows)
-{p}bias_5 = Reshape (bias, {p}bias_shape)
-{p}moved = Add ({p}u, {p}bias_5)
-{p}out = Relu ({p}moved)""",
+{p}two = Constant <value_float = 2.0> ()
+{p}twice = Mul ({p}moved, {p}two)
+{p}negative = Neg ({p}twice)
+{p}both = Concat <axis = -1> ({p}twice, {p}negative)
+{p}out = Softmax <axis = -1> ({p}both)""",
+    "t2r": _BIASED + "\n{p}out = Relu ({p}moved)",
 }
 
 

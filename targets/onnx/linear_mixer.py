@@ -72,7 +72,7 @@ class TracedLinear(LinearAttention):
         mix, heads, dtype = self._mix(q_BHNd.dtype), c.core.heads, q_BHNd.dtype
         mix_H = mix[:, 0, 0] if isinstance(mix, Tensor) else torch.full((heads,), mix, dtype=dtype)
         none = torch.zeros(1, 1, 1, dtype=dtype)
-        weight, bias = self.features_k.weight_hfd, self.features_k.bias_hf
+        weight, bias = self.features_k.by_head(c.state_heads)
         y: Tensor
         y, *after = window_linear_attention(
             q_BHNd, features_BHNf, keys, values, past_key, past_value, past_state, mix_H,
