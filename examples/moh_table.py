@@ -24,8 +24,22 @@ HARD: dict[str, Any] = {"router": "qnorm", "gate": "hard"}
 ROWS: dict[str, dict[str, Any]] = {
     "6 of 8 heads": {**HEAD, "top_k": 2},
     "6 of 8 heads, norms of queries": {**HEAD, **HARD, "top_k": 2},
+    "6 of 8 heads, fitted": {
+        "route": "head",
+        "shared": 0,
+        "top_k": 6,
+        "gate": "hard",
+        "router_start": "output-norm",
+    },
     "6 of 8 heads, none shared": {"route": "head", "shared": 0, "top_k": 6},
     "4 of 8 heads, none shared": {"route": "head", "shared": 0, "top_k": 4},
+    "4 of 8 heads, fitted": {
+        "route": "head",
+        "shared": 0,
+        "top_k": 4,
+        "gate": "hard",
+        "router_start": "output-norm",
+    },
     "1 of 2 KV groups": {"route": "kv-group", "shared": 0, "top_k": 1},
 }
 

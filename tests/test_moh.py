@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from decoder_models import decoder
-from mla_blocks import CASES, HIDDEN, config, dense
+from mla_blocks import CASES, HIDDEN, config, dense, moments
 from moh_blocks import WAYS, gates, routed, shaken, wide
 from pydantic import ValidationError
 from torch import Tensor
@@ -28,6 +29,7 @@ from reattend.plan import Plan
 NEUTRAL: dict[str, dict[str, Any]] = {
     "exact": ToMoh().exact_setting(config()).model_dump(),
     "head": {"route": "head"},
+    "fitted": {"route": "head", "gate": "hard", "router_start": "output-norm"},
     "moved": {"gate": "hard", "router": "qnorm", "order": (2, 0, 3, 1)},
 }
 
@@ -96,6 +98,34 @@ def test_an_untrained_router_leaves_out_the_least_important_groups() -> None:
         assert (mixer(x, Context()) - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("route", "units"), [("head", 8), ("kv-group", 4)])
+def test_a_fitted_router_ranks_what_units_add_to_the_output(route: str, units: int) -> None:
+    """By least squares on the logarithm of the size of every unit alone, less their mean."""
+    block = dense(wide(config(bias=True)))
+    given = MohOptions(
+        route=route, shared=0, select_shared="first", gate="hard", router_start="output-norm",
+        top_k=2,
+    )  # fmt: skip
+    found = moments(block)
+    mixer: Any = ToMoh().build(block, found, given).mixer
+    alone = []
+    with torch.no_grad():
+        for unit in range(units):
+            only = copy.deepcopy(block)
+            kept = torch.zeros_like(only.o_proj.weight)
+            columns = kept.unflatten(1, (units, -1))
+            columns[:, unit] = only.o_proj.weight.unflatten(1, (units, -1))[:, unit]
+            only.o_proj.weight.copy_(kept)
+            outs = [only(row[None], Context())[0] for row in found.samples]
+            alone.append(torch.cat(outs).norm(dim=-1).log())
+    x, target = torch.cat(found.samples), torch.stack(alone, 1)
+    target = target - target.mean(1, keepdim=True)
+    more = (1e-3 * x.square().sum() / x.shape[1]) ** 0.5 * torch.eye(x.shape[1], dtype=x.dtype)
+    zeros = torch.zeros(x.shape[1], units, dtype=x.dtype)
+    wanted = torch.linalg.lstsq(torch.cat([x, more]), torch.cat([target, zeros])).solution.t()
+    assert torch.allclose(mixer.router.routed.weight, wanted, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("way", ["hard", "one"])
 def test_a_gate_of_one_passes_on_the_gradient_of_its_probability(way: str) -> None:
     mixer = routed(dense(wide(config())), **WAYS[way])
@@ -122,6 +152,7 @@ def test_groups_in_another_order_are_the_same_block() -> None:
 
 
 FULL_NORM = StreamConfig(norm=NormConfig(kind="rms", scope="full", eps=1e-6))
+FITTED = {"gate": "hard", "router_start": "output-norm", "select_shared": "first"}
 REFUSED = {
     "top_k 4 is larger than the 3 routed KV groups": (config(8, 4), {"shared": 1, "top_k": 4}),
     "2 shared and 1 routed KV groups are 3, and the block has 4": (
@@ -135,6 +166,12 @@ REFUSED = {
     "top_k: 0.5 of 1 routed KV groups is all of them": (config(), {"top_k": 0.5}),
     "normalised over all heads at once; set select_shared: first": (
         config(8, 4).model_copy(update={"k": FULL_NORM}), {},
+    ),
+    "output-norm: importance is measured without the model": (
+        config(8, 4).model_copy(
+            update={"core": config(8, 4).core.model_copy(update={"pattern": "opaque"})}
+        ),
+        FITTED,
     ),
     "the mask is the model's own": (
         config(8, 4).model_copy(

@@ -1,10 +1,11 @@
 """`to: moh`: Mixture-of-Heads, every token uses the shared heads and the best of the others.
 
 Jin et al., arXiv 2410.11842. The block keeps its weights; KV groups are put in order of importance,
-so that shared heads come first (a permutation, exact), and a router is added. The router starts at
-zero, where heads weigh exactly 1 and rank by importance: with `top_k` all, the default, the block
-is the original; with less it leaves out the least important until it has been trained. The formulas
-with the symbols used here: docs/math/moh.md.
+so that shared heads come first (a permutation, exact), and a router is added. It starts at zero,
+where heads weigh exactly 1 and rank by importance, or fitted to what heads add to the output. With
+`top_k` all, the default, the block is the original; with less it leaves out the least important, of
+all tokens or of each, until it has been trained. The formulas with the symbols used here:
+docs/math/moh.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from reattend.passes.rewrite.base import Built, Cost, dense_cost, regrouped
 from reattend.passes.rewrite.moh_options import LISTED, MohOptions, resolve
 from reattend.passes.rewrite.per_layer import at_layer
 from reattend.passes.rewrite.ranking import Ranking
+from reattend.passes.rewrite.router_fit import fitted
 from reattend.passes.rewrite.sparse_build import like
+from reattend.statistics import Need
 
 
 class ToMoh(Ranking):
@@ -37,6 +40,8 @@ class ToMoh(Ranking):
         heads = resolve(config.core, options)
         if isinstance(heads, Refusal):
             return heads
+        if options.router_start != "zero" and (unread := self.unread(config)) is not None:
+            return Refusal(f"router_start: {options.router_start}: {unread}; use zero")
         why = self.unranked(config, options) if self.measures(options) else None
         if why is None:
             return None
@@ -54,6 +59,13 @@ class ToMoh(Ranking):
     def units(self, config: DenseConfig, options: MohOptions) -> int:
         """KV groups are ordered, whatever is routed."""
         return config.core.kv_heads
+
+    def wants(self, config: DenseConfig, options: MohOptions) -> frozenset[Need]:
+        """Rows of the block's input, for the order of heads and for the router."""
+        fits = options.router_start != "zero"
+        return super().wants(config, options) | (
+            frozenset({"gram", "sample"}) if fits else frozenset()
+        )
 
     def outcome(self, config: DenseConfig, options: MohOptions) -> RoutedConfig:
         """The mixer's description; which group is where does not show in it but by `order`."""
@@ -98,13 +110,17 @@ class ToMoh(Ranking):
         )
 
     def build(self, dense: DenseAttention, statistics: Any, options: MohOptions) -> Built:
-        """The same weights in another order, and a router of zeros."""
+        """The same weights in another order, and a router at its start."""
         order = self.order(dense, statistics, options)
         if order != tuple(range(len(order))):
             dense = reordered(dense, order)
         config = self.described(dense.config, options, order)
         mixer = like(dense, RoutedAttention)
         mixer.begin(config)
+        if options.router_start != "zero" and mixer.router.routed is not None:
+            mixer.router.routed.weight.data = fitted(
+                dense, statistics.samples, config.units, config.shared
+            )
         mixer.router.to(next(dense.parameters())).train(dense.training)
         exact = config.top_k == config.routed
         return Built(mixer, "exact" if exact else "learned", stated(config))

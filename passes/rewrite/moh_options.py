@@ -32,6 +32,9 @@ class MohOptions(Frozen):
             every query `head` by itself.
         router: `linear` in the block's input, from zero, or `qnorm`, the norms of the queries,
             without parameters.
+        router_start: `zero`, where units rank by their number, or `output-norm`, where they rank by
+            the size of what they add to the block's output, as far as its input tells
+            (`passes/rewrite/router_fit.py`); the second needs `gate: hard`.
         gate: `weighted`, heads count by the router's softmax, or `hard`, by 0 or 1.
         select_shared: the most important KV groups, or the `first` ones.
         importance: how that is measured (`passes/rewrite/importance.py`).
@@ -46,6 +49,7 @@ class MohOptions(Frozen):
     top_k: PerLayer | None = None
     route: Literal["kv-group", "head"] = "kv-group"
     router: Literal["linear", "qnorm"] = "linear"
+    router_start: Literal["zero", "output-norm"] = "zero"
     gate: Literal["weighted", "hard"] = "weighted"
     select_shared: Literal["importance", "first"] = "importance"
     importance: Score = "output-norm"
@@ -59,6 +63,11 @@ class MohOptions(Frozen):
             raise ValueError(
                 "router: qnorm has no weights that could start at zero, so weighted gates would "
                 "change the block from the start; use gate: hard"
+            )
+        if self.router_start != "zero" and (self.router == "qnorm" or self.gate == "weighted"):
+            raise ValueError(
+                "router_start: output-norm is of a linear router, and its scores would change "
+                "weighted gates from the start; use router: linear with gate: hard"
             )
         return self
 

@@ -31,14 +31,18 @@ class Ranking(Conversion):
 
     def unranked(self, config: DenseConfig, options: Any) -> str | None:
         """Why the heads of a block cannot be ranked and told apart, or None."""
-        why = why_whole(config)
-        if why is None and config.cross:
-            why = "importance is measured on the block's own input, and its keys come from another"
-        if why is None and config.core.pattern == "opaque":
-            why = "importance is measured without the model, and the mask is the model's own"
+        why = why_whole(config) or self.unread(config)
         if why is None and config.out_features is None:
             why = "the block has no output projection of its own that could follow their order"
         return why
+
+    def unread(self, config: DenseConfig) -> str | None:
+        """Why a block does not run on rows of its input alone, or None."""
+        if config.cross:
+            return "importance is measured on the block's own input, and its keys come from another"
+        if config.core.pattern == "opaque":
+            return "importance is measured without the model, and the mask is the model's own"
+        return None
 
     def wants(self, config: DenseConfig, options: Any) -> frozenset[Need]:
         """Rows of the block's input, where heads are measured."""
