@@ -31,7 +31,8 @@ def sizes(dense: DenseAttention, rows: Sequence[Tensor], units: int) -> Tensor:
     heads_nHe = torch.cat(joined(dense, rows))
     unit_nUk = heads_nHe.unflatten(1, (units, -1)).flatten(2)
     if not isinstance(dense.o_proj, nn.Linear):
-        return torch.linalg.vector_norm(unit_nUk, dim=-1)
+        plain: Tensor = torch.linalg.vector_norm(unit_nUk, dim=-1)
+        return plain
     weight_DUk = dense.o_proj.weight.double().cpu().unflatten(1, unit_nUk.shape[1:])
     inner_Ukk = torch.einsum("duk,dul->ukl", weight_DUk, weight_DUk)
     squared: Tensor = torch.einsum("nuk,ukl,nul->nu", unit_nUk, inner_Ukk, unit_nUk)
