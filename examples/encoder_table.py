@@ -30,19 +30,22 @@ LENGTH, BATCH = 64, 16
 #: the output projection is another module's, so no order by importance could be followed
 HEAD: dict[str, Any] = {"sites": "*", "to": "moh", "route": "head", "select_shared": "first"}
 HARD: dict[str, Any] = {"router": "qnorm", "gate": "hard"}
+FITTED: dict[str, Any] = {"gate": "hard", "router_start": "output-norm"}
 WAYS: dict[str, dict[str, Any]] = {
     "9 of 12 heads": {"shared": 3, "top_k": 6},
     "9 of 12 heads, norms of queries": {"shared": 3, "top_k": 6, **HARD},
     "9 of 12 heads, norms, none shared": {"shared": 0, "top_k": 9, **HARD},
     "6 of 12 heads, norms, none shared": {"shared": 0, "top_k": 6, **HARD},
+    "9 of 12 heads, fitted": {"shared": 0, "top_k": 9, **FITTED},
 }
-TRAINED = 60_000
+TRAINED, LONG = 60_000, 240_000
 #: name -> rule of the plan, tokens trained on
 ROWS: dict[str, tuple[dict[str, Any], int]] = {
     f"{name}{told}": ({**HEAD, **options}, tokens)
     for name, options in WAYS.items()
     for told, tokens in ((", untrained", 0), ("", TRAINED))
 }
+ROWS["9 of 12 heads, fitted, long"] = ({**HEAD, **WAYS["9 of 12 heads, fitted"]}, LONG)
 
 
 def sentences() -> tuple[list[str], list[str]]:
@@ -151,7 +154,7 @@ def table(results: dict[str, Any]) -> str:
     order = list(ROWS)
     for row in sorted(results["rows"], key=lambda row: order.index(row["name"])):
         lines.append(
-            f"| {row['name'].removesuffix(', untrained')} | {row['tokens']:,} | "
+            f"| {row['name'].removesuffix(', untrained').removesuffix(', long')} | {row['tokens']:,} | "
             f"{row['cosine']:.4f} | {row['tenth']:.4f} | {row['lowest']:.4f} | {row['near']:.1%} | "
             f"{row['neighbours']:.1%} |"
         )
