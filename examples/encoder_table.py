@@ -153,8 +153,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     order = list(ROWS)
     for row in sorted(results["rows"], key=lambda row: order.index(row["name"])):
+        ways = row["name"].removesuffix(", untrained").removesuffix(", long")
         lines.append(
-            f"| {row['name'].removesuffix(', untrained').removesuffix(', long')} | {row['tokens']:,} | "
+            f"| {ways} | {row['tokens']:,} | "
             f"{row['cosine']:.4f} | {row['tenth']:.4f} | {row['lowest']:.4f} | {row['near']:.1%} | "
             f"{row['neighbours']:.1%} |"
         )
