@@ -26,7 +26,11 @@ SHIPPED = ROOT / "examples" / "models" / "pycode-gqa"
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `daily` the first case is for every day; the others are slow."""
+    """Of a test marked `daily` the first case is for every day; the others are slow.
+
+    What is marked `early` comes first, so that no worker waits for it at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
     seen = set()
     for item in items:
         if item.get_closest_marker("daily"):

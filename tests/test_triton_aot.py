@@ -74,6 +74,7 @@ def test_devices_map_to_targets(backend: str, arch: int | str, name: str | None)
 
 
 @pytest.mark.slow
+@pytest.mark.early
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_every_shipped_kernel_compiles_within_limits(target: Target, tmp_path: Path) -> None:
     """In a process of its own: the interpreter's variable must not be set there."""
