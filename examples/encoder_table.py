@@ -30,7 +30,9 @@ LENGTH, BATCH = 64, 16
 #: the output projection is another module's, so no order by importance could be followed
 HEAD: dict[str, Any] = {"sites": "*", "to": "moh", "route": "head", "select_shared": "first"}
 HARD: dict[str, Any] = {"router": "qnorm", "gate": "hard"}
-FITTED: dict[str, Any] = {"gate": "hard", "router_start": "output-norm"}
+FITTED: dict[str, Any] = {
+    "gate": "hard", "router_start": "output-norm", "anneal": 0, "balance_loss": 0,
+}  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "9 of 12 heads": {"shared": 3, "top_k": 6},
     "9 of 12 heads, norms of queries": {"shared": 3, "top_k": 6, **HARD},

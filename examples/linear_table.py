@@ -106,13 +106,20 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['device']}, {results['date']}, `{results['command']}`: {results['model']}, "
         f"{results['inputs']['rows']} held-out rows of {TOKENS} tokens. Cache: bytes per token "
-        f"after {TOKENS} of them, all layers, 2 bytes a number.",
+        f"after {TOKENS} of them, all layers, 2 bytes a number. Removed: share of the perplexity "
+        f"that the untrained start has above the original's.",
         "",
-        f"| model | cache | perplexity | {campaign.RECALL}",
-        "|---|---|---|---|---|---|",
+        f"| model | cache | perplexity | removed | {campaign.RECALL}",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in results["rows"]:
+    known = {row["name"]: row["perplexity"] for row in results["rows"]}
+    order = ["original", *ROWS]
+    for row in sorted(results["rows"], key=lambda row: order.index(row["name"])):
+        start = known.get(f"{row['name'].partition(';')[0]}; untrained", row["perplexity"])
+        gone = start - row["perplexity"]
+        share = f"{gone / (start - known['original']):.0%}" if gone else ""
         cells = f"| {row['name']} | {row['cache_bytes_per_token']:.0f} | {row['perplexity']:.2f} | "
+        cells += f"{share} | "
         lines.append(cells + campaign.recall_cells(row["recall"]))
     return "\n".join(lines)
 

@@ -20,26 +20,19 @@ import campaign
 TOKENS, STATISTICS_TOKENS = 512, 16_384
 HEAD: dict[str, Any] = {"route": "head", "shared": 4}
 HARD: dict[str, Any] = {"router": "qnorm", "gate": "hard"}
+#: a router that is known from the start: nothing to anneal, and no heads to spread tokens over
+FITTED: dict[str, Any] = {
+    "gate": "hard", "router_start": "output-norm", "anneal": 0, "balance_loss": 0,
+}  # fmt: skip
 #: name -> options of `to: moh`, of blocks with 8 query heads in 2 KV groups
 ROWS: dict[str, dict[str, Any]] = {
     "6 of 8 heads": {**HEAD, "top_k": 2},
     "6 of 8 heads, norms of queries": {**HEAD, **HARD, "top_k": 2},
-    "6 of 8 heads, fitted": {
-        "route": "head",
-        "shared": 0,
-        "top_k": 6,
-        "gate": "hard",
-        "router_start": "output-norm",
-    },
+    "6 of 8 heads, fitted": {**HEAD, **FITTED, "top_k": 2},
+    "6 of 8 heads, fitted, none shared": {"route": "head", "shared": 0, "top_k": 6, **FITTED},
     "6 of 8 heads, none shared": {"route": "head", "shared": 0, "top_k": 6},
     "4 of 8 heads, none shared": {"route": "head", "shared": 0, "top_k": 4},
-    "4 of 8 heads, fitted": {
-        "route": "head",
-        "shared": 0,
-        "top_k": 4,
-        "gate": "hard",
-        "router_start": "output-norm",
-    },
+    "4 of 8 heads, fitted, none shared": {"route": "head", "shared": 0, "top_k": 4, **FITTED},
     "1 of 2 KV groups": {"route": "kv-group", "shared": 0, "top_k": 1},
 }
 
