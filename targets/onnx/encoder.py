@@ -26,6 +26,7 @@ from reattend.mixers.sparse_config import SparseConfig
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Observed
 from reattend.targets.onnx.encoder_mixer import Passes, WholeSparse, make_whole
+from reattend.targets.onnx.scores_beside import scores_beside
 
 #: which pass over a text a call is, counted from 1, of how many, and tokens that are filled in
 PASS = ("pass_number", "passes", "new_tokens")
@@ -72,15 +73,11 @@ def check_encoder_block(path: str, config: object, binding: Binding) -> None:
         why = "it attends to another stream (cross-attention)"
     elif config.core.pattern == "opaque":
         why = "what it attends to is a mask of the model's own, which no node takes"
-    elif config.core.sinks:
-        why = "its logit sinks have no input in the ONNX node yet"
-    elif config.q.growth is not None:
-        why = "its queries grow with position, which has no place in the ONNX node yet"
-    elif config.alibi is not None or config.relative is not None or config.added is not None:
-        why = "what it adds to its scores has no input in the ONNX node yet"
     elif binding.hands:
         why = "it leaves keys and values for later blocks"
-    elif isinstance(config, SparseConfig):
+    else:
+        why = scores_beside(config)
+    if not why and isinstance(config, SparseConfig):
         why = next(filter(None, (_unknown(c.pattern) for c in config.classes)), "")
     if why:
         raise RefusedError(

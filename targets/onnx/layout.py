@@ -26,6 +26,7 @@ from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_body import LINEAR
 from reattend.targets.onnx.routed_body import FEW, NAME
+from reattend.targets.onnx.scores_beside import scores_beside
 from reattend.targets.onnx.sparse_form import SparseForm
 from reattend.targets.onnx.sparse_layout import sparse_form
 
@@ -179,12 +180,7 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "chunked attention has no ONNX form yet"
     elif config.core.pattern == "opaque":
         why = "what it attends to is a mask of the model's own, which the ONNX graph does not make"
-    elif config.core.sinks:
-        why = "its logit sinks have no input in the ONNX node yet"
-    elif config.q.growth is not None:
-        why = "its queries grow with position, which has no place in the ONNX node yet"
-    elif config.alibi is not None or config.relative is not None or config.added is not None:
-        why = "what it adds to its scores has no input in the ONNX node yet"
+    why = why or scores_beside(config)
     if why:
         raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
 
