@@ -121,8 +121,9 @@ def enforce(choices: list[Choice], plan: Plan) -> None:
     if not any(c.action == "converted" for c in choices):
         raise NothingFoundError(
             "no site would be converted by this plan",
-            why="every site is kept, refused or matched by no rule",
-            next_step="run `reattend convert ... --dry-run` to see the choice for every site",
+            where=_grouped(refused) if refused else "",
+            why="" if refused else "the plan keeps every site, or no rule matches it",
+            next_step="another plan (`reattend plans list`), or rules that match these sites",
         )
 
 

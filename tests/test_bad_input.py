@@ -46,7 +46,20 @@ from reattend.errors import (
             ("matches no attention site", "model.layers.0.self_attn", "reattend find"),
         ),
         (with_rule(layers=[7]), EXIT_REFUSED, ("layer 7 does not exist", "2 layers")),
-        (with_rule(to="keep", kv_keep=None), EXIT_REFUSED, ("no site would be converted",)),
+        (
+            with_rule(to="keep", kv_keep=None), EXIT_REFUSED,
+            ("no site would be converted", "keeps every site"),
+        ),
+        (
+            {
+                "rules": [
+                    {"sites": "*", "to": "linear", "direction": "bidirectional", "window": 0},
+                ],
+                "on_refusal": "keep",
+            },
+            EXIT_REFUSED,
+            ("no site would be converted", "self_attn: the block is causal"),
+        ),
         (
             with_rule(heads=[0, 2]), EXIT_REFUSED,
             ("heads [2]: the block has 2 KV groups (0 to 1)", "on_refusal: keep"),

@@ -104,7 +104,10 @@ def test_onnx_runtimes_own_operator_sums_the_states(tmp_path: Path) -> None:
 def test_what_has_no_form_is_refused(made: Any, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="held in float32"):
         export_onnx(made[0], tmp_path / "half", dtype="float16")
-    rule = {"sites": "*", "to": "linear", "window": 4, "rope": "window-only"}
-    with pytest.raises(RefusedError, match="keys that are not rotated"):
-        export_onnx(build({"rules": [rule]}, layers=1), tmp_path / "out")
+    rule = {"sites": "*", "to": "linear", "window": 4}
+    unrotated = rule | {"rope": "window-only"}
+    terraced = GATED | rule | {"window_form": "terraced", "layers": [0]}
+    for refused, way in ((unrotated, "rope: before"), (terraced, "window_form: sliding")):
+        with pytest.raises(RefusedError, match=way):
+            export_onnx(build({"rules": [refused]}, layers=1), tmp_path / "out")
     assert sum(PIECES) > 8 * 7  # every ring turns

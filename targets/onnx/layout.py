@@ -164,7 +164,7 @@ def check_block(path: str, config: object, binding: Binding) -> None:
     """
     if not isinstance(config, BlockConfig):
         raise RefusedError("this layer has no ONNX form yet", where=path)
-    why = ""
+    why = next_step = ""
     if config.cross:
         why = "it attends to another stream (cross-attention)"
     elif not binding.stepwise:
@@ -174,15 +174,19 @@ def check_block(path: str, config: object, binding: Binding) -> None:
     elif isinstance(config, RecurrentConfig):
         if config.window and config.window_form == "terraced":
             why = "a window that is averaged with a state has a node only where it slides"
+            next_step = "convert it with window_form: sliding"
     elif isinstance(config, LinearConfig) and config.window and config.rope != "before":
         why = "its state is made of keys that are not rotated, for which the node has no window"
+        next_step = "convert it with rope: before, or with window: 0"
     elif config.core.pattern == "chunked":
         why = "chunked attention has no ONNX form yet"
     elif config.core.pattern == "opaque":
         why = "what it attends to is a mask of the model's own, which the ONNX graph does not make"
     why = why or scores_beside(config)
     if why:
-        raise RefusedError("this layer cannot be exported to ONNX", where=path, why=why)
+        raise RefusedError(
+            "this layer cannot be exported to ONNX", where=path, why=why, next_step=next_step
+        )
 
 
 def check_dtype(layers: list[LayerLayout], dtype: str) -> None:
