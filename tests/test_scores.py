@@ -11,7 +11,8 @@ from small_graphs import calls, small
 from torch import Tensor, fx, nn
 
 from reattend.passes.normalize.forms import aten, is_op
-from reattend.passes.normalize.scores import Scores, read_scores, refolds
+from reattend.passes.normalize.score_values import refolds
+from reattend.passes.normalize.scores import Scores, read_scores
 
 Q, K = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
 LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)

@@ -14,15 +14,8 @@ from reattend.passes.normalize.axes import Axes, fold, fold_term, read_axes, unf
 from reattend.passes.normalize.cores import broadcast_heads
 from reattend.passes.normalize.forms import aten, attention, is_op
 from reattend.passes.normalize.merge import equivalent
-from reattend.passes.normalize.scores import (
-    CASTS,
-    RESHAPES,
-    Scores,
-    Term,
-    number,
-    read_scores,
-    refolds,
-)
+from reattend.passes.normalize.score_values import CASTS, RESHAPES, number, refolds
+from reattend.passes.normalize.scores import Scores, Term, read_scores
 from reattend.passes.normalize.sinks import zero_sinks
 
 _FILLS = (aten.masked_fill, aten.masked_fill_)

@@ -10,18 +10,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from reattend.passes.evaluate import Evaluator, ancestors, attribute, parameter_only
 from reattend.passes.normalize.forms import aten, is_op
+from reattend.passes.normalize.score_values import (
+    CASTS,
+    RESHAPES,
+    heads_of,
+    is_max_of,
+    low,
+    number,
+    per_row,
+    refolds,
+    weight,
+)
 
-CASTS = (
-    aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.clone, aten.nan_to_num,
-    aten.contiguous,
-)  # fmt: skip
-RESHAPES = (aten.view, aten.reshape, aten.unflatten, aten.flatten)
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
-_LOWEST = -1e4
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class _Way:
 
 def read_scores(gm: fx.GraphModule, softmax: fx.Node) -> Scores | fx.Node:
     """The parts of a softmax' input, or the node that is not understood."""
-    way = _Way(heads=_heads_of(softmax))
+    way = _Way(heads=heads_of(softmax))
     found = _walk(gm, softmax.args[0], way)
     if found is not None:
         return found
@@ -99,7 +103,7 @@ def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
         if is_op(node, *CASTS):
             node = node.args[0]
         elif is_op(node, *RESHAPES):
-            way = replace(way, heads=way.heads or _heads_of(node.args[0]))
+            way = replace(way, heads=way.heads or heads_of(node.args[0]))
             if not refolds(node):
                 detour = None if way.capped or way.factors else _detour(node)
                 if detour is None:
@@ -115,21 +119,21 @@ def _walk(gm: fx.GraphModule, node: Any, way: _Way) -> Scores | None:
             node, sinks, column = taken
             terms = () if column is None else (Term(column, -1.0),)
             way = replace(way, sinks=sinks, column=True, terms=terms)
-        elif is_op(node, aten.sub) and _is_max_of(node.args[1], node.args[0]):
+        elif is_op(node, aten.sub) and is_max_of(node.args[1], node.args[0]):
             node = node.args[0]
         elif is_op(node, aten.maximum, aten.max, aten.clamp, aten.clamp_min):
-            if not _low(gm, node.args[1] if len(node.args) > 1 else None):
+            if not low(gm, node.args[1] if len(node.args) > 1 else None):
                 return None
             node = node.args[0]
         elif (
             is_op(node, aten.masked_fill, aten.masked_fill_) and not way.capped and way.outer == 1.0
         ):
-            if not _low(gm, node.args[2]):
+            if not low(gm, node.args[2]):
                 return None
             way = replace(way, terms=(Term(node.args[1], hidden=True), *way.terms))
             node = node.args[0]
         elif is_op(node, aten.where) and not way.capped and way.outer == 1.0:
-            if not _low(gm, node.args[2]):
+            if not low(gm, node.args[2]):
                 return None
             hidden = Term(node.args[0], hidden=True, inverted=True)
             way = replace(way, terms=(hidden, *way.terms))
@@ -185,13 +189,13 @@ def _scaled(gm: fx.GraphModule, node: fx.Node, way: _Way) -> tuple[fx.Node, _Way
     """A factor: a number (possibly of a softcap), or a tensor of weights."""
     divides = is_op(node, aten.div, aten.div_)
     below, other = node.args[:2]
-    if not divides and not isinstance(other, int | float) and _weight(below):
+    if not divides and not isinstance(other, int | float) and weight(below):
         below, other = other, below
     if not isinstance(below, fx.Node):
         return None
     factor = number(gm, other)
     if factor is None:
-        if way.capped or not _per_row(other):
+        if way.capped or not per_row(other):
             return None
         return below, replace(way, factors=((other, divides), *way.factors))
     factor = 1.0 / factor if divides else factor
@@ -223,57 +227,10 @@ def _product(gm: fx.GraphModule, node: fx.Node, way: _Way) -> Scores | None:
         scale *= alpha
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    heads = way.heads or _heads_of(left)
+    heads = way.heads or heads_of(left)
     return Scores(
         node, left, right, heads, scale, way.softcap, terms, way.factors, way.sinks, way.column
     )
-
-
-def number(gm: fx.GraphModule, value: object) -> float | None:
-    """A Python number, or a stored constant of one element that is not a parameter."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return float(value)
-    if not isinstance(value, fx.Node) or not _weight(value):
-        return None
-    shape = value.meta.get("val")
-    if not isinstance(shape, Tensor) or shape.dim() > 1 or shape.numel() != 1:
-        return None
-    names = [str(n.target) for n in ancestors([value]) if n.op == "get_attr"]
-    if any(isinstance(attribute(gm, name), nn.Parameter) for name in names):
-        return None
-    return float(Evaluator(gm, promote=torch.float64).run([value], {})[0])
-
-
-def _weight(node: object) -> bool:
-    return isinstance(node, fx.Node) and parameter_only(node)
-
-
-def _per_row(node: object) -> bool:
-    """A weight with one factor per head or query, the same for all keys."""
-    if not _weight(node):
-        return False
-    shape = node.meta["val"].shape  # type: ignore[attr-defined]
-    return len(shape) == 0 or shape[-1] == 1
-
-
-def _low(gm: fx.GraphModule, value: object) -> bool:
-    """Whether a fill value hides a score."""
-    found = number(gm, value)
-    return found is not None and found <= _LOWEST
-
-
-def _is_max_of(node: object, scores: object) -> bool:
-    """max(scores, -1, keepdim): softmax does not see the shift."""
-    while is_op(node, *CASTS):
-        node = node.args[0]
-    if isinstance(node, fx.Node) and node.op == "call_function":
-        if "getitem" in str(node.target) and node.args[1] == 0:
-            node = node.args[0]
-        if is_op(node, aten.amax, aten.max) and node.args[0] is scores:
-            return True
-    return False
 
 
 def _sinks(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | None:
@@ -293,19 +250,3 @@ def _sinks(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | No
         return scores, column, None
     per_query = scores.meta["val"].dim() == 4 and _sizes(made)[:3] == _sizes(scores)[:3]
     return (scores, None, made) if per_query else None
-
-
-def _heads_of(node: object) -> int:
-    """H where a value is [B, H, N, M], 0 where it is not."""
-    value = getattr(node, "meta", {}).get("val")
-    if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(value.shape[1], int):
-        return 0
-    return int(value.shape[1])
-
-
-def refolds(node: fx.Node) -> bool:
-    """Whether a reshape only folds heads into the batch or takes them out again."""
-    source: Any = node.args[0]
-    before, after = source.meta["val"].shape, node.meta["val"].shape
-    tails = [str(s) for s in before[-2:]] == [str(s) for s in after[-2:]]
-    return tails and {len(before), len(after)} <= {3, 4}

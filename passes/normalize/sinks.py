@@ -15,7 +15,7 @@ from torch import fx
 
 from reattend.passes.base import SCORES, GraphPass, Refusal, drop_dead, replace_node
 from reattend.passes.normalize.forms import aten, attention, is_op
-from reattend.passes.normalize.scores import CASTS, RESHAPES
+from reattend.passes.normalize.score_values import CASTS, RESHAPES
 
 #: begins the names of buffers that hold logits of 0
 ZERO = "reattend_zero_sinks"
