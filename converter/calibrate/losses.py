@@ -26,6 +26,13 @@ def squared_error(
     return gap_BND.square().sum(), target_BND.square().sum()
 
 
+def row_divergence(student_RV: Tensor, teacher_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of logits of KL(teacher || student) in nats, and its gradient [R, V]."""
+    guess_RV, target_RV = student_RV.log_softmax(-1), teacher_RV.log_softmax(-1)
+    p_RV = target_RV.exp()
+    return (p_RV * (target_RV - guess_RV)).sum(-1).double().sum(), guess_RV.exp() - p_RV
+
+
 class _Divergence(torch.autograd.Function):
     """Sum of KL(teacher || student); row by row, holding one gradient and no log-softmax."""
 
@@ -37,11 +44,10 @@ class _Divergence(torch.autograd.Function):
         for row, (student_NV, teacher_NV, real_N) in enumerate(
             zip(student_BNV, teacher_BNV, real_BN, strict=True)
         ):
-            guess_RV = student_NV[real_N].to(wide).log_softmax(-1)
-            target_RV = teacher_NV[real_N].to(wide).log_softmax(-1)
-            p_RV = target_RV.exp()
-            total += (p_RV * (target_RV - guess_RV)).sum(-1).double().sum()
-            gradient[row, real_N] = (guess_RV.exp() - p_RV).to(gradient.dtype)
+            guess_RV, target_RV = student_NV[real_N].to(wide), teacher_NV[real_N].to(wide)
+            apart, toward_RV = row_divergence(guess_RV, target_RV)
+            total += apart
+            gradient[row, real_N] = toward_RV.to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total.to(wide)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from reattend.calibrate.losses import row_divergence
 from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.plan_sections import Calibrate
@@ -69,11 +70,8 @@ class Relations:
             real_BN = torch.ones(x_BND.shape[:2], dtype=torch.bool, device=x_BND.device)
         parts = []
         for name in self.settings.relations:
-            pairs = (
-                0
-                if name == "v" or original.config.rotary is None
-                else (original.config.rotary.pairs)
-            )
+            rotary = None if name == "v" else original.config.rotary
+            pairs = 0 if rotary is None else rotary.pairs
             heads = relation_heads(self.settings, name, original.config, mixer.config)
             assert isinstance(heads, int)
             mine, its = (split(streams[name], heads, pairs) for streams in (guess, target))
@@ -157,11 +155,10 @@ class _RelationDivergence(torch.autograd.Function):
                 grown_Ra = torch.zeros_like(mine_Ra)
                 for begin in range(0, len(mine_Ra), CHUNK):
                     chunk = slice(begin, begin + CHUNK)
-                    guess_CR = (mine_Ra[chunk] @ mine_Ra.T * scale).log_softmax(-1)
-                    target_CR = (its_Ra[chunk] @ its_Ra.T * its_scale).log_softmax(-1)
-                    p_CR = target_CR.exp()
-                    total += (p_CR * (target_CR - guess_CR)).sum(-1).double().sum()
-                    off_CR = guess_CR.exp() - p_CR
+                    apart, off_CR = row_divergence(
+                        mine_Ra[chunk] @ mine_Ra.T * scale, its_Ra[chunk] @ its_Ra.T * its_scale
+                    )
+                    total += apart
                     grown_Ra[chunk] += off_CR @ mine_Ra * scale
                     grown_Ra += off_CR.T @ mine_Ra[chunk] * scale
                 gradient[row, head, real_N] = grown_Ra.to(gradient.dtype)
