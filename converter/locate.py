@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from reattend.bind import bind, bind_around, boundary
@@ -14,6 +15,7 @@ from reattend.frequencies import exact_frequencies
 from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding, equal, unmatched
 from reattend.install.pieces import CacheAt
+from reattend.passes.base import path_of
 from reattend.passes.find.owners import owner_of
 from reattend.passes.find.reasons import NotUnderstood
 from reattend.passes.find.sites import Found
@@ -100,7 +102,7 @@ def locate(captured: Capture, found: list[Found], drops: set[str]) -> dict[int, 
             if unmatched(binding.output, call.output):
                 c.direct = binding  # attention weights, or something that is read
             else:
-                _settle(located, c, Place(c.path, binding, number=c.number))
+                _settle(captured, located, values, c, Place(c.path, binding, number=c.number))
             break
         if located[id(item)].binding is None:
             open_ += candidates
@@ -118,13 +120,31 @@ def _candidates(item: Found) -> list[_Candidate]:
     return [c for c in both if c.path]
 
 
-def _settle(located: dict[int, Place], c: _Candidate, place: Place) -> None:
+def _settle(
+    captured: Capture, located: dict[int, Place], values: dict[fx.Node, Any], c: _Candidate,
+    place: Place,
+) -> None:  # fmt: skip
     """Accept an owner; where it ends before the output projection, so does the block."""
     if c.stop:
         spec, exit_ = c.item.spec, c.item.region.exit
+        assert place.binding is not None
+        told = {"projection": _projection(captured, c.item, values)}
+        place.binding = place.binding.model_copy(update=told)
         exit_.node, exit_.out = exit_.joined, None
         c.item.spec = replace(spec, out=None)
     located[id(c.item)] = place
+
+
+def _projection(captured: Capture, item: Found, values: dict[fx.Node, Any]) -> str:
+    """Path of the module that is a block's output projection and nothing else, or empty."""
+    exit_ = item.region.exit
+    path = path_of(exit_.node)
+    assert exit_.out is not None
+    if exit_.out.weight != f"{path}.weight":
+        return ""
+    with torch.no_grad():
+        made = captured.model.get_submodule(path)(values[exit_.joined])
+    return path if isinstance(made, Tensor) and equal(made, values[exit_.node]) else ""
 
 
 def _surround(
@@ -152,7 +172,7 @@ def _surround(
             continue
         call = calls[c.path][c.number]
         if c.direct is not None and not _escape(captured, c, call, values):
-            _settle(located, c, Place(c.path, c.direct, number=c.number))
+            _settle(captured, located, values, c, Place(c.path, c.direct, number=c.number))
             continue
         try:
             binding, surrounding = bind_around(
@@ -162,7 +182,8 @@ def _surround(
         except NotUnderstood as why:
             c.reasons.append(str(why))
             continue
-        _settle(located, c, Place(c.path, binding, "", surrounding, c.number))
+        place = Place(c.path, binding, "", surrounding, c.number)
+        _settle(captured, located, values, c, place)
     _check_steps(captured, [p for p in located.values() if p.surrounding is not None])
     for c in reversed(candidates):
         if located[id(c.item)].binding is None and c.reasons:

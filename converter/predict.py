@@ -14,7 +14,7 @@ from torch import nn
 
 from reattend.inputs import is_hf
 from reattend.plan import Plan
-from reattend.predict_memory import memory, row_length, sizes_of
+from reattend.predict_memory import memory, projections, row_length, sizes_of
 from reattend.predict_site import Rates, own_bytes, own_seconds
 from reattend.predict_time import seconds, statistics_tokens
 from reattend.preflight import Choice
@@ -103,7 +103,7 @@ def predict(
     """
     converted = [c for c in choices if c.action == "converted"]
     blocks = [c.site.path for c in converted if c.site.owner != "graph"]
-    measured = probe(model, inputs, blocks)
+    measured = probe(model, inputs, [*blocks, *projections(choices)])
     sizes = sizes_of(model, choices, measured.saved)
     peaks = memory(sizes, converted, plan, rows, text, is_hf(model), owned)
     rates = Rates.measured()

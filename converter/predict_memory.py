@@ -63,6 +63,7 @@ class Sizes:
     layers: int
     heads: int
     saved: float  # numbers kept per token for a backward pass
+    beside: int  # parameters that train with blocks and are other modules'
 
     def logits(self, tokens: int) -> int:
         """Of the model as it is stored."""
@@ -78,6 +79,7 @@ def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
     parameters = list(model.parameters())
     vocabulary = vocabulary_of(model)
     outputs = [m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Linear)]
+    beside = [model.get_submodule(path) for path in projections(choices)]
     return Sizes(
         weights=sum(p.numel() * p.element_size() for p in parameters),
         element=parameters[0].element_size(),
@@ -89,7 +91,14 @@ def sizes_of(model: nn.Module, choices: list[Choice], saved: float) -> Sizes:
         layers=len(choices),
         heads=max((c.config.core.heads for c in choices), default=0),
         saved=saved,
+        beside=sum(p.numel() for m in beside for p in m.parameters()),
     )
+
+
+def projections(choices: list[Choice]) -> list[str]:
+    """Paths of what trains with converted blocks and is not theirs."""
+    bindings = [c.site.binding for c in choices if c.action == "converted"]
+    return [b.projection for b in bindings if b is not None and b.projection]
 
 
 def row_length(plan: Plan, rows: int | None) -> int:
@@ -192,7 +201,7 @@ def _training(sizes: Sizes, converted: list[Choice], batch: int, plan: Plan) -> 
     """
     wide = 4 * sizes.parameters if sizes.element < 4 else 0
     size = max(4, sizes.element)
-    trained = size * sum(c.after.parameters for c in converted)
+    trained = size * (sum(c.after.parameters for c in converted) + sizes.beside)
     block = max(c.before.cache + 4 * c.config.hidden_size for c in converted)
     alone = batch * size * (3 * sizes.widest + 2 * block)
     if plan.calibrate.relations:  # queries, keys and values of both sides, with gradients

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from reattend import convert
+from reattend.calibrate.layerwise import Layerwise
+from reattend.calibrate.ranks import Ranks
+from reattend.calibrate.working import working_copies
 from reattend.errors import DataError
 
 RULE = {"sites": "*", "to": "moh", "route": "head", "select_shared": "first", "shared": 1}
+
+SHORT = {"calibrate": {"seq_len": 16}}
 
 
 def encoder() -> Any:
@@ -35,7 +40,7 @@ def test_an_encoder_learns_to_leave_heads_out() -> None:
     held = {name: t[:8] for name, t in data.items()}
     with torch.no_grad():
         wanted = model(**held).last_hidden_state[held["attention_mask"].bool()]
-    far = []
+    far, start = [], {name: t.clone() for name, t in model.state_dict().items()}
     for tokens in (0, 6000):
         calibrate = {"tokens": tokens, "seq_len": 16, "batch_size": 4}
         plan = {"rules": [{**RULE, "top_k": 1}], "calibrate": calibrate}
@@ -45,9 +50,35 @@ def test_an_encoder_learns_to_leave_heads_out() -> None:
             got = result.model(**held).last_hidden_state[held["attention_mask"].bool()]
         far.append(float((got - wanted).norm() / wanted.norm()))
     assert far[1] < 0.8 * far[0]
+    now, path = result.model.state_dict(), "encoder.layer.{}.attention.output.dense.weight"
+    trained = {path.format(0), path.format(1)}  # the projections, which are another module's
+    trained |= {name.replace("weight", "bias") for name in trained}
+    assert {n for n in start if n in now and not torch.equal(now[n], start[n])} == trained
+    assert all(torch.equal(t, start[name]) for name, t in model.state_dict().items())
+
+
+def test_blocks_are_compared_behind_their_projection() -> None:
+    """The first loss is that of what the next module reads."""
+    model, data = encoder(), rows()
+    result = convert(model, plan={"rules": [{**RULE, "top_k": 1}], **SHORT}, data=data)
+    working = working_copies(model, result.model)
+    stage = Layerwise(working, Ranks(torch.device("cpu")))
+    got = stage.accumulate(data, False)
+    path = "encoder.layer.0.attention"
+    assert f"{path}.output.dense.weight" in stage.groups[f"{path}.self"]
+    seen = []
+    for m in (model, result.model):
+        keep = m.get_submodule(f"{path}.output.dense").register_forward_hook(
+            lambda _, args, y: seen.append(y[data["attention_mask"].bool()])
+        )
+        with torch.no_grad():
+            m(**data)
+        keep.remove()
+    expected = (seen[1] - seen[0]).square().sum() / seen[0].square().sum()
+    torch.testing.assert_close(got[f"{path}.self"], expected)
 
 
 def test_gates_about_answers_are_refused() -> None:
-    plan = {"rules": [RULE], "calibrate": {"seq_len": 16}, "verify": {"max_kl": 1.0}}
+    plan = {"rules": [RULE], **SHORT, "verify": {"max_kl": 1.0}}
     with pytest.raises(DataError, match="this model gives none"):
         convert(encoder(), plan=plan, data=rows())

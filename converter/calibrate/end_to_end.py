@@ -2,7 +2,7 @@
 
 Loss per real token: KL(teacher || student) of the next-token distributions, plus
 `HIDDEN_WEIGHT` times the normalised mean squared error of the hidden states after each repeated
-block, averaged over blocks. Only the mixers' parameters are trained.
+block, averaged over blocks. Only the mixers and their output projections are trained.
 """
 
 from __future__ import annotations

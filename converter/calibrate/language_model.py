@@ -2,8 +2,8 @@
 
 What it minimises is not the distance to the original: it also teaches what the text has and the
 original does not know, or forgets what the text lacks. It is the baseline that distillation has
-to beat, and the way to fine-tune a converted model on text of your own. Only the mixers' parameters
-are trained, as in every stage.
+to beat, and the way to fine-tune a converted model on text of your own. The same weights are
+trained as in every stage.
 """
 
 from __future__ import annotations

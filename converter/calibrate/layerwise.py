@@ -1,4 +1,4 @@
-"""Stage 1: every converted block against its own block of the teacher.
+"""Stage 1: every converted block against its own block of the teacher, behind its projection.
 
 Inputs and targets come from the teacher's stream, so errors do not build up from layer to layer
 and nothing is propagated through the stack. One pass of the teacher feeds all sites: a hook on
@@ -28,6 +28,7 @@ from reattend.calibrate.sites import (
     decoder_prefix,
     hooked,
     is_below,
+    projection_of,
     real_tokens,
 )
 from reattend.calibrate.stage import Stage, counted, finite_or_raise
@@ -57,8 +58,13 @@ class Layerwise(Stage):
                 "stage layerwise needs converted blocks that stand in a module of their own",
                 next_step="calibrate with stages: [end-to-end]",
             )
+        self.projections: dict[str, str] = {}
         for path, adapter in self.adapters.items():
             held = {id(p) for p in adapter.parameters()}
+            projection = projection_of(working.student, adapter)
+            if projection is not None:
+                self.projections[path] = projection
+                held |= {id(p) for p in working.student.get_submodule(projection).parameters()}
             names = [n for n, p in working.masters.items() if id(p) in held and p.requires_grad]
             if names:
                 self.groups[path] = names
@@ -77,6 +83,7 @@ class Layerwise(Stage):
             adapter = self.adapters[path]
             target = attention_output(adapter.binding.output, output)
             if target is not None:
+                target = self._projected(teacher, path, target)
                 real = real_tokens(arguments, target, is_below(path, self.decoder))
                 finite_or_raise(target, path, real)
                 real = counted(real, target, silent)
@@ -86,6 +93,7 @@ class Layerwise(Stage):
                     with heard:
                         y = attention_output(adapter.binding.output, adapter(*args, **kwargs))
                     assert y is not None
+                    y = self._projected(self.working.student, path, y)
                     gap, size = squared_error(y, target, real)
                     total, norm = self.ranks.sum(gap, size)
                     scale = norm.clamp_min(torch.finfo(torch.float32).tiny).to(gap.dtype)
@@ -111,6 +119,14 @@ class Layerwise(Stage):
             else:
                 self.calls = seen
         return losses
+
+    def _projected(self, model: nn.Module, path: str, y: Tensor) -> Tensor:
+        """A block's output behind its projection, also where another module owns that."""
+        projection = self.projections.get(path)
+        if projection is None:
+            return y
+        projected: Tensor = model.get_submodule(projection)(y)
+        return projected
 
     def _watch(self, path: str, visit: Any) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -49,7 +49,7 @@ def calibrate(
 ) -> list[StageResult]:
     """Train `student`, on its distance to `teacher` unless `settings.loss` says otherwise.
 
-    The student's mixers change, nothing else does.
+    The student's mixers and their output projections change, nothing else does.
 
     All computation is in float32 (float64 where the models are), whatever dtype they are stored
     in; at the end the trained weights are rounded to the student's dtype, as new parameters.

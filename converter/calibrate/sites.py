@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reattend.errors import ArgumentError
 from reattend.install.adapter import Adapter
 from reattend.install.pieces import block_output
+from reattend.install.stored import local_path
 
 
 def adapters(student: nn.Module, teacher: nn.Module) -> dict[str, Adapter]:
@@ -31,6 +32,12 @@ def adapters(student: nn.Module, teacher: nn.Module) -> dict[str, Adapter]:
             next_step="pass the model that was converted as the teacher",
         )
     return found
+
+
+def projection_of(model: nn.Module, adapter: Adapter) -> str | None:
+    """Path of a block's output projection where another module owns it, else None."""
+    path = adapter.binding.projection
+    return local_path(model, path, getattr(model, "base_model_prefix", "")) if path else None
 
 
 def block_paths(student: nn.Module) -> list[str]:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.calibrate.sites import projection_of
 from reattend.errors import ArgumentError
+from reattend.install.adapter import Adapter
 from reattend.mixers.base import Mixer
 from reattend.sharing import address
 
@@ -42,7 +44,7 @@ class Working:
 
 
 def mixer_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
-    """Every floating-point parameter below a mixer, by full name, each once.
+    """Every floating-point parameter of a mixer and its projection, by full name, each once.
 
     Raises:
         ArgumentError: the model has no mixer.
@@ -50,7 +52,8 @@ def mixer_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     mixers = [path for path, module in student.named_modules() if isinstance(module, Mixer)]
-    for path in mixers:
+    beside = [projection_of(student, m) for m in student.modules() if isinstance(m, Adapter)]
+    for path in [*mixers, *filter(None, beside)]:
         for name, parameter in student.get_submodule(path).named_parameters():
             if id(parameter) not in seen and parameter.is_floating_point():
                 seen.add(id(parameter))

@@ -40,6 +40,8 @@ class Binding(Frozen):
     `whole`: the block's own steps need all tokens of a sequence in one call.
     `fixed`: arguments that must be as they were at capture, where it was of one size of image.
     `hands`: keys and values that the owner leaves in an argument for later blocks.
+    `projection`: path of the module that is the block's output projection, where the owner ends
+    before it; it is trained with the block.
     """
 
     hidden: Path
@@ -63,6 +65,7 @@ class Binding(Frozen):
     whole: bool = False
     fixed: tuple[FixedLeaf, ...] = ()
     hands: tuple[HandedOn, ...] = ()
+    projection: str = ""
 
     @property
     def stepwise(self) -> bool:

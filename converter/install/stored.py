@@ -55,8 +55,9 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
             binding = module.binding.model_dump(mode="json")
             if module.binding.around is None:
                 del binding["around"]
-            if not module.binding.absent:
-                del binding["absent"]
+            for younger in ("absent", "projection"):
+                if not binding[younger]:
+                    del binding[younger]
             sites.append({"path": path, "binding": binding, **module.mixer.described()})
         elif isinstance(module, GraphSite):
             sites.append({"path": module.path, "binding": None, **module.mixer.described()})
