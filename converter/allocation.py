@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,7 +87,8 @@ def allocate(
         measure: Divergence | None = None
         if data is not None and all(c.site.owner != "graph" for c in group):
             chosen = {c.site.path: c for c in group}
-            measure = Divergence(model, chosen, data, conversion.rehearsal)
+            rehearsal = partial(conversion.rehearsal, options=group[0].options)
+            measure = Divergence(model, chosen, data, rehearsal)
         subjects = [
             Subject(c.site.path, forms[c.site.path], moments[c.site.path], c.options) for c in group
         ]

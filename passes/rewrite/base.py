@@ -186,7 +186,7 @@ class Conversion(ABC):
         """Floating-point operations and bytes of what `build` trains, on texts of this length."""
         return 0.0, 0.0
 
-    def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def rehearsal(self, batch: dict[str, Any], options: Any) -> dict[str, Any]:
         """The calibration rows on which `Measure` compares, changed to ask what matters here."""
         return batch
 

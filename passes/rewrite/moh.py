@@ -10,6 +10,7 @@ docs/math/moh.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import comb
 from typing import Any
 
@@ -18,8 +19,9 @@ from reattend.mixers.routed import RoutedAttention
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.parts import reordered
 from reattend.passes.base import Refusal
-from reattend.passes.rewrite.base import Built, Cost, dense_cost, regrouped
-from reattend.passes.rewrite.moh_options import LISTED, MohOptions, resolve
+from reattend.passes.rewrite.base import Built, Cost, Measure, Subject, dense_cost, regrouped
+from reattend.passes.rewrite.moh_budget import spread, tried
+from reattend.passes.rewrite.moh_options import LISTED, Heads, MohOptions, resolve
 from reattend.passes.rewrite.per_layer import at_layer
 from reattend.passes.rewrite.ranking import Ranking
 from reattend.passes.rewrite.router_fit import fitted
@@ -60,15 +62,59 @@ class ToMoh(Ranking):
         """KV groups are ordered, whatever is routed."""
         return config.core.kv_heads
 
+    def undecided(self, options: MohOptions) -> bool:
+        """Whether the model is asked which heads matter, or in which layers."""
+        return options.top_k == "auto" or super().undecided(options)
+
+    def together(self, options: MohOptions) -> str:
+        """Layers share one budget whatever each of them shares."""
+        return options.model_copy(update={"shared": 0, "routed": None}).model_dump_json()
+
+    def trials(self, configs: Sequence[DenseConfig], options: MohOptions) -> int:
+        """One per unit whose importance is asked for, and one per count of `top_k: auto`."""
+        asked = super().trials(configs, options) if super().undecided(options) else 0
+        if options.top_k == "auto":
+            each = [resolve(config.core, options) for config in configs]
+            asked += sum(len(tried(heads)) for heads in each if isinstance(heads, Heads))
+        return asked
+
+    def rehearsal(self, batch: dict[str, Any], options: MohOptions) -> dict[str, Any]:
+        """Text as it is, unless single heads are ranked."""
+        return super().rehearsal(batch, options) if super().undecided(options) else batch
+
+    def allocate(self, sites: list[Subject], measure: Measure) -> list[Any]:
+        """The order of every site's groups, and how many heads it uses."""
+        given = sites[0].options
+        chosen = [s.options for s in sites]
+        if super().undecided(given):
+            chosen = super().allocate(sites, measure)
+        if given.top_k != "auto":
+            return chosen
+        mixers = []
+        for site, options in zip(sites, chosen, strict=True):
+            whole = options.model_copy(update={"top_k": None})
+            mixer = self.build(site.dense, site.statistics, whole).mixer
+            assert isinstance(mixer, RoutedAttention)
+            mixers.append((site.path, mixer))
+        counts = spread(mixers, given, measure)
+        return [
+            options.model_copy(update={"top_k": k})
+            for options, k in zip(chosen, counts, strict=True)
+        ]
+
     def wants(self, config: DenseConfig, options: MohOptions) -> frozenset[Need]:
         """Rows of the block's input, for the order of heads and for the router."""
-        fits = options.router_start != "zero"
-        return super().wants(config, options) | (
-            frozenset({"gram", "sample"}) if fits else frozenset()
-        )
+        more: set[Need] = {"gram"} if options.top_k == "auto" else set()
+        if options.router_start != "zero":
+            more |= {"gram", "sample"}
+        return super().wants(config, options) | more
 
-    def outcome(self, config: DenseConfig, options: MohOptions) -> RoutedConfig:
+    def outcome(self, config: DenseConfig, options: MohOptions) -> RoutedConfig | None:
         """The mixer's description; which group is where does not show in it but by `order`."""
+        return None if options.top_k == "auto" else self.unordered(config, options)
+
+    def unordered(self, config: DenseConfig, options: MohOptions) -> RoutedConfig:
+        """The description, with groups where they are; of a mean block before it is measured."""
         return self.described(config, options, options.order or tuple(range(config.core.kv_heads)))
 
     def described(
@@ -98,7 +144,7 @@ class ToMoh(Ranking):
 
     def cost(self, config: DenseConfig, options: MohOptions) -> Cost:
         """Keys and values of all groups are cached; scores and sums are of the heads used."""
-        before, core, made = dense_cost(config), config.core, self.outcome(config, options)
+        before, core, made = dense_cost(config), config.core, self.unordered(config, options)
         router, each = router_size(made), core.heads * (core.qk_head_dim + core.v_head_dim)
         spared = round(each * before.context * (1 - made.active))
         return Cost(

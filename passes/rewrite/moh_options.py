@@ -27,7 +27,9 @@ class MohOptions(Frozen):
             `route: head` to whole KV groups), or a list with one of these per layer of the stack.
         routed: the others, likewise; None: all that are not shared.
         top_k: routed heads that each token uses: a count, or a share of the routed (rounded up),
-            or a list; None: all of them.
+            or a list; None: all of them; `auto`: in every layer as many as cost the model's output
+            least, for `active` over all layers of the rule (`passes/rewrite/moh_budget.py`).
+        active: most that a token uses of all heads, a share, shared ones included; for `auto`.
         route: what is chosen: whole `kv-group`s, so that a group that nobody chose is not read, or
             every query `head` by itself.
         router: `linear` in the block's input, from zero, or `qnorm`, the norms of the queries,
@@ -46,7 +48,8 @@ class MohOptions(Frozen):
 
     shared: PerLayer = 0.25
     routed: PerLayer | None = None
-    top_k: PerLayer | None = None
+    top_k: PerLayer | Literal["auto"] | None = None
+    active: float = Field(default=0.75, gt=0, le=1)
     route: Literal["kv-group", "head"] = "kv-group"
     router: Literal["linear", "qnorm"] = "linear"
     router_start: Literal["zero", "output-norm"] = "zero"
@@ -108,6 +111,8 @@ def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
             f"shared: {options.shared} of {units} {what} is all of them, so there is nothing to "
             "choose; " + ("use a smaller count" if by_head else "use route: head")
         )
+    if options.top_k == "auto":
+        return share_of(Heads(units, shared, routed), options.active)
     top_k = routed if options.top_k is None else count(options.top_k, routed, 1)
     if top_k > routed:
         return Refusal(
@@ -125,6 +130,17 @@ def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
             "pruned, not routed"
         )
     return Heads(units, shared, top_k)
+
+
+def share_of(heads: Heads, active: float) -> Heads | Refusal:
+    """A block that uses just the share that all layers use together."""
+    used = int(active * heads.units + 1e-9)
+    if used <= heads.shared:
+        return Refusal(
+            f"active: {active} of {heads.units} heads or groups is {used}, and {heads.shared} are "
+            "shared: none would be chosen; raise active, or share fewer"
+        )
+    return heads._replace(top_k=used - heads.shared)
 
 
 def count(given: PerLayer, whole: int, step: int) -> int:

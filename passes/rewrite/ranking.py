@@ -67,7 +67,7 @@ class Ranking(Conversion):
             return ROWS * TRAINING_TRIALS
         return sum(self.units(config, options) for config in configs)
 
-    def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def rehearsal(self, batch: dict[str, Any], options: Any) -> dict[str, Any]:
         """Text that repeats itself: heads that look things up show it."""
         return repeated(batch)
 

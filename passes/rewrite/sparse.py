@@ -245,7 +245,7 @@ class ToSparse(Conversion):
             return 0.0, 0.0
         return effort(self.described(config, options), options.steps, length)
 
-    def rehearsal(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def rehearsal(self, batch: dict[str, Any], options: Any) -> dict[str, Any]:
         """Text that repeats itself."""
         return repeated(batch)
 
