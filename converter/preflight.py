@@ -100,7 +100,7 @@ def choose(found: FoundAttention, plan: Plan) -> list[Choice]:
     assigned = plan.assign(paths)
     longest = longest_text(found.capture.model)
     choices = [_choose(s, assigned[s.path], *layers[s.path], longest) for s in found.sites]
-    return _joined(_units(_related(choices, plan)))
+    return _joined(_units(_adapted(_related(choices, plan), plan)))
 
 
 def enforce(choices: list[Choice], plan: Plan) -> None:
@@ -216,6 +216,20 @@ def _related(choices: list[Choice], plan: Plan) -> list[Choice]:
         why = unrelated(plan.calibrate, choice.config, after)
         if why is not None:
             choice.action, choice.conversion, choice.reason = "refused", None, why
+    return choices
+
+
+def _adapted(choices: list[Choice], plan: Plan) -> list[Choice]:
+    """Refuse the sites in which `calibrate.lora_rank` would train nothing."""
+    if plan.calibrate.lora_rank is None or not plan.calibrate.trains:
+        return choices
+    for choice in choices:
+        if choice.conversion is not None and not choice.conversion.adapts:
+            choice.action, choice.conversion = "refused", None
+            choice.reason = (
+                "calibrate.lora_rank adapts linear layers, and this block's are made of shared "
+                "atoms; drop lora_rank"
+            )
     return choices
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import save_tiny
 
 from reattend.errors import EXIT_INTERRUPTED
 
@@ -38,6 +39,15 @@ LINEAR: dict[str, Any] = {
     **TRAINS,
     "rules": [{"sites": "*", "to": "linear", "linear_share": 0.5, "window": 8}],
     "calibrate": {**TRAINS["calibrate"], "stages": ["layerwise"]},
+}
+#: blocks that read one another
+TIED: dict[str, Any] = {
+    **TRAINS,
+    "rules": [
+        {"layers": [0, 1, 2], "to": "echo", "followers": 1},
+        {"layers": [3, 4], "to": "masa", "atoms": 1},
+    ],
+    "calibrate": {**TRAINS["calibrate"], "stages": ["end-to-end"]},
 }
 
 
@@ -114,6 +124,18 @@ def test_killed_where_one_of_two_layers_becomes_linear(
     told = harness(tmp_path, tiny_path, tiny_text, LINEAR, ["chain"])
     assert any("work/chosen.json" in p for p in told["points"])
     assert any("work/calibrate/layerwise" in p for p in told["points"])
+    assert told["killed"] >= len(set(told["points"])) - 1
+    assert differing(tmp_path / "chain", tmp_path / "whole") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_where_blocks_read_one_another(tmp_path: Path, tiny_text: Path) -> None:
+    """Who follows whom is kept; atoms are built and trained once for all."""
+    model = save_tiny(tmp_path / "model", num_hidden_layers=5)
+    told = harness(tmp_path, model, tiny_text, TIED, ["chain"])
+    assert any("work/chosen.json" in p for p in told["points"])
+    assert any("work/calibrate/end-to-end" in p for p in told["points"])
     assert told["killed"] >= len(set(told["points"])) - 1
     assert differing(tmp_path / "chain", tmp_path / "whole") == []
 

@@ -112,6 +112,8 @@ class Conversion(ABC):
     shared: ClassVar[bool] = False
     #: blocks of one rule depend on one another: `join` and `build_together` see them together
     joins: ClassVar[bool] = False
+    #: what it builds has linear layers, which `calibrate.lora_rank` can adapt
+    adapts: ClassVar[bool] = True
 
     @abstractmethod
     def check(self, config: DenseConfig, options: Any) -> Refusal | None:

@@ -51,6 +51,7 @@ class ToMasa(Conversion):
     name = "masa"
     Options = MasaOptions
     joins = True
+    adapts = False
 
     def check(self, config: DenseConfig, options: MasaOptions) -> Refusal | None:
         """Reads no weight."""
