@@ -53,10 +53,7 @@ def test_layers_that_a_state_can_follow_are_taken(tmp_path: Any) -> None:
 
 def test_what_a_block_loses_is_measured_on_a_row_that_its_new_weights_did_not_see() -> None:
     torch.manual_seed(0)
-    block, options = (
-        dense(config()),
-        HybridOptions(**OPTIONS),
-    )
+    block, options = dense(config()), HybridOptions(**OPTIONS)
     rows = [torch.randn(30, block.config.hidden_size) for _ in range(3)]
     made = ToHybrid()
     before = {n: p.clone() for n, p in block.named_parameters()}

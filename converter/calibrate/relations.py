@@ -69,9 +69,9 @@ class Relations:
         if real_BN is None:
             real_BN = torch.ones(x_BND.shape[:2], dtype=torch.bool, device=x_BND.device)
         parts = []
+        rotary = original.config.rotary
         for name in self.settings.relations:
-            rotary = None if name == "v" else original.config.rotary
-            pairs = 0 if rotary is None else rotary.pairs
+            pairs = 0 if name == "v" or rotary is None else rotary.pairs
             heads = relation_heads(self.settings, name, original.config, mixer.config)
             assert isinstance(heads, int)
             mine, its = (split(streams[name], heads, pairs) for streams in (guess, target))

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from reattend.mixers.estimated import Estimated, wide
+from reattend.mixers.estimated import Estimated
 from reattend.mixers.everywhere_config import EverywhereConfig
+from reattend.mixers.features import widened
 from reattend.mixers.schooling import Schooled
 from reattend.mixers.top_blocks import real_first
 
@@ -84,7 +85,7 @@ class Estimate(nn.Module, Schooled):
     ) -> Tensor:
         """Outputs [B, H, N, e], in float32 or wider."""
         repeat, tokens = q_BHNd.shape[1] // k_BGNd.shape[1], real_first(valid_BN)
-        q, k, v = (wide(tokens.sorted(x)) for x in (q_BHNd, k_BGNd, v_BGNe))
+        q, k, v = (widened(tokens.sorted(x)) for x in (q_BHNd, k_BGNd, v_BGNe))
         n, count_B = q.shape[2], tokens.count_B
         if count_B is None:
             count_B = torch.tensor([n], device=q.device)
@@ -108,7 +109,7 @@ class Estimate(nn.Module, Schooled):
         real = real_BN[:, None, :, None]
         z = self.columns(inner_BHNi) * real
         z = z + self.mend(F.relu(self.mix(z)) * real)
-        z = z if z.dtype == torch.float64 else z.float()
+        z = widened(z)
         begin, end = self._ends(torch.arange(z.shape[3], device=z.device), count_B[:, None])
         rows: Tensor = z.masked_fill((begin >= end)[:, None, None], torch.finfo(z.dtype).min)
         return rows

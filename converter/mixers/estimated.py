@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from reattend.kernels.linear_attention.reference import divided, with_ones
 from reattend.mixers.everywhere_config import EverywhereConfig
+from reattend.mixers.features import widened
 from reattend.mixers.top_blocks import best, blocks, gathered, hidden, real_first
 
 
@@ -54,7 +55,7 @@ class Estimated(nn.Module):
         """Outputs [B, H, N, e], in float32 or wider."""
         repeat = q_BHNd.shape[1] // k_BGNd.shape[1]
         tokens = real_first(valid_BN)
-        q, k, v = (wide(tokens.sorted(x)) for x in (q_BHNd, k_BGNd, v_BGNe))
+        q, k, v = (widened(tokens.sorted(x)) for x in (q_BHNd, k_BGNd, v_BGNe))
         (n, size), count_B = (q.shape[2], self.config.sparse_block), tokens.count_B
         k_all, v_all = (x.repeat_interleave(repeat, 1) for x in (k, with_ones(v)))
         whole = self.config.sparse_top >= 1
@@ -92,8 +93,3 @@ class Estimated(nn.Module):
         x = x_BHNd * scale**0.5
         log: Tensor = x @ weight.transpose(-1, -2) - x.square().sum(-1, keepdim=True) / 2
         return log - torch.tensor(weight.shape[1], dtype=x.dtype).log() / 2
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32, or as it is where it is wider."""
-    return x if x.dtype == torch.float64 else x.float()

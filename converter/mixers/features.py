@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from reattend.kernels.core import compute_dtype
 from reattend.mixers.linear_config import BIASED, LEARNED, FeatureMapName
 
 
@@ -63,11 +64,16 @@ class FeatureMap(nn.Module):
         return mapped(self.name, x_BhNd, self.weight_hfd, self.bias_hf)
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32, or as it is where it is wider."""
+    return x.to(compute_dtype(x.dtype))
+
+
 def mapped(
     name: FeatureMapName, x_BhNd: Tensor, weight_hfd: Tensor | None, bias_hf: Tensor | None
 ) -> Tensor:
     """Features [B, h, N, f], in float32 or wider; weights are read where the map has them."""
-    x = x_BhNd if x_BhNd.dtype == torch.float64 else x_BhNd.float()
+    x = widened(x_BhNd)
     if name in LEARNED and weight_hfd is not None:
         x = x @ weight_hfd.to(x.dtype).transpose(-1, -2)
     if name in BIASED and bias_hf is not None:

@@ -29,7 +29,7 @@ from reattend.mixers.base import Context, State
 from reattend.mixers.block import project
 from reattend.mixers.dense import DenseAttention, stream
 from reattend.mixers.everywhere import Call, Everywhere
-from reattend.mixers.features import FeatureMap
+from reattend.mixers.features import FeatureMap, widened
 from reattend.mixers.keeping import holding
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.linear_rows import (
@@ -283,8 +283,3 @@ class LinearAttention(DenseAttention):
                 why="older keys are summed in one state, and none of them can be left out of it",
                 next_step="pass a 2-D attention_mask, and one text per row",
             )
-
-
-def widened(x: Tensor) -> Tensor:
-    """In float32 or wider."""
-    return x if x.dtype == torch.float64 else x.float()

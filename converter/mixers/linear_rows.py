@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reattend.kernels.core import compute_dtype
 from reattend.mixers.keeping import HoldingState
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.linear_window import first_visible
@@ -119,9 +120,8 @@ def remembered(
     rows, new_B, leaving_B = kept_rows(found, valid_BN, memory, c)
     state = found.before
     if state is None:
-        wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
         shape = (keys.shape[0], c.state_heads, c.features, c.columns)
-        state = torch.zeros(shape, dtype=wide, device=keys.device)
+        state = keys.new_zeros(shape, dtype=compute_dtype(keys.dtype))
     most = min(keys.shape[2], n if c.window_form == "sliding" else n + c.window)
     if n > 1 or c.window_form == "sliding" or bool((leaving_B > 0).any()):
         k, v = features(mapped_rows(found.rows)[:, :, :most]), values(found.rows[1][:, :, :most])

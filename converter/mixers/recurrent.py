@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from reattend.kernels.linear_attention import linear_attention
 from reattend.kernels.linear_attention.reference import divided
 from reattend.mixers.base import Context, State
+from reattend.mixers.features import widened
 from reattend.mixers.keeping import holding
 from reattend.mixers.linear import LinearAttention
 from reattend.mixers.linear_rows import (
@@ -81,7 +81,7 @@ class RecurrentAttention(LinearAttention):
     def left(self, row_BGNw: Tensor) -> Tensor | None:
         """Logarithms of what each token leaves of the state; None: all of it."""
         c, (b, groups, n, _) = self.config, row_BGNw.shape
-        x = row_BGNw if row_BGNw.dtype == torch.float64 else row_BGNw.float()
+        x = widened(row_BGNw)
         if c.decay_by == "keys":
             log: Tensor = F.logsigmoid(x) / c.gate_divisor
             return log.repeat_interleave(c.state_heads // groups, 1)

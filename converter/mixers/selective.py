@@ -26,8 +26,9 @@ from reattend.kernels.linear_attention import linear_attention
 from reattend.mixers.base import Context, State
 from reattend.mixers.block import project
 from reattend.mixers.dense import stream
+from reattend.mixers.features import widened
 from reattend.mixers.keeping import holding
-from reattend.mixers.linear import EPS, widened
+from reattend.mixers.linear import EPS
 from reattend.mixers.linear_rows import Lined, Memory, Rows, kept_rows, lined, memory_of
 from reattend.mixers.recurrent import Entering, RecurrentAttention, entered
 from reattend.mixers.selective_config import SelectiveConfig

@@ -21,6 +21,7 @@ from torch import Tensor
 from reattend.kernels.sparse_attention import BlockLayout, sparse_attention
 from reattend.kernels.sparse_attention.layout import BLOCKS
 from reattend.mixers.everywhere_config import PARTS, EverywhereConfig
+from reattend.mixers.features import widened
 from reattend.mixers.sparse_blocks import LEAST
 
 
@@ -134,8 +135,8 @@ def attend_best(
     repeat = q.shape[1] // k.shape[1]
     near = [gathered(blocks(x.repeat_interleave(repeat, 1), size), found) for x in (k, v)]
     scores = blocks(q, size) @ near[0].transpose(-1, -2) * scale
-    wide = scores if scores.dtype == torch.float64 else scores.float()
     # not -inf: a row without any real token stays finite
+    wide = widened(scores)
     wide = wide.masked_fill(hidden(found, size, n, tokens.count_B), torch.finfo(wide.dtype).min)
     y = (wide.softmax(-1).to(v.dtype) @ near[1]).flatten(2, 3)[:, :, :n]
     return tokens.back(y)

@@ -149,6 +149,13 @@ class ToLinear(Conversion):
         if (moved := regrouped(config)) is not None:
             return moved
         causal = options.direction == "causal"
+        if core.pattern in ("sliding", "chunked"):
+            return Refusal(
+                f"the block's own pattern is {core.pattern}: it forgets older keys by itself, and "
+                "its cache is bounded already"
+            )
+        if core.pattern == "opaque":
+            return Refusal("the mask is the model's own, and a state cannot leave out single keys")
         if core.pattern == "full" and causal:
             return Refusal(
                 "the block is not causal: tokens see later ones, a state does not; "
@@ -158,13 +165,6 @@ class ToLinear(Conversion):
             return Refusal(
                 "the block is causal, and direction: bidirectional would show later tokens"
             )
-        if core.pattern in ("sliding", "chunked"):
-            return Refusal(
-                f"the block's own pattern is {core.pattern}: it forgets older keys by itself, and "
-                "its cache is bounded already"
-            )
-        if core.pattern == "opaque":
-            return Refusal("the mask is the model's own, and a state cannot leave out single keys")
         if core.softcap:
             return Refusal("scores are capped by tanh, which sums of features cannot follow")
         if core.sinks:

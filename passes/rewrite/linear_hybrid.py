@@ -147,13 +147,16 @@ class ToHybrid(ToSelective):
             )
         original = copy.deepcopy(dense).float()
         mixer = super().build(original, None, options).mixer
-        *learn, last = [x.float().to(next(dense.parameters()).device)[None] for x in rows]
+        device = next(dense.parameters()).device
+        with torch.no_grad():
+            given = [x.float().to(device)[None] for x in rows]
+            *learn, last = [(x, original(x, Context())) for x in given]
         own = {name for name, _ in original.named_parameters()}
         new = [p for name, p in mixer.named_parameters() if name not in own]
         if new:
-            _trained(mixer, new, original, learn or [last])
+            _trained(mixer, new, learn or [last])
         with torch.no_grad():
-            return float(_gap(mixer, original, last))
+            return float(_gap(mixer, *last))
 
     def instead(self, options: HybridOptions) -> Conversion | None:
         """The block as it is, where others lose less."""
@@ -187,23 +190,21 @@ class ToHybrid(ToSelective):
         return super().build(dense, statistics, options)
 
 
-def _gap(mixer: Mixer, original: DenseAttention, x_1nD: Tensor) -> Tensor:
+def _gap(mixer: Mixer, x_1nD: Tensor, target_1nD: Tensor) -> Tensor:
     """Relative squared error of the output on one row."""
-    with torch.no_grad():
-        target = original(x_1nD, Context())
-    missed: Tensor = (mixer(x_1nD, Context()) - target).square().sum()
-    error: Tensor = missed / target.square().sum()
+    missed: Tensor = (mixer(x_1nD, Context()) - target_1nD).square().sum()
+    error: Tensor = missed / target_1nD.square().sum()
     return error
 
 
 def _trained(
-    mixer: Mixer, new: list[torch.nn.Parameter], original: DenseAttention, rows: list[Tensor]
+    mixer: Mixer, new: list[torch.nn.Parameter], rows: list[tuple[Tensor, Tensor]]
 ) -> None:
-    """A few steps on the new weights, in place."""
+    """A few steps on the new weights, in place; rows of inputs and of the block's outputs."""
     optimizer = torch.optim.AdamW(new, lr=RATE, weight_decay=0.0)
     with torch.enable_grad():
         for step in range(STEPS):
-            loss = _gap(mixer, original, rows[step % len(rows)])
+            loss = _gap(mixer, *rows[step % len(rows)])
             # a window over the whole row leaves weights of features without a part in it
             grads = torch.autograd.grad(loss, new, allow_unused=True)
             for p, grad in zip(new, grads, strict=True):

@@ -52,9 +52,7 @@ class TracedLinear(LinearAttention):
         """Every key goes into the state at once."""
         (keys, values, *more), state, c = given.rows, given.state, self.config
         (past,), (b, _, n, _) = state.past(), q_BHNd.shape
-        start_B, length_B = state.span()
-        place_BN = (length_B - start_B)[:, None] - n + torch.arange(n, device=start_B.device)
-        k = self._features_k(more[0] if more else keys) * (place_BN >= 0)[:, None, :, None]
+        k = self._features_k(more[0] if more else keys) * (state.places(n) >= 0)[:, None, :, None]
         decay = k.new_zeros(b, c.state_heads, n)
         if c.decay:
             decay = decay + torch.tensor(c.decay, dtype=k.dtype)[:, None]

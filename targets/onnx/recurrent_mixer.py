@@ -47,7 +47,7 @@ class TracedRecurrent(RecurrentAttention):
             return super().attend(query, rows, ctx, span)
         (q, features), (new, state), c = query, rows, self.config
         (past, *rings), (b, _, n, _) = state.past(), q.shape
-        real_BN = place_of(state, n) >= 0
+        real_BN = state.places(n) >= 0
         k, log = new.k_BSNf * real_BN[:, None, :, None], new.log
         log = k.new_zeros(b, c.state_heads, n) if log is None else log * spread(real_BN, log)
         older, after = held_linear_attention(
@@ -83,7 +83,7 @@ class TracedSelective(SelectiveAttention):
             return super().attend(query, rows, ctx, span)
         new, state = rows
         (past, *tails), n, kept = state.past(), new.dt_BHN.shape[2], self.config.held_rows
-        place_BN = place_of(state, n)
+        place_BN = state.places(n)
         real_BN = place_BN >= 0
         real_B1N1 = real_BN[:, None, :, None]
         seen = [torch.cat([t, x * real_B1N1], 2) for t, x in zip(tails, new.rows, strict=True)]
@@ -97,12 +97,6 @@ class TracedSelective(SelectiveAttention):
         y, after = held_linear_attention(made.q_BHNd, k, v, log, past, decays=True)
         state.put(after, *(x[:, :, -kept:] for x in seen))
         return self.gated(y, v, query)
-
-
-def place_of(state: FixedState, n: int) -> Tensor:
-    """Places [B, N] of new tokens, negative for padding."""
-    start_B, length_B = state.span()
-    return (length_B - start_B)[:, None] - n + torch.arange(n, device=start_B.device)
 
 
 def traced_recurrent(mixer: RecurrentAttention) -> RecurrentAttention:

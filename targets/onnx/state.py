@@ -50,6 +50,11 @@ class FixedState:
         self.written[name] = kept
         return kept.unsqueeze(1) if one_head else kept
 
+    def places(self, n: int) -> Tensor:
+        """Of n new tokens in their sequences [B, N], negative for padding."""
+        start_B, length_B = self.span()
+        return (length_B - start_B)[:, None] - n + torch.arange(n, device=start_B.device)
+
     def past(self) -> list[Tensor]:
         """The tensors before the call, for an op that writes them itself."""
         return [self.given[tensor.input] for tensor in self.layout.tensors]

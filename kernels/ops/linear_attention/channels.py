@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reattend.kernels.linear_attention.chunked import Chunks
+from reattend.kernels.linear_attention.gradient import decay_gradient
 
 
 class _Cut(NamedTuple):
@@ -127,7 +128,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, decay and state, in closed form.
 
-    As in `gradient.py`: ``d c_n = q_n dq_n - k_n dk_n``, here for each feature.
+    As in `gradient.py`, and the decays' for each feature.
     """
     chunks = _chunks(q_BHNf.shape[2])
     x = _cut(chunks, q_BHNf, k_BGNf, v_BGNe, decay_BGNf)
@@ -157,9 +158,6 @@ def backward(
         half.cut(dq)[1].add_((pulls @ k[:, :, None]) * half.now[:, :, None])
         half.cut(dk)[0].add_((pulls.transpose(-1, -2) @ q).sum(2) * half.ago)
         half.cut(dv)[0].add_((scores.transpose(-1, -2) @ dy_now).sum(2))
-    dq, dk, dv = chunks.joined(dq), chunks.joined(dk), chunks.joined(dv)
-    asked_for = (q_BHNf.unflatten(1, (k_BGNf.shape[1], -1)) * dq).sum(2)
-    moved = asked_for - k_BGNf * dk
+    dq, dk, dv = chunks.joined(dq).flatten(1, 2), chunks.joined(dk), chunks.joined(dv)
     tail = (dstate_BGfe * after).sum(-1)
-    summed = moved.flip(-2).cumsum(-2).flip(-2) + tail[..., None, :]
-    return dq.flatten(1, 2), dk, dv, summed, last
+    return dq, dk, dv, decay_gradient(q_BHNf, dq, k_BGNf, dk, tail), last

@@ -53,17 +53,18 @@ def backward(
     return dq, dk, dv, decay_gradient(q_BHNf, dq, k_BGNf, dk, tail), first
 
 
-def decay_gradient(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, tail_BG: Tensor) -> Tensor:
+def decay_gradient(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, tail: Tensor) -> Tensor:
     """``d c_n = q_n . dq_n - k_n . dk_n``, summed from the end, [B, G, N].
 
     Args:
         q, dq, k, dk: with the features' gradients.
-        tail_BG: what the whole decay is worth to the state after all keys.
+        tail: what the whole decay is worth to the state after all keys, [B, G]; or [B, G, f],
+            where every feature decays by itself: the products are not summed then, and so is the
+            result [B, G, N, f].
     """
-    asked = (q * dq).sum(-1).unflatten(1, (k.shape[1], -1)).sum(2)
-    moved = asked - (k * dk).sum(-1)
-    moved = torch.cat([moved[..., :-1], moved[..., -1:] + tail_BG[..., None]], -1)
-    summed: Tensor = moved.flip(-1).cumsum(-1).flip(-1)
+    moved = (q * dq).unflatten(1, (k.shape[1], -1)).sum(2) - k * dk
+    moved = moved if tail.dim() == 3 else moved.sum(-1)
+    summed: Tensor = moved.flip(2).cumsum(2).flip(2) + tail.unsqueeze(2)
     return summed
 
 

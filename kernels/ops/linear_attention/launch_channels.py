@@ -13,7 +13,8 @@ from torch import Tensor
 
 from reattend.kernels.configs import KernelConfig
 from reattend.kernels.launching import interpreting, next_power_of_two, on_device
-from reattend.kernels.linear_attention.reference import LEAST, divided, with_ones
+from reattend.kernels.linear_attention.gradient import decay_gradient
+from reattend.kernels.linear_attention.reference import divided, undivided, with_ones
 from reattend.kernels.linear_attention.triton_channels import linear_channels
 
 
@@ -71,12 +72,7 @@ def backward(
     v = with_ones(x.v) if normalize else x.v
     y, after = run(x._replace(v=v), config)
     dy = dy.float()
-    if normalize:
-        mass = y[..., -1:]
-        dy = dy / mass.clamp_min(LEAST)
-        dmass = -(dy * divided(y)).sum(-1, keepdim=True)
-        dy = torch.cat([dy, torch.where(mass > LEAST, dmass, 0)], -1)
-    dy = dy.to(q.dtype)
+    dy = (undivided(dy, y) if normalize else dy).to(q.dtype)
     dq, _ = run(Sums(dy, v, k, decay, x.state.transpose(-1, -2), back=True), config)
     each = q.shape[1] // k.shape[1]
     shifted = F.pad(decay.flip(2), (0, 0, 1, 0))[:, :, :-1]
@@ -94,6 +90,5 @@ def backward(
 
     dk, dv = grouped(dk.flip(2)), grouped(dv.flip(2))[..., : x.v.shape[3]]
     dfirst = grouped(before) * decay[:, :, 0, :, None].exp()
-    moved = grouped(q.float() * dq) - k.float() * dk
-    ddecay = moved.flip(2).cumsum(2).flip(2) + (dstate * after).sum(-1)[:, :, None]
+    ddecay = decay_gradient(q.float(), dq, k.float(), dk, (dstate * after).sum(-1))
     return dq, dk, dv, ddecay, dfirst

@@ -86,3 +86,11 @@ def with_ones(v_BGNe: Tensor) -> Tensor:
 def divided(y_BHNe: Tensor) -> Tensor:
     """All columns but the last, divided by the last."""
     return y_BHNe[..., :-1] / y_BHNe[..., -1:].clamp_min(LEAST)
+
+
+def undivided(dy_BHNe: Tensor, y_BHNc: Tensor) -> Tensor:
+    """The gradient of `divided`: of all columns, from that of its result."""
+    mass = y_BHNc[..., -1:]
+    dy = dy_BHNe / mass.clamp_min(LEAST)
+    dmass = -(dy * divided(y_BHNc)).sum(-1, keepdim=True)
+    return torch.cat([dy, torch.where(mass > LEAST, dmass, 0)], -1)

@@ -14,7 +14,7 @@ from reattend.kernels.checks import Shape, check_cache, same_size
 from reattend.kernels.core import compute_dtype
 from reattend.kernels.lazy_triton import load_launch
 from reattend.kernels.linear_attention import channels, chunked, gradient
-from reattend.kernels.linear_attention.reference import LEAST, divided, with_ones
+from reattend.kernels.linear_attention.reference import divided, undivided, with_ones
 
 NAME = "reattend::linear_attention"
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -191,11 +191,7 @@ def _gradients(
     q, k, v, decay, state = _prepared(*x, normalize)
     dy = dy.to(q.dtype)
     if normalize:
-        y, _ = _sums((q, k, v, decay, state), lag, block)
-        mass = y[..., -1:]
-        dy = dy / mass.clamp_min(LEAST)
-        dmass = -(dy * y[..., :-1]).sum(-1, keepdim=True) / mass.clamp_min(LEAST)
-        dy = torch.cat([dy, torch.where(mass > LEAST, dmass, 0)], -1)
+        dy = undivided(dy, _sums((q, k, v, decay, state), lag, block)[0])
     if decay is not None and decay.dim() == 4:
         found = channels.backward(dy, dstate.to(q.dtype), q, k, v, decay, state)
     else:
