@@ -275,7 +275,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "would show later tokens": (config(), {"direction": "bidirectional", "window": 0}),
     "own pattern is sliding": (CASES["window"], {}),
     "own pattern is chunked": (pattern("chunked", chunk=4), {}),
-    "the mask is the model's own": (pattern("opaque"), {}),
+    "the mask is the model's own": (
+        pattern("opaque"), {"direction": "bidirectional", "window": 0},
+    ),
     "capped by tanh": (CASES["softcap"], {}),
     "a logit of no key": (CASES["sinks"], {}),
     "a position bias": (CASES["alibi"], {}),

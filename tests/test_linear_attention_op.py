@@ -94,6 +94,30 @@ def test_chunks_equal_the_recurrence(lag: int, block: int, decay: bool, state: b
         assert apart(OP(*narrow.values(), lag, block), plain) <= 1e-4
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_both_ways_every_query_reads_all_keys_and_the_state(normalize: bool) -> None:
+    """Against the sums as they are written, and the gradient against autograd through them."""
+    given = make(37, False, False)
+    state = torch.rand(2, 3, 5, 8 if normalize else 7, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (given["q"], given["k"], given["v"], state)]
+    q, k, v, s = leaves
+    k_H, v_H, s_H = (x.repeat_interleave(2, 1) for x in (k, v, s))
+    weight = torch.einsum("bhnf,bhmf->bhnm", q, k_H)
+    want = weight @ v_H + torch.einsum("bhnf,bhfe->bhne", q, s_H[..., :7])
+    if normalize:
+        want = want / (weight.sum(-1) + torch.einsum("bhnf,bhf->bhn", q, s_H[..., 7]))[..., None]
+    columns = torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
+    after = s + torch.einsum("bgnf,bgne->bgfe", k, columns)
+    rules = (0, 1, normalize, True)
+    for op in (OP, reference.linear_attention):
+        assert apart(op(q, k, v, None, s, *rules), (want, after)) <= 1e-12
+    found = []
+    for y, left in ((want, after), OP(q, k, v, None, s, *rules)):
+        loss = (y * torch.sin(torch.arange(y.numel()).reshape(y.shape))).sum() + (left**2).sum()
+        found.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+    assert apart(*found) <= 1e-10
+
+
 @pytest.mark.parametrize("featured", [False, True])
 def test_one_shot_equals_pieces_and_steps(featured: bool) -> None:
     given = make(150, True, False)
@@ -140,6 +164,7 @@ def test_the_op_keeps_torchs_contract() -> None:
             for x in (made if lag else of_features(made)).values()
         ]
         torch.library.opcheck(OP, (*given, lag, 1, normalize))
+    torch.library.opcheck(OP, (*given[:3], None, None, 0, 1, True, True))
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -150,6 +175,8 @@ def test_what_does_not_fit_is_named() -> None:
         OP(*given.values(), -1)
     with pytest.raises(ArgumentError, match="every feature needs lag 0"):
         OP(*of_features(given).values(), 2)
+    with pytest.raises(ArgumentError, match="nothing decays and no key is left out"):
+        OP(*given.values(), 0, 1, False, True)
     with pytest.raises(ArgumentError, match="decay_BGN must be a float tensor of 3"):
         OP(given["q"], given["k"], given["v"], given["decay"][0])
 

@@ -129,7 +129,7 @@ def test_tensors_without_a_kernel_are_computed_in_torch(normalize: bool) -> None
     from reattend.kernels.linear_attention import linear_attention, register
 
     q, k, v = torch.rand(3, 1, 2, 20, 8, dtype=torch.float64)
-    args = (q, k, v, None, None, 3, 1, normalize)
+    args = (q, k, v, None, None, 3, 1, normalize, False)
     found = register._cuda(*args)
     torch.testing.assert_close(found, linear_attention(*args), rtol=0, atol=0)
     grads = register._cuda_backward(*found, *args)

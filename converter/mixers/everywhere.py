@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from reattend.kernels.linear_attention import linear_attention
 from reattend.mixers.estimate import Estimate
 from reattend.mixers.estimated import Estimated
 from reattend.mixers.flow import flow
@@ -93,28 +94,13 @@ class Everywhere(nn.Module):
         if c.flow:
             values = call.columns_BSNc[..., :-1]
             return flow(call.f_BHNf, call.k_BSNf, values, call.valid_BN).to(call.q_BHNd.dtype)
-        y = finished(sums(call, c.normalize == "sum"))
+        k = call.k_BSNf
+        if call.valid_BN is not None:
+            k = k * call.valid_BN[:, None, :, None]
+        sums = linear_attention(call.f_BHNf, k, call.columns_BSNc, bidirectional=True)[0]
+        y = finished(sums)
         if self.rest is None:
             return y
         near = attend_best(*softmax, c, scale, call.valid_BN)
         both: Tensor = near + self.rest(y.to(near.dtype))
         return both
-
-
-def sums(call: Call, mean: bool) -> Tensor:
-    """``phi(q_n) . sum_j phi(k_j) v_j`` over the real keys, [B, H, N, c].
-
-    Args:
-        call: see there.
-        mean: divided by the number of keys, as LinFusion does: where weights cancel it changes
-            nothing, and sums stay finite in half precision.
-    """
-    k, valid_BN = call.k_BSNf, call.valid_BN
-    if valid_BN is not None:
-        k = k * valid_BN[:, None, :, None]
-    if mean:
-        count = k.shape[2] if valid_BN is None else valid_BN.sum(-1).clamp_min(1)
-        k = k / (count[:, None, None, None] if isinstance(count, Tensor) else count)
-    state = k.transpose(-1, -2) @ call.columns_BSNc
-    y: Tensor = call.f_BHNf.unflatten(1, (k.shape[1], -1)) @ state[:, :, None]
-    return y.flatten(1, 2)

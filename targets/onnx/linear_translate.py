@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from reattend.errors import ArgumentError
+from reattend.kernels.linear_attention import linear_attention as _sums  # noqa: F401
 from reattend.targets.onnx.functions import DOMAIN, VERSION
 from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_features import MAPS
@@ -51,9 +53,34 @@ def linear_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )  # fmt: skip
 
     return {
+        torch.ops.reattend.linear_attention.default: _translate_sums,
         torch.ops.reattend.held_linear_attention.default: translate_held,
         torch.ops.reattend.window_linear_attention.default: translate_window,
     }
+
+
+def _translate_sums(
+    q: Any, k: Any, v: Any, decay: Any = None, state: Any = None, *rules: Any, **more: Any
+) -> Any:
+    """Two products, of a block in which every token sees all; others are traced as nodes."""
+    from onnxscript import opset18
+
+    bidirectional = more.get("bidirectional", len(rules) > 3 and rules[3])
+    if not bidirectional or state is not None or more.get("normalize", any(rules[2:3])):
+        raise ArgumentError(
+            "a call of reattend::linear_attention has no translation to ONNX",
+            why="only plain sums over all keys are written in standard operators",
+            next_step="export the model as reattend converted it: its mixers use what has a node",
+        )
+    heads, groups = int(q.shape[1]), int(k.shape[1])
+    after = opset18.MatMul(opset18.Transpose(k, perm=[0, 1, 3, 2]), v)
+    if heads == groups:
+        return opset18.MatMul(q, after), after
+    rows = opset18.Constant(value_ints=[0, groups, -1, int(q.shape[3])])
+    # heads of a group follow each other: their queries are rows of one product
+    y = opset18.MatMul(opset18.Reshape(q, rows), after)
+    back = opset18.Constant(value_ints=[0, heads, -1, int(v.shape[3])])
+    return opset18.Reshape(y, back), after
 
 
 def _op(

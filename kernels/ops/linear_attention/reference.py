@@ -30,6 +30,7 @@ def linear_attention(
     lag: int = 0,
     block: int = 1,
     normalize: bool = False,
+    bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``y_n = sum_j exp(c_n - c_j) (q_n . k_j) v_j + exp(c_n) q_n S``, c the running sum of decays.
 
@@ -50,6 +51,7 @@ def linear_attention(
         block: see above.
         normalize: divide by the same sum with values of 1 (`LEAST` at least). The state then has
             one column more, which is that sum's.
+        bidirectional: every query sees all N keys beside the state: no decay, lag 0, block 1.
 
     Returns:
         ``y_BHNe`` in the dtype of q, and the state after all N keys, whatever the lag, in fp32
@@ -65,7 +67,7 @@ def linear_attention(
     if decay_BGN is not None:
         c = (decay_BGN if decay_BGN.dim() == 4 else decay_BGN[..., None]).to(dtype).cumsum(-2)
     place = torch.arange(n, device=q.device)
-    seen = (place[None] <= last_seen(n, lag, block, q.device)[:, None])[..., None]
+    seen = (place[None] <= last_seen(n, lag, block, q.device)[:, None])[..., None] | bidirectional
     apart = (c[..., :, None, :] - c[..., None, :, :]).masked_fill(~seen, 0)
     weight = torch.where(seen, apart.exp(), 0).expand(-1, -1, -1, -1, k.shape[3])
     grouped = q.unflatten(1, (k.shape[1], -1))
