@@ -189,52 +189,6 @@ def test_both_ways_every_query_reads_one_sum_over_real_tokens(options: dict[str,
             assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-class HeldBytes:
-    """The plainest state."""
-
-    def __init__(self) -> None:
-        self.tensors: Any = None
-        self.tokens = 0
-
-    def held(self) -> Any:
-        return self.tensors
-
-    def hold(self, tensors: Any, tokens: int) -> None:
-        self.tensors, self.tokens = tensors, self.tokens + tokens
-
-    def update(self, first: Tensor, second: Tensor) -> Any:
-        raise AssertionError
-
-    def seen(self) -> int:
-        return self.tokens
-
-    def span(self) -> None:
-        return None
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_pieces_and_steps_equal_one_shot_and_hold_as_many_bytes(way: str) -> None:
-    mixer = linear(dense(config()), **WAYS[way])
-    x, real = inputs(29, (0, 6, 11))
-    real[2, 20] = False  # padding in the middle moves nothing either
-    position = (real.long().cumsum(-1) - 1).clamp_min(0)
-    with torch.no_grad():
-        whole = mixer(x, Context(mask=real, position_BN=position))
-        sizes = set()
-        for cuts in ((29,), (7, 1, 5, 16), (1,) * 29):
-            state, at, parts = HeldBytes(), 0, []
-            for n in cuts:
-                part = slice(at, at + n)
-                ctx = Context(mask=real[:, : at + n], position_BN=position[:, part])
-                parts.append(mixer(x[:, part], ctx, state))
-                at += n
-                held = sum(t.nbytes for t in state.tensors if t.is_floating_point())
-                assert held <= 3 * mixer.config.held_after(at) * 8
-            sizes.add(held)
-            assert gap(torch.cat(parts, 1), whole, real) <= 1e-10
-    assert sizes == {3 * mixer.config.held_after(29) * 8}
-
-
 def test_a_stored_description_builds_the_same_mixer() -> None:
     mixer = linear(dense(config(bias=True)), **WAYS["lolcats"])
     again = build_mixer(**mixer.described()).double()

@@ -37,15 +37,16 @@ GATED: dict[str, Any] = {
 ALONE: dict[str, Any] = {"window": 0, "feature_map": "elu+1", "state": "per-kv-head"}
 #: a Mamba-2 layer, as the preset `mamba2`
 SELECTIVE = {**Plan.load("mamba2").to_dict()["rules"][0], "layers": [4]}
-PLAN = {"rules": [*({"to": "linear", **rule} for rule in (*RULES, GATED)), SELECTIVE]}
+FLOWING: dict[str, Any] = {"layers": [5], "window": 0, "feature_map": "sigmoid", "flow": True}
+PLAN = {"rules": [*({"to": "linear", **rule} for rule in (*RULES, GATED, FLOWING)), SELECTIVE]}
 OPS = ["WindowLinearAttention", "WindowLinearAttention", "LinearAttention"]
-OPS += ["GatedLinearAttention", "SparseAttention", "LinearAttention"]
+OPS += ["GatedLinearAttention", "SparseAttention", "LinearAttention", "LinearAttention"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifact]:
     torch.set_num_threads(1)
-    model = build(PLAN, layers=5)
+    model = build(PLAN, layers=6)
     with torch.no_grad():  # features of random weights, that differ from head to head
         for mixer in (model.model.layers[i].self_attn.mixer for i in (0, 2)):
             for x in (mixer.features_q, mixer.features_k):
@@ -68,7 +69,7 @@ def test_what_the_file_holds_and_what_the_manifest_says(made: Any) -> None:
     proto = onnx.load(artifact.model, load_external_data=False)
     assert [n.op_type for n in proto.graph.node if n.domain == "ai.reattend"] == OPS
     manifest = artifact.manifest
-    assert [entry.op for entry in manifest.layers] == [*OPS[:4], OPS[5]]
+    assert [entry.op for entry in manifest.layers] == [*OPS[:4], *OPS[5:]]
     shapes = {(s.layer, s.name): s.shape for s in manifest.states}
     assert shapes[0, "key"] == ["B", 4, 7, 8]  # two terraces of 3, and a row
     assert shapes[0, "state"] == ["B", 8, 8, 9]
@@ -78,6 +79,7 @@ def test_what_the_file_holds_and_what_the_manifest_says(made: Any) -> None:
     assert shapes[3, "key"] == ["B", 4, 5, 8]
     assert shapes[3, "state"] == ["B", 4, 8, 8]
     assert shapes[4, "conv_query"] == ["B", 8, 3, 8]
+    assert [shapes[5, name] for name in ("flows", "race")] == [["B", 8, 4, 8], ["B", 8, 1, 1]]
     assert manifest.cache_bytes_per_token == 0
     session = Session(artifact.path, threads=1)
     sizes = []

@@ -13,6 +13,7 @@ from reattend.mixers.base import Mixer
 _OWN = {
     "dense": ("dense:DenseAttention", "dense:DenseConfig"),
     "echo": ("echo:EchoAttention", "echo:EchoConfig"),
+    "flowing": ("flowing:FlowingAttention", "flowing_config:FlowingConfig"),
     "latent": ("latent:LatentAttention", "latent_config:LatentConfig"),
     "linear": ("linear:LinearAttention", "linear_config:LinearConfig"),
     "mixed": ("mixed:MixedAttention", "mixed:MixedConfig"),

@@ -83,6 +83,11 @@ class LinearConfig(BlockConfig, EverywhereConfig):
         return self.core.v_head_dim + (1 if self.normalize == "sum" else 0)
 
     @property
+    def state_numbers(self) -> int:
+        """Numbers of a sequence's state."""
+        return self.state_heads * self.features * self.columns
+
+    @property
     def held_rows(self) -> int:
         """Most rows of keys and values that are kept for the window."""
         return self.window * (2 if self.window_form == "terraced" else 1)
@@ -91,5 +96,4 @@ class LinearConfig(BlockConfig, EverywhereConfig):
         """Numbers that a cache holds after so many; no more than after `held_rows`."""
         core = self.core
         each = core.qk_head_dim * (2 if self.rope == "window-only" else 1) + core.v_head_dim
-        state = self.state_heads * self.features * self.columns
-        return state + min(tokens, self.held_rows) * core.kv_heads * each
+        return self.state_numbers + min(tokens, self.held_rows) * core.kv_heads * each

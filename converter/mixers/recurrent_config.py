@@ -38,5 +38,4 @@ class RecurrentConfig(LinearConfig):
         """Numbers that a cache holds after so many; no more than after `held_rows`."""
         core = self.core
         rows = min(tokens, self.held_rows) * core.kv_heads
-        state = self.state_heads * self.features * self.columns
-        return state + rows * (core.qk_head_dim + core.v_head_dim)
+        return self.state_numbers + rows * (core.qk_head_dim + core.v_head_dim)

@@ -44,8 +44,7 @@ class SelectiveConfig(RecurrentConfig):
 
     def held_after(self, tokens: int) -> int:
         """Numbers that a cache holds after so many; no more than after `held_rows`."""
-        state = self.state_heads * self.features * self.columns
-        return state + min(tokens, self.held_rows) * self.channels
+        return self.state_numbers + min(tokens, self.held_rows) * self.channels
 
     @property
     def held_rows(self) -> int:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from reattend.mixers.dense import DenseAttention, DenseConfig
+from reattend.mixers.flowing import FlowingAttention
+from reattend.mixers.flowing_config import FlowingConfig
 from reattend.mixers.linear import LinearAttention
 from reattend.mixers.linear_config import (
-    BIASED,
     DOUBLED,
     LEARNED,
     FeatureMapName,
@@ -30,13 +31,18 @@ from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost, regrouped
 from reattend.passes.rewrite.linear_everywhere import (
     EverywhereOptions,
-    everywhere_stated,
-    everywhere_weights,
     everywhere_work,
     settings,
 )
+from reattend.passes.rewrite.linear_numbers import own_weights, stated
 from reattend.passes.rewrite.sparse_build import like
 
+#: Descriptions and mixers by kind.
+FORMS: dict[str, tuple[type[LinearConfig], type[LinearAttention]]] = {
+    "linear": (LinearConfig, LinearAttention),
+    "recurrent": (RecurrentConfig, RecurrentAttention),
+    "flowing": (FlowingConfig, FlowingAttention),
+}
 #: A window that no text is longer than.
 ENDLESS = 2**30
 
@@ -130,9 +136,13 @@ class LinearOptions(EverywhereOptions):
             )
 
     @property
-    def recurrent(self) -> bool:
-        """Whether every key enters the state at once, gated or beside a window of its own."""
-        return self.decay == "gated" or self.mix_form == "averaged"
+    def form(self) -> str:
+        """The mixer's kind. `recurrent`: every key enters the state at once, gated or beside a
+        window of its own.
+        """
+        if self.decay == "gated" or self.mix_form == "averaged":
+            return "recurrent"
+        return "flowing" if self.flow and self.direction == "causal" else "linear"
 
 
 class ToLinear(Conversion):
@@ -198,18 +208,18 @@ class ToLinear(Conversion):
         core = config.core
         heads = core.heads if options.state == "per-query-head" else core.kv_heads
         slopes = tuple(-(2.0 ** (-8 * (h + 1) / heads)) for h in range(heads))
-        own: dict[str, Any] = {"kind": "linear"}
-        if options.recurrent:
-            own = {"kind": "recurrent", "decay_by": "keys" if options.decay == "gated" else "none"}
+        own: dict[str, Any] = {}
+        if options.form == "recurrent":
+            own = {"decay_by": "keys" if options.decay == "gated" else "none"}
             own["gate_divisor"] = options.gate_divisor
-        return (RecurrentConfig if options.recurrent else LinearConfig).model_validate(
+        made: LinearConfig = FORMS[options.form][0].model_validate(
             {
                 **config.model_dump(exclude={"kind"}),
                 **own,
                 "direction": options.direction,
                 "feature_map": options.feature_map,
                 "feature_dim": options.feature_dim or core.qk_head_dim,
-                "normalize": options.normalize,
+                "normalize": "none" if options.form == "flowing" else options.normalize,
                 "decay": slopes if options.decay == "fixed" else (),
                 "window": options.window,
                 "window_form": options.window_form,
@@ -221,6 +231,7 @@ class ToLinear(Conversion):
                 **settings(options, config.hidden_size),
             }
         )
+        return made
 
     def outcome(self, config: DenseConfig, options: LinearOptions) -> LinearConfig:
         """The mixer's description; nothing is left to statistics."""
@@ -255,7 +266,7 @@ class ToLinear(Conversion):
     def build(self, dense: DenseAttention, statistics: Any, options: LinearOptions) -> Built:
         """The same weights, and feature maps at their start."""
         made = self.described(dense.config, options)
-        mixer = like(dense, RecurrentAttention if options.recurrent else LinearAttention)
+        mixer = like(dense, FORMS[options.form][1])
         mixer.begin(made)
         identity = options.feature_init == "identity" or (
             options.feature_init is None and made.feature_dim == made.core.qk_head_dim
@@ -270,34 +281,6 @@ class ToLinear(Conversion):
             mixer.everywhere.to(next(dense.parameters()))
         if mixer.mix_H is not None and weight is not None:
             mixer.mix_H.data = mixer.mix_H.data.to(weight)
-        endless = options.window >= ENDLESS and not options.recurrent
+        endless = options.window >= ENDLESS and options.form == "linear"
         exact = endless or options.sparse_top == 1.0
         return Built(mixer.train(dense.training), "exact" if exact else "learned", stated(made))
-
-
-def own_weights(made: LinearConfig) -> int:
-    """Parameters beside the block's own."""
-    rows = made.feature_dim * made.core.qk_head_dim if made.feature_map in LEARNED else 0
-    bias = made.feature_dim if made.feature_map in BIASED else 0
-    maps = 2 if made.feature_map == "hedgehog-fla" else made.core.heads + made.state_heads
-    mix = made.core.heads if made.mix_learned and made.window else 0
-    return maps * (rows + bias) + mix + everywhere_weights(made)
-
-
-def stated(made: LinearConfig) -> dict[str, Any]:
-    """For the report: what is held, and what it is worth in tokens of the original's cache."""
-    told: dict[str, Any] = {
-        "feature_map": made.feature_map,
-        "features": made.features,
-        "window": f"{made.window} {made.window_form}" if made.window else "none",
-        "state_numbers": made.state_heads * made.features * made.columns,
-    }
-    if made.direction == "causal":
-        told["held_in_tokens"] = f"{made.held_after(made.held_rows) / made.cache_per_token:.1f}"
-    if isinstance(made, RecurrentConfig):
-        told["decay"] = (
-            f"gated by keys, / {made.gate_divisor:g}" if made.decay_by == "keys" else "none"
-        )
-    if made.decay:
-        told["decay"] = f"{min(made.decay):.4g} to {max(made.decay):.4g} per token"
-    return told | everywhere_stated(made)

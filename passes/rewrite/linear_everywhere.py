@@ -10,12 +10,14 @@ from reattend.mixers.config import Frozen
 from reattend.mixers.everywhere_config import PARTS, EverywhereConfig
 from reattend.mixers.linear_config import LinearConfig
 
+#: what blocks may have in which tokens see the past only
+CAUSAL = ("flow",)
 #: maps whose features may be negative
 _SIGNED = ("identity", "silu")
 
 
 class EverywhereOptions(Frozen):
-    """For `direction: bidirectional` only.
+    """For `direction: bidirectional`; `flow` for causal blocks too.
 
     Attributes:
         mlp_width: of `feature_map: mlp` (LinFusion): inner width of the two maps that change what
@@ -63,8 +65,12 @@ def contradiction(o: Any) -> str:
         "estimate": o.estimate is not None,
     }
     given = [name for name, is_given in asked.items() if is_given]
-    if given and o.direction != "bidirectional":
-        return f"{given[0]} is for direction: bidirectional"
+    if o.direction != "bidirectional":
+        wrong = [name for name in given if name not in CAUSAL]
+        if wrong:
+            return f"{wrong[0]} is for direction: bidirectional"
+        if o.flow and (o.window or o.decay != "none"):
+            return "flow counts every key from its token on: set window: 0, and no decay"
     if o.mlp_width is not None and o.feature_map != "mlp":
         return "mlp_width is for feature_map: mlp"
     if o.flow and (o.sparse_top is not None or o.feature_map in (*_SIGNED, "performer")):

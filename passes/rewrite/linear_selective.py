@@ -99,7 +99,7 @@ class ToSelective(ToLinear):
             parameter.data = parameter.data.to(old)
         told = {
             "decay": "selective, per head",
-            "state_numbers": made.state_heads * made.features * made.columns,
+            "state_numbers": made.state_numbers,
             "new_weights": selective_weights(made),
             "held_in_tokens": f"{made.held_after(made.conv) / made.cache_per_token:.1f}",
         }

@@ -16,6 +16,7 @@ from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
+from reattend.mixers.flowing_config import FlowingConfig
 from reattend.mixers.latent_config import LatentConfig
 from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.pooled import PooledConfig
@@ -294,7 +295,13 @@ def _linear(layer: int, group: str, part: int, config: LinearConfig) -> GroupLay
         saves = f"{saves}, however long it is"
         return GroupLayout(op, state, None, part, more=rings, saves=saves, beside="SparseAttention")
     if not config.window:
-        return GroupLayout("LinearAttention", state, None, part, saves=f"{saves}, always")
+        more = ()
+        if isinstance(config, FlowingConfig):
+            sums = StateTensor(layer, f"{group}flows", config.state_heads, config.features, 4)
+            more = (sums, StateTensor(layer, f"{group}race", config.state_heads, 1, 1))
+        return GroupLayout(
+            "LinearAttention", state, None, part, more=more, saves=f"{saves}, always"
+        )
     rings = _key_value(layer, group, config, config.core.kv_heads, config.held_rows + 1)
     saves = f"{saves}, and a row of keys and values, however long it is"
     return GroupLayout("WindowLinearAttention", *rings, part, more=(state,), saves=saves)

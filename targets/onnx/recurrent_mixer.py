@@ -12,6 +12,9 @@ from torch import Tensor
 
 from reattend.kernels.linear_attention.reference import with_ones
 from reattend.mixers.base import Context, State
+from reattend.mixers.flow import Flows, flowing
+from reattend.mixers.flowing import FlowingAttention
+from reattend.mixers.linear import LinearAttention
 from reattend.mixers.linear_rows import Lined
 from reattend.mixers.recurrent import RecurrentAttention, spread
 from reattend.mixers.selective import SelectiveAttention
@@ -99,7 +102,38 @@ class TracedSelective(SelectiveAttention):
         return self.gated(y, v, query)
 
 
-def traced_recurrent(mixer: RecurrentAttention) -> RecurrentAttention:
+class TracedFlowing(FlowingAttention):
+    """A FlowingAttention that also takes a state of fixed capacity; else it is as before."""
+
+    def real(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
+        """With a fixed state: its first real row says it."""
+        return None if isinstance(state, FixedState) else super().real(x_BND, ctx, state)
+
+    def store(self, new: Any, state: State) -> Any:
+        """Nothing yet."""
+        return _Rows(new, state) if isinstance(state, FixedState) else super().store(new, state)
+
+    def attend(
+        self, query: Any, rows: Any, ctx: Context, span: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """See `Mixer.attend`."""
+        if not isinstance(rows, _Rows):
+            return super().attend(query, rows, ctx, span)
+        (f, k, v, _), state = rows
+        past, sums, race = state.past()
+        made = flowing(f, k, v, state.places(f.shape[2]), Flows(sums, race))
+        none = f.new_zeros(f.shape[:3])
+        y, after = held_linear_attention(*made[:3], none, past, decays=False)
+        state.put(after, *made.after)
+        return (y * made.gate_BHN1).to(query[0].dtype)
+
+
+#: by the kind of the mixer
+_TRACED = {
+    "recurrent": TracedRecurrent, "selective": TracedSelective, "flowing": TracedFlowing,
+}  # fmt: skip
+
+
+def traced_recurrent(mixer: LinearAttention) -> LinearAttention:
     """The same modules in a mixer that can be traced."""
-    kind = TracedSelective if isinstance(mixer, SelectiveAttention) else TracedRecurrent
-    return like(mixer, kind)
+    return like(mixer, _TRACED[mixer.kind])

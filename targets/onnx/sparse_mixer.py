@@ -13,6 +13,7 @@ from reattend.install.adapter import Adapter
 from reattend.kernels.attention import attention
 from reattend.mixers.base import Context, State
 from reattend.mixers.dense import DenseAttention
+from reattend.mixers.flowing import FlowingAttention
 from reattend.mixers.linear import LinearAttention
 from reattend.mixers.mixed import MixedAttention
 from reattend.mixers.recurrent import RecurrentAttention
@@ -117,7 +118,7 @@ def make_traceable(model: nn.Module) -> None:
 
 def _traced(mixer: Any) -> Any:
     """The same modules in a mixer that can be traced; itself, where it can."""
-    if isinstance(mixer, RecurrentAttention):
+    if isinstance(mixer, RecurrentAttention | FlowingAttention):
         return traced_recurrent(mixer)
     if isinstance(mixer, LinearAttention):
         return traced_linear(mixer)
