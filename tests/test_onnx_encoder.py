@@ -46,11 +46,11 @@ def image(batch: int) -> torch.Tensor:
     return torch.randn(batch, 3, 32, 32)
 
 
-def vit() -> Any:
+def vit(layers: int = len(LAYERS)) -> Any:
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=32, patch_size=4, hidden_size=16, intermediate_size=16, num_attention_heads=2,
-        num_hidden_layers=len(LAYERS), initializer_range=0.4, num_labels=7,
+        num_hidden_layers=layers, initializer_range=0.4, num_labels=7,
     )  # fmt: skip
     return ViTForImageClassification(config).eval()
 
@@ -152,6 +152,20 @@ def test_a_text_in_passes_keeps_its_length_and_has_no_padding(texts: Any) -> Non
         session.run(input_ids=ids)
         with pytest.raises(ArgumentError, match="changed its length"):
             session.run(input_ids=ids[:, 1:])
+
+
+def test_an_image_is_filled_in_too(tmp_path: Path) -> None:
+    """Its passes are told by an input that is no text."""
+    plan = {"rules": [{"sites": "*", "to": "sparse", "pattern": {"select": SEES_LATER}}]}
+    model = convert(vit(1), plan=plan, inputs={"pixel_values": image(2)}).model
+    artifact = export_onnx(model, tmp_path / "out")
+    assert [c.steps for c in artifact.manifest.checks] == [0, 5]
+    session = EncoderSession(artifact.path, threads=1)
+    with denoising(model, 3), session.denoising(3):
+        for pixels in image(6).split(2):
+            with torch.no_grad():
+                want = model(pixel_values=pixels).logits.numpy()
+            assert np.abs(session.run(pixel_values=pixels)["logits"] - want).max() <= 1e-4
 
 
 @pytest.mark.slow

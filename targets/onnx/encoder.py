@@ -26,10 +26,8 @@ from reattend.mixers.sparse_config import SparseConfig
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Observed
 from reattend.targets.onnx.encoder_mixer import Passes, WholeSparse, make_whole
+from reattend.targets.onnx.manifest import PASS
 from reattend.targets.onnx.scores_beside import scores_beside
-
-#: which pass over a text a call is, counted from 1, of how many, and tokens that are filled in
-PASS = ("pass_number", "passes", "new_tokens")
 
 
 def is_encoder(model: nn.Module) -> bool:

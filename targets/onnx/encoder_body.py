@@ -9,20 +9,12 @@ queries and K keys of a region, d and e widths.
 
 from __future__ import annotations
 
-from reattend.targets.onnx.fragments import CAP, finished
+from reattend.targets.onnx.fragments import finished, read_rows
 
 _START = """NAME <scale: float, softcap: float>
 (INPUTS) => (y)
 {
-  scale_float = Constant <value_float: float = @scale> ()
-  factor = CastLike (scale_float, q)
-  shown_score = Constant <value_float = 0.0> ()
-  hidden_score = Constant <value_float = -1.0e38> ()
-  axis_1 = Constant <value_ints = [1]> ()
-  same = Constant <value_ints = [0]> ()
-  others = Constant <value_ints = [-1]> ()
-  g = Shape <start = 1, end = 2> (key)
-  n_1 = Shape <start = 2, end = 3> (q)CAPS
+SIZES
 """
 
 _MASKED = """
@@ -77,26 +69,16 @@ SOFTMAX
   y = Gather <axis = 2> (y_flat, at)
 }"""
 
-_CHOSEN = """
-  k_1 = Shape <start = 3, end = 4> (key_rows)
-  one_1 = Constant <value_ints = [1]> ()
-  as_index = Concat <axis = 0> (same, g, others, one_1)
-  row_index = Reshape (key_rows, as_index)
-  key_flat = GatherND <batch_dims = 2> (key, row_index)
-  value_flat = GatherND <batch_dims = 2> (value, row_index)
-  as_keys = Concat <axis = 0> (same, h_1, r_1, k_1, d_1)
-  as_values = Concat <axis = 0> (same, h_1, r_1, k_1, e_1)
-  key_read = Reshape (key_flat, as_keys)
-  value_read = Reshape (value_flat, as_values)
-  key_t = Transpose <perm = [0, 1, 2, 4, 3]> (key_read)
+_CHOSEN = f"""
+  rows_in = Identity (key_rows){read_rows("key", "value")}
   scores_any = MatMul (q_scaled, key_t)
   visible = Identity (seen)
 SOFTMAX
-  y_regions = MatMul (weights, value_read)
+  y_regions = MatMul (weights, read_value)
   flat = Concat <axis = 0> (same, same, others, e_1)
   y_flat = Reshape (y_regions, flat)
   y = Gather <axis = 2> (y_flat, at)
-}"""
+}}"""
 
 _REGION_INPUTS = ("q", "key", "value", "query_rows", "key_rows", "seen", "at")
 #: inputs of each node
@@ -120,5 +102,4 @@ def encoder_body(name: str, capped: bool = True) -> str:
         capped: some node may have a softcap.
     """
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
-    start = start.replace("CAPS", CAP if capped else "")
     return finished(start + _BODIES[name], capped)

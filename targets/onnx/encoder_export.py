@@ -40,7 +40,7 @@ _SAVES = {
 
 
 class Call(NamedTuple):
-    """Rows, tokens (of texts), padding on the right of the first row, passes over one text."""
+    """Rows, tokens (of texts), padding on the right of the first row, passes over one input."""
 
     batch: int
     tokens: int
@@ -149,7 +149,7 @@ def check_results(
 
 def _calls(encoder: Encoder) -> list[Call]:
     if "input_ids" not in encoder.own:
-        return [Call(4, 0, 0), Call(1, 0, 0)]
+        return [Call(4, 0, 0), Call(1, 0, 0, passes=5 if encoder.states else 0)]
     if encoder.states:
         return [Call(2, LENGTH, 0), Call(2, LENGTH - 2, 0, passes=5)]
     padding = 3 if "attention_mask" in encoder.own else 0
@@ -170,12 +170,12 @@ def _differences(
     """Of every output of every pass, relative to its largest number or 1."""
     if not call.passes:
         return _compared(session, model, given, share)
-    new, found = call.tokens // 3, []
+    new, found, main = call.tokens // 3, [], next(iter(given))
     with denoising(model, call.passes, new), session.denoising(call.passes, new):
         for number in range(call.passes):
-            ids = given["input_ids"].clone()
-            ids[:, -new:] = ids[:, -new:].roll(number, 1)
-            found += _compared(session, model, {**given, "input_ids": ids}, share)
+            value = given[main].clone()
+            value[:, -new:] = value[:, -new:].roll(number, -1)
+            found += _compared(session, model, {**given, main: value}, share)
     return found
 
 

@@ -16,35 +16,21 @@ from reattend.mixers.scores import attend
 from reattend.mixers.selecting.base import Asked
 from reattend.mixers.selecting.observed import ObservedMethod
 from reattend.patterns.routing import Observed
-from reattend.targets.onnx.fragments import CAP, finished
+from reattend.targets.onnx.fragments import finished, read_rows
 
 OBSERVED = "ObservedAttention"
 INPUTS = ("q", "key", "value", "past_blocks", "phase", "prompt_blocks")
-#: whole numbers among them
-WHOLE = INPUTS[3:]
 
 _BODY = """ObservedAttention <scale: float, softcap: float, block: int, topk: int, ratio: float>
 (q, key, value, past_blocks, phase, prompt_blocks) => (y, blocks)
 {
-  scale_float = Constant <value_float: float = @scale> ()
-  factor = CastLike (scale_float, q)
-  shown_score = Constant <value_float = 0.0> ()
-  hidden_score = Constant <value_float = -1.0e38> ()
-  zero = Constant <value_int = 0> ()
-  one = Constant <value_int = 1> ()
+SIZES
   two = Constant <value_int = 2> ()
-  axis_0 = Constant <value_ints = [0]> ()
-  axis_2 = Constant <value_ints = [2]> ()
   axis_3 = Constant <value_ints = [3]> ()
   axis_4 = Constant <value_ints = [4]> ()
-  same = Constant <value_ints = [0]> ()
-  others = Constant <value_ints = [-1]> ()
-  g = Shape <start = 1, end = 2> (key)
   h_1 = Shape <start = 1, end = 2> (q)
-  n_1 = Shape <start = 2, end = 3> (q)
   d_1 = Shape <start = 3, end = 4> (q)
   e_1 = Shape <start = 3, end = 4> (value)
-  n = Squeeze (n_1, axis_0)
   c = Constant <value_int: int = @block> ()
   c_1 = Unsqueeze (c, axis_0)
   c_less = Sub (c, one)
@@ -55,7 +41,7 @@ _BODY = """ObservedAttention <scale: float, softcap: float, block: int, topk: in
   span_1 = Unsqueeze (span, axis_0)
   n_less = Sub (n, one)
   inside = Range (zero, c, one)
-  number = Range (zero, p, one)CAPS
+  number = Range (zero, p, one)
   by_group = Concat <axis = 0> (same, g, others, same)
   by_head = Concat <axis = 0> (same, others, n_1, same)
   phase_now = Squeeze (phase, axis_0)
@@ -131,7 +117,7 @@ _COUNTS = _COUNT.replace("MINE", "prompt").replace("MANY", "prompt_blocks") + _C
 # blocks [B, H, P, K] -> block_y: every block of queries with the rows of its blocks, and of its
 # own block the query's own row, where that is not among them. A row counts for the queries from its
 # begin to its end.
-_READ = """
+_READ = f"""
       span_row = Range (zero, span, one)
       span_in = Min (span_row, n_less)
       q_span = Gather <axis = 2> (q, span_in)
@@ -168,20 +154,10 @@ _READ = """
       is_past = LessOrEqual (begins, place_pc1)
       is_near = Less (place_pc1, ends)
       visible = And (is_past, is_near)
-      rows_in = Min (rows, n_less)
-      one_1 = Unsqueeze (one, axis_0)
-      as_index = Concat <axis = 0> (same, g, others, one_1)
-      row_index = Reshape (rows_in, as_index)
-      key_flat = GatherND <batch_dims = 2> (key, row_index)
-      value_flat = GatherND <batch_dims = 2> (value, row_index)
-      as_keys = Concat <axis = 0> (same, h_1, p_1, others, d_1)
-      as_values = Concat <axis = 0> (same, h_1, p_1, others, e_1)
-      key_read = Reshape (key_flat, as_keys)
-      value_read = Reshape (value_flat, as_values)
-      key_read_t = Transpose <perm = [0, 1, 2, 4, 3]> (key_read)
-      scores_any = MatMul (q_block, key_read_t)
+      rows_in = Min (rows, n_less){read_rows("key", "value")}
+      scores_any = MatMul (q_block, key_t)
 SOFTMAX
-      y_blocks = MatMul (weights, value_read)
+      y_blocks = MatMul (weights, read_value)
       as_span = Concat <axis = 0> (same, h_1, span_1, e_1)
       y_span = Reshape (y_blocks, as_span)
       block_y = Slice (y_span, same, n_1, axis_2)"""
@@ -193,7 +169,7 @@ def observed_body(capped: bool = True) -> str:
     Args:
         capped: some node may have a softcap.
     """
-    body = _BODY.replace("CAPS", CAP if capped else "").replace("COUNTS", _COUNTS)
+    body = _BODY.replace("COUNTS", _COUNTS)
     return finished(body.replace("READ", _READ).replace("ALL", _ALL), capped)
 
 

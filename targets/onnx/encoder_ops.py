@@ -63,7 +63,6 @@ def region_attention(
     if key_rows.dim() == 2:
         key_rows, seen = key_rows.expand(len(q_BHNd), heads, -1, -1), seen[None, None]
     seen = seen.expand(len(q_BHNd), heads, regions, -1, -1)
-    place = query_rows_Rc.flatten()
     share = heads // k_BGMd.shape[1]
     found = []
     for r in range(regions):
@@ -75,9 +74,7 @@ def region_attention(
         q = q_BHNd[:, :, query_rows_Rc[r]]
         full = core.model_copy(update={"kv_heads": heads})
         found.append(attend(q, k, v, full, _never_empty(seen[:, :, r])))
-    y = torch.cat(found, 2)
-    assert y.shape[2] == len(place)
-    return y[:, :, at_N].contiguous()
+    return torch.cat(found, 2)[:, :, at_N].contiguous()
 
 
 @region_attention.register_fake

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from reattend.errors import ArgumentError
-from reattend.targets.onnx.manifest import Manifest, read_manifest
+from reattend.targets.onnx.manifest import PASS, Manifest, read_manifest
 from reattend.targets.onnx.runtime import started
 
 Array = np.ndarray[Any, Any]
-_PASS = ("pass_number", "passes", "new_tokens")
 
 
 class EncoderSession:
@@ -50,8 +49,11 @@ class EncoderSession:
         self._own = {
             e.name: e
             for e in self.manifest.inputs
-            if e.name not in _PASS and not e.name.startswith("state.")
+            if e.name not in PASS and not e.name.startswith("state.")
         }
+        mask = self._own.get("attention_mask")
+        is_left_out = mask is not None and len(mask.shape) == 2 and "input_ids" in self._own
+        self._optional = {"attention_mask"} if is_left_out else set()
         self._passes = (0, 0)
         self._number = 0
         self._states: dict[str, Array] = {}
@@ -61,7 +63,8 @@ class EncoderSession:
         """The model's result.
 
         Args:
-            inputs: arrays by the names in the manifest; without `attention_mask` all tokens count.
+            inputs: arrays by the names in the manifest; a text without `attention_mask`: all tokens
+                count.
 
         Returns:
             Outputs by name.
@@ -70,7 +73,7 @@ class EncoderSession:
             ArgumentError: an input is missing or unknown, or a text in passes is padded or changed.
         """
         known = set(self._own)
-        missing = known - set(inputs) - {"attention_mask"}
+        missing = known - set(inputs) - self._optional
         if missing or set(inputs) - known:
             wrong = sorted(missing or set(inputs) - known)
             raise ArgumentError(
@@ -81,8 +84,9 @@ class EncoderSession:
             name: np.ascontiguousarray(value, dtype=np.dtype(self._own[name].dtype))
             for name, value in inputs.items()
         }
-        if "attention_mask" in known - set(inputs):
-            feeds["attention_mask"] = np.ones_like(feeds["input_ids"])
+        for name in self._optional - set(inputs):
+            dtype = np.dtype(self._own[name].dtype)
+            feeds[name] = np.ones_like(feeds["input_ids"], dtype)
         if self.manifest.states:
             feeds |= self._around(feeds)
         names = [entry.name for entry in self.manifest.outputs]
@@ -117,7 +121,7 @@ class EncoderSession:
 
     def _around(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """Which pass this is, and what those before it saw."""
-        shape = feeds["input_ids"].shape
+        shape = feeds[next(iter(self._own))].shape
         if "attention_mask" in feeds and not feeds["attention_mask"].all():
             raise ArgumentError(
                 "a file whose heads read blocks of a text was given padding",
@@ -137,4 +141,4 @@ class EncoderSession:
             if s.input not in self._states:
                 self._states[s.input] = np.zeros((shape[0], int(s.shape[1]), 1, 1), np.int64)
         told = (self._number if self._passes[0] else 0, *self._passes)
-        return {n: np.array([x], np.int64) for n, x in zip(_PASS, told, strict=True)} | self._states
+        return {n: np.array([x], np.int64) for n, x in zip(PASS, told, strict=True)} | self._states

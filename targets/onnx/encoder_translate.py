@@ -11,13 +11,17 @@ from reattend.targets.onnx.encoder_body import ENCODER
 from reattend.targets.onnx.encoder_observed import INPUTS, OBSERVED
 from reattend.targets.onnx.encoder_observed import observed_attention as _observed  # noqa: F401
 from reattend.targets.onnx.encoder_ops import masked_attention as _masked  # noqa: F401
-from reattend.targets.onnx.functions import DOMAIN, VERSION
+from reattend.targets.onnx.schema import our_op
 
-_FLOATS = ["tensor(float)", "tensor(float16)"]
+_RULES = {"scale": "float", "softcap": "float"}
 
 
 def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The entries of `custom_translation_table`."""
+
+    more = {"block": "int", "topk": "int", "ratio": "float"}
+    whole = dict.fromkeys((*INPUTS[3:], "blocks"), "I")
+    observed = our_op(OBSERVED, INPUTS, ("y", "blocks"), _RULES | more, whole)
 
     def translate_masked(q: Any, k: Any, v: Any, seen: Any, scale: float, softcap: float) -> Any:
         return _node("MaskedAttention")(q, k, v, seen, scale=float(scale), softcap=float(softcap))
@@ -34,7 +38,7 @@ def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         q: Any, k: Any, v: Any, past: Any, phase: Any, prompt: Any, block: int, topk: int,
         ratio: float, scale: float, softcap: float,
     ) -> Any:  # fmt: skip
-        return _node(OBSERVED)(
+        return observed(
             q, k, v, past, phase, prompt, block=int(block), topk=int(topk), ratio=float(ratio),
             scale=float(scale), softcap=float(softcap),
         )  # fmt: skip
@@ -48,26 +52,5 @@ def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def _node(name: str) -> Any:
     """The op of a node of `ENCODER`."""
-    import onnx.defs as defs
-    from onnxscript import values
-
-    parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
-    types = dict.fromkeys(("q", "key", "value"), "T") | {"seen": "S"}
-    observed = name == OBSERVED
-    outputs = [parameter("y", "T")] + [parameter("blocks", "I")] * observed
-    more = {"block": kind.INT, "topk": kind.INT, "ratio": kind.FLOAT} if observed else {}
-    attributes = {"scale": kind.FLOAT, "softcap": kind.FLOAT, **more}
-    inputs = [parameter(x, types.get(x, "I")) for x in (INPUTS if observed else ENCODER[name])]
-    schema = defs.OpSchema(
-        name,
-        DOMAIN,
-        VERSION,
-        inputs=inputs,
-        outputs=outputs,
-        type_constraints=[
-            ("T", _FLOATS, ""), ("I", ["tensor(int64)"], ""),
-            *([("S", ["tensor(bool)"], "")] if "seen" in ENCODER.get(name, ()) else []),
-        ],
-        attributes=[defs.OpSchema.Attribute(n, k) for n, k in attributes.items()],
-    )  # fmt: skip
-    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)
+    kinds = dict.fromkeys(ENCODER[name], "I") | dict.fromkeys(("q", "key", "value"), "T")
+    return our_op(name, ENCODER[name], ("y",), _RULES, kinds | {"seen": "S"})

@@ -7,7 +7,7 @@ so that no exponent is positive (`kernels/ops/linear_attention/channels.py` says
 
 from __future__ import annotations
 
-from reattend.targets.onnx.linear_body import SIZES
+from reattend.targets.onnx.linear_body import CHUNKED, SIZES, WHOLE_CHUNKS
 
 GATED = "GatedLinearAttention"
 #: Tokens of a chunk: a power of two.
@@ -41,25 +41,8 @@ SIZES
     else_branch = chunks () => (chunks_y, chunks_state)
     {
       c = Constant <value_int = @CHUNK> ()
-      c_1 = Constant <value_ints = [@CHUNK]> ()
-      less = Sub (c, one)
-      n_up = Add (n, less)
-      count = Div (n_up, c)
-      count_1 = Unsqueeze (count, axis_0)
-      padded_n = Mul (count, c)
-      padded_1 = Unsqueeze (padded_n, axis_0)
-      missing = Sub (padded_n, n)
-      missing_1 = Unsqueeze (missing, axis_0)
-      pads = Concat <axis = 0> (same, missing_1)
-      q_padded = Pad (q, pads, nothing, axis_2)
-      key_padded = Pad (key, pads, nothing, axis_2)
-      value_padded = Pad (value, pads, nothing, axis_2)
+CUT
       decay_padded = Pad (decay, pads, nothing, axis_2)
-      cut_heads = Concat <axis = 0> (same, heads, count_1, c_1, others)
-      cut_queries = Concat <axis = 0> (grouped, count_1, c_1, f)
-      q_cut = Reshape (q_padded, cut_queries)
-      key_cut = Reshape (key_padded, cut_heads)
-      value_cut = Reshape (value_padded, cut_heads)
       decay_cut = Reshape (decay_padded, cut_heads)
       three = Constant <value_int = 3> ()
       sums = CumSum (decay_cut, three)
@@ -151,4 +134,8 @@ def gated_linear_body() -> str:
         size, number = size // 2, number + 1
     last = "      last_index = Constant <value_ints = [9223372036854775807]> ()"
     body = _BODY.replace("HALVES", last + "".join(parts)).replace("@LAST", str(number))
-    return body.replace("@CHUNK", str(CHUNK)).replace("\nSIZES", SIZES)
+    return (
+        body.replace("@CHUNK", str(CHUNK))
+        .replace("\nCUT", WHOLE_CHUNKS + CHUNKED)
+        .replace("\nSIZES", SIZES)
+    )

@@ -32,10 +32,8 @@ SIZES = """
   n = Squeeze (n_1, axis_0)
 """
 
-#: chunks of C tokens, C no more than there are: how many, and what fills up the last
-CUT = """
-      most_c = Constant <value_int: int = @chunk> ()
-      c = Min (n, most_c)
+#: chunks of c tokens: how many, and what fills up the last
+WHOLE_CHUNKS = """
       c_1 = Unsqueeze (c, axis_0)
       c_less = Sub (c, one)
       n_up = Add (n, c_less)
@@ -46,6 +44,22 @@ CUT = """
       missing = Sub (padded_n, n)
       missing_1 = Unsqueeze (missing, axis_0)
       pads = Concat <axis = 0> (same, missing_1)"""
+
+#: the same, c no more than there are
+CUT = f"""
+      most_c = Constant <value_int: int = @chunk> ()
+      c = Min (n, most_c){WHOLE_CHUNKS}"""
+
+#: queries, keys and values in those chunks
+CHUNKED = """
+      q_padded = Pad (q, pads, nothing, axis_2)
+      key_padded = Pad (key, pads, nothing, axis_2)
+      value_padded = Pad (value, pads, nothing, axis_2)
+      cut_heads = Concat <axis = 0> (same, heads, count_1, c_1, others)
+      cut_queries = Concat <axis = 0> (grouped, count_1, c_1, f)
+      q_cut = Reshape (q_padded, cut_queries)
+      key_cut = Reshape (key_padded, cut_heads)
+      value_cut = Reshape (value_padded, cut_heads)"""
 
 # The numbers of heads are not read: onnx has an operator of this name that they are required by.
 _LINEAR = """LinearAttention
@@ -74,14 +88,6 @@ STEP_DECAY
     else_branch = chunks () => (chunks_y, chunks_state)
     {
 CUT
-      q_padded = Pad (q, pads, nothing, axis_2)
-      key_padded = Pad (key, pads, nothing, axis_2)
-      value_padded = Pad (value, pads, nothing, axis_2)
-      cut_heads = Concat <axis = 0> (same, heads, count_1, c_1, others)
-      cut_queries = Concat <axis = 0> (grouped, count_1, c_1, f)
-      q_cut = Reshape (q_padded, cut_queries)
-      key_cut = Reshape (key_padded, cut_heads)
-      value_cut = Reshape (value_padded, cut_heads)
       place = Range (zero, c, one)
       place_1 = Unsqueeze (place, axis_1)
       seen = LessOrEqual (place, place_1)
@@ -190,4 +196,4 @@ def linear_body(decayed: bool) -> str:
     """
     body = _LINEAR.replace("\nSTEP_DECAY", _STEP_DECAY if decayed else _STEP_PLAIN)
     body = body.replace("\nDECAYED", _DECAYED if decayed else _PLAIN)
-    return body.replace("\nCUT", CUT).replace("\nSIZES", SIZES)
+    return body.replace("\nCUT", CUT + CHUNKED).replace("\nSIZES", SIZES)

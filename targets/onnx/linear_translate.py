@@ -9,11 +9,11 @@ import torch
 
 from reattend.errors import ArgumentError
 from reattend.kernels.linear_attention import linear_attention as _sums  # noqa: F401
-from reattend.targets.onnx.functions import DOMAIN, VERSION
 from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_features import MAPS
 from reattend.targets.onnx.linear_ops import held_linear_attention as _held  # noqa: F401
 from reattend.targets.onnx.linear_ops import window_linear_attention as _window  # noqa: F401
+from reattend.targets.onnx.schema import our_op
 
 #: Tokens of a chunk, at least.
 CHUNK = 64
@@ -28,13 +28,16 @@ _WINDOW = (
 
 def linear_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The entries of `custom_translation_table`."""
-    held = _op("LinearAttention", _HELD, ("y", "present_state"), ("chunk", "decays", *HEADS))
-    gated = _op(GATED, _HELD, ("y", "present_state"), HEADS)
-    node = _op(
+    made = ("y", "present_state")
+    held = our_op("LinearAttention", _HELD, made, dict.fromkeys(("chunk", "decays", *HEADS), "int"))
+    gated = our_op(GATED, _HELD, made, dict.fromkeys(HEADS, "int"))
+    whole = ("window", "chunk", "feature_map", "terraced", "decays")
+    node = our_op(
         "WindowLinearAttention",
         _WINDOW,
         ("y", "present_key", "present_value", "present_state"),
-        ("window", "chunk", "feature_map", "terraced", "decays"),
+        {"scale": "float", **dict.fromkeys(whole, "int")},
+        dict.fromkeys(("kv_start", "kv_len"), "I"),
     )
 
     def translate_held(q: Any, k: Any, v: Any, decay: Any, state: Any, *, decays: bool) -> Any:
@@ -81,25 +84,3 @@ def _translate_sums(
     y = opset18.MatMul(opset18.Reshape(q, rows), after)
     back = opset18.Constant(value_ints=[0, heads, -1, int(v.shape[3])])
     return opset18.Reshape(y, back), after
-
-
-def _op(
-    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], integers: tuple[str, ...]
-) -> Any:
-    import onnx.defs as defs
-    from onnxscript import values
-
-    parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
-    attributes = [defs.OpSchema.Attribute(x, kind.INT) for x in integers]
-    if "kv_len" in inputs:
-        attributes.append(defs.OpSchema.Attribute("scale", kind.FLOAT))
-    schema = defs.OpSchema(
-        name,
-        DOMAIN,
-        VERSION,
-        inputs=[parameter(x, "I" if x.startswith("kv_") else "T") for x in inputs],
-        outputs=[parameter(x, "T") for x in outputs],
-        type_constraints=[("T", ["tensor(float)"], ""), ("I", ["tensor(int64)"], "")],
-        attributes=attributes,
-    )
-    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)

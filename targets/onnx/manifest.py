@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from reattend.errors import ModelError
 from reattend.targets.onnx.contrib import GROUP_QUERY, Form
+from reattend.targets.onnx.encoder_body import ENCODER
+from reattend.targets.onnx.encoder_observed import OBSERVED
 from reattend.targets.onnx.flavours import Flavour
 from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
-SCHEMA = 5
+SCHEMA = 6
+#: inputs of a file with passes over a text: which pass a call is, counted from 1, of how many, and
+#: tokens that are filled in
+PASS = ("pass_number", "passes", "new_tokens")
 #: what layers of models without caches are
-WHOLE = ("MaskedAttention", "RegionAttention", "ChosenRegionAttention", "ObservedAttention")
+WHOLE = (*ENCODER, OBSERVED)
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -117,7 +122,7 @@ class CheckEntry(_Part):
 class Manifest(_Part):
     """The file as a whole; `schema_version` rises when a reader must change."""
 
-    schema_version: Literal[1, 2, 3, 4, 5] = 5
+    schema_version: Literal[1, 2, 3, 4, 5, 6] = 6
     file: str = MODEL
     data: str = DATA
     dtype: Literal["float32", "float16"]

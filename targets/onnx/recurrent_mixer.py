@@ -31,8 +31,8 @@ class _Rows(NamedTuple):
     state: FixedState
 
 
-class TracedRecurrent(RecurrentAttention):
-    """A RecurrentAttention that also takes a state of fixed capacity; else it is as before."""
+class _Traced(RecurrentAttention):
+    """Takes a state of fixed capacity too; else it is as before."""
 
     def real(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
         """With a fixed state: its first real row says it."""
@@ -48,7 +48,19 @@ class TracedRecurrent(RecurrentAttention):
         """See `Mixer.attend`."""
         if not isinstance(rows, _Rows):
             return super().attend(query, rows, ctx, span)
-        (q, features), (new, state), c = query, rows, self.config
+        return self.held(query, rows.new, rows.state)
+
+    def held(self, query: Any, new: Any, state: FixedState) -> Tensor:
+        """`attend` with a fixed state, which the ops read and write."""
+        raise NotImplementedError
+
+
+class TracedRecurrent(_Traced):
+    """A RecurrentAttention with the nodes of its sums and of its window."""
+
+    def held(self, query: Any, new: Any, state: FixedState) -> Tensor:
+        """See `_Traced.held`."""
+        (q, features), c = query, self.config
         (past, *rings), (b, _, n, _) = state.past(), q.shape
         real_BN = state.places(n) >= 0
         k, log = new.k_BSNf * real_BN[:, None, :, None], new.log
@@ -67,24 +79,11 @@ class TracedRecurrent(RecurrentAttention):
         return self.averaged(with_ones(near), y).to(q.dtype)
 
 
-class TracedSelective(SelectiveAttention):
-    """A SelectiveAttention that also takes a state of fixed capacity; else it is as before."""
+class TracedSelective(_Traced, SelectiveAttention):
+    """A SelectiveAttention with the node of its sums; rows its convolutions see are states too."""
 
-    def real(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
-        """With a fixed state: its first real row says it."""
-        return None if isinstance(state, FixedState) else super().real(x_BND, ctx, state)
-
-    def store(self, new: Any, state: State) -> Any:
-        """Nothing yet."""
-        return _Rows(new, state) if isinstance(state, FixedState) else super().store(new, state)
-
-    def attend(
-        self, query: Any, rows: Any, ctx: Context, span: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """See `Mixer.attend`."""
-        if not isinstance(rows, _Rows):
-            return super().attend(query, rows, ctx, span)
-        new, state = rows
+    def held(self, query: Any, new: Any, state: FixedState) -> Tensor:
+        """See `_Traced.held`."""
         (past, *tails), n, kept = state.past(), new.dt_BHN.shape[2], self.config.held_rows
         place_BN = state.places(n)
         real_BN = place_BN >= 0

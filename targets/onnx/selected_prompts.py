@@ -8,6 +8,8 @@ queries.
 
 from __future__ import annotations
 
+from reattend.targets.onnx.fragments import read_rows
+
 # Means of the queries of a block against means of keys; a region's own block is chosen and counts.
 POOLED = """
       c = Constant <value_int: int = @block> ()
@@ -111,7 +113,7 @@ RANK
 # Every region of queries with the rows that it reads, gathered: those of its blocks, and first
 # tokens and a window that lie in none of them. Of these a query sees what is not later than itself,
 # nor further than the row's reach. A row that is not read begins after every query.
-REGIONS = """
+REGIONS = f"""
       total = Gather (lengths, zero)
       total_1 = Unsqueeze (total, axis_0)
 CHOSEN
@@ -177,21 +179,11 @@ CHOSEN
       as_regions_q = Concat <axis = 0> (same, same, regions_1, c_1, d)
       q_regions = Reshape (q_flat, as_regions_q)
       q_scaled = Mul (q_regions, factor)
-      rows_in = Clip (rows, zero, last_row)
-      as_index = Concat <axis = 0> (same, g, others, one_1)
-      row_index = Reshape (rows_in, as_index)
-      key_flat = GatherND <batch_dims = 2> (present_key, row_index)
-      value_flat = GatherND <batch_dims = 2> (present_value, row_index)
-      as_regions = Concat <axis = 0> (same, heads_1, regions_1, others, d)
-      read_key = Reshape (key_flat, as_regions)
-      e = Shape <start = 3, end = 4> (value)
-      as_regions_value = Concat <axis = 0> (same, heads_1, regions_1, others, e)
-      read_value = Reshape (value_flat, as_regions_value)
-      key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
+      rows_in = Clip (rows, zero, last_row){read_rows("present_key", "present_value")}
       scores_any = MatMul (q_scaled, key_t)
 SOFTMAX
       y_regions = MatMul (weights, read_value)
-      as_rows = Concat <axis = 0> (same, same, others, e)
+      as_rows = Concat <axis = 0> (same, same, others, value_width)
       y_rows = Reshape (y_regions, as_rows)
       region_begin_bn = Mul (region_bn, c)
       in_block_bn = Mod (place_bn, c)

@@ -9,13 +9,10 @@ import torch
 
 from reattend.mixers.config import RotaryConfig
 from reattend.patterns.pattern import HeadPattern
-from reattend.targets.onnx.functions import DOMAIN, VERSION
+from reattend.targets.onnx.schema import our_op
 from reattend.targets.onnx.selected_body import INTEGERS, KINDS
 from reattend.targets.onnx.selected_layout import attributes, node_name
 from reattend.targets.onnx.selected_ops import selected_attention as _op  # noqa: F401
-
-_FLOATS = ["tensor(float)", "tensor(float16)"]
-_WHOLE = ["tensor(int64)", "tensor(int32)"]
 
 
 def selected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -47,20 +44,6 @@ def selected_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def _node(name: str) -> Any:
     """The op of a node of `selected_body.KINDS`."""
-    import onnx.defs as defs
-    from onnxscript import values
-
-    parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
-    said = KINDS[name]
-    schema = defs.OpSchema(
-        name,
-        DOMAIN,
-        VERSION,
-        inputs=[parameter(x, "I" if x in INTEGERS else "T") for x in said.all_inputs],
-        outputs=[parameter(x, "I" if x in INTEGERS else "T") for x in said.all_outputs],
-        type_constraints=[("T", _FLOATS, ""), ("I", _WHOLE, "")],
-        attributes=[
-            defs.OpSchema.Attribute(n, getattr(kind, t.upper())) for n, t in said.attributes.items()
-        ],
-    )
-    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)
+    kind = KINDS[name]
+    whole = dict.fromkeys(INTEGERS, "I")
+    return our_op(name, kind.all_inputs, kind.all_outputs, kind.attributes, whole)

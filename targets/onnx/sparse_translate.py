@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from reattend.patterns.pattern import HeadPattern
-from reattend.targets.onnx.functions import DOMAIN, VERSION
 from reattend.targets.onnx.rewriting import attribute
+from reattend.targets.onnx.schema import our_op
 from reattend.targets.onnx.sparse_ops import pattern_attention as _pattern  # noqa: F401
 from reattend.targets.onnx.sparse_ops import sink_window_attention as _window  # noqa: F401
 
-_TYPES = ["tensor(float)", "tensor(float16)"]
-_INDEX = ["tensor(int64)", "tensor(int32)"]
+_SPAN = ("kv_start", "kv_len")
+_RULES = {"scale": "float", "softcap": "float", "sliding_window": "int"}
 #: a term that a node does not have
 _NO_STRIDE, _NONE_LISTED = [0, 0, 1], [-1]
 
@@ -84,40 +84,16 @@ def has_term(node: Any, term: str) -> bool:
 
 
 def _sparse_op() -> Any:
-    integers = {"window": "INT", "sinks": "INT", "sliding_window": "INT"}
-    names = ("q", "key", "value", "past_key", "past_value")
+    names = ("q", "key", "value", "past_key", "past_value", *_SPAN)
     outputs = ("y", "present_key", "present_value")
-    return _op("SparseAttention", names, outputs, integers)
+    attributes = _RULES | {"window": "int", "sinks": "int"}
+    return our_op("SparseAttention", names, outputs, attributes, dict.fromkeys(_SPAN, "I"))
 
 
 def _pattern_op() -> Any:
-    kinds = {
-        "sliding_window": "INT", "sinks": "INT", "window": "INT", "window_slope": "TENSOR",
-        "stride": "INTS", "powers": "INT", "columns": "INTS", "slashes": "INTS",
+    attributes = _RULES | {
+        "sinks": "int", "window": "int", "window_slope": "tensor", "stride": "ints",
+        "powers": "int", "columns": "ints", "slashes": "ints",
     }  # fmt: skip
-    return _op("PatternAttention", ("q", "key", "value"), ("y",), kinds)
-
-
-def _op(name: str, rows: tuple[str, ...], outputs: tuple[str, ...], kinds: dict[str, str]) -> Any:
-    """An op of our domain: floats, then kv_start and kv_len; scale, softcap and `kinds`."""
-    import onnx.defs as defs
-    from onnxscript import values
-
-    parameter, kind = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
-    attributes = {"scale": "FLOAT", "softcap": "FLOAT"} | kinds
-    schema = defs.OpSchema(
-        name,
-        DOMAIN,
-        VERSION,
-        inputs=[
-            *(parameter(row, "T") for row in rows),
-            parameter("kv_start", "I"),
-            parameter("kv_len", "I"),
-        ],
-        outputs=[parameter(output, "T") for output in outputs],
-        type_constraints=[("T", _TYPES, ""), ("I", _INDEX, "")],
-        attributes=[
-            defs.OpSchema.Attribute(n, getattr(kind, which)) for n, which in attributes.items()
-        ],
-    )
-    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)
+    names = ("q", "key", "value", *_SPAN)
+    return our_op("PatternAttention", names, ("y",), attributes, dict.fromkeys(_SPAN, "I"))

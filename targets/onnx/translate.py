@@ -15,21 +15,20 @@ import torch
 
 from reattend.errors import ArgumentError
 from reattend.targets.onnx.encoder_translate import encoder_translations
-from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION
+from reattend.targets.onnx.functions import OPSET
 from reattend.targets.onnx.linear_translate import linear_translations
 from reattend.targets.onnx.routed_body import NAME as ROUTED
+from reattend.targets.onnx.schema import our_op
 from reattend.targets.onnx.selected_translate import selected_translations
 from reattend.targets.onnx.sparse_translate import sparse_translations
-
-_TYPES = ["tensor(float)", "tensor(float16)"]
-_INDEX = ["tensor(int64)", "tensor(int32)"]
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """`custom_translation_table` of `torch.onnx.export`."""
-    attention = _attention_op("Attention", 3)
-    latent = _attention_op("LatentAttention", 4)
-    routed = _attention_op(ROUTED, 3, routed=True)
+    rows = ("q", "key", "value")
+    attention = _attention_op("Attention", *rows)
+    latent = _attention_op("LatentAttention", "q_nope", "q_rope", "latent", "rope")
+    routed = _attention_op(ROUTED, *rows, "active")
     scatter = _scatter_op()
 
     def translate_attention(
@@ -107,35 +106,11 @@ def _no_pages(table: Any) -> None:
         raise ArgumentError("a paged cache (block table) has no ONNX form")
 
 
-def _attention_op(name: str, floats: int, routed: bool = False) -> Any:
-    import onnx.defs as defs
-    from onnxscript import values
-
-    parameter = defs.OpSchema.FormalParameter
-    schema = defs.OpSchema(
-        name,
-        DOMAIN,
-        VERSION,
-        inputs=[
-            *(parameter(f"x{i}", "T") for i in range(floats)),
-            *([parameter("active", "A")] if routed else []),
-            parameter("kv_start", "I"),
-            parameter("kv_len", "I"),
-        ],
-        outputs=[parameter("y", "T")],
-        type_constraints=[
-            ("T", _TYPES, ""),
-            ("I", _INDEX, ""),
-            *([("A", ["tensor(bool)"], "")] if routed else []),
-        ],
-        attributes=[
-            defs.OpSchema.Attribute("scale", defs.OpSchema.AttrType.FLOAT),
-            defs.OpSchema.Attribute("causal", defs.OpSchema.AttrType.INT),
-            defs.OpSchema.Attribute("sliding_window", defs.OpSchema.AttrType.INT),
-            defs.OpSchema.Attribute("softcap", defs.OpSchema.AttrType.FLOAT),
-        ],
-    )
-    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)
+def _attention_op(name: str, *inputs: str) -> Any:
+    whole = ("causal", "sliding_window")
+    rules = {"scale": "float", "softcap": "float", **dict.fromkeys(whole, "int")}
+    kinds = {"active": "S", "kv_start": "I", "kv_len": "I"}
+    return our_op(name, (*inputs, "kv_start", "kv_len"), ("y",), rules, kinds)
 
 
 def _scatter_op() -> Any:
