@@ -29,20 +29,44 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-import peers
-from cases import Case, SPEED, bytes_of, ours, tensors
-from correctness import OPTIONS, error_of, poison
+import peers, problems
+from cases import Case, bytes_of
+from checking import listed, poison
+from correct_families import TRIALS, trial_error
+from correctness import OPTIONS, error_of
+from problems import Problem, work_of
+from registry import SPEED
 from torch.nn.attention import SDPBackend
+problems.DEVICE = "cpu"
 peers.BACKENDS = {"flash": SDPBackend.MATH}  # the CPU has no other that takes every case
+close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 for case in (
-    Case("a", "attention", 2, 4, 2, 20, 50, 16),
-    Case("b", "attention", 2, 4, 2, 1, 50, 16),
-    Case("c", "attention", 2, 4, 2, 30, 30, 16),
+    Case("a", "attention", 2, 4, 2, 20, 50, 16, dtype="float32"),
+    Case("b", "attention", 2, 4, 2, 1, 50, 16, dtype="float32"),
+    Case("c", "attention", 2, 4, 2, 30, 30, 16, dtype="float32"),
 ):
-    inputs = tensors(case, torch.float32, "cpu")
-    rows = (torch.zeros(case.b, dtype=torch.int64), torch.full((case.b,), case.m))
-    got, want = ours(case, inputs, rows, 0.25)(), peers.sdpa(case, "flash")(inputs)()
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    problem = Problem(case)
+    close(problem.forward()[0], peers.sdpa(case, "flash")(problem)())
+for pattern in ("sinks and window of 1k", "s2", "40 % of blocks"):
+    for n in (1, 700):
+        case = Case("d", "sparse_attention", 1, 16, 8, n, 700, 16, dtype="float32", pattern=pattern)
+        problem = Problem(case)
+        close(problem.forward()[0], peers.masked(problem)())
+case = Case("e", "routed_attention", 2, 4, 2, 20, 20, 16, dtype="float32", share=0.5)
+problem = Problem(case)
+want = peers.sdpa(case, "flash")(problem)() * problem.rest[0].repeat_interleave(2, 1)[..., None]
+close(problem.forward()[0], want)
+assert problem.rest[0].sum(1).eq(1).all()
+for page, n in ((0, 1), (16, 1)):
+    case = Case("f", "latent_attention", 2, 4, 1, n, 64, 32, 16, dtype="float32", page=page)
+    problem = Problem(case)
+    found = [*found, problem.forward()[0]] if page else [problem.forward()[0]]
+assert problem.rest[2].shape == (2, 4)
+close(*found)  # the same rows, in pages
+for decay in ("", "head", "feature"):
+    case = Case("g", "linear_attention", 1, 2, 2, 70, 70, 16, dtype="float32", decay=decay)
+    problem = Problem(case)
+    assert len(problem.backward()) == 5 and problem.backward() is not None
 poison()
 for case in (
     Case("a", "attention", 2, 4, 2, 20, 50, 16),
@@ -54,15 +78,20 @@ for case in (
         for dtype in (torch.float32, torch.bfloat16):
             error = error_of(case, dtype, "cpu", options)
             assert 0 < error <= 1, (case, options, error)
+for trial in [t for t in TRIALS if t.n * t.d < 11_000]:
+    error = trial_error(trial, torch.float32, "cpu")
+    assert 0 < error <= 1, (trial, error)
 for case in SPEED:
-    visible = sum(case.m - case.n + i + 1 for i in range(case.n))
-    wide = 2 * case.d + case.rope
-    assert case.flops == 2 * case.b * case.h * visible * wide, case
-    assert case.cache_bytes < bytes_of(case) < 40e9, case
+    if not case.pattern and case.op != "linear_attention":
+        visible = sum(case.m - case.n + i + 1 for i in range(case.n))
+        wide = (2 * case.d + case.rope) * case.share
+        assert case.flops == 2 * case.b * case.h * visible * wide, case
+        assert case.cache_bytes < bytes_of(case) < 40e9, case
     if case.op == "latent_attention" and not case.decodes:
         assert peers.equal_flops(case).flops == case.flops
     if case.op == "latent_attention" and case.decodes:
         assert peers.original(case, case.h).cache_bytes == 4 * case.b * case.m * case.h * 128
+assert {case.op for case in SPEED} == {op for op, _, _ in listed({case.op for case in SPEED})}
 """
 
 

@@ -1,45 +1,40 @@
 """`python kernels/bench`: on a GPU, check the kernels, then time them against their peers.
 
-No speed is reported while a kernel is wrong. The device's own ceilings (copy bandwidth, bf16
-matrix rate) are measured first: every case has a floor, the larger of its bytes over the one and
-its arithmetic over the other. Results go to ``kernels/bench/results`` with the device, the date
-and the versions. Without a GPU: exit code 5. `python kernels/bench report` prints the committed
-results as Markdown.
+No speed of an op is reported while a kernel of it is wrong. The device's own ceilings (copy
+bandwidth, matrix rate) are measured first: every case has a floor, the larger of its bytes over the
+one and its arithmetic over the other. Results go to ``kernels/bench/results`` with the device, the
+date and the versions, after every case; `--minutes` ends a run early, and `--continue` adds to what
+an earlier one wrote. Without a GPU: exit code 5. `python kernels/bench report` prints the committed
+results as Markdown, and with `--plots` draws them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import SPEED, Case, bytes_of, case_calls, compile_case
-from correctness import check
-from peers import inputs_of, peers
+from cases import Case
+from checking import check
+from goals import goal_table, judge_all
+from problems import compile_case
 from record import head, place, write
-from table import (
-    decode_table,
-    linear_table,
-    model_table,
-    onnx_encoder_table,
-    onnx_linear_table,
-    onnx_selected_table,
-    onnx_sparse_table,
-    routed_table,
-    sparse_table,
-    table,
-)
-from timing import copy_gb_per_s, eager_ms, input_sets, matmul_tflops, replay_ms
+from registry import SPEED
+from report import RESULTS, print_tables, write_plots
+from rows import time_case
+from table import table
+from timing import copy_gb_per_s, matmul_tflops
 
 EXIT_WRONG, EXIT_NO_DEVICE = 1, 5
-RESULTS = Path(__file__).parent / "results"
-FLEX = ("gqa prefill 4k", "gqa decode 8k, batch 8", "mla prefill 4k, 16 heads")
+#: of the time that is left, what checks may take before anything is timed
+CHECK_SHARE = 0.5
 
 
 def say(text: str) -> None:
@@ -47,90 +42,121 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def time_case(case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Times of our op and of its peers, with the floor and what the times amount to."""
-    calls = case_calls(case, input_sets(bytes_of(case)))
-    ms, eager = replay_ms(calls), eager_ms(calls)
-    again = replay_ms(calls)
-    del calls
-    floor_bytes = bytes_of(case) / ceilings["copy_gb_per_s"] / 1e6
-    floor_flops = case.flops / ceilings["matmul_tflops"] / 1e9
-    floor = max(floor_bytes, floor_flops)
-    row: dict[str, Any] = {
-        "case": case.name,
-        "op": case.op,
-        "shape": {k: getattr(case, k) for k in ("b", "h", "g", "n", "m", "d", "rope")},
-        "ms": round(ms, 5),
-        "ms_again": round(again, 5),
-        "eager_ms": round(eager, 5),
-        "bound": "bytes" if floor_bytes >= floor_flops else "FLOPs",
-        "floor_ms": round(floor, 5),
-        "fraction_of_floor": round(floor / ms, 3),
-        "tflops": round(case.flops / ms / 1e9, 1),
-        "gb_per_s": round(bytes_of(case) / ms / 1e6, 1),
-        "peers": {},
+def ceilings() -> dict[str, float]:
+    """GB/s of a copy, TFLOP/s of matrix products in bf16 and fp32."""
+    found = {
+        "copy_gb_per_s": copy_gb_per_s(),
+        "matmul_tflops": matmul_tflops(),
+        "matmul_fp32_tflops": matmul_tflops(4096, torch.float32),
     }
-    for peer in peers(case, case.name in FLEX):
-        try:
-            inputs = inputs_of(peer, input_sets(bytes_of(peer.case)))
-            theirs = replay_ms([peer.make(x) for x in inputs])
-        except Exception as error:  # a peer that cannot do it is part of the result
-            row["peers"][peer.name] = {"refused": f"{type(error).__name__}: {str(error)[:160]}"}
-            continue
-        finally:
-            inputs = []
-            torch.cuda.empty_cache()
-        row["peers"][peer.name] = {
-            "ms": round(theirs, 5),
-            "times_faster": round(theirs / ms, 3),
-            "bytes_ratio": round(bytes_of(peer.case) / bytes_of(case), 3),
-            "flops_ratio": round(peer.case.flops / case.flops, 3),
-        }
-    say(f"{case.name:28} {ms:8.4f} ms  {floor / ms:5.0%} of floor  {row['peers']}")
-    return row
+    return {name: round(value, 1) for name, value in found.items()}
 
 
-def measure(checks: list[dict[str, Any]], only: str) -> dict[str, Any]:
-    """The whole report."""
-    cases = [case for case in SPEED if only in case.name]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_case, cases))
-    ceilings = {"copy_gb_per_s": copy_gb_per_s(), "matmul_tflops": matmul_tflops()}
-    say(f"ceilings: {ceilings}")
-    return {
-        **head("python kernels/bench"),
-        "dtype": "bfloat16",
-        "ceilings": {k: round(v, 1) for k, v in ceilings.items()},
-        "checks": checks,
-        "speed": [time_case(case, ceilings) for case in cases],
-    }
+def compile_all(cases: list[Case], deadline: float) -> None:
+    """Leave every kernel on disk; what does not compile is reported when it is timed."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=spawn)
+    futures = [pool.submit(compile_case, case) for case in cases]
+    wait(futures, max(deadline - time.monotonic(), 0))
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def begin(options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """A new report, or the earlier one to go on with: of the same device and versions."""
+    report = head("python kernels/bench") | {"ceilings": {}, "checks": [], "speed": []}
+    source = options.go_on
+    if source is None:
+        return report
+    source = path if source == Path() else source
+    if not source.exists():
+        return report
+    old: dict[str, Any] = json.loads(source.read_text("utf-8"))
+    same = all(old[key] == report[key] for key in ("device", "versions"))
+    if not same or any("op" not in row for row in old["checks"]):
+        say(f"{source} is of another device, of other versions or older: begun anew")
+        return report
+    return old | {"date": report["date"]}
+
+
+def save(report: dict[str, Any], path: Path, kept: bool) -> None:
+    """Write, unless what ran was unproven or a part that would replace the whole."""
+    if kept:
+        write(report, path)
+
+
+def unproven(report: dict[str, Any], ops: set[str]) -> dict[str, str]:
+    """Ops that may not be timed, and why."""
+    checks = report["checks"]
+    wrong = {row["op"]: row["name"] for row in checks if not row["ok"]}
+    found = {op: f"{name!r} failed" for op, name in wrong.items()}
+    return found | dict.fromkeys(ops - {row["op"] for row in checks}, "no check ran")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, time, write; returns the exit status."""
+    deadline = time.monotonic() + 60 * options.minutes
+    path = options.out / place(head(""), options.out).name
+    report = begin(options, path)
+    kept = not options.no_check and (not options.only or options.go_on is not None)
+    done = {row["case"] for row in report["speed"]}
+    cases = [c for c in SPEED if options.only in c.name and c.name not in done]
+    ops = {case.op for case in cases}
+    if not options.no_check:
+        proven = {row["op"] for row in report["checks"]} - set(unproven(report, set()))
+        todo = ops - proven
+        report["checks"] = [row for row in report["checks"] if row["op"] not in todo]
+        left = deadline - time.monotonic()
+        share = 1.0 if options.check_only else CHECK_SHARE
+        report["checks"] += check(todo, time.monotonic() + share * left)
+        save(report, path, kept)
+    red = {} if options.no_check else unproven(report, ops)
+    for op, why in red.items():
+        sys.stderr.write(f"{op} is not timed: {why}\n")
+    say(f"{sum(row['ok'] for row in report['checks'])} of {len(report['checks'])} checks passed")
+    if options.check_only:
+        return EXIT_WRONG if red else 0
+    cases = [case for case in cases if case.op not in red]
+    compile_all(cases, min(deadline, time.monotonic() + 150))
+    report["ceilings"] = report["ceilings"] or ceilings()
+    say(f"ceilings: {report['ceilings']}")
+    for case in cases:
+        if time.monotonic() > deadline:
+            break
+        row = time_case(case, report["ceilings"])
+        report["speed"].append(row)
+        save(report, path, kept)
+        say(str(row))
+    order = [case.name for case in SPEED]
+    report["speed"].sort(key=lambda row: order.index(row["case"]))
+    save(report, path, kept)
+    told = f"wrote {path}" if kept else "nothing written"
+    say(f"{told}: {len(report['speed'])} of {len(SPEED)} problems")
+    say(table(report))
+    say(goal_table(judge_all([(c.name, c.goals) for c in SPEED], report["speed"])))
+    return EXIT_WRONG if red else 0
 
 
 def main() -> int:
-    """Check, time, write, print the table; returns the exit status."""
+    """What the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--device", default="nvidia-h200", help="whose results to report")
+    parser.add_argument("--plots", type=Path, help="with report: folder for the plots")
     parser.add_argument("--check-only", action="store_true", help="do not time")
     parser.add_argument("--no-check", action="store_true", help="time only; nothing is written")
-    parser.add_argument("--only", default="", help="cases named so; nothing is written")
+    parser.add_argument("--only", default="", help="cases named so; written with --continue")
+    parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
+    parser.add_argument(
+        "--continue", dest="go_on", nargs="?", type=Path, const=Path(), metavar="FILE",
+        help="keep what this file tells (the one that would be written when none is named)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     if options.what == "report":
-        made = {
-            options.device: table,
-            f"model-{options.device}": model_table,
-            "onnx_decode": decode_table,
-            "sparse_cpu": sparse_table,
-            "onnx_sparse": onnx_sparse_table,
-            "onnx_encoder": onnx_encoder_table,
-            "onnx_selected": onnx_selected_table,
-            "routed_cpu": routed_table,
-            "linear_cpu": linear_table,
-            "onnx_linear": onnx_linear_table,
-        }
-        for name, shown in made.items():
-            say(shown(json.loads((RESULTS / f"{name}.json").read_text("utf-8"))) + "\n")
+        if options.plots:
+            write_plots(options.device, options.plots)
+        else:
+            print_tables(options.device)
         return 0
     if not torch.cuda.is_available():
         sys.stderr.write(
@@ -139,21 +165,7 @@ def main() -> int:
             " kernels/bench/aot.py` compiles every kernel for every target\n"
         )
         return EXIT_NO_DEVICE
-    checks = [] if options.no_check else check()
-    wrong = [row for row in checks if not row["ok"]]
-    if wrong:
-        sys.stderr.write(f"{len(wrong)} checks failed, no speed is reported: {wrong}\n")
-        return EXIT_WRONG
-    if options.check_only:
-        say(f"{len(checks)} checks passed")
-        return 0
-    report = measure(checks, options.only)
-    if checks and not options.only:  # a part would replace the whole
-        path = place(report, options.out)
-        write(report, path)
-        say(f"wrote {path}")
-    say(table(report))
-    return 0
+    return run(options)
 
 
 if __name__ == "__main__":

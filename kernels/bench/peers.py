@@ -1,30 +1,40 @@
 """What the kernels are compared with, on the same device in the same run.
 
-- ``flash``, ``cudnn``: torch's SDPA with that backend, on the same problem (attention only).
-- ``flex``: FlexAttention compiled by inductor, on the same problem.
+- ``flash``, ``cudnn``: torch's SDPA with that backend; on the same problem, of sparse and routed
+  attention without a pattern: dense.
+- ``masked``: SDPA with the pattern as a mask, which computes what it hides: a floor, no rival.
+- ``flex``: FlexAttention compiled by inductor, on the same problem, blocks left out as ours.
+- ``ours, all heads`` (routed): `reattend::attention`.
 - ``flash, equal FLOPs`` (latent prefill): SDPA flash at head width 128 with as many heads as make
   the arithmetic the same. SDPA has no fast kernel for rows as wide as a latent's.
 - ``original MHA`` and ``original 8 KV heads`` (latent decode): SDPA decode, by either backend, of
   the cache that a converted model had, at the same batch and length, heads of width 128.
+- ``fla``: the chunk kernels of fla-core, where that package is installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import Case, tensors
+from cases import Case
+from patterns import heads_of, layout_of
+from problems import Problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 WIDTH = 128  # heads of the models that conversions start from
+MASKED = 16384  # tokens up to which a mask fits
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+FLEX = ("gqa prefill 4k", "gqa decode 8k, batch 8", "mla prefill 4k, 16 heads")
 Call = Callable[[], Any]
-Make = Callable[[tuple[Tensor, ...]], Call]
+Make = Callable[[Problem], Call]
 
 
 @dataclass(frozen=True)
@@ -34,22 +44,22 @@ class Peer:
     Attributes:
         name: column of the table.
         case: the problem it solves.
-        make: from the inputs of that problem to the call that is timed.
+        make: from that problem's tensors to the call that is timed.
+        back: to the call of its gradient alone, where that is compared.
     """
 
     name: str
     case: Case
     make: Make
+    back: Make | None = None
 
 
 def sdpa(case: Case, backend: str) -> Make:
     """SDPA on an attention problem with one backend forced."""
-    mask = None
-    if 1 < case.n < case.m:
-        mask = causal_lower_right(case.n, case.m)
+    mask = causal_lower_right(case.n, case.m) if 1 < case.n < case.m else None
 
-    def make(inputs: tuple[Tensor, ...]) -> Call:
-        q, k, v = inputs
+    def make(problem: Problem) -> Call:
+        q, k, v = problem.data
 
         def call() -> Tensor:
             with sdpa_kernel([BACKENDS[backend]]):
@@ -62,62 +72,116 @@ def sdpa(case: Case, backend: str) -> Make:
     return make
 
 
+def masked(problem: Problem) -> Call:
+    """SDPA with the layout as a mask."""
+    case, layout = problem.case, layout_of(problem.case)
+    start = (case.m - case.n) - layout.first * layout.block
+    seen = layout.to(problem.device).to_mask(start + case.n, case.m)[:, start:]
+    mask = seen if len(seen) == 1 else seen[layout.head_layout.long()]
+    q, k, v = problem.data
+    return lambda: F.scaled_dot_product_attention(q, k, v, mask[None], enable_gqa=case.h != case.g)
+
+
 def flex(case: Case) -> Make:
-    """FlexAttention on either op's problem (for a latent: one KV head of width r + R)."""
+    """FlexAttention on an op's problem (for a latent: one KV head of width r + R)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
     past = case.m - case.n
+    pattern = heads_of(case)[0] if case.pattern else None
 
-    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j <= i + past
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        visible = j <= i + past
+        if pattern is not None:
+            visible = visible & ((i + past - j < pattern.window) | (j < pattern.sinks))
+        return visible
 
-    mask = create_block_mask(causal, None, None, case.n, case.m) if case.n > 1 else None
-
-    def make(inputs: tuple[Tensor, ...]) -> Call:
+    def make(problem: Problem) -> Call:
+        blocks = None
+        if case.n > 1:
+            blocks = create_block_mask(
+                seen, None, None, case.n, case.m, device=problem.device, _compile=True
+            )
         if case.op == "latent_attention":
-            q, k = torch.cat(inputs[:2], -1), torch.cat(inputs[2:], -1)[:, None]
-            v = inputs[2][:, None]
+            q_nope, q_rope, latent, rope = problem.data
+            q, k = torch.cat([q_nope, q_rope], -1), torch.cat([latent, rope], -1)[:, None]
+            v = latent[:, None]
         else:
-            q, k, v = inputs
-        return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=case.h != case.g)
+            q, k, v = problem.data
+        return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=case.h != case.g)
 
     return make
 
 
+def fla(problem: Problem) -> Call:
+    """fla-core's chunk kernel of the same decay, on tensors in its own order."""
+    q, k, v, decay, _ = (
+        None if x is None else x.transpose(1, 2).contiguous() for x in problem.data
+    )
+    if problem.case.decay == "head":
+        op = import_module("fla.ops.simple_gla").chunk_simple_gla
+        return lambda: op(q, k, v, decay, scale=1.0, output_final_state=True)
+    if problem.case.decay == "feature":
+        op = import_module("fla.ops.gla").chunk_gla
+        return lambda: op(q, k, v, decay, scale=1.0, output_final_state=True)
+    op = import_module("fla.ops.linear_attn").chunk_linear_attn
+    return lambda: op(q, k, v, scale=1.0, normalize=False, output_final_state=True)
+
+
+def fla_gradient(problem: Problem) -> Call:
+    """The gradient of `fla` through autograd, the graph kept."""
+    wide = [None if x is None else x.requires_grad_() for x in problem.data]
+    with torch.enable_grad():
+        y, state = fla(problem)()
+    given = [x for x in wide if x is not None]
+    dy, dstate = torch.randn_like(y), torch.randn_like(state)
+    return lambda: torch.autograd.grad((y, state), given, (dy, dstate), retain_graph=True)
+
+
+def dense(case: Case) -> Case:
+    """The attention problem without a pattern or a choice of heads."""
+    name = f"{case.h}/{case.g} heads, {case.n} on {case.m}, batch {case.b}, {case.dtype}"
+    return replace(case, name=name, op="attention", pattern="", share=1.0, goals=())
+
+
 def original(case: Case, groups: int) -> Case:
     """The attention problem a latent decode replaces."""
-    return replace(case, name=f"original of {case.name}", op="attention", g=groups, d=WIDTH, rope=0)
+    name = f"original of {case.name}"
+    return replace(case, name=name, op="attention", g=groups, d=WIDTH, rope=0, page=0, goals=())
 
 
 def equal_flops(case: Case) -> Case:
     """Attention with heads of width 128 and the arithmetic of a latent prefill."""
     heads = round(case.h * (2 * case.d + case.rope) / (2 * WIDTH))
+    name = f"flops of {case.name}"
     return replace(
-        case, name=f"flops of {case.name}", op="attention", h=heads, g=heads, d=WIDTH, rope=0
+        case, name=name, op="attention", h=heads, g=heads, d=WIDTH, rope=0, backward=False, goals=()
     )
 
 
-def peers(case: Case, with_flex: bool) -> Sequence[Peer]:
+def peers(case: Case) -> Iterator[Peer]:
     """Every peer of a case."""
-    found = []
-    if case.op == "attention":
-        found = [Peer(name, case, sdpa(case, name)) for name in BACKENDS]
+    if case.op == "linear_attention":
+        if case.n > 1 and case.dtype != "float32" and find_spec("fla") is not None:
+            yield Peer("fla", case, fla, fla_gradient)
+        return
+    if case.op != "latent_attention":
+        whole = dense(case)
+        yield from (Peer(name, whole, sdpa(whole, name)) for name in BACKENDS)
+        if case.op == "routed_attention":
+            yield Peer("ours, all heads", whole, lambda problem: problem.forward)
     elif case.decodes:
-        whole = original(case, case.h)
-        found = [Peer(f"{name}, original MHA", whole, sdpa(whole, name)) for name in BACKENDS]
-        if case.h > 8:
-            some = original(case, 8)
-            found += [Peer(f"{n}, original 8 KV heads", some, sdpa(some, n)) for n in BACKENDS]
+        for groups, name in ((case.h, "original MHA"), (8, "original 8 KV heads")):
+            if groups == case.h or case.h > 8:
+                some = original(case, groups)
+                yield from (Peer(f"{n}, {name}", some, sdpa(some, n)) for n in BACKENDS)
     else:
         same = equal_flops(case)
-        found = [Peer("flash, equal FLOPs", same, sdpa(same, "flash"))]
-        found.append(Peer("cudnn, equal FLOPs", same, sdpa(same, "cudnn")))
-    if with_flex:
-        found.append(Peer("flex", case, flex(case)))
-    return found
-
-
-def inputs_of(peer: Peer, sets: int) -> list[tuple[Tensor, ...]]:
-    """Input sets of a peer's problem."""
-    return [tensors(peer.case, torch.bfloat16, "cuda", seed) for seed in range(sets)]
+        yield from (Peer(f"{n}, equal FLOPs", same, sdpa(same, n)) for n in BACKENDS)
+    if case.op == "sparse_attention" and not case.decodes:
+        if case.n <= MASKED:
+            yield Peer("masked", case, masked)
+        if case.pattern.startswith("sinks"):
+            yield Peer("flex", case, flex(case))
+    if case.name in FLEX:
+        yield Peer("flex", case, flex(case))

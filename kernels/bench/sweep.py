@@ -2,28 +2,32 @@
 
 The configurations in `reattend.kernels.configs` that are marked as measured are the fastest of
 such a sweep. Programs are compiled first, in as many processes as the machine has cores (Triton
-keeps them on disk), then timed one after another. Writes ``results/sweep-<device>.json``.
+keeps them on disk), then timed one after another. Writes ``results/sweep-<device>.json`` after
+every problem; `--minutes` ends it early.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
 from datetime import date
+from importlib import import_module
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import SWEEP, Case, bytes_of, tensors
+from cases import Case
+from problems import Problem, work_of
 from record import head, place, write
+from registry import SWEEP
 from timing import input_sets, replay_ms
 
 from reattend.kernels.configs import KernelConfig
@@ -67,6 +71,18 @@ GRID: dict[str, tuple[Tile, ...]] = {
         (16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (32, 64, 4, 2, 2), (32, 128, 4, 2), (64, 64, 4, 2),
         (64, 64, 8, 3),
     ),
+    "sparse prefill 64": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 4)),
+    "sparse prefill 128": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (64, 32, 4, 4)),
+    "sparse decode 128": (
+        (16, 64, 4, 4), (16, 64, 4, 3), (16, 64, 2, 4), (16, 64, 4, 3, 2), (16, 32, 4, 4),
+    ),
+    "routed prefill 128": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
+    "routed decode 128": ((16, 64, 4, 4), (16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 2, 4)),
+    "linear prefill 128": (
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2),
+        (128, 64, 8, 2), (32, 64, 4, 3),
+    ),
+    "linear decode 128": ((1, 32, 4, 1), (1, 64, 4, 1), (1, 16, 4, 1), (1, 32, 2, 1)),
 }  # fmt: skip
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -77,37 +93,31 @@ def grid_of(case: Case) -> Iterator[KernelConfig]:
         yield KernelConfig(*tile)
 
 
-def launcher(case: Case) -> Any:
-    """The launch module of a case's op."""
-    if case.op == "attention":
-        from reattend.kernels.attention import launch
-    else:
-        from reattend.kernels.latent_attention import launch  # type: ignore[no-redef]
-    return launch
-
-
-def call_of(case: Case, config: KernelConfig, splits: int | None, inputs: tuple[Any, ...]) -> Any:
+def call_of(problem: Problem, config: KernelConfig, splits: int | None) -> Any:
     """One launch."""
+    case, data, rest = problem.case, problem.data, problem.rest
+    launch = import_module(f"reattend.kernels.{case.op}.launch")
     rule = Rule((case.d + case.rope) ** -0.5, True, 0, 0.0)
-    module = launcher(case)
-    return lambda: module.launch(*inputs, None, rule, config, splits=splits)
-
-
-def full_inputs(case: Case, seed: int = 0) -> tuple[Any, ...]:
-    """Inputs with every row of the cache in use."""
-    start = torch.zeros(case.b, dtype=torch.int64, device="cuda")
-    made = tensors(case, torch.bfloat16, "cuda", seed)
-    return (*made, start, start + case.m)
+    if case.op == "linear_attention":
+        configs = dict.fromkeys((*launch.KERNELS, "channels"), config)
+        return lambda: launch.launch(launch.Inputs(*data, *rest), configs)
+    if case.op == "sparse_attention":
+        given = launch.Inputs(*data, rest[:5], rest[5:7], *rest[7:9])
+        return lambda: launch.launch(given, rule, config, splits=splits)
+    if case.op == "routed_attention":
+        given = launch.Inputs(*data, *rest)
+        return lambda: launch.launch(given, rule, config, splits=splits)
+    return lambda: launch.launch(*data, *rest, None, rule, config, splits=splits)
 
 
 def compile_one(job: tuple[Case, KernelConfig]) -> str | None:
     """In a worker: compile by running once. Returns why it cannot run."""
     case, config = job
     torch.cuda.empty_cache()
-    inputs = full_inputs(case)
+    problem = Problem(case)
     try:
         for splits in (1, 3, 16) if case.decodes else (1,):  # 1 and 16 are special to Triton
-            call_of(case, config, splits, inputs)()
+            call_of(problem, config, splits)()
         torch.cuda.synchronize()
     except Exception as error:  # too many registers or too much shared memory is a result
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -116,6 +126,9 @@ def compile_one(job: tuple[Case, KernelConfig]) -> str | None:
 
 def sane_splits(case: Case, config: KernelConfig, processors: int) -> Iterator[int]:
     """Splits that make a third of a wave to four and a half, of at least two tiles each."""
+    if case.op == "linear_attention":
+        yield 1
+        return
     rows = case.h // case.g * case.n
     programs = -(-rows // config.rows) * case.g * case.b
     for splits in SPLITS:
@@ -129,6 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--only", default="", help="cases whose name holds one of these, by commas")
+    parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.stderr.write("no GPU: a sweep measures one\n")
@@ -136,45 +150,66 @@ def main() -> int:
 
     cases = [case for case in SWEEP if any(text in case.name for text in options.only.split(","))]
     jobs = list(product_of(cases))
-    began = time.perf_counter()
-    workers = os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        refused = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
-    sys.stdout.write(f"{len(jobs)} programs in {time.perf_counter() - began:.0f} s\n")
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    deadline = began + 60 * options.minutes
+    refused = compile_all(jobs, deadline)
+    sys.stdout.write(f"{len(jobs)} programs in {time.monotonic() - began:.0f} s\n")
+    report = head("python kernels/bench/sweep.py")
+    path = place(report, options.out, "sweep-")
+    report["rows"] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
     for case in cases:
-        sets = [full_inputs(case, seed) for seed in range(input_sets(bytes_of(case)))]
-        best: list[tuple[float, str]] = []
-        for config in grid_of(case):
-            day = date.today().isoformat()
-            row = {"case": case.name, "date": day, "config": asdict(config)}
-            if refused[case, config] is not None:
-                rows.append(row | {"refused": refused[case, config]})
-                continue
-            tried = sane_splits(case, config, processors) if case.decodes else (1,)
-            times = {}
-            for splits in tried:
-                times[splits] = replay_ms([call_of(case, config, splits, x) for x in sets], 7)
-            rows.append(row | {"ms": {str(k): round(v, 5) for k, v in times.items()}})
-            splits = min(times, key=lambda k: times[k])
-            chosen = replay_ms([call_of(case, config, None, x) for x in sets], 7)
-            rows[-1]["chosen_ms"] = round(chosen, 5)
-            tile = f"{config.rows},{config.keys},{config.warps},{config.stages}"
-            best.append((times[splits], f"{tile}/{splits}={times[splits]:.4f}({chosen:.4f})"))
-        del sets
-        shown = "  ".join(text for _, text in sorted(best)[:4])
+        if time.monotonic() > deadline:
+            sys.stdout.write(f"no time for {case.name}\n")
+            continue
+        rows, shown = swept(case, refused)
+        # cases that are not swept again stay as they were
+        report["rows"] = [row for row in report["rows"] if row["case"] != case.name] + rows
+        write(report, path)
         sys.stdout.write(f"{case.name:30} {shown}\n")
         sys.stdout.flush()
-    report = {**head("python kernels/bench/sweep.py"), "rows": rows}
-    path = place(report, options.out, "sweep-")
-    if path.exists():  # cases that were not swept again stay as they were
-        again = {case.name for case in cases}
-        old = json.loads(path.read_text("utf-8"))["rows"]
-        report["rows"] = [row for row in old if row["case"] not in again] + rows
-    write(report, path)
-    sys.stdout.write(f"wrote {path} after {time.perf_counter() - began:.0f} s\n")
+    sys.stdout.write(f"wrote {path} after {time.monotonic() - began:.0f} s\n")
     return 0
+
+
+def compile_all(
+    jobs: list[tuple[Case, KernelConfig]], deadline: float
+) -> dict[tuple[Case, KernelConfig], str | None]:
+    """Why each job cannot run, None where it can."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=spawn)
+    futures = {job: pool.submit(compile_one, job) for job in jobs}
+    wait(futures.values(), max(deadline - time.monotonic(), 0))
+    pool.shutdown(wait=False, cancel_futures=True)
+    return {
+        job: future.result() if future.done() and not future.exception() else "did not compile"
+        for job, future in futures.items()
+    }
+
+
+def swept(
+    case: Case, refused: dict[tuple[Case, KernelConfig], str | None]
+) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a case, and its fastest configurations in words."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    problems = [Problem(case, seed) for seed in range(input_sets(work_of(case).bytes))]
+    rows: list[dict[str, Any]] = []
+    best: list[tuple[float, str]] = []
+    for config in grid_of(case):
+        row = {"case": case.name, "date": date.today().isoformat(), "config": asdict(config)}
+        if refused[case, config] is not None:
+            rows.append(row | {"refused": refused[case, config]})
+            continue
+        tried = sane_splits(case, config, processors) if case.decodes else (1,)
+        times = {}
+        for splits in tried:
+            times[splits] = replay_ms([call_of(x, config, splits) for x in problems], 7)
+        rows.append(row | {"ms": {str(k): round(v, 5) for k, v in times.items()}})
+        splits = min(times, key=lambda k: times[k])
+        chosen = replay_ms([call_of(x, config, None) for x in problems], 7)
+        rows[-1]["chosen_ms"] = round(chosen, 5)
+        tile = f"{config.rows},{config.keys},{config.warps},{config.stages}"
+        best.append((times[splits], f"{tile}/{splits}={times[splits]:.4f}({chosen:.4f})"))
+    return rows, "  ".join(text for _, text in sorted(best)[:4])
 
 
 def product_of(cases: list[Case]) -> Iterator[tuple[Case, KernelConfig]]:

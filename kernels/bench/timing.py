@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,8 @@ ROTATE_BYTES = 400_000_000  # several times the L2 of any GPU listed
 MAX_SETS = 16
 CALLS_PER_GRAPH = 16
 ROUNDS = 15
+TIME_MS = 600.0  # that one measurement may take, about
+LONG_MS = 20.0  # of a call whose launch does not matter
 
 Call = Callable[[], Any]
 
@@ -59,6 +61,42 @@ def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS, repeats: int | None =
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times) / (repeats * len(calls))
+
+
+class Timed(NamedTuple):
+    """Milliseconds of one call, and whether it was launched from Python because it has to be."""
+
+    ms: float
+    eager: bool
+
+
+def measured(calls: Sequence[Call]) -> Timed:
+    """Milliseconds of one call: graph replay where it is short and never waits for the host.
+
+    Args:
+        calls: the same work over different inputs.
+    """
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        calls[0]()  # allocations and compiling may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        calls[0]()
+        waits = False
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        waits = True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    once = call_ms(calls[0], 1)
+    if waits or once > LONG_MS:
+        rounds = max(3, min(ROUNDS, int(TIME_MS / max(once, 1e-3))))
+        return Timed(call_ms(calls[0], rounds), waits)
+    repeats = max(1, min(CALLS_PER_GRAPH // len(calls), int(TIME_MS / 10 / (once * len(calls)))))
+    rounds = max(3, min(ROUNDS, int(TIME_MS / (once * repeats * len(calls)))))
+    return Timed(replay_ms(calls, rounds, repeats), False)
 
 
 def eager_ms(calls: Sequence[Call], rounds: int = 5) -> float:
@@ -130,7 +168,7 @@ def copy_gb_per_s(size: int = 1 << 32) -> float:
     return 2 * size / call_ms(lambda: target.copy_(source)) / 1e6
 
 
-def matmul_tflops(size: int = 8192) -> float:
-    """bf16 matrix products of random data, in TFLOP/s."""
-    a, b = (torch.randn(size, size, device="cuda").to(torch.bfloat16) for _ in range(2))
+def matmul_tflops(size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Matrix products of random data, in TFLOP/s."""
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
     return 2 * size**3 / call_ms(lambda: a @ b) / 1e9

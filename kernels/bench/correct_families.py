@@ -1,0 +1,258 @@
+"""Are the kernels of sparse, routed and linear attention, and all gradients, right?
+
+As `correctness.py`: ragged rows, an empty one, NaN wherever nothing may be read, inputs that are
+not contiguous, three dtypes. Outputs are compared with the op's formula in fp64 and with a second
+oracle: torch's SDPA under a mask, or the recurrence token by token. Gradients are compared with
+autograd through the formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from correctness import compared, y_limit
+from torch import Tensor
+
+from reattend.kernels.attention import reference as attention_reference
+from reattend.kernels.linear_attention import reference as linear_reference
+from reattend.kernels.routed_attention import reference as routed_reference
+from reattend.kernels.sparse_attention import BlockLayout
+from reattend.kernels.sparse_attention import reference as sparse_reference
+
+GRADIENT = 2.0  # times the error that an output may have
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One check: op, sizes as in `cases.Case`, and what else the op is given."""
+
+    name: str
+    op: str
+    h: int
+    g: int
+    n: int
+    m: int
+    d: int
+    options: dict[str, Any] = field(default_factory=dict)
+    gradient: bool = False
+
+
+SPARSE, ROUTED, LINEAR = "sparse_attention", "routed_attention", "linear_attention"
+TRIALS = (
+    Trial("gradient", "attention", 8, 2, 133, 200, 128, gradient=True),
+    Trial("gradient, width 80", "attention", 4, 2, 97, 97, 80, {"softcap": 5.0}, True),
+    Trial("gradient, window", "attention", 4, 4, 150, 150, 64, {"sliding_window": 37}, True),
+    Trial("gradient, two-way", "attention", 4, 1, 65, 70, 256, {"causal": False}, True),
+    Trial("prefill", SPARSE, 8, 2, 300, 300, 128, gradient=True),
+    Trial("prefill, softcap", SPARSE, 4, 2, 133, 133, 80, {"softcap": 5.0}, True),
+    Trial("prefill, blocks of 16", SPARSE, 4, 4, 97, 160, 96, {"block": 16}, True),
+    Trial("prefill, blocks of 32", SPARSE, 4, 2, 129, 129, 256, {"block": 32}, True),
+    Trial("decode", SPARSE, 8, 2, 1, 777, 128),
+    Trial("decode, small chunk", SPARSE, 8, 4, 5, 300, 64),
+    Trial("decode, width 32, blocks of 16", SPARSE, 4, 2, 3, 200, 32, {"block": 16}),
+    Trial("prefill, heads", ROUTED, 8, 2, 133, 200, 128, {"units": 8}, True),
+    Trial("prefill, groups", ROUTED, 8, 2, 200, 200, 80, {"units": 2}),
+    Trial("prefill, window", ROUTED, 4, 4, 97, 161, 64, {"units": 4, "sliding_window": 37}),
+    Trial("decode, groups", ROUTED, 32, 8, 1, 999, 128, {"units": 8}),
+    Trial("decode, heads", ROUTED, 8, 2, 5, 300, 96, {"units": 8}),
+    Trial("causal", LINEAR, 4, 2, 200, 200, 128, gradient=True),
+    Trial("decay", LINEAR, 4, 4, 133, 133, 80, {"decay": "head", "state": True}, True),
+    Trial("mass", LINEAR, 2, 1, 97, 97, 64, {"normalize": True, "state": True}, True),
+    Trial("terraces", LINEAR, 4, 2, 300, 300, 96, {"lag": 65, "block": 64}, True),
+    Trial("lag", LINEAR, 2, 2, 150, 150, 256, {"lag": 37, "decay": "head"}, True),
+    Trial("featured", LINEAR, 4, 2, 133, 133, 64, {"decay": "feature", "state": True}, True),
+    Trial("featured, mass", LINEAR, 2, 2, 70, 70, 96, {"decay": "feature", "normalize": True}),
+    Trial("step", LINEAR, 8, 2, 1, 1, 128, {"decay": "head", "state": True, "normalize": True}),
+    Trial("step, featured", LINEAR, 4, 4, 1, 1, 80, {"decay": "feature", "state": True}),
+)
+
+
+def _rows(trial: Trial, device: str) -> tuple[Tensor, Tensor]:
+    """Three rows of the batch, padded on the left by 0, 3 and 6; the last one is empty."""
+    start = torch.arange(3, device=device) * 3
+    length = trial.m - torch.arange(3, device=device) * 5
+    length[2] = start[2]
+    return start, length
+
+
+def _heads(trial: Trial, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Queries with heads inside of tokens; keys and values with NaN where no key is."""
+    make = torch.Generator(device=device).manual_seed(trial.n)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make, device=device).to(dtype)
+
+    q = draw(3, trial.n, trial.h, trial.d).transpose(1, 2)
+    caches = [draw(3, trial.g, trial.m, trial.d) for _ in range(2)]
+    start, length = _rows(trial, device)
+    for cache in caches:
+        for b in range(3):
+            cache[b, :, : int(start[b])] = float("nan")
+            cache[b, :, int(length[b]) :] = float("nan")
+    return [q, *caches]
+
+
+def _under_mask(trial: Trial, wide: list[Tensor], seen_HNM: Tensor, scale: float) -> Tensor:
+    """The first row of the batch by torch's SDPA in fp64; NaN where a query sees nothing."""
+    repeat = trial.h // trial.g
+    q, k, v = (wide[0][:1], *(x[:1].repeat_interleave(repeat, 1) for x in wide[1:]))
+    made: Tensor = F.scaled_dot_product_attention(q, k, v, seen_HNM, scale=scale)[0]
+    return made
+
+
+Run = Callable[..., tuple[Tensor, Tensor]]
+OPS = torch.ops.reattend
+
+
+def _softmax(
+    trial: Trial, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], Run, Run, Tensor]:
+    """Inputs, op and formula as functions of them, and what each query of the first row sees."""
+    start, length = _rows(trial, device)
+    options, scale = dict(trial.options), trial.d**-0.5
+    make = torch.Generator().manual_seed(trial.m)
+    pos = trial.m - trial.n + torch.arange(trial.n, device=device)[:, None]
+    j = torch.arange(trial.m, device=device)
+    seen = (j <= pos) if options.get("causal", True) else (j >= 0).expand(trial.n, -1)
+    seen = seen & (pos - j < (options.get("sliding_window") or trial.m + 1))
+    inputs = _heads(trial, dtype, device)
+    if trial.op == SPARSE:
+        block, softcap = options.get("block", 64), options.get("softcap", 0.0)
+        mask = torch.rand(3, trial.m, trial.m, generator=make) < 0.4
+        mask &= torch.ones(trial.m, trial.m, dtype=torch.bool).tril()
+        mask[:, :, :2] |= torch.rand(3, trial.m, 1, generator=make) < 0.9
+        head_layout = torch.arange(trial.h) * 3 // trial.h
+        layout = BlockLayout.from_mask(mask, head_layout, block).to(device)
+        rest = (*layout.tensors, start, length, block, 0, scale, softcap)
+        formula_sparse: Run = sparse_reference.sparse_attention
+        shown = mask[head_layout].to(device)[:, -trial.n :]
+        return (
+            inputs,
+            lambda *x: OPS.sparse_attention(*x, *rest),
+            lambda *x: formula_sparse(*x, *rest),
+            shown,
+        )
+    given: tuple[Tensor, ...] = (start, length)
+    op: Run = OPS.attention
+    formula: Run = attention_reference.attention
+    shown = seen.expand(trial.h, -1, -1)
+    if trial.op == ROUTED:
+        units = options.pop("units")
+        active = torch.rand(3, units, trial.n, generator=make) < 0.6
+        active[0, 0] = False
+        given = (active.to(device), *given)
+        op, formula = OPS.routed_attention, routed_reference.routed_attention
+        used = active[0].to(device).repeat_interleave(trial.h // units, 0)
+        shown = shown & used[..., None]
+    return (
+        inputs,
+        lambda *x: op(*x, *given, scale=scale, **options),
+        lambda *x: formula(*x, *given, scale=scale, **options),
+        shown,
+    )
+
+
+def softmax_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
+    """Error of one trial of softmax attention, in units of the allowed one."""
+    inputs, op, formula, shown = _softmax(trial, dtype, device)
+    narrow = [x.detach().requires_grad_(trial.gradient) for x in inputs]
+    wide = [x.detach().double().requires_grad_(trial.gradient) for x in inputs]
+    y, lse = op(*narrow)
+    want, want_lse = formula(*wide)
+    error = compared(y.detach(), lse.detach(), want.detach(), want_lse.detach(), dtype)
+    if not trial.options.get("softcap"):
+        finite = [torch.nan_to_num(x.detach()) for x in wide]
+        other = _under_mask(trial, finite, shown, trial.d**-0.5)
+        seen = shown.any(-1)
+        apart = (y.detach()[0].double() - other)[seen].abs().max() / want.detach().abs().max()
+        error = max(error, float(apart) / y_limit(dtype))
+    if trial.gradient:
+        dy, dlse = torch.randn_like(y), torch.randn_like(lse)
+        finite_lse = torch.isfinite(want_lse)
+        loss = (want * dy.double()).sum() + (want_lse * dlse)[finite_lse].sum()
+        wanted = torch.autograd.grad(loss, wide)
+        found = torch.autograd.grad((y, lse), narrow, (dy, dlse))
+        error = max(error, *_gradient_errors(found, wanted, dtype))
+    return error
+
+
+def _gradient_errors(
+    found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: torch.dtype
+) -> list[float]:
+    errors = []
+    for made, want in zip(found, wanted, strict=True):
+        apart = float((made.double() - want).abs().max() / want.abs().max().clamp_min(1e-9))
+        errors.append(apart / (GRADIENT * y_limit(dtype)) if apart == apart else float("inf"))
+    return errors
+
+
+def linear_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
+    """Error of one trial of linear attention, in units of the allowed one."""
+    o: dict[str, Any] = {
+        "lag": 0,
+        "block": 1,
+        "normalize": False,
+        "decay": "",
+        "state": False,
+    } | trial.options
+    make = torch.Generator(device=device).manual_seed(trial.n)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make, device=device, dtype=torch.float64)
+
+    n, d = trial.n, trial.d
+    q = draw(2, n, trial.h, d).abs().transpose(1, 2).to(dtype)
+    k, v = draw(2, trial.g, n, d).abs().to(dtype), draw(2, trial.g, n, d).to(dtype)
+    k[-1, :, : n // 4] = 0  # padding
+    shape = {"head": (2, trial.g, n), "feature": (2, trial.g, n, d)}.get(o["decay"])
+    decay = None if shape is None else -draw(*shape).abs().float() * 0.2
+    state = draw(2, trial.g, d, d + o["normalize"]).abs().float() if o["state"] else None
+    rules = (o["lag"], o["block"], o["normalize"])
+    given = [q, k, v, decay, state]
+    leaves = [None if x is None else x.detach().requires_grad_(trial.gradient) for x in given]
+    wide = [None if x is None else x.detach().double().requires_grad_() for x in given]
+    found = OPS.linear_attention(*leaves, *rules)
+    formula: Run = linear_reference.linear_attention
+    want = formula(*wide, *rules)
+    errors = _gradient_errors(found, want, dtype)
+    if (o["lag"], o["block"]) == (0, 1):
+        other = recurrence([None if x is None else x.double() for x in given], o["normalize"])
+        errors += _gradient_errors(found, other, dtype)
+    errors = [GRADIENT * error for error in errors]
+    if trial.gradient:
+        grads = tuple(torch.randn_like(x) for x in found)
+        wanted = torch.autograd.grad(
+            want, [x for x in wide if x is not None], tuple(g.double() for g in grads)
+        )
+        made = torch.autograd.grad(found, [x for x in leaves if x is not None], grads)
+        errors += _gradient_errors(made, wanted, dtype)
+    return max(errors)
+
+
+def recurrence(x: list[Tensor | None], normalize: bool) -> tuple[Tensor, Tensor]:
+    """Linear attention token by token: the second oracle."""
+    q, k, v, decay, state = x
+    assert q is not None and k is not None and v is not None
+    repeat = q.shape[1] // k.shape[1]
+    if normalize:
+        v = F.pad(v, (0, 1), value=1.0)
+    s = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
+    rows = []
+    for i in range(q.shape[2]):
+        if decay is not None:
+            left = decay[:, :, i].exp()
+            s = s * (left[..., None] if left.dim() == 3 else left[..., None, None])
+        s = s + k[:, :, i, :, None] * v[:, :, i, None]
+        row = torch.einsum("bhf,bhfe->bhe", q[:, :, i], s.repeat_interleave(repeat, 1))
+        rows.append(row[..., :-1] / row[..., -1:].clamp_min(1e-12) if normalize else row)
+    return torch.stack(rows, 2), s
+
+
+def trial_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
+    """Error of one trial, in units of the allowed one."""
+    kind = linear_error if trial.op == LINEAR else softmax_error
+    return kind(trial, dtype, device)

@@ -1,0 +1,62 @@
+"""What `python kernels/bench report` prints and draws, from the committed results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plots
+from goals import goal_table, judge_all
+from registry import SPEED
+from table import (
+    decode_table,
+    linear_table,
+    model_table,
+    onnx_encoder_table,
+    onnx_linear_table,
+    onnx_selected_table,
+    onnx_sparse_table,
+    routed_table,
+    sparse_table,
+    table,
+)
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_tables(results: dict[str, Any]) -> str:
+    """Speed of every problem, then the goals."""
+    verdicts = judge_all([(case.name, case.goals) for case in SPEED], results["speed"])
+    return f"{table(results)}\n\n{goal_table(verdicts)}"
+
+
+def print_tables(device: str) -> None:
+    """Every table as Markdown."""
+    made: dict[str, Callable[[dict[str, Any]], str]] = {
+        device: device_tables,
+        f"model-{device}": model_table,
+        "onnx_decode": decode_table,
+        "sparse_cpu": sparse_table,
+        "onnx_sparse": onnx_sparse_table,
+        "onnx_encoder": onnx_encoder_table,
+        "onnx_selected": onnx_selected_table,
+        "routed_cpu": routed_table,
+        "linear_cpu": linear_table,
+        "onnx_linear": onnx_linear_table,
+    }
+    for name, shown in made.items():
+        results = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+        sys.stdout.write(shown(results) + "\n\n")
+
+
+def write_plots(device: str, folder: Path) -> None:
+    """One SVG per family that the results of a device tell enough about."""
+    results = json.loads((RESULTS / f"{device}.json").read_text("utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, drawn in plots.all_plots(results["speed"], results["device"]).items():
+        path = folder / f"{device}-{name}.svg"
+        path.write_text(drawn + "\n", encoding="utf-8")
+        sys.stdout.write(f"wrote {path}\n")

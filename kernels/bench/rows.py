@@ -1,0 +1,130 @@
+"""Times one problem of the benchmark and its peers: a row of the results."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import problems
+import torch
+from cases import Case
+from patterns import heads_of, read_by
+from peers import Make, Peer, dense, peers
+from problems import ROOM, Problem, work_of
+from timing import Timed, eager_ms, input_sets, measured
+
+from reattend.mixers.config import CoreConfig
+from reattend.mixers.sparse_blocks import Layouts
+
+Row = dict[str, Any]
+
+
+def problems_of(case: Case) -> list[Problem]:
+    """Several input sets, together larger than the cache, as many as fit.
+
+    Raises:
+        MemoryError: one does not fit.
+    """
+    each = work_of(case).bytes
+    if case.pattern:  # the whole cache is there, whatever is read
+        each = max(each, work_of(dense(case)).bytes)
+    if each > ROOM:
+        raise MemoryError(f"{each / 1e9:.0f} GB of inputs and output")
+    sets = min(input_sets(work_of(case).bytes), max(1, ROOM // each))
+    return [Problem(case, seed=seed) for seed in range(sets)]
+
+
+def time_case(case: Case, ceilings: dict[str, float]) -> Row:
+    """Times of our op and of its peers, with the floor and what the times amount to."""
+    row: Row = {
+        "case": case.name,
+        "op": case.op,
+        "shape": {k: getattr(case, k) for k in ("b", "h", "g", "n", "m", "d", "rope", "page")},
+        "dtype": case.dtype,
+    }
+    try:
+        row |= _ours(case, ceilings)
+        row["peers"] = {peer.name: _peer(peer, case, row) for peer in peers(case)}
+    except Exception as error:  # a problem that cannot be run is part of the result
+        row["refused"] = f"{type(error).__name__}: {str(error)[:300]}"
+    torch.cuda.empty_cache()
+    return row
+
+
+def _ours(case: Case, ceilings: dict[str, float]) -> Row:
+    made = problems_of(case)
+    calls = [problem.forward for problem in made]
+    ms, eager = measured(calls), eager_ms(calls)
+    again = measured(calls)
+    work = work_of(case)
+    rate = ceilings["matmul_fp32_tflops" if case.dtype == "float32" else "matmul_tflops"]
+    floors = {"bytes": work.bytes / ceilings["copy_gb_per_s"] / 1e6, "FLOPs": work.flops / rate}
+    floors["FLOPs"] /= 1e9
+    bound = max(floors, key=lambda name: floors[name])
+    row: Row = {
+        "config": made[0].config(),
+        "ms": round(ms.ms, 5),
+        "ms_again": round(again.ms, 5),
+        "eager_ms": round(eager, 5),
+        "bound": bound,
+        "floor_ms": round(floors[bound], 5),
+        "fraction_of_floor": round(floors[bound] / ms.ms, 3),
+        "tflops": round(work.flops / ms.ms / 1e9, 1),
+        "gb_per_s": round(work.bytes / ms.ms / 1e6, 1),
+    }
+    if case.pattern:
+        row["density"] = round(read_by(case).density, 4)
+        if not case.pattern.endswith("blocks"):
+            row |= layout_times(case)
+    if case.op == "routed_attention":
+        row["share"] = case.share
+    if case.backward:
+        back = measured([problem.backward for problem in made])
+        row["backward_ms"] = round(back.ms, 5)
+        if back.eager:
+            row["backward_waits"] = True
+    return row
+
+
+def layout_times(case: Case) -> Row:
+    """Milliseconds on the host to lay out a pattern anew, and again, as a mixer asks for it."""
+    core = CoreConfig(
+        heads=case.h, kv_heads=case.g, qk_head_dim=case.d, v_head_dim=case.d, scale=1.0,
+    )  # fmt: skip
+    layouts, device, times = Layouts(), torch.device(problems.DEVICE), []
+    for _ in range(4):
+        began = time.perf_counter()
+        layouts.get(heads_of(case)[0], core, case.m, device)
+        times.append(1e3 * (time.perf_counter() - began))
+    return {"layout_ms": round(times[0], 4), "layout_again_ms": round(times[-1], 4)}
+
+
+@lru_cache(maxsize=64)
+def _of_others(name: str, case: Case, make: Make) -> Timed:
+    """A peer on its own problem."""
+    made = problems_of(case)
+    return measured([make(problem) for problem in made])
+
+
+_MAKERS: dict[tuple[str, Case], Make] = {}
+
+
+def _peer(peer: Peer, case: Case, row: Row) -> Row:
+    """Its time and how many times faster ours is; the same problem is timed once."""
+    make = _MAKERS.setdefault((peer.name, peer.case), peer.make)
+    try:
+        theirs = _of_others(peer.name, peer.case, make)
+        found: Row = {
+            "ms": round(theirs.ms, 5),
+            "times_faster": round(theirs.ms / row["ms"], 3),
+            "bytes_ratio": round(work_of(peer.case).bytes / work_of(case).bytes, 3),
+            "flops_ratio": round(work_of(peer.case).flops / work_of(case).flops, 3),
+        }
+        if peer.back is not None and case.backward:
+            backs = [peer.back(problem) for problem in problems_of(peer.case)]
+            found["backward_ms"] = round(measured(backs).ms, 5)
+    except Exception as error:  # a peer that cannot do it is part of the result
+        found = {"refused": f"{type(error).__name__}: {str(error)[:160]}"}
+    torch.cuda.empty_cache()
+    return found
