@@ -124,7 +124,8 @@ class TracedFlowing(FlowingAttention):
         none = f.new_zeros(f.shape[:3])
         y, after = held_linear_attention(*made[:3], none, past, decays=False)
         state.put(after, *made.after)
-        return (y * made.gate_BHN1).to(query[0].dtype)
+        gated: Tensor = y * made.gate_BHN1
+        return gated.to(query[0].dtype)
 
 
 #: by the kind of the mixer
