@@ -74,6 +74,13 @@ CASES: dict[str, tuple[dict[str, Any], int, float]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def several_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that choose alike are more than one region, those of a block more than one tile."""
+    monkeypatch.setattr("reattend.targets.onnx.fragments.RUN", 8)
+    monkeypatch.setattr("reattend.targets.onnx.fragments.TILE", 4)
+
+
 ROTARY = RotaryConfig(inv_freq=(1.0, 0.3, 0.07))
 
 

@@ -83,7 +83,15 @@ CASES = tuple(
 )
 DRAFT = {"kind": "blocks", "block": 128, "queries": "pooled", "ratio": 0.25}
 PROMPTS = tuple(
-    Case(f"draft: 512 new on 3584, {kv_heads} KV heads", 4096, kv_heads, DRAFT, 512)
+    Case(f"{name}: 512 new on 3584, {kv_heads} KV heads", 4096, kv_heads, select, 512)
+    for name, select in {
+        "draft": DRAFT,
+        "dma": DMA,
+        "moba": MOBA,
+        "seer": SEER,
+        "longheads": LONGHEADS,
+        "dhsa": DHSA,
+    }.items()
     for kv_heads in (8, 2)
 )
 
@@ -121,7 +129,7 @@ class Rows:
             return []
         extra, *recent = self.form.extra
         rows = torch.zeros(1, self.case.kv_heads, -(-self.case.m // extra.block), extra.width)
-        whole = (self.case.m - 1) // extra.block
+        whole = (self.case.m - self.case.n) // extra.block
         end = whole * extra.block
         q, k, v = (
             x[:, :, :end].unflatten(2, (whole, extra.block)) for x in (self.all_q, self.k, self.v)
@@ -132,7 +140,7 @@ class Rows:
 
     def last_queries(self, count: int) -> torch.Tensor:
         """Of the tokens before, token t at t mod count."""
-        last = torch.arange(self.case.m - 1 - count, self.case.m - 1)
+        last = torch.arange(self.case.m - self.case.n - count, self.case.m - self.case.n)
         by_group = self.all_q[:, :, last].unflatten(1, (self.case.kv_heads, -1))
         rows = torch.zeros(1, self.case.kv_heads, count, HEADS // self.case.kv_heads * WIDTH)
         rows[:, :, last % count] = by_group.transpose(2, 3).flatten(3)

@@ -155,6 +155,7 @@ _READ = f"""
       is_near = Less (place_pc1, ends)
       visible = And (is_past, is_near)
       rows_in = Min (rows, n_less){read_rows("key", "value")}
+  key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
       scores_any = MatMul (q_block, key_t)
 SOFTMAX
       y_blocks = MatMul (weights, read_value)

@@ -84,8 +84,8 @@ def one_token(key: str, value: str) -> str:
     return _ONE_TOKEN.replace("KEY", key).replace("VALUE", value)
 
 
-# The rows [B, H, R, K] that regions of queries read, of each query head's own KV head: read_key and
-# read_value [B, H, R, K, d or e], and key_t.
+# The rows [B, H, R, K] that regions of queries read, of each query head's own KV head (or H = G):
+# read_key and read_value [B, H, R, K, d or e].
 _READ_ROWS = """
       row_1 = Constant <value_ints = [1]> ()
       as_index = Concat <axis = 0> (same, g, others, row_1)
@@ -98,8 +98,7 @@ _READ_ROWS = """
       as_keys = Concat <axis = 0> (rows_shape, key_width)
       as_values = Concat <axis = 0> (rows_shape, value_width)
       read_key = Reshape (key_flat, as_keys)
-      read_value = Reshape (value_flat, as_values)
-      key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)"""
+      read_value = Reshape (value_flat, as_values)"""
 
 
 def read_rows(key: str, value: str) -> str:
@@ -107,8 +106,60 @@ def read_rows(key: str, value: str) -> str:
     return _READ_ROWS.replace("HELD_KEY", key).replace("HELD_VALUE", value)
 
 
+#: queries of a region: of fewer more rows are copied, of more each reads more that others chose
+RUN = 128
+#: queries that meet a block of keys together, where each query chooses for itself
+TILE = 64
+#: queries in the order of the call, so many at a time: q_regions [B, H, R, c, d]. The last query
+#: fills up the last region; `run_at` says which query stands where.
+RUNS = """
+      run_most = Constant <value_int = @RUN> ()
+      run_c = Min (n, run_most)
+      run_c_1 = Unsqueeze (run_c, axis_0)
+      run_c_less = Sub (run_c, one)
+      run_n_up = Add (n, run_c_less)
+      runs = Div (run_n_up, run_c)
+      runs_1 = Unsqueeze (runs, axis_0)
+      run_rows = Mul (runs, run_c)
+      run_any = Range (zero, run_rows, one)
+      run_last = Sub (n, one)
+      run_at = Min (run_any, run_last)
+      q_run = Gather <axis = 2> (q, run_at)
+      as_runs = Concat <axis = 0> (same, same, runs_1, run_c_1, others)
+      q_regions = Reshape (q_run, as_runs)"""
+
+# q_regions [B, H, R, c, d], read_key and read_value [B, G, R, K, d or e], and visible [B or 1, G or
+# 1, R, 1, c, K] -> y_flat [B, H, R c, e]. Heads of a group are rows of one product.
+_REGIONS = """
+  q_factored = Mul (q_regions, factor)
+  region_sizes = Shape <start = 2, end = 5> (q_factored)
+  by_head_shape = Concat <axis = 0> (same, g, others, region_sizes)
+  q_split = Reshape (q_factored, by_head_shape)
+  q_beside = Transpose <perm = [0, 1, 3, 2, 4, 5]> (q_split)
+  beside_sizes = Shape <start = 3, end = 5> (q_beside)
+  d_last = Shape <start = 5, end = 6> (q_beside)
+  as_rows_beside = Concat <axis = 0> (same, same, same, others, d_last)
+  q_rows_beside = Reshape (q_beside, as_rows_beside)
+  region_key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
+  score_rows_beside = MatMul (q_rows_beside, region_key_t)
+  as_scores_beside = Concat <axis = 0> (same, same, same, beside_sizes, others)
+  scores_any = Reshape (score_rows_beside, as_scores_beside)
+SOFTMAX
+  keys_last = Shape <start = 5, end = 6> (weights)
+  as_weights_beside = Concat <axis = 0> (same, same, same, others, keys_last)
+  weight_rows_beside = Reshape (weights, as_weights_beside)
+  y_rows_beside = MatMul (weight_rows_beside, read_value)
+  y_split = Reshape (y_rows_beside, as_scores_beside)
+  y_apart = Transpose <perm = [0, 1, 3, 2, 4, 5]> (y_split)
+  heads_all = Shape <start = 1, end = 2> (q_regions)
+  e_last = Shape <start = 5, end = 6> (y_apart)
+  as_y_flat = Concat <axis = 0> (same, heads_all, others, e_last)
+  y_flat = Reshape (y_apart, as_y_flat)"""
+
+
 def finished(body: str, capped: bool) -> str:
-    """The body of a node with what stands for COMMON (or, without states, SIZES) and SOFTMAX.
+    """The body of a node with what stands for COMMON (or, without states, SIZES), REGIONS and
+    SOFTMAX.
 
     Args:
         body: with these words on lines of their own.
@@ -116,4 +167,5 @@ def finished(body: str, capped: bool) -> str:
     """
     body = body.replace("COMMON", f"SIZES{_SPAN}")
     body = body.replace("\nSIZES", _SIZES + (CAP if capped else ""))
+    body = body.replace("\nREGIONS", _REGIONS).replace("@RUN", str(RUN)).replace("@TILE", str(TILE))
     return body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", CAPPED if capped else NOT_CAPPED)

@@ -7,8 +7,9 @@ be, and its output means nothing.
 
 One new token reads only what it has chosen: those rows are gathered, beside sinks, a window (the
 token itself at least), and the rest is never touched. Several tokens attend under a mask: the same
-meaning, nothing saved. Only where they choose by regions, each region's rows are gathered
-(`selected_prompts.py`). What chooses is `selected_choice.py`.
+meaning, nothing saved; but where they choose by regions, each region's rows are gathered
+(`selected_prompts.py`, `selected_values.py`), and where each chooses blocks, a block meets the
+queries that chose it (`selected_routed.py`). What chooses is `selected_choice.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from reattend.targets.onnx.selected_choice import (
     ranking,
 )
 from reattend.targets.onnx.selected_prompts import LINES, POOLED, REGIONS
+from reattend.targets.onnx.selected_routed import routed_or
 from reattend.targets.onnx.selected_segments import CHUNKS, PICK_OF_CHUNKS
 from reattend.targets.onnx.selected_tokens import (
     BY_LABEL,
@@ -37,7 +39,7 @@ from reattend.targets.onnx.selected_tokens import (
     PICK_OF_NOTED,
     PICK_OF_TOKENS,
 )
-from reattend.targets.onnx.selected_values import MASK_OF_SCORED, PICK_OF_SCORED, SCORED
+from reattend.targets.onnx.selected_values import PICK_OF_SCORED, REGIONS_OF_SCORED, SCORED
 
 _NODE = """NAME <ATTRIBUTES>
 (INPUTS) => (OUTPUTS)
@@ -173,6 +175,9 @@ SOFTMAX
       several_y = Reshape (y_rows, by_head)"""
 
 
+_ROUTED = routed_or(_MASKED)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A node.
@@ -227,19 +232,20 @@ _LINES = ("columns", "slashes", "last_queries", "first_columns", "last_slashes")
 _SUMMARY = ("present_summary",)
 KINDS = {
     "BlocksAttention": Kind(
-        _BLOCK, ("past_summary",), _SUMMARY, SUMMARY + BLOCKS, PICK_OF_BLOCKS, MASK_OF_BLOCKS
+        _BLOCK, ("past_summary",), _SUMMARY, SUMMARY + BLOCKS, PICK_OF_BLOCKS, MASK_OF_BLOCKS,
+        _ROUTED,
     ),
     "AnchoredBlocksAttention": Kind(
         _BLOCK | _ENDS, ("past_summary",), _SUMMARY, SUMMARY + CERTAIN + BLOCKS,
-        PICK_OF_BLOCKS, MASK_OF_BLOCKS,
+        PICK_OF_BLOCKS, MASK_OF_BLOCKS, _ROUTED,
     ),
     "AttendedBlocksAttention": Kind(
         _BLOCK | _ENDS | {"inv_freq": "floats"}, ("past_summary", "past_recent"),
-        ("present_summary", "present_recent"), ATTENDED, PICK_OF_BLOCKS, MASK_OF_BLOCKS,
+        ("present_summary", "present_recent"), ATTENDED, PICK_OF_BLOCKS, MASK_OF_BLOCKS, _ROUTED,
     ),
     "GateAttention": Kind(
         _BLOCK, ("past_summary", "query_map", "key_map"), _SUMMARY, SUMMARY + GATE,
-        PICK_OF_BLOCKS, MASK_OF_BLOCKS,
+        PICK_OF_BLOCKS, MASK_OF_BLOCKS, _ROUTED,
     ),
     "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED, REGIONS),
     "VerticalSlashAttention": Kind(dict.fromkeys(_LINES, "int"), (), (), "", None, LINES),
@@ -251,8 +257,8 @@ KINDS = {
         _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS + BY_LABEL, PICK_OF_TOKENS, MASK_OF_TOKENS
     ),
     "ValuesAttention": Kind(
-        _BUDGETS, ("past_score", "rate", "gain"), ("present_score",), SCORED, PICK_OF_SCORED,
-        MASK_OF_SCORED,
+        _BUDGETS, ("past_score", "rate", "gain"), ("present_score",), SCORED, PICK_OF_SCORED, "",
+        REGIONS_OF_SCORED,
     ),
     "SegmentsAttention": Kind(
         _CHUNK, ("past_logit", *_PREDICTOR), ("present_logit",), CHUNKS, PICK_OF_CHUNKS, "",

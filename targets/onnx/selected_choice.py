@@ -228,7 +228,7 @@ MASK_OF_BLOCKS = """
 
 
 def ranking(body: str, name: str, budgets: tuple[str, ...], capped: bool) -> str:
-    """The body with what stands for RANK and SUMMARISED.
+    """The body with what stands for RANK, BUDGET and SUMMARISED.
 
     Args:
         body: of a node.
@@ -255,6 +255,7 @@ def ranking(body: str, name: str, budgets: tuple[str, ...], capped: bool) -> str
     rank = rank.replace("COUNT", lines).replace("SHARES", more).replace("LAST", last)
     rank = rank.replace("LIFT", _LIFT if certain or name == "PooledBlocksAttention" else _NO_LIFT)
     bent = _capped() if capped and name not in _STRAIGHT else _PLAIN
+    body = body.replace("\nBUDGET", lines)
     return body.replace("\nRANK", rank).replace("CAP_RANKS", bent)
 
 

@@ -37,9 +37,18 @@ _SAVES = {
     "decode": "reads while decoding: the rows that are chosen; prompts are dense",
     "prefill": "nothing: prompts are read under a mask, and decoding is dense",
 }
+#: nodes whose blocks of keys meet the queries that chose them
+ROUTED = ("BlocksAttention", "AnchoredBlocksAttention", "AttendedBlocksAttention", "GateAttention")
 _OTHER = {
     "PooledBlocksAttention": "reads of prompts: the rows that blocks of queries chose; decoding is "
     "dense",
+    "ValuesAttention": "reads: the rows that are chosen, in prompts those that a region's queries "
+    "chose",
+    **dict.fromkeys(
+        ROUTED,
+        "reads: the rows that are chosen, in prompts by queries that chose a "
+        "block together, unless sinks or a window are seen beside",
+    ),
     "SegmentsAttention": "reads of values while decoding: those of rows that are chosen; ranking "
     "chunks reads every key, and takes longer than a dense layer on a CPU; prompts are read under "
     "a mask",

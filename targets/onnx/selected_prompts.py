@@ -180,6 +180,7 @@ CHOSEN
       q_regions = Reshape (q_flat, as_regions_q)
       q_scaled = Mul (q_regions, factor)
       rows_in = Clip (rows, zero, last_row){read_rows("present_key", "present_value")}
+  key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
       scores_any = MatMul (q_scaled, key_t)
 SOFTMAX
       y_regions = MatMul (weights, read_value)
