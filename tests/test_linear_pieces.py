@@ -10,6 +10,8 @@ from mla_blocks import config, dense
 from test_flowing import OPTIONS as FLOWING
 from test_linear import WAYS, gap, inputs, linear
 from test_selective import selective
+from test_sparse_linear import OPTIONS as SLA
+from test_sparse_linear import sla
 from torch import Tensor
 
 from reattend.mixers.base import Context
@@ -18,6 +20,7 @@ FAMILY: dict[str, Any] = {
     **{name: lambda block, way=way: linear(block, **way) for name, way in WAYS.items()},
     "mamba2": selective,
     "flowformer": lambda block: linear(block, **FLOWING),
+    "sla": lambda block: sla(block, **SLA),
 }
 
 

@@ -1,4 +1,4 @@
-"""A cache layer of constant size: the tensors that a mixer holds instead of rows of every token."""
+"""A cache layer of what a mixer makes anew in every call, mostly of constant size."""
 
 from __future__ import annotations
 

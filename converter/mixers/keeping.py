@@ -29,7 +29,7 @@ class KeepingState(State, Protocol):
 
 @runtime_checkable
 class HoldingState(State, Protocol):
-    """A state of constant size: tensors [B, ..] that a mixer makes anew in every call."""
+    """Tensors [B, ..] that a mixer makes anew in every call, mostly of constant size."""
 
     def held(self) -> tuple[Tensor, ...] | None:
         """What the last call left; None: nothing was stored yet."""
@@ -49,7 +49,7 @@ def holding(state: State) -> HoldingState:
     if not isinstance(state, HoldingState):
         raise UnsupportedCacheError(
             "a block with linear attention was given a cache of rows",
-            why="it holds a window and a state of fixed size",
+            why="it holds sums over tokens, which have no place there",
             next_step="pass transformers' DynamicCache, or none (use_cache=False)",
         )
     return state

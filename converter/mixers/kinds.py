@@ -21,8 +21,11 @@ _OWN = {
     "recurrent": ("recurrent:RecurrentAttention", "recurrent_config:RecurrentConfig"),
     "routed": ("routed:RoutedAttention", "routed_config:RoutedConfig"),
     "selective": ("selective:SelectiveAttention", "selective_config:SelectiveConfig"),
+    "sparse-linear": (
+        "sparse_linear:SparseLinearAttention", "sparse_linear_config:SparseLinearConfig",
+    ),
     "sparse": ("sparse:SparseAttention", "sparse_config:SparseConfig"),
-}
+}  # fmt: skip
 GROUP = "reattend.mixers"
 
 

@@ -27,6 +27,8 @@ from reattend.mixers.linear_config import (
 )
 from reattend.mixers.recurrent import RecurrentAttention
 from reattend.mixers.recurrent_config import RecurrentConfig
+from reattend.mixers.sparse_linear import SparseLinearAttention
+from reattend.mixers.sparse_linear_config import SparseLinearConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import Built, Conversion, Cost, dense_cost, regrouped
 from reattend.passes.rewrite.linear_everywhere import (
@@ -42,6 +44,7 @@ FORMS: dict[str, tuple[type[LinearConfig], type[LinearAttention]]] = {
     "linear": (LinearConfig, LinearAttention),
     "recurrent": (RecurrentConfig, RecurrentAttention),
     "flowing": (FlowingConfig, FlowingAttention),
+    "sparse-linear": (SparseLinearConfig, SparseLinearAttention),
 }
 #: A window that no text is longer than.
 ENDLESS = 2**30
@@ -142,7 +145,9 @@ class LinearOptions(EverywhereOptions):
         """
         if self.decay == "gated" or self.mix_form == "averaged":
             return "recurrent"
-        return "flowing" if self.flow and self.direction == "causal" else "linear"
+        if self.direction == "bidirectional" or not (self.flow or self.sparse_top):
+            return "linear"
+        return "flowing" if self.flow else "sparse-linear"
 
 
 class ToLinear(Conversion):

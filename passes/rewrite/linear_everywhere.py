@@ -11,13 +11,20 @@ from reattend.mixers.everywhere_config import PARTS, EverywhereConfig
 from reattend.mixers.linear_config import LinearConfig
 
 #: what blocks may have in which tokens see the past only
-CAUSAL = ("flow",)
+CAUSAL = ("flow", "sparse_top")
+#: why others may not
+WHY = {
+    "lowrank": ": what is estimated of the keys that a query reads exactly has to be taken out of "
+    "its sum, and nothing here sums estimates over blocks that single queries chose",
+    "estimate": ": columns are shares of the whole text, so what a query reads would change with "
+    "every later token",
+}
 #: maps whose features may be negative
 _SIGNED = ("identity", "silu")
 
 
 class EverywhereOptions(Frozen):
-    """For `direction: bidirectional`; `flow` for causal blocks too.
+    """For `direction: bidirectional`; `flow` and `sparse_top` alone for causal blocks too.
 
     Attributes:
         mlp_width: of `feature_map: mlp` (LinFusion): inner width of the two maps that change what
@@ -25,7 +32,8 @@ class EverywhereOptions(Frozen):
         flow: weights are flows, conserved at queries and at keys (Flowformer).
         sparse_top: this share of the key blocks is attended to by softmax, for every block of
             queries the best by pooled scores; the sum over all keys is added through a projection
-            that starts at zero (SLA). 1: exact.
+            that starts at zero (SLA). 1: exact. In causal blocks every query chooses by itself
+            among the blocks before its own, which it reads as far as it goes, and which counts.
         sparse_block: tokens of a block.
         lowrank: with `sparse_top` and `feature_map: performer`: keys of other blocks have estimated
             softmax weights, in one sum with the exact ones (Scatterbrain).
@@ -66,11 +74,13 @@ def contradiction(o: Any) -> str:
     }
     given = [name for name, is_given in asked.items() if is_given]
     if o.direction != "bidirectional":
-        wrong = [name for name in given if name not in CAUSAL]
+        wrong = sorted(set(given) - {*CAUSAL}, key=lambda name: (name not in WHY, name))
         if wrong:
-            return f"{wrong[0]} is for direction: bidirectional"
-        if o.flow and (o.window or o.decay != "none"):
-            return "flow counts every key from its token on: set window: 0, and no decay"
+            return f"{wrong[0]} is for direction: bidirectional{WHY.get(wrong[0], '')}"
+        if given and (o.window or o.decay != "none"):
+            return f"{given[0]} is of all keys so far: set window: 0, and no decay"
+        if o.sparse_top is not None and o.rope != "before":
+            return "sparse_top of a causal block needs rope: before: rows are kept once, rotated"
     if o.mlp_width is not None and o.feature_map != "mlp":
         return "mlp_width is for feature_map: mlp"
     if o.flow and (o.sparse_top is not None or o.feature_map in (*_SIGNED, "performer")):
@@ -142,7 +152,8 @@ def everywhere_work(made: LinearConfig, length: int) -> int:
     read = min(length, made.top(many) * size)
     features = made.features if made.lowrank else 0  # what is taken out of the sum again
     rest = 0 if made.lowrank else core.v_head_dim**2
-    chosen = many * core.qk_head_dim // size
+    asking = 1 if made.core.causal else size  # every query, or a block of them
+    chosen = many * core.qk_head_dim // asking
     return core.heads * (read * (core.qk_head_dim + core.v_head_dim + features) + rest + chosen)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from reattend.mixers.linear_config import BIASED, LEARNED, LinearConfig
 from reattend.mixers.recurrent_config import RecurrentConfig
+from reattend.mixers.sparse_linear_config import SparseLinearConfig
 from reattend.passes.rewrite.linear_everywhere import everywhere_stated, everywhere_weights
 
 
@@ -26,7 +27,9 @@ def stated(made: LinearConfig) -> dict[str, Any]:
         "window": f"{made.window} {made.window_form}" if made.window else "none",
         "state_numbers": made.state_numbers,
     }
-    if made.direction == "causal":
+    if isinstance(made, SparseLinearConfig):
+        told["held"] = "keys and values of every token, beside the state"
+    elif made.direction == "causal":
         told["held_in_tokens"] = f"{made.held_after(made.held_rows) / made.cache_per_token:.1f}"
     if isinstance(made, RecurrentConfig):
         told["decay"] = (

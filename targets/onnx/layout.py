@@ -24,6 +24,7 @@ from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.selective_config import SelectiveConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.mixers.sparse_linear_config import SparseLinearConfig
 from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_body import LINEAR
 from reattend.targets.onnx.routed_body import FEW, NAME
@@ -172,6 +173,8 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "what the original module does besides attention needs the whole sequence"
     elif binding.cache is None:
         why = "it keeps no cache, and other layers of the model do"
+    elif isinstance(config, SparseLinearConfig):
+        why = "it chooses blocks of keys beside a sum of all of them, for which there is no node"
     elif isinstance(config, RecurrentConfig):
         if config.window and config.window_form == "terraced":
             why = "a window that is averaged with a state has a node only where it slides"

@@ -31,7 +31,7 @@ class _Rows(NamedTuple):
     state: FixedState
 
 
-class _Traced(RecurrentAttention):
+class _Traced(LinearAttention):
     """Takes a state of fixed capacity too; else it is as before."""
 
     def real(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
@@ -101,31 +101,18 @@ class TracedSelective(_Traced, SelectiveAttention):
         return self.gated(y, v, query)
 
 
-class TracedFlowing(FlowingAttention):
-    """A FlowingAttention that also takes a state of fixed capacity; else it is as before."""
+class TracedFlowing(_Traced, FlowingAttention):
+    """A FlowingAttention with the node of its last sum; the others are states too."""
 
-    def real(self, x_BND: Tensor, ctx: Context, state: State | None) -> Tensor | None:
-        """With a fixed state: its first real row says it."""
-        return None if isinstance(state, FixedState) else super().real(x_BND, ctx, state)
-
-    def store(self, new: Any, state: State) -> Any:
-        """Nothing yet."""
-        return _Rows(new, state) if isinstance(state, FixedState) else super().store(new, state)
-
-    def attend(
-        self, query: Any, rows: Any, ctx: Context, span: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """See `Mixer.attend`."""
-        if not isinstance(rows, _Rows):
-            return super().attend(query, rows, ctx, span)
-        (f, k, v, _), state = rows
-        past, sums, race = state.past()
+    def held(self, query: Any, new: Any, state: FixedState) -> Tensor:
+        """See `_Traced.held`."""
+        (f, k, v, _), (past, sums, race) = new, state.past()
         made = flowing(f, k, v, state.places(f.shape[2]), Flows(sums, race))
         none = f.new_zeros(f.shape[:3])
         y, after = held_linear_attention(*made[:3], none, past, decays=False)
         state.put(after, *made.after)
-        gated: Tensor = y * made.gate_BHN1
-        return gated.to(query[0].dtype)
+        outputs: Tensor = (y * made.gate_BHN1).to(query[0].dtype)
+        return outputs
 
 
 #: by the kind of the mixer
