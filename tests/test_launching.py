@@ -52,3 +52,26 @@ def test_heads_together_divide_the_heads_and_keep_groups_whole(heads: int, group
         assert groups == 1 or groups * megabytes * 1_000_000 <= L2_BYTES
         seen.add(together)
     assert {heads, group} <= seen
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_gradients_without_a_kernel_are_computed_in_torch(paged: bool) -> None:
+    """What the dispatcher calls on a GPU, for fp64 and for pages for instance."""
+    from reattend.kernels.attention import attention, register
+    from reattend.kernels.routed_attention import register as routed
+    from reattend.kernels.routed_attention import routed_attention
+
+    q, k, v = torch.randn(3, 2, 2, 16, 8, dtype=torch.float64)
+    rows = (torch.tensor([0, 3]), torch.tensor([16, 16]))
+    table = torch.tensor([[1], [0]], dtype=torch.int32) if paged else None
+    args = (q, k, v, *rows, table)
+    y, lse = attention(*args, scale=0.5)
+    grads = (y, lse.nan_to_num(neginf=0.0), y, lse)
+    want = register.attention_backward(*grads, *args, scale=0.5)
+    torch.testing.assert_close(register._cuda_backward(*grads, *args, scale=0.5), want)
+    active = torch.rand(2, 2, 16) < 0.5
+    args = (q, k, v, active, *rows)
+    y, lse = routed_attention(*args, scale=0.5)
+    grads = (y, lse.nan_to_num(neginf=0.0), y, lse)
+    want = routed.routed_attention_backward(*grads, *args, scale=0.5)
+    torch.testing.assert_close(routed._cuda_backward(*grads, *args, scale=0.5), want)

@@ -50,7 +50,8 @@ def test_every_width_and_dtype_has_a_kernel_and_wider_ones_have_none() -> None:
                 assert find_config(target.name, f"latent_{phase}", 512, size), target
                 assert find_config(target.name, f"attention_{phase}", 257, size) is None
                 assert find_config(target.name, f"latent_{phase}", 513, size) is None
-            for kernel in ("sparse_prefill", "sparse_decode", "sparse_dq", "sparse_dkv"):
+            gradients = ("sparse_dq", "sparse_dkv", "attention_dq", "attention_dkv")
+            for kernel in ("sparse_prefill", "sparse_decode", *gradients):
                 assert find_config(target.name, kernel, 256, size), target
                 assert find_config(target.name, kernel, 257, size) is None
             chunked = ("state", "read", "state_back", "read_back")

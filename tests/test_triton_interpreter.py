@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from interpreter import interpreted
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -21,11 +22,15 @@ CASES: dict[str, dict[str, Any]] = {
     "prefill": {"n": 37, "m": 37},
     "prefill-on-past-left-padding": {"n": 21, "m": 50, "start": [0, 7], "length": [45, 41]},
     "prefill-window-softcap": {"n": 33, "m": 33, "window": 9, "softcap": 2.0, "start": [3, 0]},
+    "prefill-wide-window": {"n": 90, "m": 90, "window": 61, "start": [0, 4]},
     "prefill-not-causal": {"n": 19, "m": 23, "causal": False, "length": [23, 17]},
     "prefill-paged": {"n": 18, "m": 40, "page": 8, "start": [0, 5], "length": [40, 29]},
     "prefill-sees-nothing": {"n": 17, "m": 20, "start": [0, 9], "length": [20, 9]},
     "prefill-few-heads-at-a-time": {"n": 37, "m": 37, "l2": 1, "start": [0, 2]},
     "prefill-tall": {"n": 70, "m": 75, "rows": 64, "warps": 8, "length": [75, 71]},
+    # rows of the cache lie so far apart that addresses need more than 32 bits
+    "prefill-far": {"n": 17, "m": 34, "far": 1 << 26},
+    "decode-far": {"n": 1, "m": 34, "far": 1 << 26, "splits": 2},
     "decode": {"n": 1, "m": 53, "length": [53, 31], "decode": True},
     "decode-split": {"n": 1, "m": 100, "start": [40, 2], "length": [99, 3], "splits": 4},
     "decode-small-chunk": {"n": 3, "m": 60, "start": [0, 11], "length": [58, 13], "splits": 2},
@@ -33,20 +38,32 @@ CASES: dict[str, dict[str, Any]] = {
     "decode-paged": {"n": 1, "m": 48, "page": 16, "length": [47, 30], "splits": 2},
     "decode-empty-row": {"n": 1, "m": 40, "length": [40, 0], "splits": 2},
 }
+# gradients: what both kernels skip, mask and take whole, for several tiles of either
+BACKWARD = (
+    "prefill", "prefill-on-past-left-padding", "prefill-window-softcap", "prefill-not-causal",
+    "prefill-sees-nothing", "prefill-tall", "prefill-wide-window",
+)  # fmt: skip
 SHAPES = {
     "attention": {"h": 4, "g": 2, "widths": (20, 24)},
     "latent": {"h": 3, "g": 1, "widths": (40, 12)},
     "latent-no-rope": {"h": 2, "g": 1, "widths": (16, 0)},
+    "attention-32": {"h": 2, "g": 1, "widths": (32, 32)},
+    "attention-80": {"h": 2, "g": 1, "widths": (80, 80)},
+    "attention-256": {"h": 2, "g": 1, "widths": (256, 96)},
     "routed": {"h": 4, "g": 2, "widths": (20, 24), "units": 4},
     "routed-groups": {"h": 6, "g": 3, "widths": (20, 24), "units": 3},
 }
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
+def has_gradient(shape: str, case: str, dtype: str) -> bool:
+    """Whether the gradient of a case is compared: of routed heads in one, of fp16 in one."""
+    one = shape == "routed" or dtype != "float32"
+    return shape in ("attention", "routed") and case in (BACKWARD[:1] if one else BACKWARD)
+
+
 def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
     """Executed in the child: errors of one case."""
-    import torch
-
     from reattend.kernels.attention import launch as attention_launch
     from reattend.kernels.attention import reference as attention_reference
     from reattend.kernels.configs import KernelConfig
@@ -92,6 +109,8 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
             out[order.flatten()] = split.flatten(0, 1)
             pages.append(out)
         caches = pages
+    if "far" in case:
+        caches = [spread(cache, case["far"]) for cache in caches]
     rule = Rule(0.3, case["causal"], case["window"], case["softcap"])
     how = {"decode": name.startswith("decode"), "splits": case["splits"]}
     used = []
@@ -102,10 +121,11 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
         y, lse = routed_launch.launch(x, rule, config, **how)
         function: Any = routed_reference.routed_attention
     else:
-        module: Any = attention_launch if shape == "attention" else latent_launch
+        heads = shape.startswith("attention")
+        module: Any = attention_launch if heads else latent_launch
         y, lse = module.launch(*queries, *caches, start, length, table, rule, config, **how)
         function = latent_reference.latent_attention
-        if shape == "attention":
+        if heads:
             function = attention_reference.attention
     want, want_lse = function(
         *(x.double() for x in (*queries, *dense)),
@@ -118,7 +138,26 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
         softcap=case["softcap"],
     )
     dead = want_lse == -math.inf
+    gradients: list[float] = []
+    if has_gradient(shape, name, dtype_name):
+        from reattend.kernels.attention.launch_backward import launch_backward
+
+        dy, dlse = draw(*y.shape), torch.randn(lse.shape, generator=gen)
+        leaves = [x.double().requires_grad_() for x in (*queries, *dense)]
+        out, top = function(
+            *leaves, *used, start, length, scale=0.3, causal=case["causal"],
+            sliding_window=case["window"], softcap=case["softcap"],
+        )  # fmt: skip
+        loss = (out * dy.double()).sum() + (top * dlse)[~dead].sum()
+        wanted = torch.autograd.grad(loss, leaves)
+        inputs = (*queries, *caches, start, length)
+        made = launch_backward((dy, dlse), (y, lse), inputs, rule, (config, config))
+        gradients = [
+            float((a.double() - w).abs().max() / w.abs().max())
+            for a, w in zip(made, wanted, strict=True)
+        ]
     return {
+        "gradients": gradients,
         "y": float((y.double() - want).abs().max() / want.abs().max()),
         "lse": float((lse.double() - want_lse)[~dead].abs().max()),
         "dead": int(dead.sum()),
@@ -128,12 +167,25 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
     }
 
 
+def spread(cache: torch.Tensor, apart: int) -> torch.Tensor:
+    """The same rows, so many numbers apart: memory that nothing touches is not there."""
+    *many, rows, width = cache.shape
+    strides = [width * math.prod(many[i + 1 :]) for i in range(len(many))]
+    store = torch.empty(rows * apart, dtype=cache.dtype)
+    return store.as_strided(cache.shape, (*strides, apart, 1)).copy_(cache)
+
+
 def names() -> list[tuple[str, str, str]]:
     """fp32 and fp16 everywhere; bf16 (computed in fp32 by the interpreter) on two cases."""
-    full = [(s, c, d) for s in ("attention", "latent") for c in CASES for d in DTYPES[:2]]
+    near = [c for c in CASES if "far" not in c and "wide" not in c]
+    full = [(s, c, d) for s in ("attention", "latent") for c in near for d in DTYPES[:2]]
+    full += [(s, c, "float16") for s in ("attention", "latent") for c in CASES if "far" in c]
+    full += [("attention", "prefill-wide-window", "float32")]
+    widths = [s for s in SHAPES if s.startswith("attention-")]
+    full += [(s, c, "float32") for s in widths for c in ("prefill", "decode-split")]
     few = [(s, c, "bfloat16") for s in ("attention", "latent") for c in ("prefill", "decode-split")]
     none = [("latent-no-rope", c, "float32") for c in ("prefill", "decode-split", "decode-paged")]
-    plain = [c for c in CASES if "paged" not in c and "few-heads" not in c]
+    plain = [c for c in near if "paged" not in c and "few-heads" not in c]
     routed = [("routed", c, "float32") for c in plain] + [("routed", "prefill", "bfloat16")]
     routed += [("routed-groups", c, "float16") for c in ("prefill", "decode", "decode-small-chunk")]
     return full + few + none + routed
@@ -152,6 +204,8 @@ def test_equals_reference(results: dict[str, Any], shape: str, case: str, dtype:
     assert got["lse"] <= 5e-6, got
     assert got["dead_agree"], got
     assert got["dead_zero"], got
+    assert all(error <= 3 * TOLERANCE[dtype] for error in got["gradients"]), got
+    assert len(got["gradients"]) == 3 * has_gradient(shape, case, dtype)
 
 
 def test_cases_include_rows_that_see_nothing(results: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """`python kernels/bench/aot.py`: compile every shipped kernel for every target, write a report.
 
 Needs no GPU. The report (``kernels/bench/results/aot.json``) is committed; a test compares it
-with the configuration table. Exit status 1 when a kernel breaks a limit. With ``--only sparse``
-the kernels named so are compiled and the report's other entries are kept: they must be of the same
-Triton.
+with the configuration table. Exit status 1 when a kernel breaks a limit. With ``--only sparse`` the
+kernels named so are compiled, with ``--target sm_90`` those of that target, and the report's other
+entries are kept: they must be of the same Triton.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from reattend.kernels.targets import TARGETS
 RESULTS = Path(__file__).parent / "results" / "aot.json"
 
 
-def kept(path: Path, only: str) -> list[dict[str, Any]] | None:
+def kept(path: Path, only: str, targets: list[str]) -> list[dict[str, Any]] | None:
     """Entries of the report that are not compiled again; None when another Triton made them."""
+    if not path.exists():
+        return []
     report = json.loads(path.read_text("utf-8"))
     if report["triton"] != triton.__version__:
         return None
-    return [entry for entry in report["kernels"] if not entry["kernel"].startswith(only)]
+    return [
+        entry
+        for entry in report["kernels"]
+        if not (entry["kernel"].startswith(only) and entry["target"] in targets)
+    ]
 
 
 def order(entry: dict[str, Any], names: list[str]) -> tuple[Any, ...]:
@@ -51,10 +57,11 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.stderr.write("unset TRITON_INTERPRET: the interpreter replaces the compiler\n")
         return 2
-    kernels = kept(path, asked.only) if asked.only else []
+    partial = asked.only or len(targets) < len(TARGETS)
+    kernels = kept(path, asked.only, asked.target) if partial else []
     if kernels is None:
         sys.stderr.write(
-            f"{path} is of another Triton than {triton.__version__}: leave out --only\n"
+            f"{path} is of another Triton than {triton.__version__}: compile all of it\n"
         )
         return 2
     for target in targets:
@@ -74,7 +81,7 @@ def main() -> int:
         "command": "python kernels/bench/aot.py",
         "date": date.today().isoformat(),
         "triton": triton.__version__,
-        "targets": [asdict(target) for target in targets],
+        "targets": [asdict(t) for t in TARGETS if t.name in {k["target"] for k in kernels}],
         "kernels": sorted(kernels, key=lambda entry: order(entry, names)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from reattend.kernels.attention import triton_dkv as attention_dkv_kernels
+from reattend.kernels.attention import triton_dq as attention_dq_kernels
 from reattend.kernels.attention import triton_kernel as attention_kernels
 from reattend.kernels.configs import MEASURED, KernelConfig, shipped, variants
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
@@ -42,7 +44,7 @@ SPARSE_BLOCK = 64
 _POINTERS = {"lse": "fp32", "kv_start": "i64", "kv_len": "i64", "table": "i32"}
 _POINTERS |= dict.fromkeys(("row_ptr", "col", "tile", "head_layout", "col_ptr", "rows"), "i32")
 _POINTERS |= {"count": "i32", "active": "i32"}
-_POINTERS |= {"tiles": "i64", "shift": "fp32"}
+_POINTERS |= {"tiles": "i64", "shift": "fp32", "top": "fp32"}
 _FLOATS = ("scale", "softcap")
 _POINTERS |= dict.fromkeys(("state", "after", "decay", "later", "within", "added", "mass"), "fp32")
 _DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope", "dy", "dq", "dk", "dv")
@@ -88,7 +90,8 @@ def _kernel(name: str) -> Any:
         return getattr(next(m for m in every if name in vars(m)), name)
     modules = {"attention": attention_kernels, "latent": latent_kernels, "sparse": sparse_kernels}
     modules["routed"] = routed_kernels
-    module = modules[name.partition("_")[0]]
+    modules |= {"attention_dq": attention_dq_kernels, "attention_dkv": attention_dkv_kernels}
+    module = modules.get(name, modules[name.partition("_")[0]])
     if name.startswith("sparse_d") and not name.endswith("decode"):
         module = sparse_backward_kernels
     return getattr(module, name.removesuffix("_wide").removesuffix("_tall"))
@@ -105,7 +108,8 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
     }
     if not kernel.startswith("sparse"):
         constants |= {"CAUSAL": True, "HAS_WINDOW": full}
-        constants |= {} if kernel.startswith("routed") else {"PAGED": full}
+        pages = kernel.startswith("latent") or kernel in ("attention_prefill", "attention_decode")
+        constants |= {"PAGED": full} if pages else {}
     else:
         constants |= {"BLOCK": SPARSE_BLOCK}
     if not kernel.startswith("latent"):

@@ -99,6 +99,10 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
     ("latent_prefill", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
     ("latent_decode", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("attention_dq", 2): _heads((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    ("attention_dkv", 2): _heads((64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+    ("attention_dq", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("attention_dkv", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
     ("sparse_decode", 2): _heads((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2)),
     ("sparse_dq", 2): _heads((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
@@ -119,8 +123,13 @@ _SM_90: Rows = {
     ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("attention_dq", 2): _heads((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    ("attention_dkv", 2): _heads((64, 128, 8, 3), (32, 128, 8, 2), (32, 32, 8, 2)),
 }
 _SM_90 |= _routed(_SM_90)
+_SM_100: Rows = _SM_90 | {
+    ("attention_dkv", 2): _heads((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+}
 # fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
 _H200: Rows = {
     ("attention_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
@@ -140,6 +149,10 @@ _GFX942: Rows = {
     ("attention_decode", 4): _heads((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     ("latent_prefill", 4): _ranks((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     ("latent_decode", 4): _ranks((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("attention_dq", 2): _heads((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+    ("attention_dkv", 2): _heads((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
+    ("attention_dq", 4): _heads((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("attention_dkv", 4): _heads((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     ("sparse_prefill", 2): _heads((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     ("sparse_decode", 2): _heads((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
     ("sparse_dq", 2): _heads((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
@@ -158,7 +171,7 @@ MEASURED: dict[str, Rows] = {"sm_90": _H200}
 _TABLE: dict[str, Rows] = {
     "sm_80": _SM_80,
     "sm_90": _SM_90 | _H200,
-    "sm_100": _SM_90,
+    "sm_100": _SM_100,
     "gfx942": _GFX942,
 }
 

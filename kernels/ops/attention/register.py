@@ -148,13 +148,32 @@ def attention_backward(
     sliding_window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from those of y and lse; torch on every device."""
+    """Gradients of q, k, v from those of y and lse."""
     return reference.backward(
         (dy_BHNe, dlse_BHN),
         (y_BHNe, lse_BHN),
         (q_BHNd, k_BGMd, v_BGMe, kv_start_B, kv_len_B, block_table_BP),
         Rule(scale, causal, sliding_window, softcap),
     )
+
+
+@attention_backward.register_kernel("cuda")
+def _cuda_backward(
+    dy: Tensor, dlse: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    start: Tensor, length: Tensor, table: Tensor | None = None, *,
+    scale: float, causal: bool = True, sliding_window: int = 0, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rule = Rule(scale, causal, sliding_window, softcap)
+    launch = load_launch("reattend.kernels.attention.launch_backward")
+    configs = launch.configs_for(q, v) if table is None else None
+    if configs is None:  # pages, fp64, very wide heads, a GPU no kernel is shipped for
+        given = (q, k, v, start, length, table)
+        return reference.backward((dy, dlse), (y, lse), given, rule)
+    inputs = (q, k, v, start, length)
+    done: tuple[Tensor, Tensor, Tensor] = launch.launch_backward(
+        (dy, dlse), (y, lse), inputs, rule, configs
+    )
+    return done
 
 
 @attention_backward.register_fake

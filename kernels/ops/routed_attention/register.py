@@ -121,10 +121,28 @@ def routed_attention_backward(
     sliding_window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from those of y and lse; torch on every device."""
+    """Gradients of q, k, v from those of y and lse."""
     x = Inputs(q_BHNd, k_BGMd, v_BGMe, active_BUN, kv_start_B, kv_len_B)
     rule = Rule(scale, causal, sliding_window, softcap)
     return reference.backward((dy_BHNe, dlse_BHN), (y_BHNe, lse_BHN), x, rule)
+
+
+@routed_attention_backward.register_kernel("cuda")
+def _cuda_backward(
+    dy: Tensor, dlse: Tensor, y: Tensor, lse: Tensor, *inputs: Tensor,
+    scale: float, causal: bool = True, sliding_window: int = 0, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """That of attention, in which a query has no part whose lse is -inf."""
+    x, rule = Inputs(*inputs), Rule(scale, causal, sliding_window, softcap)
+    launch = load_launch("reattend.kernels.attention.launch_backward")
+    configs = launch.configs_for(x.q_BHNd, x.v_BGMe)
+    if configs is None:  # fp64, very wide heads, a GPU no kernel is shipped for
+        return reference.backward((dy, dlse), (y, lse), x, rule)
+    given = (*x[:3], x.kv_start_B, x.kv_len_B)
+    done: tuple[Tensor, Tensor, Tensor] = launch.launch_backward(
+        (dy, dlse), (y, lse), given, rule, configs
+    )
+    return done
 
 
 @routed_attention_backward.register_fake
