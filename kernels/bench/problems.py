@@ -61,7 +61,7 @@ class Problem:
             order = torch.rand(case.b, case.g, case.n, generator=self.make, device=device)
             self.rest = (order.argsort(1) < case.used, *self.rest)
         elif case.op == "linear_attention":
-            self.rest, self.scalars = (0, 1, False), {}
+            self.rest, self.scalars = (0, 1, False, False), {}
         elif case.page:
             self._paged()
 
@@ -124,7 +124,7 @@ class Problem:
         module = f"reattend.kernels.{self.case.op}.launch"
         launch = import_module(module)
         if self.case.op == "linear_attention":
-            found = launch.configs_for(launch.Inputs(*self.data, *self.rest)) or {}
+            found = launch.configs_for(launch.Inputs(*self.data, *self.rest[:3])) or {}
             names = ("step",) if self.case.n == 1 else ("channels", "read")
             chosen = next((found[name] for name in names if name in found), None)
         elif self.case.op == "sparse_attention":

@@ -100,7 +100,7 @@ def call_of(problem: Problem, config: KernelConfig, splits: int | None) -> Any:
     rule = Rule((case.d + case.rope) ** -0.5, True, 0, 0.0)
     if case.op == "linear_attention":
         configs = dict.fromkeys((*launch.KERNELS, "channels"), config)
-        return lambda: launch.launch(launch.Inputs(*data, *rest), configs)
+        return lambda: launch.launch(launch.Inputs(*data, *rest[:3]), configs)
     if case.op == "sparse_attention":
         given = launch.Inputs(*data, rest[:5], rest[5:7], *rest[7:9])
         return lambda: launch.launch(given, rule, config, splits=splits)
