@@ -120,7 +120,7 @@ def export_manifest(folder: Path) -> Any:
 def test_passes_over_a_text_read_what_one_of_them_saw(texts: Any) -> None:
     model, artifact = texts
     ops = [entry.op for entry in artifact.manifest.layers]
-    assert ops == ["ObservedAttention", "MaskedAttention", "MaskedAttention"]
+    assert ops == ["ObservedAttention", "BandAttention", "MaskedAttention"]
     assert [c.steps for c in artifact.manifest.checks] == [0, 5]
     session = EncoderSession(artifact.path, threads=1)
     for steps, tokens, new in ((6, 22, 9), (3, 17, 0)):

@@ -17,6 +17,7 @@ from test_onnx_sparse_functions import SCALE, B, H, T, one_node, rows  # noqa: E
 from reattend.mixers.config import CoreConfig  # noqa: E402
 from reattend.mixers.scores import attend  # noqa: E402
 from reattend.patterns.pattern import HeadPattern  # noqa: E402
+from reattend.targets.onnx.encoder_band import band_attention  # noqa: E402
 from reattend.targets.onnx.encoder_observed import observed_attention  # noqa: E402
 from reattend.targets.onnx.encoder_ops import masked_attention, region_attention  # noqa: E402
 from reattend.targets.onnx.encoder_regions import Regions, regions  # noqa: E402
@@ -39,6 +40,33 @@ def test_a_mask_is_read(softcap: float) -> None:
     want = masked_attention(*map(torch.from_numpy, feed.values()), **rules).numpy()
     for (y,) in runs("MaskedAttention", feed, rules, ["y"]):
         assert np.abs(y - want).max() <= 1e-5
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 3), (3, 5), (9, 1), (2, 40)])
+def test_sinks_and_a_window_on_both_sides(
+    sinks: int, window: int, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions that do not divide the text; a window too wide to pay; padding on the wrong side."""
+    monkeypatch.setattr("reattend.targets.onnx.fragments.RUN", 8)
+    q, k, v = rows()
+    real = np.ones((B, T), bool)
+    if padding != "none":
+        real[0, slice(-9, None) if padding == "right" else slice(9)] = False
+    place = np.where(real, real.cumsum(1) - 1, -1)
+    core = CoreConfig(
+        heads=H, kv_heads=2, qk_head_dim=8, v_head_dim=6, scale=SCALE, softcap=1.5, pattern="full"
+    )
+    pattern = HeadPattern(sinks=sinks, window=window)
+    i, j = torch.from_numpy(place)[:, :, None], torch.from_numpy(place)[:, None]
+    seen = pattern.sees(i, j, core) | (i < 0)  # padding stays finite
+    want = attend(*map(torch.from_numpy, (q, k, v)), core, seen[:, None]).numpy()
+    feed = {"q": q, "key": k, "value": v, "place": place}
+    rules = {"scale": SCALE, "softcap": 1.5, "sinks": sinks, "window": window}
+    y = band_attention(*map(torch.from_numpy, feed.values()), sinks, window, SCALE, 1.5).numpy()
+    for got in (y, *(y for (y,) in runs("BandAttention", feed, rules, ["y"]))):
+        assert np.isfinite(got).all()
+        assert np.abs(got - want).transpose(0, 2, 1, 3)[real].max() <= 1e-5
 
 
 @pytest.mark.parametrize(

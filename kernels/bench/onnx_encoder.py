@@ -28,7 +28,7 @@ from table import onnx_encoder_table
 from timing import in_turns, times_faster
 
 from reattend.mixers.config import CoreConfig
-from reattend.patterns.pattern import HeadPattern
+from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.targets.onnx.encoder_regions import regions
 from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
 
@@ -43,8 +43,8 @@ CORE = CoreConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """A pattern over a grid; or tokens per block and share of blocks that every head chose; or 256
-    queries, of which so many together read a quarter of the rows, chosen by themselves."""
+    """A pattern over a grid or a text; or tokens per block and share of blocks a head chose; or
+    256 queries, of which so many together read a quarter of the rows, chosen by themselves."""
 
     name: str
     pattern: dict[str, Any] | None = None
@@ -54,6 +54,8 @@ class Case:
 
 IMAGE = (64, 64)
 CASES = (
+    Case("text: 4 sinks, window of 256 on both sides", {"sinks": 4, "window": 256}),
+    Case("text: window of 64 on both sides", {"window": 64}),
     Case("neighborhood: 7 x 7 of 64 x 64", {"grid": {"radius": 3, "norm": "neighborhood"}}),
     Case("clear: radius 8 of 64 x 64", {"grid": {"radius": 8, "norm": "circle"}}),
     Case("clear: radius 16 of 64 x 64", {"grid": {"radius": 16, "norm": "circle"}}),
@@ -75,10 +77,7 @@ class Rows:
         self.case, shape = case, (3, 1, HEADS, TOKENS, WIDTH)
         self.q, self.k, self.v = random.standard_normal(shape, np.float32)
         if case.pattern is not None:
-            name = next(iter(case.pattern))
-            self.pattern = HeadPattern.model_validate(
-                {name: {**case.pattern[name], "shape": IMAGE}}
-            )
+            self.pattern = HeadPattern.model_validate(laid_out(case.pattern, {"shape": IMAGE}))
             place = torch.arange(TOKENS)
             self.seen: Array = self.pattern.sees(place[:, None], place, CORE)[None].numpy()
             return
@@ -123,6 +122,13 @@ def boxes(rows: Rows) -> Call:
     return one("RegionAttention", inputs, ["y"], RULES, ours=True)
 
 
+def band(rows: Rows) -> Call:
+    """`BandAttention`, of a text without padding."""
+    inputs = {**rows.inputs, "place": np.arange(TOKENS)[None]}
+    rules = {**RULES, "sinks": rows.pattern.sinks, "window": rows.pattern.window}
+    return one("BandAttention", inputs, ["y"], rules, ours=True)
+
+
 def tiles(rows: Rows) -> Call:
     """`ChosenRegionAttention`; tokens lie tile by tile, and a query's own row is read beside."""
     block = rows.case.chosen[0]
@@ -158,7 +164,7 @@ def ways(rows: Rows) -> dict[str, Call]:
     """Each way; `full` gives another result."""
     sparsed = rows.case.name.startswith("sparsed")
     ours = later if sparsed else boxes if rows.case.pattern is not None else tiles
-    ours = apart if rows.case.together else ours
+    ours = apart if rows.case.together else band if rows.case.name.startswith("text") else ours
     masked = {**rows.inputs, "seen": rows.seen[None]}
     theirs = {"scale": SCALE, "is_causal": 0}
     return {

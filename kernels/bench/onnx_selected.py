@@ -84,14 +84,8 @@ CASES = tuple(
 DRAFT = {"kind": "blocks", "block": 128, "queries": "pooled", "ratio": 0.25}
 PROMPTS = tuple(
     Case(f"{name}: 512 new on 3584, {kv_heads} KV heads", 4096, kv_heads, select, 512)
-    for name, select in {
-        "draft": DRAFT,
-        "dma": DMA,
-        "moba": MOBA,
-        "seer": SEER,
-        "longheads": LONGHEADS,
-        "dhsa": DHSA,
-    }.items()
+    for name, select in {"draft": DRAFT, **PLANS}.items()
+    if name != "double-sparsity"  # its prompts are dense
     for kv_heads in (8, 2)
 )
 

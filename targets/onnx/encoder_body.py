@@ -3,20 +3,23 @@
 Which keys are read is said by inputs: what a pattern shows, or what was chosen before in the graph.
 `MaskedAttention` forms every score. The others read, for every region of queries, listed rows:
 `RegionAttention` the same ones in all heads and texts, `ChosenRegionAttention` rows of each head's
-own. Letters: B batch, H query heads, G key/value heads, J = H / G, N queries, M keys, R regions, c
-queries and K keys of a region, d and e widths.
+own, and `BandAttention` (`encoder_band.py`) those near in the text. Letters: B batch, H query
+heads, G key/value heads, J = H / G, N queries, M keys, R regions, c queries and K keys of a region,
+d and e widths.
 """
 
 from __future__ import annotations
 
+from reattend.targets.onnx.encoder_band import BAND, BAND_BODY
 from reattend.targets.onnx.fragments import finished, read_rows
 
-_START = """NAME <scale: float, softcap: float>
+_START = """NAME <scale: float, softcap: floatMORE>
 (INPUTS) => (y)
 {
 SIZES
 """
 
+# visible -> masked_y, from every score
 _MASKED = """
   by_group = Concat <axis = 0> (same, g, others, same)
   q_rows = Reshape (q, by_group)
@@ -25,11 +28,15 @@ _MASKED = """
   score_rows = MatMul (q_scaled, key_t)
   by_head = Concat <axis = 0> (same, others, n_1, same)
   scores_any = Reshape (score_rows, by_head)
-  visible = Identity (seen)
 SOFTMAX
   weight_rows = Reshape (weights, by_group)
   y_rows = MatMul (weight_rows, value)
-  y = Reshape (y_rows, by_head)
+  masked_y = Reshape (y_rows, by_head)"""
+
+_SEEN = """
+  visible = Identity (seen)
+MASKED
+  y = Identity (masked_y)
 }"""
 
 _QUERIES = """
@@ -62,11 +69,15 @@ ENCODER = {
     "MaskedAttention": ("q", "key", "value", "seen"),
     "RegionAttention": _REGION_INPUTS,
     "ChosenRegionAttention": _REGION_INPUTS,
+    BAND: ("q", "key", "value", "place"),
 }
+#: attributes of a node beside scale and softcap, whole numbers
+WHOLE = {BAND: ("sinks", "window")}
 _BODIES = {
-    "MaskedAttention": _MASKED,
+    "MaskedAttention": _SEEN,
     "RegionAttention": _QUERIES + _REGIONS,
     "ChosenRegionAttention": _QUERIES + _CHOSEN,
+    BAND: BAND_BODY,
 }
 
 
@@ -78,4 +89,6 @@ def encoder_body(name: str, capped: bool = True) -> str:
         capped: some node may have a softcap.
     """
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
-    return finished(start + _BODIES[name], capped)
+    start = start.replace("MORE", "".join(f", {x}: int" for x in WHOLE.get(name, ())))
+    body = _BODIES[name].replace("\nMASKED", _MASKED)
+    return finished(start + body, capped)

@@ -34,6 +34,7 @@ from reattend.targets.onnx.verify import LIMITS, passed
 _SAVES = {
     "MaskedAttention": "nothing: every score is formed, under a mask",
     "RegionAttention": "reads and arithmetic: boxes of queries read the rows that they see",
+    "BandAttention": "reads and arithmetic: what is near is read, in texts not padded on the left",
     "ChosenRegionAttention": "reads and arithmetic: tiles of queries read the tiles they chose",
     "ObservedAttention": "reads and arithmetic of the passes behind the one that observes",
 }

@@ -25,6 +25,7 @@ from reattend.parts import picked, query_heads
 from reattend.passes.rewrite.sparse_build import like, sparse_like
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Blocks, Observed
+from reattend.targets.onnx.encoder_band import BAND, band_attention, band_of
 from reattend.targets.onnx.encoder_observed import observed_attention
 from reattend.targets.onnx.encoder_ops import masked_attention, region_attention
 from reattend.targets.onnx.encoder_regions import Regions, regions
@@ -93,9 +94,12 @@ class WholeSparse(SparseAttention):
             if (number, n) not in self.known:
                 self.known[number, n] = _prepared(pattern, own, n)
             known = self.known[number, n]
-        self.forms[number] = _form(pattern, known, n)
+        band = band_of(pattern, own)
+        self.forms[number] = BAND if band and known is None else _form(pattern, known, n)
         if isinstance(known, Regions):
             return _by_boxes(q, k, v, own, known)
+        if band:
+            return _band(q, k, v, own, place, band)
         seen = _seen(pattern, own, place)
         if pattern.select is None:
             return _masked(q, k, v, own, seen)
@@ -171,6 +175,13 @@ def _seen(pattern: HeadPattern, core: CoreConfig, place_BN: Tensor) -> Tensor:
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, core: CoreConfig, seen: Tensor) -> Tensor:
     y: Tensor = masked_attention(q, k, v, seen, core.scale, core.softcap)
+    return y
+
+
+def _band(
+    q: Tensor, k: Tensor, v: Tensor, core: CoreConfig, place: Tensor, band: tuple[int, int]
+) -> Tensor:
+    y: Tensor = band_attention(q, k, v, place, *band, core.scale, core.softcap)
     return y
 
 

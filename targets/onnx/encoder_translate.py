@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from reattend.targets.onnx.encoder_body import ENCODER
+from reattend.targets.onnx.encoder_band import BAND
+from reattend.targets.onnx.encoder_band import band_attention as _band  # noqa: F401
+from reattend.targets.onnx.encoder_body import ENCODER, WHOLE
 from reattend.targets.onnx.encoder_observed import INPUTS, OBSERVED
 from reattend.targets.onnx.encoder_observed import observed_attention as _observed  # noqa: F401
 from reattend.targets.onnx.encoder_ops import masked_attention as _masked  # noqa: F401
@@ -34,6 +36,12 @@ def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         rules = {"scale": float(scale), "softcap": float(softcap)}
         return _node(name)(q, k, v, query_rows, key_rows, seen, at, **rules)
 
+    def translate_band(
+        q: Any, k: Any, v: Any, place: Any, sinks: int, window: int, scale: float, softcap: float
+    ) -> Any:
+        rules = {"scale": float(scale), "softcap": float(softcap)}
+        return _node(BAND)(q, k, v, place, sinks=int(sinks), window=int(window), **rules)
+
     def translate_observed(
         q: Any, k: Any, v: Any, past: Any, phase: Any, prompt: Any, block: int, topk: int,
         ratio: float, scale: float, softcap: float,
@@ -45,6 +53,7 @@ def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     return {
         torch.ops.reattend.observed_attention.default: translate_observed,
+        torch.ops.reattend.band_attention.default: translate_band,
         torch.ops.reattend.masked_attention.default: translate_masked,
         torch.ops.reattend.region_attention.default: translate_regions,
     }
@@ -53,4 +62,5 @@ def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 def _node(name: str) -> Any:
     """The op of a node of `ENCODER`."""
     kinds = dict.fromkeys(ENCODER[name], "I") | dict.fromkeys(("q", "key", "value"), "T")
-    return our_op(name, ENCODER[name], ("y",), _RULES, kinds | {"seen": "S"})
+    rules = _RULES | dict.fromkeys(WHOLE.get(name, ()), "int")
+    return our_op(name, ENCODER[name], ("y",), rules, kinds | {"seen": "S"})
