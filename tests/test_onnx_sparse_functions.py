@@ -44,6 +44,12 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def several_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tokens are more than one region of those that read the same rows."""
+    monkeypatch.setattr("reattend.targets.onnx.fragments.RUN", 8)
+
+
 def rows(seed: int = 0) -> list[np.ndarray]:
     """q, k, v of T tokens."""
     random = np.random.default_rng(seed)

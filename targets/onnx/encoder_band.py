@@ -79,7 +79,8 @@ BAND_BODY = f"""
   is_band = And (is_first, is_long)
   y = If (is_band) <
     then_branch = band () => (band_y)
-    {{{RUNS}{_READ}
+    {{
+      run_most = Constant <value_int = @RUN> (){RUNS}{_READ}
     }},
     else_branch = under_a_mask () => (masked_y)
     {{

@@ -110,10 +110,9 @@ def read_rows(key: str, value: str) -> str:
 RUN = 128
 #: queries that meet a block of keys together, where each query chooses for itself
 TILE = 64
-#: queries in the order of the call, so many at a time: q_regions [B, H, R, c, d]. The last query
+#: queries in the order of the call, `run_most` at a time: q_regions [B, H, R, c, d]. The last query
 #: fills up the last region; `run_at` says which query stands where.
 RUNS = """
-      run_most = Constant <value_int = @RUN> ()
       run_c = Min (n, run_most)
       run_c_1 = Unsqueeze (run_c, axis_0)
       run_c_less = Sub (run_c, one)
@@ -167,5 +166,6 @@ def finished(body: str, capped: bool) -> str:
     """
     body = body.replace("COMMON", f"SIZES{_SPAN}")
     body = body.replace("\nSIZES", _SIZES + (CAP if capped else ""))
-    body = body.replace("\nREGIONS", _REGIONS).replace("@RUN", str(RUN)).replace("@TILE", str(TILE))
+    body = body.replace("\nREGIONS", _REGIONS).replace("@RUN", str(RUN))
+    body = body.replace("@HALF", str(RUN // 2)).replace("@TILE", str(TILE))
     return body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", CAPPED if capped else NOT_CAPPED)

@@ -168,4 +168,4 @@ REGIONS
       several_y = Slice (y_flat, same, n_1, axis_2)"""
 
 REGIONS_OF_SCORED = f"""
-{RUNS[1:]}{_LISTED}{_READ}"""
+      run_most = Constant <value_int = @RUN> (){RUNS}{_LISTED}{_READ}"""
