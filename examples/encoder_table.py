@@ -39,6 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "9 of 12 heads, norms, none shared": {"shared": 0, "top_k": 9, **HARD},
     "6 of 12 heads, norms, none shared": {"shared": 0, "top_k": 6, **HARD},
     "9 of 12 heads, fitted": {"shared": 0, "top_k": 9, **FITTED},
+    "9 of 12 heads on average, fitted": {"shared": 0, "top_k": "auto", "active": 0.75, **FITTED},
 }
 TRAINED, LONG = 60_000, 240_000
 #: name -> rule of the plan, tokens trained on
@@ -47,7 +48,10 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
     for name, options in WAYS.items()
     for told, tokens in ((", untrained", 0), ("", TRAINED))
 }
-ROWS["9 of 12 heads, fitted, long"] = ({**HEAD, **WAYS["9 of 12 heads, fitted"]}, LONG)
+ROWS |= {
+    f"{name}, long": ({**HEAD, **WAYS[name]}, LONG)
+    for name in ("9 of 12 heads, fitted", "9 of 12 heads on average, fitted")
+}
 
 
 def sentences() -> tuple[list[str], list[str]]:

@@ -35,12 +35,15 @@ ROWS: dict[str, linear_table.Row] = {
 }
 
 
-#: MiniLM's relations beside the blocks' outputs, with the weights tried
-RELATIONS: dict[str, dict[str, Any]] = {
-    "1 of 2 KV heads, joint": {"relations": ["q", "k", "v"]},
-    "1 of 2 KV groups pruned": {"relations": ["q", "k", "v"]},
+#: what rows say of `calibrate` beside tokens and stages: MiniLM's relations with the outputs
+MORE: dict[str, dict[str, Any]] = {
+    f"{name}, relations": {"relations": ["q", "k", "v"]}
+    for name in ("1 of 2 KV heads, joint", "1 of 2 KV groups pruned")
 }
-ROWS |= {f"{name}, relations": ({"sites": "*", **RULES[name]}, TRAINED, BOTH) for name in RELATIONS}
+ROWS |= {
+    name: ({"sites": "*", **RULES[name.removesuffix(", relations")]}, TRAINED, BOTH)
+    for name in MORE
+}
 
 
 #: of 6 layers; weights are saved, not the cache
@@ -59,13 +62,29 @@ ROWS |= {
 }
 
 
+#: experts start as the block, so they learn nothing from it: the text teaches them, and the model
+#: that has none as well
+EXPERTS: dict[str, dict[str, Any]] = {
+    "no experts": {"to": "dense"},
+    "2 experts, shared KV": {"to": "attn-moe", "experts": 2, "kv": "shared"},
+    "2 experts, own KV": {"to": "attn-moe", "experts": 2, "kv": "separate"},
+    "4 experts, shared KV": {"to": "attn-moe", "experts": 4, "kv": "shared"},
+}
+ROWS["2 experts, shared KV, untrained"] = (
+    {"sites": "*", **EXPERTS["2 experts, shared KV"]}, 0, BOTH,
+)  # fmt: skip
+for name, rule in EXPERTS.items():
+    ROWS[f"{name}, next-token loss"] = ({"sites": "*", **rule}, TRAINED, ["end-to-end"])
+    MORE[f"{name}, next-token loss"] = {"loss": "lm"}
+
+
 class Campaign(linear_table.Campaign):
     """Rows that say how many parameters the model has."""
 
     def row(self, name: str) -> dict[str, Any]:
         """One row."""
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.more = RELATIONS[name.removesuffix(", relations")] if ", relations" in name else {}
+        self.more = MORE.get(name, {})
         found = super().row(name)
         return {"parameters": self.parameters, **found}
 

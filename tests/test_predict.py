@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reattend.finder import find_attention
@@ -233,3 +234,17 @@ def test_what_costs_more_is_predicted_to() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     live = predicted(model, plan, owned=False)
     assert live.peaks["publish"] == base.peaks["publish"] + weights  # saving ends the sharing
+
+
+def test_rows_that_belong_together_are_timed_together() -> None:
+    """A model that compares its first row with its second cannot run one alone."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.table(ids[0]) - self.table(ids[1])
+
+    assert probe(Pair(), {"ids": torch.zeros(2, 5, dtype=torch.long)}, [""]).tokens == 5

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reattend.data import Dataset, load_data
 from reattend.errors import DataError
 from reattend.verify.quality import agreement, measure, perplexity
+from reattend.verify.scoring import full_scorer
 
 MODEL = Path(__file__).parents[1] / "examples/models/pycode-gqa"
 
@@ -60,6 +61,21 @@ def test_agreement_by_hand() -> None:
     assert got == pytest.approx({"kl": kl, "top1": top1}, rel=1e-5)
     same = agreement(Bigram(teacher), Bigram(teacher), padded())
     assert same == {"kl": 0.0, "top1": 1.0}
+
+
+def test_loss_and_agreement_take_one_pass_of_each_model() -> None:
+    """In two batches, with and without a scorer of its own."""
+    teacher, student = (Bigram(torch.randn(9, 9)) for _ in range(2))
+    ran: list[nn.Module] = []
+    for model in (teacher, student):
+        model.register_forward_hook(lambda m, args, y: ran.append(m))
+    for scorer in (None, full_scorer(student)):
+        ran.clear()
+        got = measure(student, padded(), teacher, with_recall=False, scorer=scorer, batch_size=1)
+        assert sorted(map(id, ran)) == sorted([id(teacher), id(student)] * 2)
+        assert got.perplexity == pytest.approx(perplexity(student, padded()), rel=1e-6)
+        assert got.tokens == 5
+        assert {"kl": got.kl, "top1": got.top1} == agreement(teacher, student, padded())
 
 
 def test_nothing_to_predict() -> None:

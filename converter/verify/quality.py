@@ -6,20 +6,18 @@ whatever the model's dtype.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from reattend.at_once import one_pass, spans, stretches
+from reattend.at_once import one_pass, stretches
 from reattend.data import Dataset
-from reattend.errors import DataError, GateError
 from reattend.report.evidence import QualityRow, Role
+from reattend.verify.agreement import Loss, agreement, batches, compared
 from reattend.verify.recall import RecallScore, probes, score
-from reattend.verify.scoring import Scorer, cached_scorer, full_scorer, token_nll
+from reattend.verify.scoring import Scorer, cached_scorer, full_scorer
 
 __all__ = ["Quality", "agreement", "measure", "perplexity", "recall"]
 
@@ -92,23 +90,16 @@ def mean_loss(
         DataError: no token has a real predecessor.
         GateError: NaN in the loss.
     """
-    total, tokens = 0.0, 0
+    found = Loss()
     length = dataset.packed[0].shape[1]
     parts = [(slice(0, length), scorer)]
     if stretched is not None and len(pieces := stretches(stretched, length)) > 1:
         parts = [(part, full_scorer(stretched, part)) for part in pieces]
-    for ids_BN, mask_BN in _batches(dataset, batch_size):
+    for ids_BN, mask_BN in batches(dataset, batch_size):
         with one_pass(stretched):
             for part, ask in parts:
-                known = slice(part.start, part.stop + 1)  # the last token predicts the next stretch
-                logits_BNV = ask(ids_BN, mask_BN)
-                nll_BM, _, real_BM = token_nll(logits_BNV, ids_BN[:, known], mask_BN[:, known])
-                total += float(nll_BM[real_BM].double().sum())
-                tokens += int(real_BM.sum())
-                del logits_BNV  # before the next are made
-    if tokens == 0:
-        raise DataError("No token can be predicted from this data.", where=dataset.description)
-    return total / tokens, tokens
+                found.add(ask(ids_BN, mask_BN), ids_BN, mask_BN, part)
+    return found.mean(dataset)
 
 
 def perplexity(
@@ -157,71 +148,6 @@ def recall(
     return {name: score(probe, chosen, batch_size=batch_size) for name, probe in built.items()}
 
 
-def agreement(
-    teacher: nn.Module,
-    student: nn.Module,
-    dataset: Dataset,
-    *,
-    scorer: Scorer | None = None,
-    batch_size: int = 8,
-) -> dict[str, float]:
-    """How closely the student's predictions follow the teacher's.
-
-    Args:
-        teacher: the original.
-        student: the converted model.
-        dataset: token rows; padding is not counted.
-        scorer: another way to get the student's logits.
-        batch_size: rows per forward pass.
-
-    Returns:
-        `kl`: mean KL(teacher || student) in nats per real token; `top1`: share of equal argmax.
-
-    Raises:
-        GateError: the result is not a number.
-    """
-    kl, same, tokens = 0.0, 0, 0
-    for teacher_BNV, student_BNV, real_BN in _both(teacher, student, dataset, scorer, batch_size):
-        for teacher_NV, student_NV, real_N in zip(teacher_BNV, student_BNV, real_BN, strict=True):
-            for part in spans(*teacher_NV.shape):
-                real = real_N[part]
-                target_RV = teacher_NV[part][real].float().log_softmax(-1)
-                guess_RV = student_NV[part][real].float().log_softmax(-1)
-                same += int((target_RV.argmax(-1) == guess_RV.argmax(-1)).sum())
-                torch.sub(target_RV, guess_RV, out=guess_RV)  # in place: each is megabytes
-                kl += float(guess_RV.mul_(target_RV.exp_()).sum(-1).double().sum())
-            tokens += int(real_N.sum())
-        del teacher_BNV, student_BNV, teacher_NV, student_NV  # before the next are made
-    if tokens == 0:
-        raise DataError("The data has no real token.", where=dataset.description)
-    if math.isnan(kl):
-        raise GateError("Teacher and student cannot be compared.", why="NaN in the divergence")
-    return {"kl": kl / tokens, "top1": same / tokens}
-
-
-def _both(
-    teacher: nn.Module, student: nn.Module, dataset: Dataset, scorer: Scorer | None, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits of both models and which tokens are real.
-
-    Where one row's logits are large, a stretch of the row at a time.
-    """
-    length = dataset.packed[0].shape[1]
-    parts = stretches(teacher, length) if scorer is None else [slice(0, length)]
-    if len(parts) == 1 or len(stretches(student, length)) == 1:
-        parts = [slice(0, length)]
-    pieces = len(parts) > 1
-    for ids_BN, mask_BN in _batches(dataset, batch_size):
-        with one_pass(teacher if pieces else None), one_pass(student if pieces else None):
-            for part in parts:
-                kept = part if pieces else None
-                teacher_BNV = full_scorer(teacher, kept)(ids_BN, mask_BN)
-                ask = full_scorer(student, kept) if pieces else _scorer(student, scorer)
-                student_BNV = ask(ids_BN, mask_BN).to(teacher_BNV.device)
-                yield teacher_BNV, student_BNV, mask_BN[:, part].bool().to(teacher_BNV.device)
-                del teacher_BNV, student_BNV
-
-
 def measure(
     model: nn.Module,
     dataset: Dataset,
@@ -247,14 +173,16 @@ def measure(
     """
     chosen = _scorer(model, scorer)
     stretched = model if scorer is None else None
-    loss, tokens = mean_loss(chosen, dataset, batch_size=batch_size, stretched=stretched)
+    close: dict[str, float] = {}
+    if teacher is None:
+        loss, tokens = mean_loss(chosen, dataset, batch_size=batch_size, stretched=stretched)
+    else:
+        found, close = compared(teacher, model, dataset, scorer, batch_size)
+        loss, tokens = found.mean(dataset)
     scores: dict[str, RecallScore] = {}
     if with_recall:
         rows = recall_data if recall_data is not None else dataset
         scores = recall(model, rows, seed=seed, scorer=chosen, batch_size=batch_size)
-    close: dict[str, float] = {}
-    if teacher is not None:
-        close = agreement(teacher, model, dataset, scorer=scorer, batch_size=batch_size)
     return Quality(
         loss=loss,
         perplexity=_exp(loss),
@@ -273,11 +201,6 @@ def _scorer(
     if scorer is not None:
         return scorer
     return cached_scorer(model, chunk=chunk) if decode else full_scorer(model)
-
-
-def _batches(dataset: Dataset, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    ids_SN, mask_SN = dataset.packed
-    return list(zip(ids_SN.split(batch_size), mask_SN.split(batch_size), strict=True))
 
 
 def _exp(loss: float) -> float:
