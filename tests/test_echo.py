@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from reattend import convert, load
 from reattend.errors import ArgumentError
+from reattend.install.spans import SpanCache
 from reattend.install.stored import connect
 from reattend.mixers.base import Context
 from reattend.parts import kept_heads
@@ -186,6 +187,10 @@ def test_a_model_follows_and_caches_less(tmp_path: Any, monkeypatch: pytest.Monk
     run = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "num_beams": 2}
     got = loaded.generate(ids, **run)
     assert bool((got == loaded.generate(ids, use_cache=False, **run)).all())
+    fixed = SpanCache(loaded.config, 32, mask)
+    one = {**run, "num_beams": 1}
+    got = loaded.generate(ids, past_key_values=fixed, **one)
+    assert bool((got == loaded.generate(ids, use_cache=False, **one)).all())
     mixer = loaded.model.layers[1].self_attn.mixer
     assert not any(n.startswith(("q_proj", "k_proj")) for n, _ in mixer.named_parameters())
     assert mixer.relay.held is None
@@ -194,6 +199,28 @@ def test_a_model_follows_and_caches_less(tmp_path: Any, monkeypatch: pytest.Monk
         plain, own = result.model(ids).logits, model(ids).logits
     torch.testing.assert_close(plain, reference(model, chosen[0], ids), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, own, rtol=1e-2, atol=1e-2)
+
+
+def test_in_onnx_a_follower_keeps_values_alone(tmp_path: Any) -> None:
+    """It reads its leader's keys, so neither is an operator that keeps them to itself."""
+    pytest.importorskip("onnxruntime")
+    from reattend.targets.onnx import Session, export_onnx
+
+    model, data = decoder("llama", layers=3, groups=2), torch.randint(3, 97, (12, 20))
+    made: Any = convert(model, plan={"rules": [{**RULE, "followers": 1}]}, data=data).model
+    file = export_onnx(made, tmp_path / "out", flavour="ort")
+    assert file.max_error <= 1e-5
+    names = [state.input for state in file.manifest.states]
+    assert names == [f"state.{n}" for n in ("0.key", "0.value", "1.value", "2.key", "2.value")]
+    own = "ai.reattend::Attention"
+    layers = file.manifest.layers
+    assert [x.form for x in layers] == [own, own, "com.microsoft::GroupQueryAttention"]
+    assert "keeps no keys" in layers[1].saves
+    ids, mask = prompts()
+    run = {"max_new_tokens": 6, "do_sample": False}
+    expected = made.generate(ids, attention_mask=mask, use_cache=False, **run)
+    got = Session(file.path).generate(ids.numpy(), mask.numpy(), max_new_tokens=6)
+    assert bool((torch.from_numpy(got) == expected).all())
 
 
 def test_both_stages_train_leaders_and_followers() -> None:

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from reattend.errors import ArgumentError, ModelError, UnsupportedCacheError
+from reattend.errors import ArgumentError, ModelError
 from reattend.mixers.base import Context, Mixer, Rows, RowShapes, State
 from reattend.mixers.block import project
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseAttention, stream
-from reattend.mixers.scores import attend, per_head
 
 
 class EchoConfig(BlockConfig):
@@ -67,7 +66,7 @@ class Relay:
             ArgumentError: the leader did not run before in the same pass.
         """
         held = self.held
-        fits = held is not None and (held[0].shape[0], held[0].shape[2]) == (len(v_BGMe), new)
+        fits = held is not None and (held[0].shape[0], held[0].shape[2]) == (v_BGMe.shape[0], new)
         if held is None or not fits or held[1].shape[2] != v_BGMe.shape[2]:
             raise ArgumentError(
                 "a block that attends where an earlier one did was run without it",
@@ -142,14 +141,8 @@ class EchoAttention(DenseAttention):
         """See `Mixer.attend`."""
         if not self.config.leader:
             if self.config.followers:
-                if span is not None:
-                    raise UnsupportedCacheError(
-                        "a block that hands its keys on was given a fixed-capacity state",
-                        next_step="run the model with a transformers cache, or without one",
-                    )
                 self.relay.put(query[0], rows[0], self.config.followers)
             return super().attend(query, rows, ctx, span)
         (new, offset), v = query, rows[0]
         q, k = self.relay.take(v, new)
-        bias = self.score_bias(q.shape[2], k.shape[2], offset)
-        return attend(q, k, v, self.config.core, ctx.mask, bias, per_head(self.sinks))
+        return super().attend((q, offset, None), (k, v), ctx, span)

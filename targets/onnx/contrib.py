@@ -71,9 +71,20 @@ def state_output(node: Any) -> str:
     if node.op_type in ("SparseAttention", *SELECTED, *LINEAR):
         written = node.outputs[1]
     else:
-        written = node.inputs[2 if node.op_type == "LatentAttention" else 1]
+        written = node.inputs[2 if node.op_type == "LatentAttention" or _follows(node) else 1]
     name: str = written.name
     return name
+
+
+def _follows(node: Any) -> bool:
+    """Whether it attends to the keys of another layer, and has values of its own."""
+    key, value = (_layer(v.name) for v in node.inputs[1:3])
+    return node.op_type == "Attention" and key != value
+
+
+def _layer(state: str) -> str:
+    """`state_out.3` of `state_out.3.key`; a group of heads within it counts."""
+    return state.rpartition(".")[0]
 
 
 def _why_not(node: Any) -> str:
@@ -91,6 +102,8 @@ def _why_not(node: Any) -> str:
     key, value = (producer(v) for v in node.inputs[1:3])
     if any(n is None or n.op_type != "TensorScatter" for n in (key, value)):
         return "its keys or values are not what was just written to a state"
+    if _follows(node) or any(_follows(u) for u in node.inputs[1].consumers() if u.domain == DOMAIN):
+        return "GroupQueryAttention keeps the keys that it reads to itself, and other layers attend"
     width, value_width = (int(v.shape[-1]) for v in node.inputs[1:3])
     if width != value_width:
         return f"keys of width {width} and values of width {value_width}"

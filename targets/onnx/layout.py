@@ -16,6 +16,7 @@ from reattend.install.adapter import Adapter
 from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
+from reattend.mixers.echo import EchoConfig
 from reattend.mixers.flowing_config import FlowingConfig
 from reattend.mixers.latent_config import LatentConfig
 from reattend.mixers.linear_config import LinearConfig
@@ -230,13 +231,15 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
         first = StateTensor(layer, f"{group}latent", 0, config.kv_lora_rank)
         second = StateTensor(layer, f"{group}rope", 0, config.qk_rope_head_dim)
         return GroupLayout("LatentAttention", first, second, part)
-    if isinstance(config, DenseConfig | PooledConfig):
-        first, second = _key_value(layer, group, config, config.core.kv_heads, 0)
-        return GroupLayout("Attention", first, second, part)
-    if isinstance(config, RoutedConfig):
-        first, second = _key_value(layer, group, config, config.core.kv_heads, 0)
-        op, saves = routed_form(config)
-        return GroupLayout(op, first, second, part, saves=saves)
+    if isinstance(config, EchoConfig) and config.leader:
+        value = StateTensor(layer, f"{group}value", config.core.kv_heads, config.core.v_head_dim)
+        saves = f"memory: it keeps no keys, and reads those of {config.leader}"
+        none = StateTensor(layer, f"{group}key", 0, 0)
+        return GroupLayout("Attention", value, none, part, saves=saves)
+    if isinstance(config, DenseConfig | PooledConfig | EchoConfig | RoutedConfig):
+        op, saves = routed_form(config) if isinstance(config, RoutedConfig) else ("Attention", "")
+        tensors = _key_value(layer, group, config, config.core.kv_heads, 0)
+        return GroupLayout(op, *tensors, part, saves=saves)
     if isinstance(config, SparseConfig) and head_class is not None:
         form = sparse_form(path, config, head_class)
         heads = len(head_class.kv_heads)
