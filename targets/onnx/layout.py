@@ -176,6 +176,7 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         why = "it keeps no cache, and other layers of the model do"
     elif isinstance(config, SparseLinearConfig):
         why = "it chooses blocks of keys beside a sum of all of them, for which there is no node"
+        next_step = "convert it as the preset moba does, which chooses alike, without the sum"
     elif isinstance(config, RecurrentConfig):
         if config.window and config.window_form == "terraced":
             why = "a window that is averaged with a state has a node only where it slides"

@@ -55,7 +55,7 @@ class _Traced(LinearAttention):
         raise NotImplementedError
 
 
-class TracedRecurrent(_Traced):
+class TracedRecurrent(_Traced, RecurrentAttention):
     """A RecurrentAttention with the nodes of its sums and of its window."""
 
     def held(self, query: Any, new: Any, state: FixedState) -> Tensor:
