@@ -107,9 +107,11 @@ def test_a_model_stores_and_trains_atoms_once(tmp_path: Any) -> None:
     """Two groups of two layers, one atom each: files, loading, decoding, and both stages."""
     model = decoder("llama", layers=4, groups=2)
     rule = {**RULE, "atoms": 1, "layers_each": 2}
-    plan = {"rules": [rule], "calibrate": {"tokens": 600, "seq_len": 20, "batch_size": 4}}
+    rows = {"seq_len": 20, "batch_size": 4}
+    plan = {"rules": [rule], "calibrate": {**rows, "tokens": 600}}
     data = torch.randint(3, 97, (12, 20))
-    start = convert(model, plan={"rules": [rule]}, data=data).model.state_dict()
+    untrained = convert(model, plan={"rules": [rule], "calibrate": rows}, data=data)
+    start = untrained.model.state_dict()
     result = convert(model, plan=plan, data=data, out=tmp_path / "m")
     layers, now = result.model.model.layers, result.model.state_dict()
     same = [n for n, t in now.items() if torch.equal(t, start[n])]
