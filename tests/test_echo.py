@@ -20,7 +20,7 @@ from reattend.mixers.base import Context
 from reattend.parts import kept_heads
 from reattend.passes.rewrite import echo
 from reattend.passes.rewrite.base import Subject
-from reattend.passes.rewrite.echo import EchoOptions, ToEcho, choose
+from reattend.passes.rewrite.echo import EchoOptions, ToEcho, choose, unlike
 from reattend.passes.rewrite.echo_maps import Match, assigned, matched, overlaps
 
 RULE = {"sites": "*", "to": "echo"}
@@ -116,8 +116,11 @@ def test_the_most_alike_pairs_come_first() -> None:
         return Match(alike.get((leader, follower), 0.1), (), ())
 
     assert {f: leader for f, (leader, _) in choose([full] * 5, found, 2).items()} == {2: 1, 3: 1}
+    assert {f: leader for f, (leader, _) in choose([full] * 4, found, 2).items()} == {1: 0, 2: 0}
     mixed = [full, window, full, window, full]
     assert {f: leader for f, (leader, _) in choose(mixed, found, 2).items()} == {3: 1, 2: 0}
+    halved = full.model_copy(update={"core": full.core.model_copy(update={"scale": 0.5})})
+    assert (unlike(full, halved), unlike(full, full)) == ("scale", None)
 
 
 @pytest.mark.parametrize(

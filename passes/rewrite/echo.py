@@ -76,10 +76,7 @@ class ToEcho(Conversion):
         """Who is in; a refusal where fewer layers can follow than are asked for."""
         size = len(members)
         wanted = followers(members[0][2], size)
-        possible = [
-            i for i in range(1, size - 1)
-            if any(unlike(members[i][1], members[j][1]) is None for j in range(i))
-        ]  # fmt: skip
+        possible = able([config for _, config, _ in members])
         share = members[0][2].followers
         if wanted == 0 and share != 0:
             return [Refusal(f"followers: {share} of {size} layers is none") for _ in members]
@@ -200,10 +197,19 @@ def described(config: DenseConfig, options: EchoOptions) -> EchoConfig:
 def unlike(follower: DenseConfig, leader: DenseConfig) -> str | None:
     """Why one block cannot attend where another did, or None."""
     one, other = follower.core, leader.core
-    for word in ("heads", "kv_heads", "qk_head_dim", "pattern", "window", "chunk"):
+    same = ("heads", "kv_heads", "qk_head_dim", "pattern", "window", "chunk", "scale", "softcap")
+    for word in same:
         if getattr(one, word) != getattr(other, word):
             return word
     return None
+
+
+def able(configs: Sequence[DenseConfig]) -> list[int]:
+    """Blocks that can follow an earlier one: none of the first of a kind, nor the last block."""
+    return [
+        i for i in range(1, len(configs) - 1)
+        if any(unlike(configs[i], configs[j]) is None for j in range(i))
+    ]  # fmt: skip
 
 
 def choose(
@@ -212,22 +218,26 @@ def choose(
     """Of every follower its leader, and how their heads are matched.
 
     The most alike pair of a layer and the nearest one before it that does not follow comes first;
-    who leads does not follow later, and neither do the first and the last layer.
+    who leads does not follow later, and neither do the first and the last layer. A pair is passed
+    over where its leader would be missing among the followers wanted.
+
+    Args:
+        configs: the blocks, in the order of the model.
+        found: how alike two of them attend.
+        wanted: how many follow; no more than `able`.
     """
     chosen: dict[int, tuple[int, Any]] = {}
     while len(chosen) < wanted:
         leading = {leader for leader, _ in chosen.values()}
+        free = [place for place in able(configs) if place not in chosen and place not in leading]
         pairs = []
-        for place in range(1, len(configs) - 1):
-            if place in chosen or place in leading:
-                continue
+        for place in free:
             before = (j for j in reversed(range(place)) if j not in chosen)
-            leader = next((j for j in before if unlike(configs[place], configs[j]) is None), None)
-            if leader is not None:
-                match = found(leader, place)
-                pairs.append((match.alike, -place, leader, match))
-        if not pairs:
-            break
+            leader = next(j for j in before if unlike(configs[place], configs[j]) is None)
+            if len(free) - len({place, leader}.intersection(free)) < wanted - len(chosen) - 1:
+                continue
+            match = found(leader, place)
+            pairs.append((match.alike, -place, leader, match))
         _, place, leader, match = max(pairs, key=lambda pair: pair[:2])
         chosen[-place] = (leader, match)
     return chosen
