@@ -52,6 +52,7 @@ def test_one_atom_is_enough_for_multiples_of_one_layer() -> None:
     weight, root = torch.randn(5, 7).double(), torch.randn(3, 7, 7).double()
     shares, pool, lost = fitted([2 * weight, -weight, 0.5 * weight], list(root @ root.mT), 1)
     assert lost < 1e-20
+    assert float(pool.norm()) == pytest.approx(float(weight.norm()) * 3.5 / 3)
     torch.testing.assert_close(shares[0] * pool[0], (2 * weight).flatten().view(5, 7))
 
 

@@ -195,6 +195,9 @@ def fitted(
     _, vectors = torch.linalg.eigh((products + products.T) / 2)
     chosen = vectors[:, -wanted:]
     pool = (chosen.T @ flat).unflatten(1, weights[0].shape)
+    # of the weights' own size: a step of training is as long as the learning rate for all of them
+    size = torch.stack([w.norm() for w in weights]).mean()
+    pool = pool * (size / pool.flatten(1).norm(dim=1).clamp_min(1e-300))[:, None, None]
     shares, lost = [], 0.0
     for w, c, e in zip(weights, moments, energy, strict=True):
         seen = torch.stack([d @ c for d in pool]).flatten(1)
