@@ -42,8 +42,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "4 of 8 heads, fitted, none shared": {"route": "head", "shared": 0, "top_k": 4, **FITTED},
     "1 of 2 KV groups": {"route": "kv-group", "shared": 0, "top_k": 1},
 }
-#: rows trained on more tokens than `--tokens`
-LONG = {"6 of 8 heads on average, fitted, long": 640_000}
 
 
 class Campaign:
@@ -77,22 +75,21 @@ class Campaign:
         begin, model = time.perf_counter(), self.model
         told: dict[str, Any] = {}
         if name != "original":
-            options, tokens = parts(name, self.args.tokens)
-            model, told = self._converted(options, tokens)
-            told["trained"] = tokens
+            model, told = self._converted(*parts(name))
         seconds = time.perf_counter() - begin
         asked = original(model, context=TOKENS)
         quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
         recall = {k: v.to_dict() for k, v in asked.recall(self.text, seed=self.args.seed).items()}
         return {"name": name, "seconds": round(seconds, 1), **told, **quality, "recall": recall}
 
-    def _converted(self, options: dict[str, Any], tokens: int) -> tuple[Any, dict[str, Any]]:
+    def _converted(self, options: dict[str, Any], trained: bool) -> tuple[Any, dict[str, Any]]:
         from reattend import convert
 
         plan = {
             "rules": [{"sites": "*", "to": "moh", **options}],
             "calibrate": {
-                "seq_len": 256, "statistics_tokens": STATISTICS_TOKENS, "tokens": tokens,
+                "seq_len": 256, "statistics_tokens": STATISTICS_TOKENS,
+                "tokens": self.args.tokens if trained else 0,
             },
         }  # fmt: skip
         data = str(self.args.model / "calibration.txt")
@@ -132,17 +129,15 @@ class Campaign:
         return {"heads_used": heads, "kv_groups_read": groups, "busiest": most, "idlest": least}
 
 
-def parts(name: str, usual: int) -> tuple[dict[str, Any], int]:
-    """The options of a row, and how many tokens it is trained on."""
+def parts(name: str) -> tuple[dict[str, Any], bool]:
+    """The options of a row, and whether it is trained."""
     plain = name.removesuffix(", untrained")
-    tokens = LONG.get(name, usual if plain == name else 0)
-    return ROWS[plain.removesuffix(", long")], tokens
+    return ROWS[plain], plain == name
 
 
 def names() -> list[str]:
     """Every row, in the table's order."""
-    each = [(f"{name}, untrained", name, f"{name}, long") for name in ROWS]
-    return ["original", *(n for row in each for n in row if n in LONG or not n.endswith("long"))]
+    return ["original", *(n for name in ROWS for n in (f"{name}, untrained", name))]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -166,16 +161,12 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['model']}, {results['date']}, {results['device']}; 8 query heads in 2 KV "
         "groups, one group shared where it does not say otherwise; distilled on "
-        f"{results['inputs']['tokens']:,} tokens of calibration.txt{_longer()}; "
+        f"{results['inputs']['tokens']:,} tokens of calibration.txt; "
         f"{results['inputs']['rows']} x {TOKENS} held-out tokens. Used and read: mean over tokens "
         "and layers of those; busiest and idlest: shares of the tokens, over all layers. Gain: "
         f"nats per key token over the same key never shown. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
-
-
-def _longer() -> str:
-    return "".join(f" (long: {tokens:,})" for tokens in dict.fromkeys(LONG.values()))
 
 
 def main(argv: list[str] | None = None) -> int:
