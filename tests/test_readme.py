@@ -92,6 +92,7 @@ def script(name):
         ("sparse", "sparse_table", "sparse_table", "README.md"),
         ("sparse-recall", "sparse_recall", "sparse_recall", "README.md"),
         ("linear", "linear_table", "linear_table", "README.md"),
+        ("linear-images", "linear_images", "linear_images", "docs/math/linear.md"),
         ("gate", "gate_table", "gate_table", "docs/math/sparse.md"),
         ("moh", "moh_table", "moh_table", "docs/math/moh.md"),
         ("heads", "heads_table", "heads_table", "docs/math/heads.md"),

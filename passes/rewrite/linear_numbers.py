@@ -28,7 +28,8 @@ def stated(made: LinearConfig) -> dict[str, Any]:
         "state_numbers": made.state_numbers,
     }
     if isinstance(made, SparseLinearConfig):
-        told["held"] = "keys and values of every token, beside the state"
+        state = made.state_numbers / made.cache_per_token
+        told["held_in_tokens"] = f"all, their blocks' means, and {state:.1f}"
     elif made.direction == "causal":
         told["held_in_tokens"] = f"{made.held_after(made.held_rows) / made.cache_per_token:.1f}"
     if isinstance(made, RecurrentConfig):
