@@ -178,7 +178,8 @@ class ToLinear(Conversion):
             )
         if core.pattern != "full" and not causal:
             return Refusal(
-                "the block is causal, and direction: bidirectional would show later tokens"
+                "the block is causal, and direction: bidirectional would show later tokens; some "
+                "options have a causal form: set direction: causal"
             )
         if core.softcap:
             return Refusal("scores are capped by tanh, which sums of features cannot follow")
