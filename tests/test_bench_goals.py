@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCH = Path(__file__).parents[1] / "kernels" / "bench"
 
 # one problem of every op is run on the CPU, whose times are made up: 1 ms of ours, 3 ms of others
@@ -115,6 +117,21 @@ def bench_module(name: str) -> Any:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCH))
+
+
+@pytest.mark.slow
+def test_whole_models_of_every_family_are_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "families.py"), "--device", "cpu", "--shapes", "tiny"]
+    command += ["--contexts", "48", "--batch", "3", "--out", str(tmp_path)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads((tmp_path / "families-cpu.json").read_text())
+    assert not [row["refused"] for row in report["rows"] if "refused" in row]
+    held = {row["family"]: row["cache_mb_per_sequence"] for row in report["rows"]}
+    assert set(held) == {"original", "latent", "sparse", "routed", "linear"}
+    assert all(held[name] < held["original"] for name in ("latent", "sparse", "linear"))
+    most = {row["family"]: row["batch"] for row in report["rows"] if row["at"] == "equal memory"}
+    assert most["sparse"] > 2 * most["original"]
+    assert bench_module("table").families_table(report).count("\n| tiny |") == len(report["rows"])
 
 
 def row(**rest: Any) -> dict[str, Any]:

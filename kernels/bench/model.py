@@ -1,22 +1,25 @@
-"""`python kernels/bench/model.py`: decode steps of a whole model, original against latent.
+"""`python kernels/bench/model.py`: decode steps of whole models, original against latent.
 
-A Llama-2-7B-shaped model with random bf16 weights (speed does not depend on them), first with its
-own heads and a static cache read by SDPA (flash, then cuDNN), then with every attention block
-replaced by `LatentAttention` of rank 512 + 64 (7 % of the cache) over a `SpanCache`, which runs
-`reattend::latent_attention`. One step (embedding to next token) is a replayed CUDA graph at a
-full context; measured at equal batch and at equal memory of the cache. It is not a conversion:
-nothing is said about its time or the model's quality. Writes ``results/model-<device>.json``.
+Llama-2-7B- and Llama-3-8B-shaped models with random bf16 weights (speed does not depend on them),
+first with their own heads and a static cache read by SDPA (flash, then cuDNN), then with every
+attention block replaced by `LatentAttention` of rank 512 + 64 (7 % of Llama-2-7B's cache) over a
+`SpanCache`, which runs `reattend::latent_attention`. One step (embedding to next token) is a
+replayed CUDA graph at a full context; measured at equal batch and at equal memory of the cache. It
+is not a conversion (`families.py` is): nothing is said about its time or the model's quality.
+Writes ``results/model-<device>.json`` after every row; `--minutes` ends a run early.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from families import SHAPES
 from record import head, place, write
 from timing import replay_ms
 from torch import Tensor, nn
@@ -41,12 +44,13 @@ KINDS = (*BACKENDS, "latent")
 ROOM = 64  # steps that fit after the context
 
 
-def build(layers: int, hidden: int) -> Any:
+def build(shape: str) -> Any:
     """The model with random weights on the GPU."""
+    hidden, inner, layers, heads, kv, vocabulary = SHAPES[shape]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers,
-        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, head_dim=128,
-        vocab_size=32000, max_position_embeddings=1 << 20,
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, head_dim=hidden // heads,
+        vocab_size=vocabulary, max_position_embeddings=1 << 20,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -79,21 +83,25 @@ class SdpaDecode(nn.Module):
         keys, values = past_key_values.update(k, v, self.block.layer_idx)
         with sdpa_kernel([self.backend]):
             y = F.scaled_dot_product_attention(
-                q, keys[:, :, : self.length], values[:, :, : self.length]
+                q,
+                keys[:, :, : self.length],
+                values[:, :, : self.length],
+                enable_gqa=q.shape[1] != keys.shape[1],
             )
         return self.block.o_proj(y.transpose(1, 2).flatten(2)), None
 
 
 def latent_block(block: Any) -> nn.Module:
     """The block replaced by a latent one with random weights."""
-    heads, d = block.config.num_attention_heads, block.head_dim
+    heads, groups = block.config.num_attention_heads, block.config.num_key_value_heads
+    d = block.head_dim
     pairs = tuple(range(d // 2))
     config = LatentConfig(
         hidden_size=block.config.hidden_size, memory_size=0, out_features=block.config.hidden_size,
         q=StreamConfig(), k=StreamConfig(), v=StreamConfig(),
         rotary=RotaryConfig(inv_freq=tuple(10000.0 ** (-2 * i / d) for i in pairs)),
         core=CoreConfig(
-            heads=heads, kv_heads=heads, qk_head_dim=d, v_head_dim=d, scale=d**-0.5,
+            heads=heads, kv_heads=groups, qk_head_dim=d, v_head_dim=d, scale=d**-0.5,
             softcap=0.0, pattern="causal",
         ),
         kv_lora_rank=RANK, qk_rope_head_dim=ROPE, rope_columns=tuple(range(ROPE // 2)),
@@ -130,7 +138,7 @@ def filled(cache: Any, batch: int, heads: tuple[int, int], length: int) -> Any:
 def step_ms(model: Any, cache: Any, batch: int, length: int) -> float:
     """Milliseconds of one decode step."""
     body = model.model
-    ids = torch.randint(0, 32000, (batch, 1), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
     position = torch.full((1, 1), length - 1, device="cuda")
 
     def step() -> Tensor:
@@ -153,66 +161,88 @@ def bytes_per_token(model: Any, latent: bool) -> int:
     return 2 * row * int(config.num_hidden_layers)
 
 
+def times_faster(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens per second of the latent model over those of each original."""
+    speed = {
+        (row["shape"], row["context"], row["at"], row["model"]): row["tokens_per_s"]
+        for row in rows
+        if "tokens_per_s" in row
+    }
+    return {
+        f"{kind}, {at}, {shape}, {context} tokens": round(
+            speed[shape, context, at, "latent"] / n, 2
+        )
+        for (shape, context, at, kind), n in speed.items()
+        if kind != "latent" and (shape, context, at, "latent") in speed
+    }
+
+
 def main() -> int:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=8, help="the equal batch")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES)[:2], default=list(SHAPES)[:2])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 32768, 131072])
+    parser.add_argument("--batch", type=int, default=8, help="the equal batch, where it fits")
     parser.add_argument("--cache-gb", type=float, default=103.5, help="memory for the cache")
+    parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.stderr.write("no GPU: nothing to measure\n")
         return 5
 
-    model = build(options.layers, options.hidden)
-    heads, length = model.config.num_key_value_heads, options.context
-    capacity = length + ROOM
-    rows = []
-    for kind in KINDS:
-        latent = kind == "latent"
-        for layer in model.model.layers:
-            own = getattr(layer.self_attn, "block", layer.self_attn)
-            layer.self_attn = (
-                latent_block(own) if latent else SdpaDecode(own, length, BACKENDS[kind])
-            )
-        per_token = bytes_per_token(model, latent)
-        most = int(options.cache_gb * 1e9 / (per_token * capacity))
-        for memory, batch in (("equal batch", options.batch), ("equal memory", most)):
-            torch.cuda.empty_cache()
-            made = SpanCache if latent else StaticCache
+    deadline = time.monotonic() + 60 * options.minutes
+    report: dict[str, Any] = head("python kernels/bench/model.py", "transformers") | {
+        "rank": RANK, "rope": ROPE, "cache_gb": options.cache_gb, "rows": [],
+    }  # fmt: skip
+    path = place(report, options.out, "model-")
+    for shape in options.shapes:
+        model = build(shape)
+        for kind in KINDS:
+            for context in options.contexts:
+                if time.monotonic() > deadline:
+                    sys.stdout.write(f"no time for {shape}, {kind}, {context} tokens\n")
+                    continue
+                report["rows"] += rows_of(model, shape, kind, context, options)
+                report["times_faster"] = times_faster(report["rows"])
+                write(report, path)
+        del model
+        torch.cuda.empty_cache()
+    sys.stdout.write(f"latent is {report.get('times_faster')} times faster\nwrote {path}\n")
+    return 0
+
+
+def rows_of(
+    model: Any, shape: str, kind: str, length: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Both batches of one kind of attention at one length."""
+    latent, heads = kind == "latent", model.config.num_key_value_heads
+    capacity, rows = length + ROOM, []
+    for layer in model.model.layers:
+        own = getattr(layer.self_attn, "block", layer.self_attn)
+        layer.self_attn = latent_block(own) if latent else SdpaDecode(own, length, BACKENDS[kind])
+    per_token = bytes_per_token(model, latent)
+    fits = int(options.cache_gb * 1e9 / (per_token * capacity))
+    whole = int(options.cache_gb * 1e9 / (bytes_per_token(model, False) * capacity))
+    for memory, batch in (("equal batch", min(options.batch, whole)), ("equal memory", fits)):
+        torch.cuda.empty_cache()
+        made = SpanCache if latent else StaticCache
+        row = {
+            "shape": shape, "model": kind, "at": memory, "batch": batch, "context": length,
+            "cache_bytes_per_token": per_token,
+        }  # fmt: skip
+        try:
             cache = made(config=model.config, max_cache_len=capacity)
             filled(cache, batch, (1, 1) if latent else (heads, heads), length)
             ms = step_ms(model, cache, batch, length)
-            del cache
-            row = {
-                "model": kind, "at": memory, "batch": batch, "context": length,
-                "cache_bytes_per_token": per_token, "step_ms": round(ms, 3),
-                "tokens_per_s": round(batch / ms * 1e3, 1),
-            }  # fmt: skip
-            rows.append(row)
-            sys.stdout.write(f"{row}\n")
-            sys.stdout.flush()
-    speed = {(row["model"], row["at"]): row["tokens_per_s"] for row in rows}
-    ratios = {
-        f"{kind}, {at}": round(speed["latent", at] / speed[kind, at], 2)
-        for kind in BACKENDS
-        for at in ("equal batch", "equal memory")
-    }
-    report = {
-        **head("python kernels/bench/model.py", "transformers"),
-        "shape": {"layers": options.layers, "hidden": options.hidden, "heads": heads},
-        "rank": RANK,
-        "rope": ROPE,
-        "rows": rows,
-        "times_faster": ratios,
-    }
-    path = place(report, options.out, "model-")
-    write(report, path)
-    sys.stdout.write(f"latent is {ratios} times faster\nwrote {path}\n")
-    return 0
+            row |= {"step_ms": round(ms, 3), "tokens_per_s": round(batch / ms * 1e3, 1)}
+        except Exception as error:  # what does not fit or run is part of the result
+            row["refused"] = f"{type(error).__name__}: {str(error)[:200]}"
+        cache = None
+        rows.append(row)
+        sys.stdout.write(f"{row}\n")
+        sys.stdout.flush()
+    return rows
 
 
 if __name__ == "__main__":

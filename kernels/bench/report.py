@@ -13,6 +13,7 @@ from goals import goal_table, judge_all
 from registry import SPEED
 from table import (
     decode_table,
+    families_table,
     linear_table,
     model_table,
     onnx_encoder_table,
@@ -38,6 +39,7 @@ def print_tables(device: str) -> None:
     made: dict[str, Callable[[dict[str, Any]], str]] = {
         device: device_tables,
         f"model-{device}": model_table,
+        f"families-{device}": families_table,
         "onnx_decode": decode_table,
         "sparse_cpu": sparse_table,
         "onnx_sparse": onnx_sparse_table,
@@ -48,8 +50,9 @@ def print_tables(device: str) -> None:
         "onnx_linear": onnx_linear_table,
     }
     for name, shown in made.items():
-        results = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-        sys.stdout.write(shown(results) + "\n\n")
+        path = RESULTS / f"{name}.json"
+        if path.exists():  # not everything was measured on every device
+            sys.stdout.write(shown(json.loads(path.read_text("utf-8"))) + "\n\n")
 
 
 def write_plots(device: str, folder: Path) -> None:
