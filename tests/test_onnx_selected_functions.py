@@ -113,6 +113,12 @@ class Node:
         self.state = [(9 * random.standard_normal(s)).astype(np.float32) for s in shapes]
         self.run: Any = None
 
+    def half(self) -> Node:
+        """The same in float16."""
+        self.state = [s.astype(np.float16) for s in self.state]
+        self.weights = [w.half() if w.is_floating_point() else w for w in self.weights]
+        return self
+
     def step(self, new: list[np.ndarray], total: int) -> np.ndarray:
         rules = {"scale": SCALE, "sliding_window": self.core.window, "softcap": self.core.softcap}
         ends = [START, np.full(B, total)]
@@ -183,6 +189,19 @@ def test_what_is_chosen_in_one_go_and_in_pieces(case: str) -> None:
             y = outputs(Node(pattern, core, runtime), pieces)
             error = np.where(real[:, None, :, None], y - want, 0)
             assert np.abs(error).max() <= 1e-5, (runtime, pieces)
+
+
+@pytest.mark.parametrize("case", ["moba", "gate", "attended", "values"])
+def test_float16(case: str) -> None:
+    """Rounding decides near ties differently, for few queries."""
+    said, own, softcap = CASES[case]
+    pattern, core = HeadPattern.model_validate(said), core_of(own, softcap, width_of(said))
+    want = outputs(Node(pattern, core, "torch"), [T])
+    new = [x.astype(np.float16) for x in given(core)]
+    y = Node(pattern, core, "onnxruntime").half().step(new, T)
+    assert y.dtype == np.float16
+    apart = np.abs(y - want).max(-1)[(np.arange(T) >= START[:, None])[:, None].repeat(H, 1)]
+    assert np.quantile(apart, 0.9) <= 1e-2
 
 
 @pytest.mark.parametrize("case", ["moba", "gate"])
