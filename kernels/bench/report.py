@@ -18,6 +18,7 @@ from table import (
     model_table,
     onnx_encoder_table,
     onnx_linear_table,
+    onnx_presets_table,
     onnx_selected_table,
     onnx_sparse_table,
     routed_table,
@@ -48,6 +49,7 @@ def print_tables(device: str) -> None:
         "routed_cpu": routed_table,
         "linear_cpu": linear_table,
         "onnx_linear": onnx_linear_table,
+        "onnx_presets": onnx_presets_table,
     }
     for name, shown in made.items():
         path = RESULTS / f"{name}.json"

@@ -203,6 +203,12 @@ def onnx_linear_table(results: dict[str, Any]) -> str:
     return softmax_table(results, what, ("gqa", "the softmax original, GroupQueryAttention"))
 
 
+def onnx_presets_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/onnx_presets.py` as Markdown."""
+    what = "two whole layers in ONNX Runtime, projections included"
+    return softmax_table(results, what, ("original", "the original with GroupQueryAttention"))
+
+
 def softmax_table(results: dict[str, Any], what: str, base: tuple[str, str]) -> str:
     """Rows of `ms` and `times_faster` than one of them, `base`: its name and words for it."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
