@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from reattend.kernels.linear_attention import linear_attention
 from reattend.kernels.linear_attention.reference import divided, with_ones
 from reattend.mixers.everywhere_config import EverywhereConfig
 from reattend.mixers.features import widened
@@ -67,7 +68,8 @@ class Estimated(nn.Module):
             top_q = log_q.detach().amax(-1, keepdim=True)
             top_k = log_k.detach().amax((-2, -1), keepdim=True)
             f_q, f_k = (log_q - top_q).exp(), (log_k - top_k).exp()
-            far, top = f_q @ (f_k.transpose(-1, -2) @ v_all), top_q + top_k
+            far = linear_attention(f_q, f_k, v_all, bidirectional=True)[0]
+            top = top_q + top_k
         if not self.config.sparse_top:
             return tokens.back(divided(far))
         found = best(q, k, self.config, count_B)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reattend.kernels.linear_attention import linear_attention
 from reattend.kernels.linear_attention.reference import LEAST
 
 
@@ -54,9 +55,8 @@ def flow(f_BHNf: Tensor, k_BHNf: Tensor, v_BHNe: Tensor, valid_BN: Tensor | None
     if valid_BN is not None:
         given = given.masked_fill(~real, float("-inf"))
     share = given.softmax(2) * count
-    sums = k.transpose(-1, -2) @ (v_BHNe * share)
-    y: Tensor = (q / into) @ sums * taken.sigmoid()
-    return y
+    y: Tensor = linear_attention(q / into, k, v_BHNe * share, bidirectional=True)[0]
+    return y * taken.sigmoid()
 
 
 def _total(a_BHNf: Tensor, b_BHNf: Tensor) -> Tensor:
