@@ -9,10 +9,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 import triton
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated inside holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def interpreted(file: str) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import interpreted
+from interpreter import interpreted, poisoned
 
 DTYPES = ("float32", "float16", "bfloat16")
 # name: op, heads, groups, queries, capacity, widths (d, e) or (r, R), rows, options
@@ -118,12 +118,14 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
         used = [torch.rand(b, SHAPES[shape]["units"], n, generator=gen) < 0.6]
         used[0][0, 0] = False
         x = routed_reference.Inputs(*queries, *caches, *used, start, length)
-        y, lse = routed_launch.launch(x, rule, config, **how)
+        with poisoned():
+            y, lse = routed_launch.launch(x, rule, config, **how)
         function: Any = routed_reference.routed_attention
     else:
         heads = shape.startswith("attention")
         module: Any = attention_launch if heads else latent_launch
-        y, lse = module.launch(*queries, *caches, start, length, table, rule, config, **how)
+        with poisoned():
+            y, lse = module.launch(*queries, *caches, start, length, table, rule, config, **how)
         function = latent_reference.latent_attention
         if heads:
             function = attention_reference.attention
@@ -151,7 +153,8 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
         loss = (out * dy.double()).sum() + (top * dlse)[~dead].sum()
         wanted = torch.autograd.grad(loss, leaves)
         inputs = (*queries, *caches, start, length)
-        made = launch_backward((dy, dlse), (y, lse), inputs, rule, (config, config))
+        with poisoned():
+            made = launch_backward((dy, dlse), (y, lse), inputs, rule, (config, config))
         gradients = [
             float((a.double() - w).abs().max() / w.abs().max())
             for a, w in zip(made, wanted, strict=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from cases import Case
 
 from reattend.kernels.sparse_attention import BlockLayout
-from reattend.mixers.config import CoreConfig
-from reattend.patterns.layouts import block_layout
-from reattend.patterns.pattern import HeadPattern
-from reattend.patterns.terms import Stride
+
+if TYPE_CHECKING:
+    from reattend.patterns.pattern import HeadPattern
 
 BLOCK = 64
 
@@ -33,6 +32,10 @@ class Read(NamedTuple):
 
 def heads_of(case: Case) -> list[HeadPattern]:
     """The patterns of a case whose heads are described by terms, one layout each."""
+    # plans need packages that a machine for measuring may not have; nothing else here does
+    from reattend.patterns.pattern import HeadPattern
+    from reattend.patterns.terms import Stride
+
     if case.pattern == "sinks and window of 1k":  # the preset a-shape
         return [HeadPattern(sinks=4, window=1020)]
     if case.pattern.startswith("s2"):  # a band, and every eighth block (preset s2) or 64th
@@ -49,6 +52,9 @@ def layout_of(case: Case) -> BlockLayout:
     if case.pattern.endswith("% of blocks"):
         share = float(case.pattern.partition(" ")[0]) / 100
         return some_blocks(share, first, blocks, case)
+    from reattend.mixers.config import CoreConfig
+    from reattend.patterns.layouts import block_layout
+
     patterns = heads_of(case)
     core = CoreConfig(
         heads=case.h, kv_heads=case.g, qk_head_dim=case.d, v_head_dim=case.d, scale=1.0,

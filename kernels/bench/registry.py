@@ -193,4 +193,9 @@ SWEEP = (
     _routed_decode(8, 32768, 0.5),
     _linear(4, 4096, "head"),
     _linear_step(64, "head"),
+    *(
+        Case(f"gqa 4k d{d}, {part}", "attention", 1, 32, 8, 4096, 4096, d, backward=True)
+        for d in (128, 64)
+        for part in ("dq", "dkv")
+    ),
 )

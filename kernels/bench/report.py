@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plots
 from goals import goal_table, judge_all
 from registry import SPEED
 from table import (
@@ -59,6 +58,8 @@ def print_tables(device: str) -> None:
 
 def write_plots(device: str, folder: Path) -> None:
     """One SVG per family that the results of a device tell enough about."""
+    import plots  # needs packages that a machine for measuring may not have
+
     results = json.loads((RESULTS / f"{device}.json").read_text("utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawn in plots.all_plots(results["speed"], results["device"]).items():

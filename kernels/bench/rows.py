@@ -14,9 +14,6 @@ from peers import Make, Peer, dense, peers
 from problems import ROOM, Problem, work_of
 from timing import Timed, eager_ms, input_sets, measured
 
-from reattend.mixers.config import CoreConfig
-from reattend.mixers.sparse_blocks import Layouts
-
 Row = dict[str, Any]
 
 
@@ -89,6 +86,9 @@ def _ours(case: Case, ceilings: dict[str, float]) -> Row:
 
 def layout_times(case: Case) -> Row:
     """Milliseconds on the host to lay out a pattern anew, and again, as a mixer asks for it."""
+    from reattend.mixers.config import CoreConfig
+    from reattend.mixers.sparse_blocks import Layouts
+
     core = CoreConfig(
         heads=case.h, kv_heads=case.g, qk_head_dim=case.d, v_head_dim=case.d, scale=1.0,
     )  # fmt: skip

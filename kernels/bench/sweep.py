@@ -71,6 +71,18 @@ GRID: dict[str, tuple[Tile, ...]] = {
         (16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (32, 64, 4, 2, 2), (32, 128, 4, 2), (64, 64, 4, 2),
         (64, 64, 8, 3),
     ),
+    "attention prefill 128 dq": (
+        (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3),
+        (64, 128, 8, 2),
+    ),
+    "attention prefill 128 dkv": (
+        (32, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2),
+        (16, 128, 8, 3), (64, 32, 8, 3),
+    ),
+    "attention prefill 64 dq": ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
+    "attention prefill 64 dkv": (
+        (32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2),
+    ),
     "sparse prefill 64": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 4)),
     "sparse prefill 128": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (64, 32, 4, 4)),
     "sparse decode 128": (
@@ -87,9 +99,15 @@ GRID: dict[str, tuple[Tile, ...]] = {
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
+def is_gradient(case: Case) -> bool:
+    """Whether kernels of a gradient are swept."""
+    return case.backward and case.op == "attention"
+
+
 def grid_of(case: Case) -> Iterator[KernelConfig]:
-    """Configurations that may run a case."""
-    for tile in GRID[case.kernel]:
+    """Configurations that may run a case; of a gradient, of the kernel that ends its name."""
+    part = case.name.rpartition(" ")[2]
+    for tile in GRID[f"{case.kernel} {part}" if is_gradient(case) else case.kernel]:
         yield KernelConfig(*tile)
 
 
@@ -98,6 +116,8 @@ def call_of(problem: Problem, config: KernelConfig, splits: int | None) -> Any:
     case, data, rest = problem.case, problem.data, problem.rest
     launch = import_module(f"reattend.kernels.{case.op}.launch")
     rule = Rule((case.d + case.rope) ** -0.5, True, 0, 0.0)
+    if is_gradient(case):
+        return gradient_call(problem, config, rule)
     if case.op == "linear_attention":
         configs = dict.fromkeys((*launch.KERNELS, "channels"), config)
         return lambda: launch.launch(launch.Inputs(*data, *rest[:3]), configs)
@@ -108,6 +128,19 @@ def call_of(problem: Problem, config: KernelConfig, splits: int | None) -> Any:
         given = launch.Inputs(*data, *rest)
         return lambda: launch.launch(given, rule, config, splits=splits)
     return lambda: launch.launch(*data, *rest, None, rule, config, splits=splits)
+
+
+def gradient_call(problem: Problem, config: KernelConfig, rule: Rule) -> Any:
+    """Both kernels of attention's gradient: one in this configuration, the other as shipped."""
+    launch = import_module("reattend.kernels.attention.launch_backward")
+    problem.backward()
+    assert problem.kept is not None
+    dy, dlse, y, lse = problem.kept
+    shipped = launch.configs_for(problem.data[0], problem.data[2]) or (config, config)
+    dq = problem.case.name.endswith("dq")
+    configs = (config, shipped[1]) if dq else (shipped[0], config)
+    given = (*problem.data, *problem.rest)
+    return lambda: launch.launch_backward((dy, dlse), (y, lse), given, rule, configs)
 
 
 def compile_one(job: tuple[Case, KernelConfig]) -> str | None:

@@ -52,13 +52,11 @@ def _dkv_span(
     for first in range(begin, stop, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         is_row, at = row < n, row.to(tl.int64)
-        q_tile = load_tile(q, at * q_n, is_row, D, BLOCK_D, MASKED, UPCAST)
-        dy_tile = load_tile(dy, at * E, is_row, E, BLOCK_E, MASKED, UPCAST)
-        if MASKED:
-            highest = tl.load(top + row, mask=is_row, other=float("inf"))
-            moved = tl.load(shift + row, mask=is_row, other=0.0)
-        else:
-            highest, moved = tl.load(top + row), tl.load(shift + row)
+        q_tile = load_tile(q, at * q_n, is_row, D, BLOCK_D, True, UPCAST)
+        dy_tile = load_tile(dy, at * E, is_row, E, BLOCK_E, True, UPCAST)
+        # what lies beyond the last query has probabilities of 0
+        highest = tl.load(top + row, mask=is_row, other=float("inf"))
+        moved = tl.load(shift + row, mask=is_row, other=0.0)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(dy_tile), input_precision=PRECISION)
         # fmt: off
@@ -90,7 +88,10 @@ def seeing_rows(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Queries [lo, hi) that see some of the keys, and [a, z), tiles from lo that see them all."""
+    """Queries [lo, hi) that see some of the keys, and [a, z), tiles from lo that see them all.
+
+    Without a window z is hi: the last tile may reach beyond the last query.
+    """
     lo, hi = first_pos * 0, n
     if CAUSAL:
         lo = tl.maximum(first_key - first_pos, 0)
@@ -103,7 +104,8 @@ def seeing_rows(
         a = tl.minimum(lo + (late + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS, hi)
     if HAS_WINDOW:
         z = tl.minimum(hi, first_key + window - first_pos)
-    return lo, hi, a, a + tl.maximum(z - a, 0) // BLOCK_ROWS * BLOCK_ROWS
+        z = a + tl.maximum(z - a, 0) // BLOCK_ROWS * BLOCK_ROWS
+    return lo, hi, a, z
 
 
 @triton.jit
@@ -171,21 +173,23 @@ def attention_dkv(
         for head in range(g * group, g * group + group):
             base = (b * heads + head) * n
             query = q + b * q_b + head * q_h
-            dk_acc, dv_acc = _dkv_span(
-                dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
-                shift + base, lo, a, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
-                HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, True,
-            )
+            if CAUSAL:
+                dk_acc, dv_acc = _dkv_span(
+                    dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
+                    shift + base, lo, a, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
+                    HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, True,
+                )
             dk_acc, dv_acc = _dkv_span(
                 dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
                 shift + base, a, z, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
                 HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, False,
             )
-            dk_acc, dv_acc = _dkv_span(
-                dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
-                shift + base, z, hi, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
-                HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, True,
-            )
+            if HAS_WINDOW:
+                dk_acc, dv_acc = _dkv_span(
+                    dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
+                    shift + base, z, hi, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
+                    HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, True,
+                )
     # fmt: on
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     place, is_place = (b * groups + g) * m + j, j < m

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from reattend.kernels.configs import DECODE_QUERIES, KernelConfig, find_config
@@ -18,6 +19,9 @@ from reattend.kernels.launching import (
 )
 from reattend.kernels.routed_attention.reference import Inputs
 from reattend.kernels.routed_attention.triton_kernel import routed_decode, routed_prefill
+from reattend.kernels.routed_attention.triton_rows import list_rows
+
+LISTED = 1024  # queries that are listed at once
 
 
 def config_for(x: Inputs) -> KernelConfig | None:
@@ -35,8 +39,20 @@ def listed(active_BUN: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes do not depend on values, so the host does not wait for the device.
     """
-    rows_BUN = (~active_BUN).int().argsort(dim=-1, stable=True)
-    return rows_BUN.int(), active_BUN.sum(-1).int()
+    b, units, n = active_BUN.shape
+    rows = active_BUN.new_empty(active_BUN.shape, dtype=torch.int32)
+    count = active_BUN.new_empty(b, units, dtype=torch.int32)
+    if rows.numel() == 0:
+        return rows, count.zero_()
+    block = min(LISTED, next_power_of_two(n))
+    with on_device(active_BUN):
+        list_rows[(b * units,)](_bytes(active_BUN), rows, count, n, BLOCK_ROWS=block, num_warps=4)
+    return rows, count
+
+
+def _bytes(active_BUN: Tensor) -> Tensor:
+    """The same memory as numbers."""
+    return active_BUN.contiguous().view(torch.int8)
 
 
 def launch(
@@ -83,13 +99,10 @@ def launch(
     options |= {"D": d, "E": e, "BLOCK_D": next_power_of_two(d), "BLOCK_E": next_power_of_two(e)}
     with on_device(q):
         if not decode:
-            y.zero_()  # queries that do not use a head are of no program
-            lse.fill_(float("-inf"))
             routed_prefill[(programs,)](q, k, v, y, lse, *listed(x.active_BUN), *rest, **options)
             return y, lse
-        active = x.active_BUN.int().contiguous()
         routed_decode[(programs * splits,)](
-            q, k, v, part, part_lse, active, *rest, b * h * n, splits, **options
+            q, k, v, part, part_lse, _bytes(x.active_BUN), *rest, b * h * n, splits, **options
         )
         if splits > 1:
             merge(part, part_lse, y, lse)

@@ -59,10 +59,10 @@ def routed_prefill(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N), filled.
+    """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N).
 
-    ``rows`` (B, U, N) lists the queries of each unit, ``count`` (B, U) of them; tiles beyond are
-    left alone.
+    ``rows`` (B, U, N) lists every query, the ``count`` (B, U) that use the unit first, ascending;
+    the others get 0 and -inf.
     """
     tiles = tl.cdiv(n, BLOCK_ROWS)
     pid = tl.program_id(0)
@@ -73,14 +73,20 @@ def routed_prefill(
     g, h = (head // group).to(tl.int64), head.to(tl.int64)
     unit = b * units + head // (heads // units)
     used = tl.load(count + unit)
+    place = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row, is_other = place < used, (place >= used) & (place < n)
+    row = tl.load(rows + unit * n + place, mask=place < n, other=0)
+    at = (b * heads + h) * n + row
+    e = tl.arange(0, BLOCK_E)
+    if (tile + 1) * BLOCK_ROWS > used:
+        none = tl.zeros((BLOCK_ROWS, BLOCK_E), y.dtype.element_ty)
+        tl.store(y + at[:, None] * E + e[None, :], none, mask=is_other[:, None] & (e < E)[None, :])
+        unseen = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+        tl.store(lse + at, unseen, mask=is_other)
     if tile * BLOCK_ROWS < used:
         start = tl.load(kv_start + b).to(tl.int32)
         end = tl.load(kv_len + b).to(tl.int32)
-        place = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        is_row = place < used
-        row = tl.load(rows + unit * n + place, mask=is_row, other=0)
         pos = end - n + row
-        e = tl.arange(0, BLOCK_E)
         q_rows = row.to(tl.int64) * q_n
         q_tile = load_tile(q + b * q_b + h * q_h, q_rows, is_row, D, BLOCK_D, True, UPCAST)
         last = tl.minimum(used, (tile + 1) * BLOCK_ROWS) - 1
@@ -98,7 +104,6 @@ def routed_prefill(
         )
         # fmt: on
         out, log_sum = finish(acc, top, mass)
-        at = (b * heads + h) * n + row
         tl.store(
             y + at[:, None] * E + e[None, :],
             out.to(y.dtype.element_ty),
