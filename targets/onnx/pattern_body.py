@@ -1,7 +1,8 @@
 """The body of `PatternAttention` in ONNX's textual syntax: any union of terms, standard operators.
 
-The state holds every row. Which of them the queries of a call see is computed from positions, and
-only those are gathered: a decode step reads what its pattern shows, but nothing is forgotten.
+The state holds every row. Which of them queries see is computed from positions, and only those are
+gathered, for a short call together and for a long one by regions of queries: a decode step reads
+what its pattern shows, but nothing is forgotten.
 
 Positions count from the first real token; a row of padding sees itself, so that it stays finite.
 """
