@@ -4,11 +4,11 @@
 
 One thread, float32, batch 1. ``elu+1``: features of 64 numbers and a denominator, the maps
 themselves included; ``lolcats``: as the mixer computes that preset, maps of 128 features per query
-head, a softmax over terraces of 64 keys and the sums over older ones; ``liger``: that preset, a
-decay for each of 64 features of a KV head, and a softmax over the last 64 keys. SDPA gets queries,
-keys and values of the same widths. Ways take turns in one process; figures are medians of processor
-time: on a shared machine wall time is not steady. The first tokens are compared with the formula
-before anything is timed.
+head, a softmax over terraces of 64 keys and the sums over older ones; ``gated``: sums with a decay
+for each of 64 features of a KV head, features are softmaxes; ``liger``: that preset, the same and
+a softmax over the last 64 keys. SDPA gets queries, keys and values of the same widths. Ways take
+turns in one process; figures are medians of processor time: on a shared machine wall time is not
+steady. The first tokens are compared with the formula before anything is timed.
 """
 
 from __future__ import annotations
@@ -78,12 +78,14 @@ def ways(case: Case) -> dict[str, Callable[[int, Op], Tensor]]:
         )  # fmt: skip
         return divided(near * MIX + older[0])
 
+    def gated(n: int, op: Op) -> Tensor:
+        k_n = k[:, :, :n]
+        features = (x.softmax(-1) for x in (q[:, :, :n], k_n))
+        return op(*features, v[:, :, :n], F.logsigmoid(k_n) / 16, None, 0, 1, False)[0]
+
     def liger(n: int, op: Op) -> Tensor:
-        q_n, k_n, v_n = q[:, :, :n], k[:, :, :n], v[:, :, :n]
-        near = band(q_n, k_n, with_ones(v_n), SCALE, WINDOW, "sliding")
-        decay = F.logsigmoid(k_n) / 16
-        older = op(q_n.softmax(-1), k_n.softmax(-1), v_n, decay, None, 0, 1, False)[0]
-        return 0.5 * divided(near) + 0.5 * older
+        near = band(q[:, :, :n], k[:, :, :n], with_ones(v[:, :, :n]), SCALE, WINDOW, "sliding")
+        return 0.5 * divided(near) + 0.5 * gated(n, op)
 
     def softmax(n: int, _: Op) -> Tensor:
         whole = case.n == case.m
@@ -93,19 +95,19 @@ def ways(case: Case) -> dict[str, Callable[[int, Op], Tensor]]:
         )
 
     if case.n == case.m:
-        return {"sdpa": softmax, "elu+1": elu, "lolcats": lolcats, "liger": liger}
+        return {"sdpa": softmax, "elu+1": elu, "lolcats": lolcats, "gated": gated, "liger": liger}
     features = F.elu(torch.randn(1, case.h, 1, WIDTH, generator=gen)) + 1
     state = torch.rand(1, case.g, WIDTH, WIDTH + 1, generator=gen)
 
     def step(n: int, op: Op) -> Tensor:
         return op(features, features[:, : case.g], v[:, :, -1:], None, state, 0, 1, True)[0]
 
-    def gated(n: int, op: Op) -> Tensor:
+    def gated_step(n: int, op: Op) -> Tensor:
         decay = -features[:, : case.g] / 16
         given = features[:, : case.g], v[:, :, -1:], decay, state[..., 1:] / WIDTH
         return op(features, *given, 0, 1, False)[0]
 
-    return {"sdpa": softmax, "elu+1": step, "liger": gated}
+    return {"sdpa": softmax, "elu+1": step, "gated": gated_step}
 
 
 def run(case: Case, rounds: int) -> dict[str, Any]:
