@@ -107,7 +107,11 @@ class Campaign:
         seen: list[list[Any]] = [[] for _ in mixers]
         handles = [
             mixer.router.register_forward_hook(
-                lambda module, args, routes, into=into: into.append(routes.active_BUN)
+                lambda module, args, routes, into=into: into.append(
+                    torch.ones_like(routes.gate_BUN)  # every token uses all
+                    if routes.active_BUN is None
+                    else routes.active_BUN
+                )
             )
             for mixer, into in zip(mixers, seen, strict=True)
         ]
