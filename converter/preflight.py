@@ -227,8 +227,8 @@ def _adapted(choices: list[Choice], plan: Plan) -> list[Choice]:
         if choice.conversion is not None and not choice.conversion.adapts:
             choice.action, choice.conversion = "refused", None
             choice.reason = (
-                "calibrate.lora_rank adapts linear layers, and this block's are made of shared "
-                "atoms; drop lora_rank"
+                "calibrate.lora_rank adapts linear layers, and what this block becomes has none "
+                "with weights of its own; drop lora_rank"
             )
     return choices
 
