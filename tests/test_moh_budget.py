@@ -10,6 +10,7 @@ import torch
 from decoder_models import decoder
 from mla_blocks import config, dense, moments
 from moh_blocks import wide
+from pydantic import ValidationError
 
 from reattend import convert
 from reattend.errors import PlanError
@@ -65,6 +66,9 @@ def test_what_cannot_be_spread_is_refused() -> None:
     cfg = wide(config())
     refusal = ToMoh().check(cfg, MohOptions(**AUTO, shared=4, active=0.5))
     assert refusal is not None and "4 are shared" in refusal.reason
+    for half in ({"top_k": "auto"}, {"active": 0.5}):
+        with pytest.raises(ValidationError, match="go together"):
+            MohOptions(**half)
     with pytest.raises(PlanError, match="one of its blocks replaced"):
         ToMoh().allocate(sites((0, 0), 0.5), lambda *_: None)  # type: ignore[arg-type]
 

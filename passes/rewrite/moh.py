@@ -92,13 +92,13 @@ class ToMoh(Ranking):
             return chosen
         mixers = []
         for site, options in zip(sites, chosen, strict=True):
-            whole = options.model_copy(update={"top_k": None})
+            whole = options.model_copy(update={"top_k": None, "active": None})
             mixer = self.build(site.dense, site.statistics, whole).mixer
             assert isinstance(mixer, RoutedAttention)
             mixers.append((site.path, mixer))
         counts = spread(mixers, given, measure)
         return [
-            options.model_copy(update={"top_k": k})
+            options.model_copy(update={"top_k": k, "active": None})
             for options, k in zip(chosen, counts, strict=True)
         ]
 

@@ -56,4 +56,5 @@ def spread(
                 )
             sizes[(c.shared + k) * c.heads_per_unit] = (lost, k)
         curves.append(Curve.of(sizes))
+    assert options.active is not None
     return knapsack(curves, int(options.active * whole + 1e-9))

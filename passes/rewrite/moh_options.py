@@ -29,7 +29,7 @@ class MohOptions(Frozen):
         top_k: routed heads that each token uses: a count, or a share of the routed (rounded up),
             or a list; None: all of them; `auto`: in every layer as many as cost the model's output
             least, for `active` over all layers of the rule (`passes/rewrite/moh_budget.py`).
-        active: most that a token uses of all heads, a share, shared ones included; for `auto`.
+        active: most that a token uses of all heads, a share, shared ones included; with `auto`.
         route: what is chosen: whole `kv-group`s, so that a group that nobody chose is not read, or
             every query `head` by itself.
         router: `linear` in the block's input, from zero, or `qnorm`, the norms of the queries,
@@ -49,7 +49,7 @@ class MohOptions(Frozen):
     shared: PerLayer = 0.25
     routed: PerLayer | None = None
     top_k: PerLayer | Literal["auto"] | None = None
-    active: float = Field(default=0.75, gt=0, le=1)
+    active: float | None = Field(default=None, gt=0, le=1)
     route: Literal["kv-group", "head"] = "kv-group"
     router: Literal["linear", "qnorm"] = "linear"
     router_start: Literal["zero", "output-norm"] = "zero"
@@ -66,6 +66,11 @@ class MohOptions(Frozen):
             raise ValueError(
                 "router: qnorm has no weights that could start at zero, so weighted gates would "
                 "change the block from the start; use gate: hard"
+            )
+        if (self.active is None) == (self.top_k == "auto"):
+            raise ValueError(
+                "top_k: auto and active go together: active is the share of all heads that it "
+                "spreads over the layers"
             )
         if self.router_start != "zero" and (self.router == "qnorm" or self.gate == "weighted"):
             raise ValueError(
@@ -112,6 +117,7 @@ def resolve(core: CoreConfig, options: MohOptions) -> Heads | Refusal:
             "choose; " + ("use a smaller count" if by_head else "use route: head")
         )
     if options.top_k == "auto":
+        assert options.active is not None
         return share_of(Heads(units, shared, routed), options.active)
     top_k = routed if options.top_k is None else count(options.top_k, routed, 1)
     if top_k > routed:
