@@ -118,6 +118,29 @@ def bench_module(name: str) -> Any:
         sys.path.remove(str(BENCH))
 
 
+POOL = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pools import side_by_side
+if __name__ == "__main__":
+    began = time.monotonic()
+    short, long = side_by_side(time.sleep, [0.01, 600], began + 4)
+    assert short.done() and not long.done() and time.monotonic() - began < 30
+    import multiprocessing
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+"""
+
+
+def test_jobs_that_take_too_long_end_with_their_processes(tmp_path: Path) -> None:
+    script = tmp_path / "jobs.py"
+    script.write_text(POOL)
+    run = subprocess.run(
+        [sys.executable, str(script), str(BENCH)], capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.slow
 def test_whole_models_of_every_family_are_measured(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "families.py"), "--device", "cpu", "--shapes", "tiny"]

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch
 from cases import Case
 from checking import check
 from goals import goal_table, judge_all
+from pools import side_by_side
 from problems import compile_case
 from record import head, place, write
 from registry import SPEED
@@ -54,11 +52,7 @@ def ceilings() -> dict[str, float]:
 
 def compile_all(cases: list[Case], deadline: float) -> None:
     """Leave every kernel on disk; what does not compile is reported when it is timed."""
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=spawn)
-    futures = [pool.submit(compile_case, case) for case in cases]
-    wait(futures, max(deadline - time.monotonic(), 0))
-    pool.shutdown(wait=False, cancel_futures=True)
+    side_by_side(compile_case, cases, deadline)
 
 
 def begin(options: argparse.Namespace, path: Path) -> dict[str, Any]:

@@ -6,16 +6,14 @@ tried once more, each alone. What time did not suffice for counts as unproven, w
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, wait
 from typing import Any
 
 import torch
 from correct_families import TRIALS, Trial, trial_error
 from correctness import CORRECT, DTYPES, HUGE, Job, error_of, huge_error, jobs, title
+from pools import side_by_side
 
 Check = dict[str, Any]
 #: said of a check that never ran
@@ -53,11 +51,7 @@ def run_one(job: Job | tuple[Trial, torch.dtype]) -> float | str:
 
 
 def _run(todo: list[Any], deadline: float, alone: bool) -> list[float | str]:
-    spawn = multiprocessing.get_context("spawn")
-    each = 1 if alone else None
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, max_tasks_per_child=each)
-    futures = [pool.submit(run_one, job) for job in todo]
-    wait(futures, max(deadline - time.monotonic(), 0))
+    futures = side_by_side(run_one, todo, deadline, 1 if alone else None)
     found: list[float | str] = []
     for future in futures:
         if not future.done():
@@ -66,7 +60,6 @@ def _run(todo: list[Any], deadline: float, alone: bool) -> list[float | str]:
             found.append(f"CUDA error: the process died: {future.exception()}")
         else:
             found.append(future.result())
-    pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
 from datetime import date
 from importlib import import_module
@@ -25,6 +22,7 @@ from typing import Any
 
 import torch
 from cases import Case
+from pools import side_by_side
 from problems import Problem, work_of
 from record import head, place, write
 from registry import SWEEP
@@ -208,14 +206,10 @@ def compile_all(
     jobs: list[tuple[Case, KernelConfig]], deadline: float
 ) -> dict[tuple[Case, KernelConfig], str | None]:
     """Why each job cannot run, None where it can."""
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=spawn)
-    futures = {job: pool.submit(compile_one, job) for job in jobs}
-    wait(futures.values(), max(deadline - time.monotonic(), 0))
-    pool.shutdown(wait=False, cancel_futures=True)
+    futures = side_by_side(compile_one, jobs, deadline)
     return {
         job: future.result() if future.done() and not future.exception() else "did not compile"
-        for job, future in futures.items()
+        for job, future in zip(jobs, futures, strict=True)
     }
 
 

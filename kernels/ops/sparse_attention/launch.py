@@ -24,6 +24,7 @@ from reattend.kernels.sparse_attention.blocked import Inputs
 from reattend.kernels.sparse_attention.mask import entry_rows
 from reattend.kernels.sparse_attention.triton_backward import sparse_dkv, sparse_dq
 from reattend.kernels.sparse_attention.triton_kernel import sparse_decode, sparse_prefill
+from reattend.kernels.triton_gradient import prepared
 
 
 def config_for(x: Inputs, kernel: str) -> KernelConfig | None:
@@ -152,10 +153,9 @@ def launch_backward(
     q, k, v = x.q_BHNd, x.k_BGMd, x.v_BGMe
     (b, h, n, _), (groups, m) = q.shape, k.shape[1:3]
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    (dy, dlse), (y, lse) = grads, outputs
-    dead = lse == float("-inf")
-    shift = torch.where(dead, 0, dlse.float()) - (dy.float() * y.float()).sum(-1)
-    given = (q, k, v, dy.to(q.dtype).contiguous(), lse.contiguous(), shift)
+    dy, lse = grads[0].to(q.dtype).contiguous(), outputs[1].contiguous()
+    _, shift = prepared((dy, grads[1]), outputs)
+    given = (q, k, v, dy, lse, shift)
     row_ptr, col, tile, tiles, head_layout = (t.contiguous() for t in x.layout)
     rows = tuple(t.contiguous() for t in x.rows)
     columns = -(-m // x.block)
