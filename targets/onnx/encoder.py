@@ -27,7 +27,7 @@ from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Observed
 from reattend.targets.onnx.encoder_mixer import Passes, WholeSparse, make_whole
 from reattend.targets.onnx.manifest import PASS
-from reattend.targets.onnx.scores_beside import scores_beside
+from reattend.targets.onnx.refusals import scores_beside
 
 
 def is_encoder(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.sparse_config import SparseConfig
 from reattend.targets.onnx.encoder import check_encoder_block
-from reattend.targets.onnx.layout import check_block
+from reattend.targets.onnx.refusals import check_block
 from reattend.targets.onnx.sparse_layout import sparse_form
 
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from reattend.errors import NothingFoundError, RefusedError
 from reattend.install.adapter import Adapter
-from reattend.install.binding import Binding
 from reattend.mixers.config import BlockConfig
 from reattend.mixers.dense import DenseConfig
 from reattend.mixers.echo import EchoConfig
@@ -25,11 +24,10 @@ from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.mixers.routed_config import RoutedConfig
 from reattend.mixers.selective_config import SelectiveConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
-from reattend.mixers.sparse_linear_config import SparseLinearConfig
 from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_body import LINEAR
+from reattend.targets.onnx.refusals import check_block
 from reattend.targets.onnx.routed_body import FEW, NAME
-from reattend.targets.onnx.scores_beside import scores_beside
 from reattend.targets.onnx.sparse_form import SparseForm
 from reattend.targets.onnx.sparse_layout import sparse_form
 
@@ -157,42 +155,6 @@ def layout(model: nn.Module) -> list[LayerLayout]:
             next_step='convert it first: convert(model, plan="identity") keeps it as it is',
         )
     return [found[layer] for layer in sorted(found)]
-
-
-def check_block(path: str, config: object, binding: Binding) -> None:
-    """Refuse a block that no node computes.
-
-    Raises:
-        RefusedError: with the reason.
-    """
-    if not isinstance(config, BlockConfig):
-        raise RefusedError("this layer has no ONNX form yet", where=path)
-    why = next_step = ""
-    if config.cross:
-        why = "it attends to another stream (cross-attention)"
-    elif not binding.stepwise:
-        why = "what the original module does besides attention needs the whole sequence"
-    elif binding.cache is None:
-        why = "it keeps no cache, and other layers of the model do"
-    elif isinstance(config, SparseLinearConfig):
-        why = "it chooses blocks of keys beside a sum of all of them, for which there is no node"
-        next_step = "convert it as the preset moba does, which chooses alike, without the sum"
-    elif isinstance(config, RecurrentConfig):
-        if config.window and config.window_form == "terraced":
-            why = "a window that is averaged with a state has a node only where it slides"
-            next_step = "convert it with window_form: sliding"
-    elif isinstance(config, LinearConfig) and config.window and config.rope != "before":
-        why = "its state is made of keys that are not rotated, for which the node has no window"
-        next_step = "convert it with rope: before, or with window: 0"
-    elif config.core.pattern == "chunked":
-        why = "chunked attention has no ONNX form yet"
-    elif config.core.pattern == "opaque":
-        why = "what it attends to is a mask of the model's own, which the ONNX graph does not make"
-    why = why or scores_beside(config)
-    if why:
-        raise RefusedError(
-            "this layer cannot be exported to ONNX", where=path, why=why, next_step=next_step
-        )
 
 
 def check_dtype(layers: list[LayerLayout], dtype: str) -> None:
