@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "step": {"n": 1, "decay": True, "state": True, "normalize": True, "h": 4, "g": 2, "b": 2},
     "step-behind-a-window": {"n": 1, "lag": 7, "state": True, "f": 18, "e": 40},
 }
-HALF = ("sliding", "step", "featured")
+HALF = ("sliding", "sliding-far", "step", "featured")
 NO_GRADIENT = ("step", "step-behind-a-window", "featured-step")
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 

@@ -46,7 +46,9 @@ _POINTERS |= dict.fromkeys(("row_ptr", "col", "tile", "head_layout", "col_ptr", 
 _POINTERS |= {"count": "i32", "active": "i8"}
 _POINTERS |= {"tiles": "i64", "shift": "fp32", "top": "fp32"}
 _FLOATS = ("scale", "softcap")
-_POINTERS |= dict.fromkeys(("state", "after", "decay", "later", "within", "added", "mass"), "fp32")
+_POINTERS |= dict.fromkeys(
+    ("state", "before", "after", "decay", "later", "within", "added", "mass"), "fp32"
+)
 _DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope", "dy", "dq", "dk", "dv")
 
 

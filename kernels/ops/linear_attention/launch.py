@@ -58,11 +58,13 @@ class Inputs(NamedTuple):
 class _Chunked(NamedTuple):
     """What the kernels over chunks share.
 
-    `states` [B, G, T + 1, f, columns]: before each chunk and after the last; `within` [B, G, T *
-    C]: sums of log decays; `sizes`: n, T; `heads`: H, H / G.
+    `states` [B, G, T, f, columns]: before each chunk, as exact as the products that read them, or
+    fp32 where outputs are divided. `after` [B, G, f, columns], fp32; `within` [B, G, T * C]: sums
+    of log decays; `sizes`: n, T; `heads`: H, H / G.
     """
 
     states: Tensor
+    after: Tensor
     within: Tensor
     sizes: tuple[int, int]
     heads: tuple[int, int]
@@ -97,7 +99,7 @@ def launch(x: Inputs, configs: Configs) -> tuple[Tensor, Tensor]:
         return launch_channels.forward(x.sums, x.normalize, configs["channels"])
     made = _scanned(x, configs["state"])
     y, _ = _read(x, made, configs["read"], x.q_BHNf.dtype)
-    return y, made.states[:, :, -1].contiguous()
+    return y, made.after
 
 
 def launch_backward(dy: Tensor, dstate: Tensor, x: Inputs, configs: Configs) -> tuple[Tensor, ...]:
@@ -123,7 +125,8 @@ def launch_backward(dy: Tensor, dstate: Tensor, x: Inputs, configs: Configs) -> 
     dy = dy.to(q.dtype).contiguous()
     dq = torch.empty_like(q)
     _launch_read((dy, v, k), (dq, added, added), made, x, configs["read"], True)
-    later = torch.empty_like(made.states)
+    (b, g, f, columns), chunks = made.after.shape, made.sizes[1]
+    later = made.after.new_empty(b, g, chunks + 1, f, columns)
     later[:, :, -1] = dstate
     common = (*made.sizes, *made.heads, x.lag, x.block)
     with on_device(q):
@@ -145,7 +148,7 @@ def launch_backward(dy: Tensor, dstate: Tensor, x: Inputs, configs: Configs) -> 
             )  # fmt: skip
     ddecay = q.new_zeros(0)
     if x.decay_BGN is not None:
-        tail = (dstate * made.states[:, :, -1]).sum((-1, -2))
+        tail = (dstate * made.after).sum((-1, -2))
         ddecay = decay_gradient(q.float(), dq.float(), k.float(), dk.float(), tail)
     return dq, dk, dv, ddecay, later[:, :, 0].contiguous()
 
@@ -178,8 +181,9 @@ def _scanned(x: Inputs, config: KernelConfig) -> _Chunked:
     k, v = unit_stride(x.k_BGNf), unit_stride(x.v_BGNe)
     (b, g, n, f), h = k.shape, x.q_BHNf.shape[1]
     chunks, before = -(-n // config.rows), _before(x)
-    states = before.new_empty(b, g, chunks + 1, *before.shape[2:])
-    states[:, :, 0] = before
+    kind = torch.float32 if x.normalize else k.dtype
+    states = before.new_empty(b, g, chunks, *before.shape[2:], dtype=kind)
+    after = torch.empty_like(before)
     within = before
     if x.decay_BGN is not None:
         fill = F.pad(x.decay_BGN.float(), (0, chunks * config.rows - n))
@@ -187,10 +191,10 @@ def _scanned(x: Inputs, config: KernelConfig) -> _Chunked:
     tiles = -(-f // config.keys) * -(-v.shape[3] // config.keys)
     with on_device(k):
         linear_state[(tiles * b * g,)](
-            k, v, states, within, n, chunks, g, *k.stride()[:3], *v.stride()[:3],
+            k, v, before, states, after, within, n, chunks, g, *k.stride()[:3], *v.stride()[:3],
             F=f, E=v.shape[3], ONES=x.normalize, **_options(x, config),
         )  # fmt: skip
-    return _Chunked(states, within, (n, chunks), (h, h // g))
+    return _Chunked(states, after, within, (n, chunks), (h, h // g))
 
 
 def _read(

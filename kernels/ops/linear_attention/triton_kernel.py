@@ -143,7 +143,7 @@ def linear_read(
 ):
     """Grid: (tiles of E * T * H * B). y is [B, H, N, E], contiguous.
 
-    ``state`` [B, G, T + 1, size]; a number is at ``f * rise + e * run`` of its part. ONES: the
+    ``state`` [B, G, T, size]; a number is at ``f * rise + e * run`` of its part. ONES: the
     values have a column of ones, and y is divided by its sum, which goes to ``mass`` [B, H, N].
     ADDED: queries and keys have one feature more, of the keys 1, of the queries ``added`` [B, H,
     N].
@@ -162,7 +162,7 @@ def linear_read(
     first = chunk_before(chunk, lag, block, BLOCK_ROWS)
     column = tile_e * BLOCK_E + tl.arange(0, BLOCK_E)
     query, key, value = q + b * q_b + h * q_h, k + b * k_b + g * k_g, v + b * v_b + g * v_g
-    place = state + ((b * groups + g) * (chunks + 1) + first) * size
+    place = state + ((b * groups + g) * chunks + first) * size
     at = (b * heads + h) * n + row
     # fmt: off
     acc, total = through_state(

@@ -37,7 +37,9 @@ def decay_between(within, first, last, C: tl.constexpr):
 def linear_state(
     k,
     v,
+    before,
     state,
+    after,
     within,
     n,
     chunks,
@@ -58,9 +60,9 @@ def linear_state(
     BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Grid: (tiles of F * tiles of E * G * B). ``state`` [B, G, T + 1, F, E (+ 1)], contiguous,
-    holds what was there before in its first place; the others are written. ONES: the values have
-    one column more, of ones.
+    """Grid: (tiles of F * tiles of E * G * B). ``before`` and ``after`` [B, G, F, E (+ 1)], fp32;
+    ``state`` [B, G, T, F, E (+ 1)] gets what is there before every chunk. All contiguous. ONES: the
+    values have one column more, of ones.
     """
     tiles_f: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     tiles_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -71,16 +73,22 @@ def linear_state(
     g, b = (rest % groups).to(tl.int64), (rest // groups).to(tl.int64)
     f, e = tile_f * BLOCK_F + tl.arange(0, BLOCK_F), tile_e * BLOCK_E + tl.arange(0, BLOCK_E)
     is_f, is_e = f < F, e < E
-    place = state + (b * groups + g) * (chunks + 1) * F * columns + f * columns
+    kind = state.dtype.element_ty
+    own = (b * groups + g) * F * columns + f * columns
+    place = state + (b * groups + g) * chunks * F * columns + f * columns
     inside = is_f[:, None] & is_e[None, :]
-    acc = tl.load(place[:, None] + e[None, :], mask=inside, other=0.0)
+    acc = tl.load(before + own[:, None] + e[None, :], mask=inside, other=0.0)
     ones = is_f & (tile_e == 0)
     mass = tl.zeros((BLOCK_F,), tl.float32)
     if ONES:
-        mass = tl.load(place + E, mask=ones, other=0.0)
+        mass = tl.load(before + own + E, mask=ones, other=0.0)
     sums = within + (b * groups + g) * chunks * BLOCK_ROWS
     key, value = k + b * k_b + g * k_g + tile_f * BLOCK_F, v + b * v_b + g * v_g + tile_e * BLOCK_E
     for chunk in range(chunks):
+        tl.store(place[:, None] + e[None, :], acc.to(kind), mask=inside)
+        if ONES:
+            tl.store(place + E, mass.to(kind), mask=ones)
+        place += F * columns
         row = chunk * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         is_row, at = row < n, row.to(tl.int64)
         k_tile = tl.load(
@@ -102,11 +110,11 @@ def linear_state(
             acc *= tl.exp(whole)
             mass *= tl.exp(whole)
         acc = tl.dot(tl.trans(k_tile), v_tile, acc, input_precision=PRECISION)
-        place += F * columns
-        tl.store(place[:, None] + e[None, :], acc, mask=inside)
         if ONES:
             mass += tl.sum(k_tile.to(tl.float32), 0)
-            tl.store(place + E, mass, mask=ones)
+    tl.store(after + own[:, None] + e[None, :], acc, mask=inside)
+    if ONES:
+        tl.store(after + own + E, mass, mask=ones)
 
 
 @triton.jit
