@@ -61,8 +61,8 @@ class Compiled:
         kernel: name of the kernel.
         width: head width, or latent rank (with a rotary part of `ROPE_WIDTH`).
         element_bytes: 2 (bf16) or 4 (fp32).
-        variant: ``plain`` (causal only) or ``full`` (window, softcap and pages as well); of
-            sparse kernels, without and with softcap; of linear ones, decay and a denominator.
+        variant: ``plain`` (causal only) or ``full`` (window, softcap and pages as well, of linear
+            kernels decay and a denominator); which are compiled, `variants` says.
         config: tile sizes.
         shared: bytes of shared memory per program.
         registers: registers per thread (AMD: vector registers).

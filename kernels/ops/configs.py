@@ -202,8 +202,9 @@ def shipped(target: str) -> list[tuple[str, int, int, KernelConfig]]:
 def variants(kernel: str) -> tuple[str, ...]:
     """How a kernel is compiled ahead of time: `reattend.kernels.aot.Compiled.variant`.
 
-    Plain pipelines the most loads (most shared memory), full needs the most registers; of linear
-    attention full has all that plain has, but where the two are one kernel's forms.
+    Plain pipelines the most loads (most shared memory), full needs the most registers. Where full
+    loads the same, as without pages, it alone is compiled.
     """
-    one = kernel.startswith("linear") and kernel != "linear_channels"
-    return ("full",) if one else ("plain", "full")
+    both = ("prefill", "decode", "wide", "tall", "channels")
+    same = kernel.startswith("sparse") or not kernel.endswith(both)
+    return ("full",) if same else ("plain", "full")
