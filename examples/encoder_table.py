@@ -49,11 +49,8 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
     for told, tokens in ((", untrained", 0), ("", TRAINED))
 }
 ROWS |= {
-    f"{name}, long": ({**HEAD, **WAYS[name]}, tokens)
-    for name, tokens in (
-        ("9 of 12 heads, fitted", LONG),
-        ("9 of 12 heads on average, fitted", LONG // 2),
-    )
+    f"{name}, long": ({**HEAD, **WAYS[name]}, LONG)
+    for name in ("9 of 12 heads, fitted", "9 of 12 heads on average, fitted")
 }
 
 
