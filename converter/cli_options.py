@@ -14,7 +14,7 @@ from reattend.cli_look import Json
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-_ENTRY = re.compile(r"^ {4}(\w+): (.*)$")
+_ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*)$")
 _MORE = re.compile(r"^ {8}(\S.*)$")
 #: what a conversion tells itself between two stages
 _INTERNAL = "not for plans."
@@ -90,8 +90,9 @@ def headline(name: str) -> str:
     kind = section(name)
     if name in SECTIONS:
         return f"{name}: {(inspect.getdoc(kind) or '').partition(chr(10))[0]}"
-    text = inspect.getdoc(inspect.getmodule(conversion(name))) or f"to: {name}"
-    return text.partition("\n")[0].replace("`", "")
+    texts = [inspect.getdoc(inspect.getmodule(k)) or "" for k in conversion(name).__mro__]
+    telling = (text for text in texts if text.startswith(f"`to: {name}`:"))
+    return next(telling, f"to: {name}").partition("\n")[0].replace("`", "")
 
 
 def described(kind: type[BaseModel]) -> list[tuple[str, dict[str, str]]]:
@@ -111,15 +112,16 @@ def described(kind: type[BaseModel]) -> list[tuple[str, dict[str, str]]]:
 
 
 def meanings(kind: type[BaseModel]) -> dict[str, str]:
-    """The entries under `Attributes:` of a docstring, by name, each on one line."""
+    """The entries under `Attributes:` of a class and its parents, by name, each on one line."""
     found: dict[str, str] = {}
-    last = ""
-    for line in (inspect.getdoc(kind) or "").splitlines():
+    last: list[str] = []
+    texts = [vars(parent).get("__doc__") or "" for parent in reversed(kind.__mro__)]
+    for line in "\n".join(map(inspect.cleandoc, texts)).splitlines():
         if entry := _ENTRY.match(line):
-            last = entry[1]
-            found[last] = entry[2]
-        elif last and (more := _MORE.match(line)):
-            found[last] += f" {more[1]}"
+            last = entry[1].split(", ")
+            found |= dict.fromkeys(last, entry[2])
+        elif more := _MORE.match(line):
+            found |= {name: f"{found[name]} {more[1]}" for name in last}
     return found
 
 

@@ -139,13 +139,14 @@ def test_options_of_plans_are_explained() -> None:
     for part in ("to: mla: keys and values", "to: prune-heads", "calibrate: ", "max_ppl_increase"):
         assert part in told
     assert "not for plans" not in told
-    data = json.loads(good("plans", "options", "mla", "--json"))["mla"]
-    options = {row["key"]: row for row in data}
+    every = json.loads(good("plans", "options", "--json"))
+    assert [row for rows in every.values() for row in rows if not row["meaning"]] == []
+    assert [row["key"] for row in every["echo"]] == ["followers"]
+    options = {row["key"]: row for row in every["mla"]}
     assert options["kv_keep"]["takes"].startswith("a number > 0 and <= 1")
     assert options["latent_norm"]["takes"].startswith("none or rms")
     assert options["latent_norm"]["default"] == "none"
     assert options["balance"]["default"] == "1.0"
-    assert all(row["meaning"] for row in data)
     result = reattend("plans", "options", "mlla")
     assert result.exit_code == EXIT_BAD_INPUT
     assert "did you mean 'mla'?" in result.stderr

@@ -57,6 +57,7 @@ class SparseOptions(Frozen):
             query and key. For `kv_density`: `search`, or `profile` as MoA does. `gate`
             trains the selectors that learn (`sparse_teach`), in `steps` steps.
         profile: how that looks; without candidates it has a grid of its own.
+        steps: how many `alpha` and `gate` train for, one batch each.
         chosen: what a finder says of its choice; not for plans.
         evict: whether caches forget what no later query sees; None: where the pattern allows it.
         image_grid: places of the image (height, width) or video (frames, height, width), in tokens,
