@@ -18,6 +18,8 @@ from typing import Any
 import campaign
 
 TOKENS, STATISTICS_TOKENS = 512, 16_384
+#: trained on by the rows that are called long
+LONG = 1_000_000
 HEAD: dict[str, Any] = {"route": "head", "shared": 4}
 HARD: dict[str, Any] = {"router": "qnorm", "gate": "hard"}
 #: a router that is known from the start: nothing to anneal, and no heads to spread tokens over
@@ -31,17 +33,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "6 of 8 heads, fitted": {**HEAD, **FITTED, "top_k": 2},
     "6 of 8 heads, fitted, none shared": {"route": "head", "shared": 0, "top_k": 6, **FITTED},
     "6 of 8 heads on average, fitted": {
-        "route": "head",
-        "shared": 0,
-        "top_k": "auto",
-        "active": 0.75,
-        **FITTED,
+        "route": "head", "shared": 0, "top_k": "auto", "active": 0.75, **FITTED,
     },
     "6 of 8 heads, none shared": {"route": "head", "shared": 0, "top_k": 6},
     "4 of 8 heads, none shared": {"route": "head", "shared": 0, "top_k": 4},
     "4 of 8 heads, fitted, none shared": {"route": "head", "shared": 0, "top_k": 4, **FITTED},
     "1 of 2 KV groups": {"route": "kv-group", "shared": 0, "top_k": 1},
-}
+}  # fmt: skip
 
 
 class Campaign:
@@ -75,21 +73,21 @@ class Campaign:
         begin, model = time.perf_counter(), self.model
         told: dict[str, Any] = {}
         if name != "original":
-            model, told = self._converted(*parts(name))
+            model, told = self._converted(*parts(name, self.args.tokens))
         seconds = time.perf_counter() - begin
         asked = original(model, context=TOKENS)
         quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
         recall = {k: v.to_dict() for k, v in asked.recall(self.text, seed=self.args.seed).items()}
         return {"name": name, "seconds": round(seconds, 1), **told, **quality, "recall": recall}
 
-    def _converted(self, options: dict[str, Any], trained: bool) -> tuple[Any, dict[str, Any]]:
+    def _converted(self, options: dict[str, Any], tokens: int) -> tuple[Any, dict[str, Any]]:
         from reattend import convert
 
         plan = {
             "rules": [{"sites": "*", "to": "moh", **options}],
             "calibrate": {
                 "seq_len": 256, "statistics_tokens": STATISTICS_TOKENS,
-                "tokens": self.args.tokens if trained else 0,
+                "tokens": tokens,
             },
         }  # fmt: skip
         data = str(self.args.model / "calibration.txt")
@@ -133,15 +131,18 @@ class Campaign:
         return {"heads_used": heads, "kv_groups_read": groups, "busiest": most, "idlest": least}
 
 
-def parts(name: str) -> tuple[dict[str, Any], bool]:
-    """The options of a row, and whether it is trained."""
-    plain = name.removesuffix(", untrained")
-    return ROWS[plain], plain == name
+def parts(name: str, tokens: int) -> tuple[dict[str, Any], int]:
+    """The options of a row, and the tokens it is trained on."""
+    for end, trained in ((", untrained", 0), (", long", LONG)):
+        if name.endswith(end):
+            return ROWS[name.removesuffix(end)], trained
+    return ROWS[name], tokens
 
 
 def names() -> list[str]:
     """Every row, in the table's order."""
-    return ["original", *(n for name in ROWS for n in (f"{name}, untrained", name))]
+    every = [n for name in ROWS for n in (f"{name}, untrained", name)]
+    return ["original", *every, "6 of 8 heads on average, fitted, long"]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -165,7 +166,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['model']}, {results['date']}, {results['device']}; 8 query heads in 2 KV "
         "groups, one group shared where it does not say otherwise; distilled on "
-        f"{results['inputs']['tokens']:,} tokens of calibration.txt; "
+        f"{results['inputs']['tokens']:,} tokens of calibration.txt, long {LONG:,}; "
         f"{results['inputs']['rows']} x {TOKENS} held-out tokens. Used and read: mean over tokens "
         "and layers of those; busiest and idlest: shares of the tokens, over all layers. Gain: "
         f"nats per key token over the same key never shown. Command: `{results['command']}`",
