@@ -35,6 +35,7 @@ def test_a_converted_model_learns_and_is_reported_saved_and_loaded(tmp_path: Any
     assert stage.loss[-1][1] < 0.9 * stage.loss[0][1]
     first = result.report.sites[0]
     assert (first.exactness, first.options["window"]) == ("learned", "4 terraced")
+    assert "2 of 2 converted blocks are learned" in result.report.notes[-1]
     new = 2 * (2 * 4 * 6 * 8 + 4)  # two layers of two maps of 4 heads, and 4 weights
     grown = result.report.model.parameters_after - result.report.model.parameters_before
     assert grown == new

@@ -58,4 +58,12 @@ def gather(subject: Subject, inputs: dict[str, Any] | None, *, inplace: bool = F
         parity += decode_checks(original, converted, subject.seed)
     rows, peers, notes = measured_rows(subject)
     gates = check_gates(plan.verify, rows)
+    learned = [path for path, b in done.built.items() if b.exactness == "learned"]
+    if learned and not gates:
+        notes = [
+            *notes,
+            f"{len(learned)} of {len(done.built)} converted blocks are learned, nothing bounds "
+            "what they lose, and the plan sets no gate: set verify.max_ppl_increase and "
+            "verify.min_recall",
+        ]
     return Evidence(errors, bounds, used, parity, rows, peers, gates, notes=notes)
