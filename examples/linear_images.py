@@ -20,7 +20,7 @@ from typing import Any
 
 import campaign
 
-TRAINED, HELD, BATCH = (0, 256, 2048), 16, 8
+TRAINED, HELD, BATCH, BATCHES = (0, 256, 2048), 16, 8, 32
 #: model, preset, sizes that make it choose among few tokens
 ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("ViT", "linfusion", {"mlp_width": 8}),
@@ -86,7 +86,7 @@ def row(model: Any, inputs: dict[str, Any], preset: str, sizes: dict[str, Any]) 
     from reattend.plan import Plan
 
     rule = Plan.load(preset).to_dict()["rules"][0] | sizes
-    data = [drawn(inputs, BATCH, seed) for seed in range(1, 33)]
+    data = [drawn(inputs, BATCH, seed) for seed in range(1, BATCHES + 1)]
     held, more = drawn(inputs, HELD, 0), {"return_dict": False}
 
     def output(which: Any) -> Any:
@@ -109,7 +109,8 @@ def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
     lines = [
         f"{results['device']}, {results['date']}, `{results['command']}`: relative error of the "
-        f"output on {HELD} inputs that were not trained on, random weights.",
+        f"output on {HELD} inputs that were not trained on, random weights. Columns: images "
+        f"trained on, of {BATCHES * BATCH} different ones, repeated.",
         "",
         "| model | preset | blocks | " + " | ".join(f"{n:,} images" for n in TRAINED) + " |",
         "|---|---|---:|" + "---:|" * len(TRAINED),

@@ -165,7 +165,8 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{results['model']}, {results['date']}, {results['device']}; 8 query heads in 2 KV "
-        "groups, one group shared where it does not say otherwise; distilled on "
+        "groups, one group shared, but none in rows that say so or `on average`, nor in "
+        "`1 of 2 KV groups`; distilled on "
         f"{results['inputs']['tokens']:,} tokens of calibration.txt, long {LONG:,}; "
         f"{results['inputs']['rows']} x {TOKENS} held-out tokens. Used and read: mean over tokens "
         "and layers of those; busiest and idlest: shares of the tokens, over all layers. Gain: "

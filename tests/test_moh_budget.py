@@ -58,8 +58,20 @@ def test_counts_lose_least_of_all_that_fit(active: float) -> None:
 
 
 def test_many_heads_are_not_all_tried() -> None:
-    assert tried(Heads(32, 0, 32)) == [4, 8, 12, 16, 20, 24, 28]
+    assert tried(Heads(32, 0, 32)) == [1, 4, 8, 12, 16, 20, 24, 28]
     assert tried(Heads(4, 2, 2)) == [1]
+
+
+def test_the_least_share_that_is_accepted_can_be_spread() -> None:
+    block = dense(config(32, 8))
+    options = MohOptions(**AUTO, shared=8, active=9 / 32)
+    assert ToMoh().check(block.config, options) is None
+    found = [Subject("0", block, moments(block), options)]
+
+    def measure(path: str, mixer: Any) -> float:
+        return float(mixer.config.routed - mixer.router.k)
+
+    assert [o.top_k for o in ToMoh().allocate(found, measure)] == [1]
 
 
 def test_what_cannot_be_spread_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""LoRA instead of full weights: peft injects low-rank factors into the mixers' linear layers.
+"""LoRA instead of full weights: peft injects low-rank factors into the linear layers that train.
 
 Hu et al., arXiv 2106.09685. After training the factors are merged, so the published model has
 ordinary weights.
@@ -15,7 +15,7 @@ from reattend.errors import MissingExtraError
 
 
 def inject(working: Working, rank: int) -> None:
-    """Freeze the masters and train LoRA factors of every `nn.Linear` inside a mixer.
+    """Freeze the masters and train LoRA factors of every `nn.Linear` that trains.
 
     Norm gains, biases and other loose parameters stay as they are. Initial factors come from the
     global random state: seed it.

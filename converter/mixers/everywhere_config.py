@@ -11,7 +11,7 @@ PARTS = 10_000
 
 
 class EverywhereConfig(Frozen):
-    """Of bidirectional blocks only.
+    """Of bidirectional blocks; `flow` and `sparse_top` of causal ones too.
 
     Attributes:
         mlp_width: inner width of the maps that change what queries and keys are projected from
@@ -19,8 +19,9 @@ class EverywhereConfig(Frozen):
         flow: weights are flows between tokens, conserved on both sides (Flowformer, arXiv
             2202.06258).
         sparse_top: share of key blocks that every query block attends to by softmax, the best by
-            pooled scores; 0: none. The sum over all keys is added through a projection that starts
-            at zero (SLA, arXiv 2509.24006), or see `lowrank`.
+            pooled scores; in causal blocks every query by itself; 0: none. The sum over all keys is
+            added through a projection that starts at zero (SLA, arXiv 2509.24006), or see
+            `lowrank`.
         sparse_block: tokens of a block.
         lowrank: keys outside of those blocks have estimated softmax weights, in one sum with the
             exact ones (Scatterbrain, arXiv 2110.15343).

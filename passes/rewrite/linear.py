@@ -53,8 +53,6 @@ ENDLESS = 2**30
 class LinearOptions(EverywhereOptions):
     """What reaches how far back.
 
-    Those of `EverywhereOptions` are for bidirectional blocks.
-
     Attributes:
         direction: `causal`, or `bidirectional` for blocks in which every token sees all (encoders,
             vision, diffusion): one sum over all keys, no window, no decay.

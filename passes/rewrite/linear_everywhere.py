@@ -1,4 +1,4 @@
-"""Options of `to: linear` for blocks in which every token sees all, and what they cost."""
+"""Options of `to: linear` beside window and decay, most of them for blocks that see all tokens."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def settings(o: Any, hidden: int) -> dict[str, Any]:
 
 
 def everywhere_weights(made: LinearConfig) -> int:
-    """Parameters of a bidirectional block beside its own and its feature maps'."""
+    """Parameters of a block beside its own and its feature maps'."""
     hidden, inner, e = made.hidden_size, made.mlp_width, made.core.v_head_dim
     maps = 2 * ((hidden + 1) * inner + 2 * inner + (inner + 1) * hidden) if inner else 0
     drawn = made.feature_map == "performer"

@@ -23,7 +23,7 @@ TRIED = 8
 
 def tried(heads: Heads) -> list[int]:
     """Numbers of routed units that are measured: fewer than all."""
-    spaced = {-(-heads.routed * i // TRIED) for i in range(1, TRIED)}
+    spaced = {1, *(-(-heads.routed * i // TRIED) for i in range(1, TRIED))}
     return sorted(spaced - {heads.routed, 0})
 
 
