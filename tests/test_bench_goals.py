@@ -40,7 +40,6 @@ def measured(calls):
 rows.measured, rows.eager_ms = measured, lambda calls: 2.0
 problems.Problem.config = lambda self: {"rows": 16}
 rows.input_sets = lambda size: 1
-kinds = dict(n=256, m=256, d=16)
 bench.SPEED = (
     Case("a", "attention", 1, 4, 2, 64, 64, 16, backward=True, goals=("backward",)),
     Case("b", "latent_attention", 2, 16, 1, 1, 64, 32, 16, goals=("bytes of the original",)),
@@ -84,6 +83,8 @@ assert len(whole["checks"]) == 5
 assert whole["speed"][0] == kept["speed"][0]
 bench.run(Namespace(minutes=5, **(options | {"only": "a", "no_check": True})))
 assert json.loads((out / "some-gpu.json").read_text()) == whole  # a part replaces nothing
+from table import cells
+assert cells({"case": "x", "refused": "no memory"})[-1] == "refused: no memory"
 """
 
 

@@ -109,7 +109,10 @@ def test_what_has_no_form_is_refused(made: Any, tmp_path: Path) -> None:
     rule = {"sites": "*", "to": "linear", "window": 4}
     unrotated = rule | {"rope": "window-only"}
     terraced = GATED | rule | {"window_form": "terraced", "layers": [0]}
-    for refused, way in ((unrotated, "rope: before"), (terraced, "window_form: sliding")):
+    chosen = rule | {"window": 0, "sparse_top": 0.5, "sparse_block": 4}
+    for refused, way in (
+        (unrotated, "rope: before"), (terraced, "window_form: sliding"), (chosen, "preset moba"),
+    ):  # fmt: skip
         with pytest.raises(RefusedError, match=way):
             export_onnx(build({"rules": [refused]}, layers=1), tmp_path / "out")
     assert sum(PIECES) > 8 * 7  # every ring turns

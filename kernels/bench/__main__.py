@@ -55,21 +55,25 @@ def compile_all(cases: list[Case], deadline: float) -> None:
     side_by_side(compile_case, cases, deadline)
 
 
-def begin(options: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """A new report, or the earlier one to go on with: of the same device and versions."""
+def begin(options: argparse.Namespace, path: Path) -> tuple[dict[str, Any], bool]:
+    """A new report, or (True) the earlier one to go on with: of the same device and versions."""
     report = head("python kernels/bench") | {"ceilings": {}, "checks": [], "speed": []}
     source = options.go_on
     if source is None:
-        return report
-    source = path if source == Path() else source
+        return report, False
+    if source == Path():
+        source = path
+    elif not source.exists():
+        raise SystemExit(f"{source} does not exist: name what an earlier run wrote, or no file")
     if not source.exists():
-        return report
+        return report, False
     old: dict[str, Any] = json.loads(source.read_text("utf-8"))
     same = all(old[key] == report[key] for key in ("device", "versions"))
     if not same or any("op" not in row for row in old["checks"]):
         say(f"{source} is of another device, of other versions or older: begun anew")
-        return report
-    return old | {"date": report["date"]}
+        return report, False
+    old["speed"] = [row for row in old["speed"] if "ms" in row]  # what was refused is tried again
+    return old | {"date": report["date"]}, True
 
 
 def save(report: dict[str, Any], path: Path, kept: bool) -> None:
@@ -89,9 +93,9 @@ def unproven(report: dict[str, Any], ops: set[str]) -> dict[str, str]:
 def run(options: argparse.Namespace) -> int:
     """Check, time, write; returns the exit status."""
     deadline = time.monotonic() + 60 * options.minutes
-    path = options.out / place(head(""), options.out).name
-    report = begin(options, path)
-    kept = not options.no_check and (not options.only or options.go_on is not None)
+    path = place(head(""), options.out)
+    report, went_on = begin(options, path)
+    kept = not options.no_check and (not options.only or went_on)
     done = {row["case"] for row in report["speed"]}
     cases = [c for c in SPEED if options.only in c.name and c.name not in done]
     ops = {case.op for case in cases}

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from cases import Case
 from correct_families import TRIALS, Trial, trial_error
 from correctness import CORRECT, DTYPES, HUGE, Job, error_of, huge_error, jobs, title
 from pools import side_by_side
@@ -39,10 +40,12 @@ def listed(ops: Iterable[str]) -> list[tuple[str, str, Any]]:
     return [one for one in every if one[0] in wanted]
 
 
-def run_one(job: Job | tuple[Trial, torch.dtype]) -> float | str:
+def run_one(job: Job | Case | tuple[Trial, torch.dtype]) -> float | str:
     """In a worker: the error, or why the op did not run."""
     poison()
     try:
+        if isinstance(job, Case):
+            return huge_error(job)
         if len(job) == 2:
             return trial_error(job[0], job[1], "cuda")
         return error_of(job[0], job[1], "cuda", job[2])
@@ -50,10 +53,9 @@ def run_one(job: Job | tuple[Trial, torch.dtype]) -> float | str:
         return f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def _run(todo: list[Any], deadline: float, alone: bool) -> list[float | str]:
-    futures = side_by_side(run_one, todo, deadline, 1 if alone else None)
+def _run(todo: list[Any], deadline: float) -> list[float | str]:
     found: list[float | str] = []
-    for future in futures:
+    for future in side_by_side(run_one, todo, deadline):
         if not future.done():
             found.append(UNPROVEN)
         elif future.exception() is not None:
@@ -71,21 +73,16 @@ def check(ops: Iterable[str], deadline: float) -> list[Check]:
         deadline: of `time.monotonic`, after which nothing more begins.
     """
     todo = listed(ops)
-    found = _run([job for _, _, job in todo], deadline, alone=False)
-    again = [i for i, error in enumerate(found) if isinstance(error, str) and "CUDA" in error]
-    if again and time.monotonic() < deadline:
-        for i, error in zip(again, _run([todo[i][2] for i in again], deadline, True), strict=True):
-            found[i] = error
+    found = _run([job for _, _, job in todo], deadline)
+    for i, error in enumerate(found):
+        if isinstance(error, str) and "CUDA" in error and time.monotonic() < deadline:
+            [found[i]] = _run([todo[i][2]], deadline)
+    # these fill the device's memory: one after the other
+    huge = [(case.op, case.name, case) for case in HUGE if case.op in set(ops)]
+    found += [_run([case], deadline)[0] for _, _, case in huge]
     rows = []
-    for (op, name, _), error in zip(todo, found, strict=True):
+    for (op, name, _), error in zip([*todo, *huge], found, strict=True):
         ok = isinstance(error, float) and error <= 1.0
         shown = round(error, 4) if isinstance(error, float) else error
         rows.append({"op": op, "name": name, "error": shown, "ok": ok})
-    for case in HUGE:
-        if case.op in ops and time.monotonic() < deadline:
-            error = huge_error(case)
-            rows.append(
-                {"op": case.op, "name": case.name, "error": round(error, 4), "ok": error <= 1.0}
-            )
-            torch.cuda.empty_cache()
     return rows

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def side_by_side(
-    work: Callable[[Any], Any], jobs: Iterable[Any], deadline: float, each: int | None = None
+    work: Callable[[Any], Any], jobs: Iterable[Any], deadline: float
 ) -> list[Future[Any]]:
     """What became of every job, in order; those that did not end in time are not `done`.
 
@@ -21,10 +21,9 @@ def side_by_side(
         work: a function of a module.
         jobs: its arguments.
         deadline: of `time.monotonic`.
-        each: jobs that a process does before another takes its place; no limit when None.
     """
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, max_tasks_per_child=each)
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=spawn)
     futures = [pool.submit(work, job) for job in jobs]
     wait(futures, max(deadline - time.monotonic(), 0))
     ended = [future for future in futures if future.done()]

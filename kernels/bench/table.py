@@ -24,6 +24,8 @@ def peer_cell(row: dict[str, Any]) -> str:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
+    if "refused" in row:
+        return (row["case"], *[""] * (len(HEAD) - 2), f"refused: {row['refused']}")
     by_bytes = row["bound"] == "bytes"
     rate = f"{row['gb_per_s']:.0f} GB/s" if by_bytes else f"{row['tflops']:.0f} TFLOP/s"
     return (

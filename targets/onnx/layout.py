@@ -26,7 +26,7 @@ from reattend.mixers.selective_config import SelectiveConfig
 from reattend.mixers.sparse_config import HeadClass, SparseConfig
 from reattend.targets.onnx.gated_linear_body import GATED
 from reattend.targets.onnx.linear_body import LINEAR
-from reattend.targets.onnx.refusals import check_block
+from reattend.targets.onnx.refusals import STAY_DENSE, check_block
 from reattend.targets.onnx.routed_body import FEW, NAME
 from reattend.targets.onnx.sparse_form import SparseForm
 from reattend.targets.onnx.sparse_layout import sparse_form
@@ -218,7 +218,7 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
     raise RefusedError(
         f"a layer of kind {type(config).__name__} has no ONNX form yet",
         where=path,
-        next_step="keep it dense for this target (`to: dense`)",
+        next_step=STAY_DENSE,
     )
 
 

@@ -19,8 +19,8 @@ from reattend.targets.onnx.flavours import Flavour
 from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
 SCHEMA = 6
-#: inputs of a file with passes over a text: which pass a call is, counted from 1, of how many, and
-#: tokens that are filled in
+#: inputs of a file with passes over one input: which pass a call is, counted from 1, of how many,
+#: and tokens that are filled in
 PASS = ("pass_number", "passes", "new_tokens")
 #: what layers of models without caches are
 WHOLE = (*ENCODER, OBSERVED)

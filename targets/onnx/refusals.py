@@ -9,6 +9,9 @@ from reattend.mixers.linear_config import LinearConfig
 from reattend.mixers.recurrent_config import RecurrentConfig
 from reattend.mixers.sparse_linear_config import SparseLinearConfig
 
+#: the way out for a kind of layer that has no node
+STAY_DENSE = "keep it dense for this target (`to: dense`)"
+
 
 def scores_beside(config: BlockConfig) -> str:
     """What a block does to its scores that no node has an input for; empty: nothing."""
@@ -28,8 +31,13 @@ def check_block(path: str, config: object, binding: Binding) -> None:
         RefusedError: with the reason.
     """
     if not isinstance(config, BlockConfig):
-        raise RefusedError("this layer has no ONNX form yet", where=path)
-    why = next_step = ""
+        raise RefusedError(
+            "this layer has no ONNX form yet",
+            where=path,
+            why=f"{type(config).__name__} has no node",
+            next_step=STAY_DENSE,
+        )
+    why, next_step = "", "run this model in torch, from its Hugging Face folder"
     if config.cross:
         why = "it attends to another stream (cross-attention)"
     elif not binding.stepwise:

@@ -12,6 +12,7 @@ from reattend.patterns.learned import Gate, Segments, Values
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selector import Budgeted, Selector
 from reattend.patterns.selectors import Blocks, Channels, Recorded, VerticalSlash
+from reattend.targets.onnx.refusals import STAY_DENSE
 from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.sparse_form import Extra, SparseForm
 
@@ -194,5 +195,5 @@ def _check_known(path: str, pattern: HeadPattern) -> None:
             "this sparse layer cannot be exported to ONNX",
             where=path,
             why=f"no node of the file knows {', '.join(sorted(set(unknown)))}",
-            next_step="keep it dense for this target (`to: dense`)",
+            next_step=STAY_DENSE,
         )

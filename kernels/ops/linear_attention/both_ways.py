@@ -1,7 +1,8 @@
 """`reattend::linear_attention` where every query sees all keys: the state after them, read once.
 
-Two products, and for the gradient two with each: there is nothing to cut into chunks and nothing
-that a kernel of ours would do better than torch, on any device. Letters as in `reference.py`.
+Two products, and five for the gradient, which forms the state again: there is nothing to cut into
+chunks and nothing that a kernel of ours would do better than torch, on any device. Letters as in
+`reference.py`.
 """
 
 from __future__ import annotations
