@@ -44,11 +44,14 @@ def lookup(model: nn.Module) -> Callable[[str], Tensor]:
 def normal_forms(model: nn.Module, choices: list[Choice]) -> dict[str, DenseAttention]:
     """The normal form of every site that is converted; identity gathers share storage."""
     read = lookup(model)
-    return {
-        c.site.path: build_dense(c.site.spec, read, c.site.hidden_size, c.site.memory_size)
-        for c in choices
-        if c.action == "converted"
-    }
+    forms = {}
+    for site in (c.site for c in choices if c.action == "converted"):
+        form = build_dense(site.spec, read, site.hidden_size, site.memory_size)
+        projection = site.binding.projection if site.binding is not None else ""
+        if projection and isinstance(model.get_submodule(projection), nn.Linear):
+            form.behind = read(f"{projection}.weight")
+        forms[site.path] = form
+    return forms
 
 
 def around_of(model: nn.Module, site: AttentionSite) -> Around | None:

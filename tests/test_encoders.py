@@ -82,3 +82,24 @@ def test_gates_about_answers_are_refused() -> None:
     plan = {"rules": [RULE], **SHORT, "verify": {"max_kl": 1.0}}
     with pytest.raises(DataError, match="this model gives none"):
         convert(encoder(), plan=plan, data=rows())
+
+
+def test_a_fitted_router_knows_a_projection_that_another_module_owns() -> None:
+    """Ranks of single heads are by what each adds behind the projection."""
+    model, data = encoder(), {name: t[:4] for name, t in rows().items()}
+    rule = {**RULE, "shared": 0, "gate": "hard", "router_start": "output-norm"}
+    result = convert(model, plan={"rules": [rule], **SHORT}, data=data)
+    block, real = model.encoder.layer[0].attention, data["attention_mask"].bool()
+    seen = []
+    block.self.register_forward_hook(lambda _, args, y: seen.extend([args[0], y[0]]))
+    with torch.no_grad():
+        model(**data)
+    x, heads = (t[real].double() for t in seen)
+    columns = block.output.dense.weight.detach().double().split(8, 1)
+    added = [part @ w.t() for part, w in zip(heads.split(8, 1), columns, strict=True)]
+    target = torch.stack([t.norm(dim=-1).log() for t in added], 1)
+    target = target - target.mean(1, keepdim=True)
+    more = (1e-3 * x.square().sum() / x.shape[1]) ** 0.5 * torch.eye(x.shape[1]).double()
+    fitted = torch.linalg.lstsq(torch.cat([x, more]), torch.cat([target, torch.zeros(32, 4)]))
+    got = result.model.encoder.layer[0].attention.self.mixer.router.routed.weight
+    torch.testing.assert_close(got.double(), fitted.solution.t(), rtol=1e-3, atol=1e-4)

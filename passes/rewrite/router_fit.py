@@ -26,14 +26,15 @@ RIDGE = 1e-3
 def sizes(dense: DenseAttention, rows: Sequence[Tensor], units: int) -> Tensor:
     """Size [n, U] of what each unit adds to the block's output for each token, float64.
 
-    Where the output projection is not the block's own, sizes are of the heads' outputs.
+    By its output projection, also where another module owns it; without one, of the heads' outputs.
     """
     heads_nHe = torch.cat(joined(dense, rows))
     unit_nUk = heads_nHe.unflatten(1, (units, -1)).flatten(2)
-    if not isinstance(dense.o_proj, nn.Linear):
+    weight = dense.o_proj.weight if isinstance(dense.o_proj, nn.Linear) else dense.behind
+    if weight is None:
         plain: Tensor = torch.linalg.vector_norm(unit_nUk, dim=-1)
         return plain
-    weight_DUk = dense.o_proj.weight.double().cpu().unflatten(1, unit_nUk.shape[1:])
+    weight_DUk = weight.double().cpu().unflatten(1, unit_nUk.shape[1:])
     inner_Ukk = torch.einsum("duk,dul->ukl", weight_DUk, weight_DUk)
     squared: Tensor = torch.einsum("nuk,ukl,nul->nu", unit_nUk, inner_Ukk, unit_nUk)
     return squared.clamp_min(0).sqrt()
