@@ -49,7 +49,7 @@ def normal_forms(model: nn.Module, choices: list[Choice]) -> dict[str, DenseAtte
         form = build_dense(site.spec, read, site.hidden_size, site.memory_size)
         projection = site.binding.projection if site.binding is not None else ""
         if projection and isinstance(model.get_submodule(projection), nn.Linear):
-            form.behind = read(f"{projection}.weight")
+            form.outer = read(f"{projection}.weight")
         forms[site.path] = form
     return forms
 

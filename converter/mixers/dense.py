@@ -29,13 +29,13 @@ class DenseAttention(BlockMixer):
     """softmax attention as the model had it; caches keys and values of all kv heads.
 
     Attributes:
-        behind: weight [D, H e] of the output projection where another module owns it; what the
+        outer: weight [D, H e] of the output projection where another module owns it; what the
             block's heads add to the model is judged by it. Not a part of the block, nor stored.
     """
 
     kind = "dense"
     config: DenseConfig
-    behind: Tensor | None = None
+    outer: Tensor | None = None
 
     def __init__(self, config: DenseConfig) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def sizes(dense: DenseAttention, rows: Sequence[Tensor], units: int) -> Tensor:
     """
     heads_nHe = torch.cat(joined(dense, rows))
     unit_nUk = heads_nHe.unflatten(1, (units, -1)).flatten(2)
-    weight = dense.o_proj.weight if isinstance(dense.o_proj, nn.Linear) else dense.behind
+    weight = dense.o_proj.weight if isinstance(dense.o_proj, nn.Linear) else dense.outer
     if weight is None:
         plain: Tensor = torch.linalg.vector_norm(unit_nUk, dim=-1)
         return plain
