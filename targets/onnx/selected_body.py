@@ -27,9 +27,10 @@ from reattend.targets.onnx.selected_choice import (
     SUMMARY,
     ranking,
 )
+from reattend.targets.onnx.selected_chunks import MASK_OF_CHUNKS, PICK_OF_CHUNKS
 from reattend.targets.onnx.selected_prompts import LINES, POOLED, REGIONS
 from reattend.targets.onnx.selected_routed import routed_or
-from reattend.targets.onnx.selected_segments import CHUNKS, PICK_OF_CHUNKS
+from reattend.targets.onnx.selected_segments import CHUNKS
 from reattend.targets.onnx.selected_tokens import (
     BY_LABEL,
     EVERY,
@@ -167,7 +168,7 @@ CHOSEN
       choosers = Shape <start = 1, end = 2> (chosen)
       by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)
       scores_any = Reshape (score_rows, by_chooser)
-SOFTMAX
+MOSTLY_HIDDEN
       as_rows = Concat <axis = 0> (same, g, others, total_1)
       weight_rows = Reshape (weights, as_rows)
       y_rows = MatMul (weight_rows, read_value)
@@ -261,7 +262,8 @@ KINDS = {
         REGIONS_OF_SCORED,
     ),
     "SegmentsAttention": Kind(
-        _CHUNK, ("past_logit", *_PREDICTOR), ("present_logit",), CHUNKS, PICK_OF_CHUNKS, "",
+        _CHUNK, ("past_logit", *_PREDICTOR), ("present_logit",), CHUNKS, PICK_OF_CHUNKS,
+        MASK_OF_CHUNKS,
     ),
     "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, EVERY),
     "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, EVERY),

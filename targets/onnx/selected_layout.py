@@ -39,20 +39,20 @@ _SAVES = {
     "prefill": "nothing: prompts are read under a mask, and decoding is dense",
 }
 #: nodes whose blocks of keys meet the queries that chose them
-ROUTED = ("BlocksAttention", "AnchoredBlocksAttention", "AttendedBlocksAttention", "GateAttention")
+_ROUTED = ("BlocksAttention", "AnchoredBlocksAttention", "AttendedBlocksAttention", "GateAttention")
 _OTHER = {
     "PooledBlocksAttention": "reads of prompts: the rows that blocks of queries chose; decoding is "
     "dense",
     "ValuesAttention": "reads: the rows that are chosen, in prompts those that a region's queries "
     "chose",
     **dict.fromkeys(
-        ROUTED,
+        _ROUTED,
         "reads: the rows that are chosen, in prompts by queries that chose a "
         "block together, unless sinks or a window are seen beside",
     ),
     "SegmentsAttention": "reads of values while decoding: those of rows that are chosen; ranking "
-    "chunks reads every key, and takes longer than a dense layer on a CPU; prompts are read under "
-    "a mask",
+    "chunks reads every key; on a CPU a step and a prompt, which is read under a mask, take longer "
+    "than a dense layer",
 }
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU
@@ -152,6 +152,7 @@ def attributes(pattern: HeadPattern, rotary: RotaryConfig | None = None) -> dict
             "gap_window": select.window, "gap_least": STEEP * log(select.theta),
             "near": [max(1, select.apart)], "apart": select.apart, "delay": select.delay,
             "longest": select.longest, "local": select.local,
+            "window": max(pattern.window, select.local),
         }  # fmt: skip
     elif isinstance(select, VerticalSlash):
         found |= {k: v for k, v in select.model_dump().items() if k != "kind"}

@@ -1,8 +1,8 @@
-"""Choosing chunks of tokens, in ONNX's textual syntax: DHSA.
+"""Where chunks of tokens end, in ONNX's textual syntax: DHSA.
 
 The meaning is that of `reattend.mixers.selecting.segments`. The state of token t is the predicted
-logit of the gap behind token t - u. Letters: B rows, G KV heads, J queries of each, N new tokens,
-M tokens so far, u tokens on a side of a gap, W windows of so many, K chunks.
+logit of the gap behind token t - u. What chooses is in `selected_chunks.py`. Letters: B rows, G KV
+heads, M tokens so far, u tokens on a side of a gap, W windows of so many, K chunks.
 """
 
 from __future__ import annotations
@@ -91,8 +91,6 @@ _PREDICTED = """
 # chunk [B, G, M]: the number of each token's; known_end [B, G, K]: the last token of each, if known
 _CHUNKS = """
   two_axis = Constant <value_int = 2> ()
-  three_axis = Constant <value_int = 3> ()
-  four_axis = Constant <value_int = 4> ()
   never = Constant <value_int = 2305843009213693952> ()
   so_far = Gather (lengths, zero)
   so_far_1 = Unsqueeze (so_far, axis_0)
@@ -144,117 +142,4 @@ _CHUNKS = """
   end_place = Where (ends, number, never)
   known_end = ScatterElements <axis = 2, reduction = "min"> (unknown, chunk, end_place)
 """
-
-# rank_scores [B, G, J, N, K]: products with sums of keys, over the root of their number. The sum of
-# products is formed: it takes M numbers per query where sums of keys take M d.
-_SCORES = """
-  heads_1 = Shape <start = 1, end = 2> (q)
-  group_1 = Div (heads_1, g)
-  by_head_5 = Concat <axis = 0> (one_1, one_1, group_1, n_1, one_1)
-  as_group = Concat <axis = 0> (same, g, others, same)
-  q_group = Reshape (q, as_group)
-  q_short = Mul (q_group, factor)
-  present_key_t = Transpose <perm = [0, 1, 3, 2]> (present_key)
-  product_rows = MatMul (q_short, present_key_t)
-  product_float = Cast <to = 1> (product_rows)
-  product_used = Slice (product_float, same, so_far_1, axis_3)
-  as_products = Concat <axis = 0> (same, g, group_1, n_1, so_far_1)
-  products = Reshape (product_used, as_products)
-  axes_23 = Constant <value_ints = [2, 3]> ()
-  chunk_5 = Unsqueeze (chunk, axes_23)
-  chunk_h = Expand (chunk_5, by_head_5)
-  no_sum = Constant <value_float = 0.0> ()
-  as_sums = Concat <axis = 0> (batch_1, g, group_1, n_1, chunks_1)
-  no_sums = Expand (no_sum, as_sums)
-  chunk_sums = ScatterElements <axis = 4, reduction = "add"> (no_sums, chunk_h, products)
-  no_counts = Expand (no_sum, by_chunk)
-  each_once = Constant <value_float = 1.0> ()
-  chunk_shape = Shape (chunk)
-  ones = Expand (each_once, chunk_shape)
-  chunk_count = ScatterElements <axis = 2, reduction = "add"> (no_counts, chunk, ones)
-  chunk_some = Max (chunk_count, each_once)
-  chunk_root = Sqrt (chunk_some)
-  chunk_root_5 = Unsqueeze (chunk_root, axes_23)
-  rank_scores = Div (chunk_sums, chunk_root_5)
-CAP_RANKS
-"""
-
-# chosen [B, H, N, M]: whole chunks in their order, of the one that the budget cuts the nearest
-# tokens; the last tokens, and those behind the last known end, in any case.
-_TOKENS = """
-  known_end_1 = Unsqueeze (known_end, axis_2)
-  delay = Constant <value_int: int = @delay> ()
-  known_at = Add (known_end_1, delay)
-  is_closed = LessOrEqual (known_at, place)
-  closed_int = Cast <to = 7> (is_closed)
-  chunk_1 = Unsqueeze (chunk, axis_2)
-  by_query = Concat <axis = 0> (one_1, one_1, n_1, one_1)
-  chunk_n = Expand (chunk_1, by_query)
-  in_closed_int = GatherElements <axis = 3> (closed_int, chunk_n)
-  in_closed = Cast <to = 9> (in_closed_int)
-  far = Sub (place, number)
-  far_past = GreaterOrEqual (far, zero)
-  far_near = Less (far, reach)
-  may_see = And (far_past, far_near)
-  local_int = Constant <value_int: int = @local> ()
-  is_old = GreaterOrEqual (far, local_int)
-  may_see_old = And (may_see, is_old)
-  free = And (may_see_old, in_closed)
-  bound = Not (free)
-  sure = And (may_see, bound)
-  may_see_int = Cast <to = 7> (may_see)
-  visible_many = ReduceSum <keepdims = 1> (may_see_int, axis_end)
-  topk_int = Constant <value_int: int = @topk> ()
-  has_topk = Greater (topk_int, zero)
-  ratio_float = Constant <value_float: float = @ratio> ()
-  visible_float = Cast <to = 1> (visible_many)
-  exact = Mul (visible_float, ratio_float)
-  exact_up = Ceil (exact)
-  exact_int = Cast <to = 7> (exact_up)
-  budget_any = Where (has_topk, topk_int, exact_int)
-  budget = Min (budget_any, visible_many)
-  sure_int = Cast <to = 7> (sure)
-  sure_many = ReduceSum <keepdims = 1> (sure_int, axis_end)
-  left_over = Sub (budget, sure_many)
-
-  free_int = Cast <to = 7> (free)
-  upto = CumSum (free_int, three_axis)
-  last_in = Min (known_end_1, so_far_less)
-  last_n = Expand (last_in, by_query)
-  upto_end = GatherElements <axis = 3> (upto, last_n)
-  none_before = Mul (left_over, zero)
-  upto_shifted = Concat <axis = 3> (none_before, upto_end)
-  upto_begin = Slice (upto_shifted, same, chunks_1, axis_3)
-  size = Sub (upto_end, upto_begin)
-  size_1 = Unsqueeze (size, axis_2)
-  size_h = Expand (size_1, by_head_5)
-  is_empty = Equal (size_h, zero)
-  empty_rank = Constant <value_float = -1.0e38> ()
-  chunk_ranks = Where (is_empty, empty_rank, ranks)
-  best_chunk, order = TopK <axis = 4, largest = 1, sorted = 1> (chunk_ranks, chunks_1)
-  size_sorted = GatherElements <axis = 4> (size_h, order)
-  size_before = CumSum <exclusive = 1> (size_sorted, four_axis)
-  before = ScatterElements <axis = 4> (size_h, order, size_before)
-  before_token = GatherElements <axis = 4> (before, chunk_h)
-  end_of_token = GatherElements <axis = 3> (upto_end, chunk_n)
-  behind = Sub (end_of_token, upto)
-  room_left = Sub (left_over, behind)
-  room_left_1 = Unsqueeze (room_left, axis_2)
-  fits = Less (before_token, room_left_1)
-  free_1 = Unsqueeze (free, axis_2)
-  fits_free = And (fits, free_1)
-  sure_1 = Unsqueeze (sure, axis_2)
-  chosen_5 = Or (fits_free, sure_1)
-  as_chosen = Concat <axis = 0> (same, heads_1, n_1, so_far_1)
-  chosen = Reshape (chosen_5, as_chosen)"""
-CHUNKS = _PREDICTED + _CHUNKS + _SCORES + _TOKENS
-
-PICK_OF_CHUNKS = """
-      chosen_int = Cast <to = 7> (chosen)
-      chosen_many = ReduceSum <keepdims = 1> (chosen_int, axis_end)
-      chosen_most = ReduceMax <keepdims = 0> (chosen_many)
-      chosen_most_1 = Unsqueeze (chosen_most, axis_0)
-      chosen_float = Cast <to = 1> (chosen)
-      pick_best, pick = TopK <axis = 3, sorted = 0> (chosen_float, chosen_most_1)
-      half = Constant <value_float = 0.5> ()
-      picked = Greater (pick_best, half)"""
+CHUNKS = _PREDICTED + _CHUNKS
