@@ -33,6 +33,8 @@ LINES = {
     "kind": "vertical-slash", "columns": 4, "slashes": 5, "last_queries": 6, "first_columns": 1,
     "last_slashes": 2,
 }  # fmt: skip
+#: so few that their rows are gathered
+FEW = {**LINES, "columns": 3, "slashes": 2}
 ATTENDED = {**BLOCKS, "key": "attended", "first": 1, "last": 2}
 CHUNKS = {
     "kind": "segments", "window": 2, "apart": 3, "longest": 7, "local": 4, "hidden": 5,
@@ -70,6 +72,8 @@ CASES: dict[str, tuple[dict[str, Any], int, float]] = {
         {"select": {**CHUNKS, "apart": 0, "theta": 1.2, "ratio": 0.5}, "sinks": 3}, 35, 1.5,
     ),
     "lines": ({"select": LINES}, 0, 0.0),
+    "few lines": ({"select": {**FEW, "columns": 4}}, 0, 0.0),
+    "few lines in a block with a window": ({"select": FEW, "sinks": 2, "window": 4}, 26, 1.5),
     "lines, capped": ({"select": {**LINES, "last_queries": 3}, "sinks": 2}, 0, 2.0),
 }  # fmt: skip
 
@@ -215,3 +219,16 @@ def test_a_step_reads_nothing_that_is_not_chosen(case: str) -> None:
         state[:, :, : ((T - 1 - START[1]) // block - 1) * block] = np.nan
     new = [np.ascontiguousarray(x[:, :, T - 1 :]) for x in rows()]
     assert np.isfinite(node.step(new, T)).all()
+
+
+def test_a_prompt_reads_nothing_that_no_line_shows() -> None:
+    """Every value behind the first columns, and before the two blocks of the nearest, is none."""
+    select = {**FEW, "first_columns": 3}
+    node = Node(HeadPattern.model_validate({"select": select}), core_of(0, 0.0), "onnxruntime")
+    n = 9
+    outputs(node, [T - n])
+    want = outputs(Node(node.pattern, node.core, "torch"), [T - n, n])[:, :, T - n :]
+    for row, start in enumerate(START):
+        node.state[1][row, :, 3 : ((T - n - start) // 4 - 1) * 4] = np.nan
+    y = node.step([np.ascontiguousarray(x[:, :, T - n :]) for x in given(node.core)], T)
+    assert np.abs(y - want).max() <= 1e-5

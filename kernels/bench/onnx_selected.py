@@ -82,10 +82,14 @@ CASES = tuple(
     for kv_heads in (8, 2)
 )
 DRAFT = {"kind": "blocks", "block": 128, "queries": "pooled", "ratio": 0.25}
+#: an eighth of the plan's 3500 columns for 32768 tokens; and lines that pass through all blocks
+MINFERENCE = {"kind": "vertical-slash", "columns": 438, "slashes": 100}
+SCATTERED = {"kind": "vertical-slash", "columns": 100, "slashes": 800}
+LINES = {"minference": MINFERENCE, "minference, 800 diagonals": SCATTERED}
+ALL_LABELS = {**LABELS, "phase": "both"}  # by the plan prompts are dense
 PROMPTS = tuple(
     Case(f"{name}: 512 new on 3584, {kv_heads} KV heads", 4096, kv_heads, select, 512)
-    for name, select in {"draft": DRAFT, **PLANS}.items()
-    if name != "double-sparsity"  # its prompts are dense
+    for name, select in {"draft": DRAFT, **PLANS, **LINES, "double-sparsity": ALL_LABELS}.items()
     for kv_heads in (8, 2)
 )
 

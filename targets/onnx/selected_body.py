@@ -8,8 +8,8 @@ be, and its output means nothing.
 One new token reads only what it has chosen: those rows are gathered, beside sinks, a window (the
 token itself at least), and the rest is never touched. Several tokens attend under a mask: the same
 meaning, nothing saved; but where they choose by regions, each region's rows are gathered
-(`selected_prompts.py`, `selected_values.py`), and where each chooses blocks, a block meets the
-queries that chose it (`selected_routed.py`). What chooses is `selected_choice.py`.
+(`selected_prompts.py`, `selected_lines.py`, `selected_values.py`), and where each chooses blocks, a
+block meets the queries that chose it (`selected_routed.py`). What chooses is `selected_choice.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from reattend.targets.onnx.selected_choice import (
     ranking,
 )
 from reattend.targets.onnx.selected_chunks import MASK_OF_CHUNKS, PICK_OF_CHUNKS
-from reattend.targets.onnx.selected_prompts import LINES, POOLED, REGIONS
+from reattend.targets.onnx.selected_lines import LINE_ATTRIBUTES, lines_or
+from reattend.targets.onnx.selected_prompts import POOLED, REGIONS
 from reattend.targets.onnx.selected_routed import routed_or
-from reattend.targets.onnx.selected_segments import CHUNKS
+from reattend.targets.onnx.selected_segments import CHUNK_ATTRIBUTES, CHUNKS, PREDICTOR
 from reattend.targets.onnx.selected_tokens import (
     BY_LABEL,
     EVERY,
@@ -143,9 +144,10 @@ _EVERY_ROW = """
       visible = And (is_past, is_near)""" + one_token("present_key", "present_value")
 
 # chosen [B, S, N, M]: what each of several tokens has chosen of the first M rows
-_MASKED = """
+_TOTAL = """
       total = Gather (lengths, zero)
-      total_1 = Unsqueeze (total, axis_0)
+      total_1 = Unsqueeze (total, axis_0)"""
+_UNDER_A_MASK = """
 CHOSEN
       read_key = Slice (present_key, same, total_1, axis_2)
       read_value = Slice (present_value, same, total_1, axis_2)
@@ -176,7 +178,9 @@ MOSTLY_HIDDEN
       several_y = Reshape (y_rows, by_head)"""
 
 
+_MASKED = _TOTAL + _UNDER_A_MASK
 _ROUTED = routed_or(_MASKED)
+_ALONG_LINES = lines_or(_TOTAL, _UNDER_A_MASK)
 
 
 @dataclass(frozen=True)
@@ -221,15 +225,7 @@ class Kind:
 _BUDGETS = {name: type(none).__name__ for name, none in BUDGETS.items()}
 _BLOCK = {"block": "int", **_BUDGETS}
 _ENDS = {"first": "int", "last": "int"}
-_PREDICTOR = (
-    "mix", "mix_bias", "code_map", "code_bias", "fuse_map", "fuse_bias", "end_map", "end_bias",
-)  # fmt: skip
-_CHUNK = {
-    "gap_window": "int", "gap_least": "float", "near": "ints", "apart": "int", "delay": "int",
-    "longest": "int", "local": "int", "topk": "int", "ratio": "float",
-}  # fmt: skip
 _LABEL_INPUTS, _LABEL = ("past_label", "channels"), ("present_label",)
-_LINES = ("columns", "slashes", "last_queries", "first_columns", "last_slashes")
 _SUMMARY = ("present_summary",)
 KINDS = {
     "BlocksAttention": Kind(
@@ -249,7 +245,7 @@ KINDS = {
         PICK_OF_BLOCKS, MASK_OF_BLOCKS, _ROUTED,
     ),
     "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED, REGIONS),
-    "VerticalSlashAttention": Kind(dict.fromkeys(_LINES, "int"), (), (), "", None, LINES),
+    "VerticalSlashAttention": Kind(LINE_ATTRIBUTES, (), (), "", None, "", _ALONG_LINES),
     "ChannelsAttention": Kind(
         _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, EVERY
     ),
@@ -262,8 +258,8 @@ KINDS = {
         REGIONS_OF_SCORED,
     ),
     "SegmentsAttention": Kind(
-        _CHUNK, ("past_logit", *_PREDICTOR), ("present_logit",), CHUNKS, PICK_OF_CHUNKS,
-        MASK_OF_CHUNKS,
+        CHUNK_ATTRIBUTES, ("past_logit", *PREDICTOR), ("present_logit",), CHUNKS,
+        PICK_OF_CHUNKS, MASK_OF_CHUNKS,
     ),
     "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, EVERY),
     "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, EVERY),

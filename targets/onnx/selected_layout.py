@@ -36,13 +36,14 @@ _KNOWN: dict[type[Selector], set[str]] = {
 _SAVES = {
     "both": "reads while decoding: the rows that are chosen; prompts are read under a mask",
     "decode": "reads while decoding: the rows that are chosen; prompts are dense",
-    "prefill": "nothing: prompts are read under a mask, and decoding is dense",
 }
 #: nodes whose blocks of keys meet the queries that chose them
 _ROUTED = ("BlocksAttention", "AnchoredBlocksAttention", "AttendedBlocksAttention", "GateAttention")
 _OTHER = {
     "PooledBlocksAttention": "reads of prompts: the rows that blocks of queries chose; decoding is "
     "dense",
+    "VerticalSlashAttention": "reads of prompts: the rows that lines of a head pass through, "
+    "unless those are half of all, which are read under a mask; decoding is dense",
     "ValuesAttention": "reads: the rows that are chosen, in prompts those that a region's queries "
     "chose",
     **dict.fromkeys(
@@ -80,7 +81,7 @@ def selected_form(path: str, pattern: HeadPattern, core: CoreConfig) -> SparseFo
     if name == "NotingAttention":
         saves = "nothing: it reads every row, and notes which ones later layers read"
     else:
-        told = _OTHER.get(name, _SAVES[select.acts])
+        told = _OTHER[name] if name in _OTHER else _SAVES[select.acts]
         saves = f"{told}; {_NO_MEMORY}"
     return SparseForm(name, saves=saves, extra=_extra(select, core), tokens=tokens)
 

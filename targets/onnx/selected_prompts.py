@@ -1,23 +1,17 @@
-"""Choosing for the tokens of a prompt, in ONNX's textual syntax: pooled blocks, and lines.
+"""Choosing for the tokens of a prompt, in ONNX's textual syntax: pooled blocks.
 
-The meaning is that of `reattend.mixers.selecting.blocks` (`queries: pooled`) and
-`.vertical_slash`: what is chosen depends on all tokens of a call. Letters: B rows, H query heads, N
-new tokens, M tokens so far, R regions of queries, Q blocks of keys, c tokens per block, L last
-queries.
+The meaning is that of `reattend.mixers.selecting.blocks` (`queries: pooled`): what is chosen
+depends on all tokens of a call. Letters: B rows, H query heads, N new tokens, M tokens so far, R
+regions of queries, Q blocks of keys, c tokens per block, K rows that a region reads.
 """
 
 from __future__ import annotations
 
 from reattend.targets.onnx.fragments import read_rows
 
-# Means of the queries of a block against means of keys; a region's own block is chosen and counts.
-POOLED = """
-      c = Constant <value_int: int = @block> ()
-      c_1 = Unsqueeze (c, axis_0)
-      axis_3 = Constant <value_ints = [3]> ()
-      axis_4 = Constant <value_ints = [4]> ()
-      axis_end = Constant <value_ints = [-1]> ()
-      float_one = Constant <value_float = 1.0> ()
+# Regions [B, R] of c queries each, at multiples of c: the block of each, where it begins, and the
+# region of each query.
+PLACES = """
       c_less = Sub (c, one)
       n_less = Sub (n, one)
       n_more = Add (n_less, c_less)
@@ -29,6 +23,17 @@ POOLED = """
       query_block = Div (place_bn, c)
       first_region_1 = Unsqueeze (first_region, axis_1)
       region_bn = Sub (query_block, first_region_1)
+      region_block = Add (first_region_1, region_number)
+      region_from = Mul (region_block, c)"""
+
+# Means of the queries of a block against means of keys; a region's own block is chosen and counts.
+POOLED = f"""
+      c = Constant <value_int: int = @block> ()
+      c_1 = Unsqueeze (c, axis_0)
+      axis_3 = Constant <value_ints = [3]> ()
+      axis_4 = Constant <value_ints = [4]> ()
+      axis_end = Constant <value_ints = [-1]> ()
+      float_one = Constant <value_float = 1.0> (){PLACES}
       region_b1n = Unsqueeze (region_bn, axis_1)
       in_region = Equal (region_b1n, region_number_1)
       real_bn = GreaterOrEqual (place_any, zero)
@@ -84,8 +89,6 @@ POOLED = """
       as_heads = Concat <axis = 0> (same, others, regions_1, many_1)
       rank_scores = Reshape (rank_rows, as_heads)
 
-      region_block = Add (first_region_1, region_number)
-      region_from = Mul (region_block, c)
       write_1 = Unsqueeze (write, axis_1)
       first_query = Max (region_from, write_1)
       region_to = Add (region_from, c_less)
@@ -109,6 +112,40 @@ RANK
       none = Less (ranked, ranked)
       by_block = ScatterElements <axis = 3> (none, order, taken)
       with_own = Or (by_block, certain)"""
+
+# Places of the queries of a region, to be held against its rows: query_place [B, 1, R, c, 1].
+SEEN_BY = """
+      axes_14 = Constant <value_ints = [1, 4]> ()
+      region_from_1 = Unsqueeze (region_from, axis_2)
+      region_place = Add (region_from_1, inside)
+      query_place = Unsqueeze (region_place, axes_14)"""
+
+# The queries of every region with `rows` [B, H, R, K], of which each sees `visible`
+# [B, H, R, c, K].
+READ = f"""
+      first_11 = Unsqueeze (first, axes_12)
+      q_at_any = Sub (region_place, first_11)
+      q_at_in = Clip (q_at_any, zero, last)
+      as_q_at = Concat <axis = 0> (same, one_1, others, one_1)
+      q_at_flat = Reshape (q_at_in, as_q_at)
+      q_at = Expand (q_at_flat, by_heads)
+      q_flat = GatherND <batch_dims = 2> (q, q_at)
+      as_regions_q = Concat <axis = 0> (same, same, regions_1, c_1, d)
+      q_regions = Reshape (q_flat, as_regions_q)
+      q_scaled = Mul (q_regions, factor)
+      rows_in = Clip (rows, zero, last_row){read_rows("present_key", "present_value")}
+      key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
+      scores_any = MatMul (q_scaled, key_t)
+MOSTLY_HIDDEN
+      y_regions = MatMul (weights, read_value)
+      as_rows = Concat <axis = 0> (same, same, others, value_width)
+      y_rows = Reshape (y_regions, as_rows)
+      region_begin_bn = Mul (region_bn, c)
+      in_block_bn = Mod (place_bn, c)
+      y_at_bn = Add (region_begin_bn, in_block_bn)
+      y_at_b1n1 = Unsqueeze (y_at_bn, axes_13)
+      y_at = Expand (y_at_b1n1, by_heads)
+      several_y = GatherND <batch_dims = 2> (y_rows, y_at)"""
 
 # Every region of queries with the rows that it reads, gathered: those of its blocks, and first
 # tokens and a window that lie in none of them. Of these a query sees what is not later than itself,
@@ -157,119 +194,10 @@ CHOSEN
       pick_end = Add (pick, reach)
       rows = Concat <axis = 3> (sink_row, window_row, pick)
       rows_begin = Concat <axis = 3> (sink_begin, window_begin, pick_begin)
-      rows_end = Concat <axis = 3> (sink_end, window_end, pick_end)
-
-      axes_14 = Constant <value_ints = [1, 4]> ()
-      axes_12 = Constant <value_ints = [1, 2]> ()
-      region_from_1 = Unsqueeze (region_from, axis_2)
-      region_place = Add (region_from_1, inside)
-      query_place = Unsqueeze (region_place, axes_14)
+      rows_end = Concat <axis = 3> (sink_end, window_end, pick_end){SEEN_BY}
       begins = Unsqueeze (rows_begin, axis_3)
       ends = Unsqueeze (rows_end, axis_3)
       is_past = LessOrEqual (begins, query_place)
       is_near = Less (query_place, ends)
       visible = And (is_past, is_near)
-      first_11 = Unsqueeze (first, axes_12)
-      q_at_any = Sub (region_place, first_11)
-      q_at_in = Clip (q_at_any, zero, last)
-      as_q_at = Concat <axis = 0> (same, one_1, others, one_1)
-      q_at_flat = Reshape (q_at_in, as_q_at)
-      q_at = Expand (q_at_flat, by_heads)
-      q_flat = GatherND <batch_dims = 2> (q, q_at)
-      as_regions_q = Concat <axis = 0> (same, same, regions_1, c_1, d)
-      q_regions = Reshape (q_flat, as_regions_q)
-      q_scaled = Mul (q_regions, factor)
-      rows_in = Clip (rows, zero, last_row){read_rows("present_key", "present_value")}
-  key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
-      scores_any = MatMul (q_scaled, key_t)
-SOFTMAX
-      y_regions = MatMul (weights, read_value)
-      as_rows = Concat <axis = 0> (same, same, others, value_width)
-      y_rows = Reshape (y_regions, as_rows)
-      region_begin_bn = Mul (region_bn, c)
-      in_block_bn = Mod (place_bn, c)
-      y_at_bn = Add (region_begin_bn, in_block_bn)
-      y_at_b1n1 = Unsqueeze (y_at_bn, axes_13)
-      y_at = Expand (y_at_b1n1, by_heads)
-      several_y = GatherND <batch_dims = 2> (y_rows, y_at)"""
-
-# Probabilities of the last queries, summed by key and by distance; the best of both.
-LINES = """
-      axes_12 = Constant <value_ints = [1, 2]> ()
-      axis_3 = Constant <value_ints = [3]> ()
-      axis_4 = Constant <value_ints = [4]> ()
-      nothing_float = Constant <value_float = 0.0> ()
-      sure = Constant <value_float = 1.0e30> ()
-      never = Constant <value_float = -1.0> ()
-      rarely = Constant <value_float = -0.5> ()
-      last_int = Constant <value_int: int = @last_queries> ()
-      last_many = Min (last_int, n)
-      last_from = Sub (n, last_many)
-      last_from_1 = Unsqueeze (last_from, axis_0)
-      last_many_1 = Unsqueeze (last_many, axis_0)
-      line_q = Slice (q, last_from_1, n_1, axis_2)
-      line_place_bn = Slice (place_any, last_from_1, n_1, axis_1)
-      line_place = Unsqueeze (line_place_bn, axes_13)
-      line_group = Concat <axis = 0> (same, g, others, same)
-      line_rows = Reshape (line_q, line_group)
-      line_scaled = Mul (line_rows, factor)
-      line_key = Slice (present_key, same, total_1, axis_2)
-      line_key_t = Transpose <perm = [0, 1, 3, 2]> (line_key)
-      line_products = MatMul (line_scaled, line_key_t)
-      line_heads = Concat <axis = 0> (same, others, last_many_1, total_1)
-      line_any = Reshape (line_products, line_heads)
-      rank_scores = Cast <to = 1> (line_any)
-CAP_RANKS
-      number = Range (zero, total, one)
-      line_apart = Sub (line_place, number)
-      line_past = GreaterOrEqual (line_apart, zero)
-      line_near = Less (line_apart, reach)
-      line_sees = And (line_past, line_near)
-      line_hidden = Constant <value_float = -1.0e38> ()
-      line_masked = Where (line_sees, ranks, line_hidden)
-      line_softmax = Softmax <axis = -1> (line_masked)
-      line_p = Where (line_sees, line_softmax, nothing_float)
-
-      real_b = Sub (lengths, start)
-      real_b11 = Unsqueeze (real_b, axes_12)
-      is_held = Less (number, real_b11)
-      column_sum = ReduceSum <keepdims = 0> (line_p, axis_2)
-      first_columns = Constant <value_int: int = @first_columns> ()
-      column_first = Less (number, first_columns)
-      column_lifted = Where (column_first, sure, column_sum)
-      column_ranks = Where (is_held, column_lifted, never)
-      columns_int = Constant <value_int: int = @columns> ()
-      columns_most = Min (columns_int, total)
-      columns_1 = Unsqueeze (columns_most, axis_0)
-      column_best, column_order = TopK <axis = 2> (column_ranks, columns_1)
-      column_taken = Greater (column_best, rarely)
-      column_none = Less (column_ranks, column_ranks)
-      columns = ScatterElements <axis = 2> (column_none, column_order, column_taken)
-      columns_seen = Unsqueeze (columns, axis_2)
-
-      total_less = Sub (total, one)
-      line_key_at = Clip (line_apart, zero, total_less)
-      line_heads_1 = Shape <start = 1, end = 2> (q)
-      line_by_head = Concat <axis = 0> (one_1, line_heads_1, one_1, one_1)
-      line_at = Expand (line_key_at, line_by_head)
-      line_back = GatherElements <axis = 3> (line_p, line_at)
-      slash_p = Where (line_past, line_back, nothing_float)
-      slash_sum = ReduceSum <keepdims = 0> (slash_p, axis_2)
-      last_slashes = Constant <value_int: int = @last_slashes> ()
-      slash_last = Less (number, last_slashes)
-      slash_lifted = Where (slash_last, sure, slash_sum)
-      slash_ranks = Where (is_held, slash_lifted, never)
-      slashes_int = Constant <value_int: int = @slashes> ()
-      slashes_most = Min (slashes_int, total)
-      slashes_1 = Unsqueeze (slashes_most, axis_0)
-      slash_best, slash_order = TopK <axis = 2> (slash_ranks, slashes_1)
-      slash_taken = Greater (slash_best, rarely)
-      slashes = ScatterElements <axis = 2> (column_none, slash_order, slash_taken)
-      slashes_t = Transpose <perm = [0, 2, 1]> (slashes)
-      seen_apart = Sub (place, number)
-      seen_at_4 = Clip (seen_apart, zero, total_less)
-      seen_at_3 = Squeeze (seen_at_4, axis_1)
-      seen_at = Unsqueeze (seen_at_3, axis_3)
-      slashes_by_token = GatherND <batch_dims = 1> (slashes_t, seen_at)
-      slashes_seen = Transpose <perm = [0, 3, 1, 2]> (slashes_by_token)
-      chosen = Or (columns_seen, slashes_seen)"""
+      axes_12 = Constant <value_ints = [1, 2]> (){READ}"""

@@ -7,6 +7,16 @@ heads, M tokens so far, u tokens on a side of a gap, W windows of so many, K chu
 
 from __future__ import annotations
 
+#: inputs of the node: weights of the predictor
+PREDICTOR = (
+    "mix", "mix_bias", "code_map", "code_bias", "fuse_map", "fuse_bias", "end_map", "end_bias",
+)  # fmt: skip
+#: attributes of the node, and their types
+CHUNK_ATTRIBUTES = {
+    "gap_window": "int", "gap_least": "float", "near": "ints", "apart": "int", "delay": "int",
+    "longest": "int", "local": "int", "topk": "int", "ratio": "float",
+}  # fmt: skip
+
 # The gaps that new tokens complete: what the windows on both sides are encoded as, and the logit.
 # Where there is no whole window the logit is low, and stays below every threshold.
 _PREDICTED = """
