@@ -195,7 +195,7 @@ def test_what_is_chosen_in_one_go_and_in_pieces(case: str) -> None:
             assert np.abs(error).max() <= 1e-5, (runtime, pieces)
 
 
-@pytest.mark.parametrize("case", ["moba", "gate", "attended", "values"])
+@pytest.mark.parametrize("case", ["moba", "gate", "attended", "values", "chunks", "few lines"])
 def test_float16(case: str) -> None:
     """Rounding decides near ties differently, for few queries."""
     said, own, softcap = CASES[case]
