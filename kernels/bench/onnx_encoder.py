@@ -29,6 +29,7 @@ from timing import in_turns, times_faster
 
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.pattern import HeadPattern, laid_out
+from reattend.targets.onnx.encoder_band import band_of
 from reattend.targets.onnx.encoder_regions import regions
 from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
 
@@ -43,12 +44,14 @@ CORE = CoreConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """A pattern over a grid or a text; or tokens per block and share of blocks a head chose; or
-    256 queries, of which so many together read a quarter of the rows, chosen by themselves."""
+    """A pattern over a grid or a text; or tokens per block and share of blocks a head chose, in an
+    earlier pass if so said; or 256 queries, of which so many together read a quarter of the rows,
+    chosen by themselves."""
 
     name: str
     pattern: dict[str, Any] | None = None
     chosen: tuple[int, float] = (0, 0.0)
+    before: bool = False
     together: int = 0
 
 
@@ -61,7 +64,7 @@ CASES = (
     Case("clear: radius 16 of 64 x 64", {"grid": {"radius": 16, "norm": "circle"}}),
     Case("tile: 8 x 8 and the next ones of 64 x 64", {"tiles": {"tile": [8, 8], "radius": 1}}),
     Case("biformer: 16 of 64 tiles", chosen=(64, 0.25)),
-    Case("sparsed: a later pass, 30 % of blocks of 128", chosen=(128, 0.3)),
+    Case("sparsed: a later pass, 30 % of blocks of 128", chosen=(128, 0.3), before=True),
     Case("256 queries, each with rows of its own", together=1),
     Case("256 queries, 4 with rows of their own", together=4),
     Case("256 queries, 16 with rows of their own", together=16),
@@ -160,11 +163,18 @@ def later(rows: Rows) -> Call:
     return one("ObservedAttention", {**rows.inputs, **told}, ["y", "blocks"], rules, ours=True)
 
 
+def ours(rows: Rows) -> Call:
+    """The node that an export has for a case."""
+    case = rows.case
+    if case.together:
+        return apart(rows)
+    if case.pattern is None:
+        return later(rows) if case.before else tiles(rows)
+    return band(rows) if band_of(rows.pattern, CORE) else boxes(rows)
+
+
 def ways(rows: Rows) -> dict[str, Call]:
     """Each way; `full` gives another result."""
-    sparsed = rows.case.name.startswith("sparsed")
-    ours = later if sparsed else boxes if rows.case.pattern is not None else tiles
-    ours = apart if rows.case.together else band if rows.case.name.startswith("text") else ours
     masked = {**rows.inputs, "seen": rows.seen[None]}
     theirs = {"scale": SCALE, "is_causal": 0}
     return {

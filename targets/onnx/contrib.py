@@ -102,7 +102,7 @@ def _why_not(node: Any) -> str:
     key, value = (producer(v) for v in node.inputs[1:3])
     if any(n is None or n.op_type != "TensorScatter" for n in (key, value)):
         return "its keys or values are not what was just written to a state"
-    if _follows(node) or any(_follows(u) for u in node.inputs[1].consumers() if u.domain == DOMAIN):
+    if any(_follows(u) for u in node.inputs[1].consumers() if u.domain == DOMAIN):
         return "GroupQueryAttention keeps the keys that it reads to itself, and other layers attend"
     width, value_width = (int(v.shape[-1]) for v in node.inputs[1:3])
     if width != value_width:

@@ -172,10 +172,11 @@ def _differences(
     if not call.passes:
         return _compared(session, model, given, share)
     new, found, main = call.tokens // 3, [], next(iter(given))
+    first = call.tokens - new
     with denoising(model, call.passes, new), session.denoising(call.passes, new):
         for number in range(call.passes):
             value = given[main].clone()
-            value[:, -new:] = value[:, -new:].roll(number, -1)
+            value[:, first:] = value[:, first:].roll(number, -1)
             found += _compared(session, model, {**given, main: value}, share)
     return found
 

@@ -133,9 +133,9 @@ class EncoderSession:
             self._shape, self._states = shape, {}
         if shape != self._shape:
             raise ArgumentError(
-                "a text that is filled in changed its length or its rows",
-                why="later passes read the blocks that an earlier pass over the text found",
-                next_step="begin another `with session.denoising(...)` for another text",
+                "an input changed its length or another size between passes",
+                why="later passes read the blocks that an earlier pass over the same input found",
+                next_step="begin another `with session.denoising(...)` for another input",
             )
         for s in self.manifest.states:
             if s.input not in self._states:

@@ -82,4 +82,5 @@ def _check_known(path: str, config: SparseConfig, head_class: HeadClass) -> None
             "this sparse layer cannot be exported to ONNX",
             where=path,
             why="it is not causal, and a file that decodes from states is",
+            next_step="keep it dense for this target (`to: dense`)",
         )
