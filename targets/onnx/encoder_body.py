@@ -11,27 +11,13 @@ d and e widths.
 from __future__ import annotations
 
 from reattend.targets.onnx.encoder_band import BAND, BAND_BODY
-from reattend.targets.onnx.fragments import finished, read_rows
+from reattend.targets.onnx.fragments import every_score, finished, read_rows
 
 _START = """NAME <scale: float, softcap: floatMORE>
 (INPUTS) => (y)
 {
 SIZES
 """
-
-# visible -> masked_y, from every score
-_MASKED = """
-  by_group = Concat <axis = 0> (same, g, others, same)
-  q_rows = Reshape (q, by_group)
-  q_scaled = Mul (q_rows, factor)
-  key_t = Transpose <perm = [0, 1, 3, 2]> (key)
-  score_rows = MatMul (q_scaled, key_t)
-  by_head = Concat <axis = 0> (same, others, n_1, same)
-  scores_any = Reshape (score_rows, by_head)
-SOFTMAX
-  weight_rows = Reshape (weights, by_group)
-  y_rows = MatMul (weight_rows, value)
-  masked_y = Reshape (y_rows, by_head)"""
 
 _SEEN = """
   visible = Identity (seen)
@@ -56,7 +42,7 @@ _CHOSEN = f"""
   key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
   scores_any = MatMul (q_scaled, key_t)
   visible = Identity (seen)
-SOFTMAX
+MANY_WEIGHTS
   y_regions = MatMul (weights, read_value)
   flat = Concat <axis = 0> (same, same, others, value_width)
   y_flat = Reshape (y_regions, flat)
@@ -90,5 +76,5 @@ def encoder_body(name: str, capped: bool = True) -> str:
     """
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
     start = start.replace("MORE", "".join(f", {x}: int" for x in WHOLE.get(name, ())))
-    body = _BODIES[name].replace("\nMASKED", _MASKED)
+    body = _BODIES[name].replace("\nMASKED", every_score("key", "value", "masked_y"))
     return finished(start + body, capped)

@@ -101,7 +101,7 @@ _ALL = """
       score_rows = MatMul (q_scaled, key_t)
       scores_any = Reshape (score_rows, by_head)
       visible = Equal (one, one)
-SOFTMAX"""
+MANY_WEIGHTS"""
 
 _COUNT = """
           many_MINE = Cast <to = 1> (MANY)
@@ -155,9 +155,9 @@ _READ = f"""
       is_near = Less (place_pc1, ends)
       visible = And (is_past, is_near)
       rows_in = Min (rows, n_less){read_rows("key", "value")}
-  key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
+      key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
       scores_any = MatMul (q_block, key_t)
-SOFTMAX
+MANY_WEIGHTS
       y_blocks = MatMul (weights, read_value)
       as_span = Concat <axis = 0> (same, h_1, span_1, e_1)
       y_span = Reshape (y_blocks, as_span)

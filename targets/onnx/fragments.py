@@ -65,22 +65,22 @@ CAPPED
   weights_float = Softmax <axis = -1> (masked)
   weights = CastLike (weights_float, scores_any)"""
 
-# The same where most keys are hidden. An x86 processor takes ten times as long for exponentials of
-# what is far below a row's largest score, so such scores are lifted to e^-70 of it, which rounds
-# away beside 1. A byte becomes 0 or the hidden score several times as fast as by a Where.
-_MOSTLY_HIDDEN = """
+# The same for many queries. What is hidden is lifted to 64 below a query's highest score: a weight
+# of 1e-28, nothing beside its sum of 1, and no exponential that underflows. A processor may take 14
+# times as long over those (vectors of numbers below 1e-38). A byte becomes 0 or the hidden score
+# several times as fast as by a Where.
+_SOFTMAX_OF_MANY = """
   scores = Cast <to = 1> (scores_any)
 CAPPED
-  is_hidden = Not (visible)
-  hidden_byte = Cast <to = 2> (is_hidden)
+  is_hidden_score = Not (visible)
+  hidden_byte = Cast <to = 2> (is_hidden_score)
   bias = DequantizeLinear (hidden_byte, hidden_score)
-  masked_any = Add (capped, bias)
-  masked_axis = Constant <value_ints = [-1]> ()
-  masked_most = ReduceMax <keepdims = 1> (masked_any, masked_axis)
-  far_below = Constant <value_float = 70.0> ()
-  masked_least = Sub (masked_most, far_below)
-  masked = Max (masked_any, masked_least)
-  weights_float = Softmax <axis = -1> (masked)
+  masked = Add (capped, bias)
+  far_below = Constant <value_float = 64.0> ()
+  most_score = ReduceMax <keepdims = 1> (masked, others)
+  least_score = Sub (most_score, far_below)
+  lifted_scores = Max (masked, least_score)
+  weights_float = Softmax <axis = -1> (lifted_scores)
   weights = CastLike (weights_float, scores_any)"""
 
 
@@ -100,6 +100,27 @@ SOFTMAX
 def one_token(key: str, value: str) -> str:
     """Lines that make `step_y` of one token, q, from `visible` and all rows of these values."""
     return _ONE_TOKEN.replace("KEY", key).replace("VALUE", value)
+
+
+# every query, q, with all rows of a key and a value that queries share, under a mask
+_EVERY_SCORE = """
+      by_group = Concat <axis = 0> (same, g, others, same)
+      q_rows = Reshape (q, by_group)
+      q_scaled = Mul (q_rows, factor)
+      key_t = Transpose <perm = [0, 1, 3, 2]> (KEY)
+      score_rows = MatMul (q_scaled, key_t)
+      by_head = Concat <axis = 0> (same, others, n_1, same)
+      scores_any = Reshape (score_rows, by_head)
+MANY_WEIGHTS
+      weight_rows = Reshape (weights, by_group)
+      y_rows = MatMul (weight_rows, VALUE)
+      RESULT = Reshape (y_rows, by_head)"""
+
+
+def every_score(key: str, value: str, result: str) -> str:
+    """Lines that make `result` [B, H, N, e] of q from `visible` and all rows of these values."""
+    text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value)
+    return text.replace("RESULT", result)
 
 
 # The rows [B, H, R, K] that regions of queries read, of each query head's own KV head (or H = G):
@@ -161,7 +182,7 @@ _REGIONS = """
   score_rows_beside = MatMul (q_rows_beside, region_key_t)
   as_scores_beside = Concat <axis = 0> (same, same, same, beside_sizes, others)
   scores_any = Reshape (score_rows_beside, as_scores_beside)
-SOFTMAX
+MANY_WEIGHTS
   keys_last = Shape <start = 5, end = 6> (weights)
   as_weights_beside = Concat <axis = 0> (same, same, same, others, keys_last)
   weight_rows_beside = Reshape (weights, as_weights_beside)
@@ -174,17 +195,18 @@ SOFTMAX
   y_flat = Reshape (y_apart, as_y_flat)"""
 
 
-def finished(body: str, capped: bool) -> str:
-    """The body of a node with what stands for COMMON (or, without states, SIZES), REGIONS,
-    SOFTMAX and MOSTLY_HIDDEN.
+def finished(body: str, capped: bool, lifted: bool = True) -> str:
+    """The body of a node with what stands for COMMON (or, without states, SIZES), REGIONS, SOFTMAX
+    and MANY_WEIGHTS.
 
     Args:
         body: with these words on lines of their own.
         capped: some node may have a softcap.
+        lifted: many queries lift what is hidden; it pays where that is much of what is read.
     """
     body = body.replace("COMMON", f"SIZES{_SPAN}")
     body = body.replace("\nSIZES", _SIZES + (CAP if capped else ""))
     body = body.replace("\nREGIONS", _REGIONS).replace("@RUN", str(RUN))
     body = body.replace("@HALF", str(RUN // 2)).replace("@TILE", str(TILE))
-    body = body.replace("MOSTLY_HIDDEN", _MOSTLY_HIDDEN).replace("SOFTMAX", _SOFTMAX)
-    return body.replace("CAPPED", CAPPED if capped else NOT_CAPPED)
+    body = body.replace("MANY_WEIGHTS", _SOFTMAX_OF_MANY if lifted else "SOFTMAX")
+    return body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", CAPPED if capped else NOT_CAPPED)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from reattend.targets.onnx.fragments import RUNS, finished, read_rows
+from reattend.targets.onnx.fragments import RUNS, every_score, finished, read_rows
 
 _PATTERN = """PatternAttention
 <scale: float, sliding_window: int = 0, softcap: float = 0.0, sinks: int = 0, window: int = 0,
@@ -61,18 +61,8 @@ SEEN
       seen_read = Gather <axis = 2> (seen, read)
       read_key = Gather <axis = 2> (key, read)
       read_value = Gather <axis = 2> (value, read)
-      visible = Unsqueeze (seen_read, axis_1)
-      by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
-      q_scaled = Mul (q_rows, factor)
-      key_t = Transpose <perm = [0, 1, 3, 2]> (read_key)
-      score_rows = MatMul (q_scaled, key_t)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
-      scores_any = Reshape (score_rows, by_head)
-SOFTMAX
-      weight_rows = Reshape (weights, by_group)
-      y_rows = MatMul (weight_rows, read_value)
-      together_y = Reshape (y_rows, by_head)"""
+      visible = Unsqueeze (seen_read, axis_1)"""
+_OUTPUT = every_score("read_key", "read_value", "together_y")
 
 # The queries of each region read its own rows, and those that one of them may see by its first and
 # last position; which they do see is looked at for those rows only. With powers, what a region
@@ -100,13 +90,11 @@ REGION_TERMS
       real_r = GreaterOrEqual (j_r, zero)
       past_r = GreaterOrEqual (far_r, zero)
       near_r = Less (apart_r, reach)
-      past_near_r = And (past_r, near_r)
-      allowed_r = And (past_near_r, real_r)
+      allowed_r = And (near_r, real_r)
       wanted_r = And (allowed_r, REGION_UNION)
       is_after_first = GreaterOrEqual (row, first_index)
-      is_before_last = LessOrEqual (row, last_index)
-      is_its_own = And (is_after_first, is_before_last)
-      read_r = Or (wanted_r, is_its_own)
+      wanted_or_own = Or (wanted_r, is_after_first)
+      read_r = And (wanted_or_own, past_r)
       read_float = Cast <to = 1> (read_r)
       read_many = ReduceSum <keepdims = 0> (read_float, axis_end)
       read_most_float = ReduceMax <keepdims = 0> (read_many)
@@ -283,7 +271,7 @@ def pattern_body(terms: Collection[str] = TERMS, capped: bool = True) -> str:
     own, union = _union(used)
     first = {n: _REGION_TERMS.get(n) or _of_region(text) for n, text in used.items()}
     of_region, region_union = _union(first, "_r")
-    body = _PATTERN.replace("\nBY_REGION", _BY_REGION).replace("\nTOGETHER", _TOGETHER)
+    body = _PATTERN.replace("\nBY_REGION", _BY_REGION).replace("\nTOGETHER", _TOGETHER + _OUTPUT)
     body = body.replace("\nREGION_TERMS", of_region).replace("REGION_UNION", region_union)
     body = body.replace("\nSEEN", _SEEN).replace("\nTERMS", own).replace("UNION", union)
-    return finished(body, capped)
+    return finished(body, capped, lifted=False)  # few of the rows read are hidden from a query

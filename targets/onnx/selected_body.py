@@ -170,7 +170,7 @@ CHOSEN
       choosers = Shape <start = 1, end = 2> (chosen)
       by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)
       scores_any = Reshape (score_rows, by_chooser)
-MOSTLY_HIDDEN
+MANY_WEIGHTS
       as_rows = Concat <axis = 0> (same, g, others, total_1)
       weight_rows = Reshape (weights, as_rows)
       y_rows = MatMul (weight_rows, read_value)

@@ -136,7 +136,7 @@ READ = f"""
       rows_in = Clip (rows, zero, last_row){read_rows("present_key", "present_value")}
       key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
       scores_any = MatMul (q_scaled, key_t)
-MOSTLY_HIDDEN
+MANY_WEIGHTS
       y_regions = MatMul (weights, read_value)
       as_rows = Concat <axis = 0> (same, same, others, value_width)
       y_rows = Reshape (y_regions, as_rows)

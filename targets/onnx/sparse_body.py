@@ -153,7 +153,7 @@ ONE_TOKEN
       key_shared = Unsqueeze (chunk_key, axis_2)
       key_t = Transpose <perm = [0, 1, 2, 3, 5, 4]> (key_shared)
       scores_any = MatMul (q_rows, key_t)
-SOFTMAX
+MANY_WEIGHTS
       value_shared = Unsqueeze (chunk_value, axis_2)
       y_chunks = MatMul (weights, value_shared)
       heads_1 = Shape <start = 1, end = 2> (q)
