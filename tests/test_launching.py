@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from reattend.kernels.attention.launch import L2_BYTES, heads_together
 from reattend.kernels.configs import KernelConfig
+from reattend.kernels.latent_attention.launch_backward import MAX_PARTS, count_parts
 from reattend.kernels.launching import MAX_SPLITS, best_splits, count_splits
 
 SLOTS = 132  # multiprocessors of an H200
@@ -39,6 +42,19 @@ def test_waves_are_not_left_half_empty() -> None:
 
 def test_the_interpreter_does_not_split() -> None:
     assert count_splits(torch.device("cpu"), 1, 100_000, KernelConfig(16, 64, 4, 2)) == 1
+    assert count_parts(torch.device("cpu"), 1, 100_000) == 1
+
+
+@pytest.mark.parametrize(("programs", "tiles", "parts"), [
+    (1, 100_000, MAX_PARTS), (64, 2048, 9), (64, 3, 3), (528, 2048, 1), (10_000, 2048, 1),
+])  # fmt: skip
+def test_few_tiles_of_a_cache_are_shared(
+    monkeypatch: pytest.MonkeyPatch, programs: int, tiles: int, parts: int
+) -> None:
+    """Four programs per multiprocessor, and none without a tile of its own."""
+    device = SimpleNamespace(multi_processor_count=SLOTS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert count_parts(torch.device("cuda"), programs, tiles) == parts
 
 
 @pytest.mark.parametrize(("heads", "group"), [(32, 4), (32, 32), (24, 8), (7, 1)])
@@ -58,6 +74,8 @@ def test_heads_together_divide_the_heads_and_keep_groups_whole(heads: int, group
 def test_gradients_without_a_kernel_are_computed_in_torch(paged: bool) -> None:
     """What the dispatcher calls on a GPU, for fp64 and for pages for instance."""
     from reattend.kernels.attention import attention, register
+    from reattend.kernels.latent_attention import latent_attention
+    from reattend.kernels.latent_attention import register as latent
     from reattend.kernels.routed_attention import register as routed
     from reattend.kernels.routed_attention import routed_attention
 
@@ -69,6 +87,11 @@ def test_gradients_without_a_kernel_are_computed_in_torch(paged: bool) -> None:
     grads = (y, lse.nan_to_num(neginf=0.0), y, lse)
     want = register.attention_backward(*grads, *args, scale=0.5)
     torch.testing.assert_close(register._cuda_backward(*grads, *args, scale=0.5), want)
+    given = (q, q[..., :4], k[:, 0], k[:, 0, :, :4], *rows, table)
+    y, lse = latent_attention(*given, scale=0.5)
+    grads = (y, lse.nan_to_num(neginf=0.0), y, lse)
+    want = latent.latent_attention_backward(*grads, *given, scale=0.5)
+    torch.testing.assert_close(latent._cuda_backward(*grads, *given, scale=0.5), want)
     active = torch.rand(2, 2, 16) < 0.5
     args = (q, k, v, active, *rows)
     y, lse = routed_attention(*args, scale=0.5)

@@ -22,12 +22,12 @@ CASES: dict[str, dict[str, Any]] = {
     "prefill": {"n": 37, "m": 37},
     "prefill-on-past-left-padding": {"n": 21, "m": 50, "start": [0, 7], "length": [45, 41]},
     "prefill-window-softcap": {"n": 33, "m": 33, "window": 9, "softcap": 2.0, "start": [3, 0]},
-    "prefill-wide-window": {"n": 90, "m": 90, "window": 61, "start": [0, 4]},
+    "prefill-wide-window": {"n": 90, "m": 90, "window": 61, "start": [0, 4], "parts": 2},
     "prefill-not-causal": {"n": 19, "m": 23, "causal": False, "length": [23, 17]},
     "prefill-paged": {"n": 18, "m": 40, "page": 8, "start": [0, 5], "length": [40, 29]},
     "prefill-sees-nothing": {"n": 17, "m": 20, "start": [0, 9], "length": [20, 9]},
     "prefill-few-heads-at-a-time": {"n": 37, "m": 37, "l2": 1, "start": [0, 2]},
-    "prefill-tall": {"n": 70, "m": 75, "rows": 64, "warps": 8, "length": [75, 71]},
+    "prefill-tall": {"n": 70, "m": 75, "rows": 64, "warps": 8, "length": [75, 71], "parts": 3},
     # rows of the cache lie so far apart that addresses need more than 32 bits
     "prefill-far": {"n": 17, "m": 34, "far": 1 << 26},
     "decode-far": {"n": 1, "m": 34, "far": 1 << 26, "splits": 2},
@@ -58,8 +58,9 @@ TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 def has_gradient(shape: str, case: str, dtype: str) -> bool:
     """Whether the gradient of a case is compared: of routed heads in one, of fp16 in one."""
-    one = shape == "routed" or dtype != "float32"
-    return shape in ("attention", "routed") and case in (BACKWARD[:1] if one else BACKWARD)
+    one = shape in ("routed", "latent-no-rope") or dtype != "float32"
+    some = shape in ("attention", "latent", "latent-no-rope", "routed")
+    return some and case in (BACKWARD[:1] if one else BACKWARD)
 
 
 def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
     gradients: list[float] = []
     if has_gradient(shape, name, dtype_name):
         from reattend.kernels.attention.launch_backward import launch_backward
+        from reattend.kernels.latent_attention import launch_backward as latent_backward
 
         dy, dlse = draw(*y.shape), torch.randn(lse.shape, generator=gen)
         leaves = [x.double().requires_grad_() for x in (*queries, *dense)]
@@ -151,12 +153,15 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
             sliding_window=case["window"], softcap=case["softcap"],
         )  # fmt: skip
         loss = (out * dy.double()).sum() + (top * dlse)[~dead].sum()
-        wanted = torch.autograd.grad(loss, leaves)
-        inputs = (*queries, *caches, start, length)
+        wanted = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        given = ((dy, dlse), (y, lse), (*queries, *caches, start, length), rule, (config, config))
         with poisoned():
-            made = launch_backward((dy, dlse), (y, lse), inputs, rule, (config, config))
+            if shape.startswith("latent"):  # several programs share the pairs of some tiles
+                made = latent_backward.launch_backward(*given, splits=case.get("parts", 1))
+            else:
+                made = launch_backward(*given)
         gradients = [
-            float((a.double() - w).abs().max() / w.abs().max())
+            float((a.double() - w).abs().max() / w.abs().max()) if w.numel() else float(a.numel())
             for a, w in zip(made, wanted, strict=True)
         ]
     return {
@@ -183,7 +188,7 @@ def names() -> list[tuple[str, str, str]]:
     near = [c for c in CASES if "far" not in c and "wide" not in c]
     full = [(s, c, d) for s in ("attention", "latent") for c in near for d in DTYPES[:2]]
     full += [(s, c, "float16") for s in ("attention", "latent") for c in CASES if "far" in c]
-    full += [("attention", "prefill-wide-window", "float32")]
+    full += [(s, "prefill-wide-window", "float32") for s in ("attention", "latent")]
     widths = [s for s in SHAPES if s.startswith("attention-")]
     full += [(s, c, "float32") for s in widths for c in ("prefill", "decode-split")]
     few = [(s, c, "bfloat16") for s in ("attention", "latent") for c in ("prefill", "decode-split")]
@@ -208,7 +213,8 @@ def test_equals_reference(results: dict[str, Any], shape: str, case: str, dtype:
     assert got["dead_agree"], got
     assert got["dead_zero"], got
     assert all(error <= 3 * TOLERANCE[dtype] for error in got["gradients"]), got
-    assert len(got["gradients"]) == 3 * has_gradient(shape, case, dtype)
+    made = 4 if shape.startswith("latent") else 3
+    assert len(got["gradients"]) == made * has_gradient(shape, case, dtype)
 
 
 def test_cases_include_rows_that_see_nothing(results: dict[str, Any]) -> None:

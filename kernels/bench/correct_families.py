@@ -8,6 +8,7 @@ autograd through the formula.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from correctness import compared, y_limit
 from torch import Tensor
 
 from reattend.kernels.attention import reference as attention_reference
+from reattend.kernels.latent_attention import latent_attention
+from reattend.kernels.latent_attention import reference as latent_reference
 from reattend.kernels.linear_attention import reference as linear_reference
 from reattend.kernels.routed_attention import reference as routed_reference
 from reattend.kernels.sparse_attention import BlockLayout
@@ -42,11 +45,16 @@ class Trial:
 
 
 SPARSE, ROUTED, LINEAR = "sparse_attention", "routed_attention", "linear_attention"
+LATENT = "latent_attention"  # d is the rank, an option the rotary width
 TRIALS = (
     Trial("gradient", "attention", 8, 2, 133, 200, 128, gradient=True),
     Trial("gradient, width 80", "attention", 4, 2, 97, 97, 80, {"softcap": 5.0}, True),
     Trial("gradient, window", "attention", 4, 4, 150, 150, 64, {"sliding_window": 37}, True),
     Trial("gradient, two-way", "attention", 4, 1, 65, 70, 256, {"causal": False}, True),
+    Trial("gradient", LATENT, 16, 1, 133, 200, 512, {"rope": 64}, True),
+    Trial("gradient, rank 200", LATENT, 5, 1, 97, 97, 200, {"rope": 48, "softcap": 5.0}, True),
+    Trial("gradient, window", LATENT, 8, 1, 150, 150, 64, {"rope": 32, "sliding_window": 37}, True),
+    Trial("gradient, two-way", LATENT, 4, 1, 65, 70, 256, {"rope": 16, "causal": False}, True),
     Trial("prefill", SPARSE, 8, 2, 300, 300, 128, gradient=True),
     Trial("prefill, softcap", SPARSE, 4, 2, 133, 133, 80, {"softcap": 5.0}, True),
     Trial("prefill, blocks of 16", SPARSE, 4, 4, 97, 160, 96, {"block": 16}, True),
@@ -80,25 +88,35 @@ def _rows(trial: Trial, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _heads(trial: Trial, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Queries with heads inside of tokens; keys and values with NaN where no key is."""
+    """Queries with heads inside of tokens; caches with NaN where no key is."""
     make = torch.Generator(device=device).manual_seed(trial.n)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=make, device=device).to(dtype)
 
-    q = draw(3, trial.n, trial.h, trial.d).transpose(1, 2)
-    caches = [draw(3, trial.g, trial.m, trial.d) for _ in range(2)]
+    latent = trial.op == LATENT
+    widths = (trial.d, trial.options["rope"]) if latent else (trial.d,)
+    queries = [draw(3, trial.n, trial.h, width).transpose(1, 2) for width in widths]
+    shapes = [(w,) for w in widths] if latent else [(trial.g, trial.d)] * 2
+    caches = [draw(3, *shape[:-1], trial.m, shape[-1]) for shape in shapes]
     start, length = _rows(trial, device)
     for cache in caches:
         for b in range(3):
-            cache[b, :, : int(start[b])] = float("nan")
-            cache[b, :, int(length[b]) :] = float("nan")
-    return [q, *caches]
+            cache[b, ..., : int(start[b]), :] = float("nan")
+            cache[b, ..., int(length[b]) :, :] = float("nan")
+    return [*queries, *caches]
+
+
+def _scale(trial: Trial) -> float:
+    return 1 / math.sqrt(trial.d + trial.options.get("rope", 0))
 
 
 def _under_mask(trial: Trial, wide: list[Tensor], seen_HNM: Tensor, scale: float) -> Tensor:
     """The first row of the batch by torch's SDPA in fp64; NaN where a query sees nothing."""
     repeat = trial.h // trial.g
+    if trial.op == LATENT:  # a row with its rotary key is the key, without it the value
+        q, k = torch.cat(wide[:2], -1), torch.cat(wide[2:], -1)[:, None]
+        wide = [q, k, wide[2][:, None]]
     q, k, v = (wide[0][:1], *(x[:1].repeat_interleave(repeat, 1) for x in wide[1:]))
     made: Tensor = F.scaled_dot_product_attention(q, k, v, seen_HNM, scale=scale)[0]
     return made
@@ -113,7 +131,7 @@ def _softmax(
 ) -> tuple[list[Tensor], Run, Run, Tensor]:
     """Inputs, op and formula as functions of them, and what each query of the first row sees."""
     start, length = _rows(trial, device)
-    options, scale = dict(trial.options), trial.d**-0.5
+    options, scale = dict(trial.options), _scale(trial)
     make = torch.Generator().manual_seed(trial.m)
     pos = trial.m - trial.n + torch.arange(trial.n, device=device)[:, None]
     j = torch.arange(trial.m, device=device)
@@ -140,6 +158,9 @@ def _softmax(
     op: Run = OPS.attention
     formula: Run = attention_reference.attention
     shown = seen.expand(trial.h, -1, -1)
+    if trial.op == LATENT:
+        options.pop("rope")
+        op, formula = latent_attention, latent_reference.latent_attention
     if trial.op == ROUTED:
         units = options.pop("units")
         active = torch.rand(3, units, trial.n, generator=make) < 0.6
@@ -166,7 +187,7 @@ def softmax_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
     error = compared(y.detach(), lse.detach(), want.detach(), want_lse.detach(), dtype)
     if not trial.options.get("softcap"):
         finite = [torch.nan_to_num(x.detach()) for x in wide]
-        other = _under_mask(trial, finite, shown, trial.d**-0.5)
+        other = _under_mask(trial, finite, shown, _scale(trial))
         seen = shown.any(-1)
         apart = (y.detach()[0].double() - other)[seen].abs().max() / want.detach().abs().max()
         error = max(error, float(apart) / y_limit(dtype))

@@ -101,7 +101,7 @@ _DENSE = (
     Case("mha decode 8k, batch 8", "attention", 8, 32, 32, 1, 8192, 128),
     Case(
         "mla prefill 4k, 32 heads, rank 256", "latent_attention", 1, 32, 1, 4096, 4096, 256, ROPE,
-        goals=("flash at equal FLOPs",),
+        backward=True, goals=("flash at equal FLOPs", "backward"),
     ),
     Case(
         "mla prefill 16k, 16 heads", "latent_attention", 1, 16, 1, 16384, 16384, RANK, ROPE,
@@ -196,6 +196,11 @@ SWEEP = (
     *(
         Case(f"gqa 4k d{d}, {part}", "attention", 1, 32, 8, 4096, 4096, d, backward=True)
         for d in (128, 64)
+        for part in ("dq", "dkv")
+    ),
+    *(
+        Case(f"mla 4k r{r}, {part}", "latent_attention", 1, h, 1, 4096, 4096, r, 64, backward=True)
+        for h, r in ((16, 512), (32, 256))
         for part in ("dq", "dkv")
     ),
 )

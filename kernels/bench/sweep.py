@@ -81,6 +81,19 @@ GRID: dict[str, tuple[Tile, ...]] = {
     "attention prefill 64 dkv": (
         (32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2),
     ),
+    "latent prefill 512 dq": (
+        (64, 32, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 16, 2), (32, 32, 8, 2),
+        (32, 64, 8, 2),
+    ),
+    "latent prefill 512 dkv": (
+        (32, 64, 8, 2), (32, 64, 8, 1), (16, 64, 8, 2), (32, 64, 16, 2), (32, 32, 8, 2),
+    ),
+    "latent prefill 256 dq": (
+        (64, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 8, 3),
+    ),
+    "latent prefill 256 dkv": (
+        (32, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 3),
+    ),
     "sparse prefill 64": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 4)),
     "sparse prefill 128": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (64, 32, 4, 4)),
     "sparse decode 128": (
@@ -99,7 +112,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 def is_gradient(case: Case) -> bool:
     """Whether kernels of a gradient are swept."""
-    return case.backward and case.op == "attention"
+    return case.backward and case.op in ("attention", "latent_attention")
 
 
 def grid_of(case: Case) -> Iterator[KernelConfig]:
@@ -129,12 +142,12 @@ def call_of(problem: Problem, config: KernelConfig, splits: int | None) -> Any:
 
 
 def gradient_call(problem: Problem, config: KernelConfig, rule: Rule) -> Any:
-    """Both kernels of attention's gradient: one in this configuration, the other as shipped."""
-    launch = import_module("reattend.kernels.attention.launch_backward")
+    """Both kernels of a gradient: one in this configuration, the other as shipped."""
+    launch = import_module(f"reattend.kernels.{problem.case.op}.launch_backward")
     problem.backward()
     assert problem.kept is not None
     dy, dlse, y, lse = problem.kept
-    shipped = launch.configs_for(problem.data[0], problem.data[2]) or (config, config)
+    shipped = launch.configs_for(problem.data[0], problem.data[-1]) or (config, config)
     dq = problem.case.name.endswith("dq")
     configs = (config, shipped[1]) if dq else (shipped[0], config)
     given = (*problem.data, *problem.rest)

@@ -27,6 +27,8 @@ from reattend.kernels.attention import triton_dkv as attention_dkv_kernels
 from reattend.kernels.attention import triton_dq as attention_dq_kernels
 from reattend.kernels.attention import triton_kernel as attention_kernels
 from reattend.kernels.configs import MEASURED, KernelConfig, shipped, variants
+from reattend.kernels.latent_attention import triton_dkv as latent_dkv_kernels
+from reattend.kernels.latent_attention import triton_dq as latent_dq_kernels
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
 from reattend.kernels.linear_attention import triton_backward as linear_kernels
 from reattend.kernels.linear_attention import triton_channels as channel_kernels
@@ -49,7 +51,8 @@ _FLOATS = ("scale", "softcap")
 _POINTERS |= dict.fromkeys(
     ("state", "before", "after", "decay", "later", "within", "added", "mass"), "fp32"
 )
-_DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope", "dy", "dq", "dk", "dv")
+_DATA = ("q", "k", "v", "y", "q_nope", "q_rope", "latent", "rope", "dy", "dq", "dk", "dv",
+         "du", "dq_nope", "dq_rope", "d_latent", "d_rope")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def _kernel(name: str) -> Any:
     modules = {"attention": attention_kernels, "latent": latent_kernels, "sparse": sparse_kernels}
     modules["routed"] = routed_kernels
     modules |= {"attention_dq": attention_dq_kernels, "attention_dkv": attention_dkv_kernels}
+    modules |= {"latent_dq": latent_dq_kernels, "latent_dkv": latent_dkv_kernels}
     module = modules.get(name, modules[name.partition("_")[0]])
     if name.startswith("sparse_d") and not name.endswith("decode"):
         module = sparse_backward_kernels
@@ -110,14 +114,15 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
     }
     if not kernel.startswith("sparse"):
         constants |= {"CAUSAL": True, "HAS_WINDOW": full}
-        pages = kernel.startswith("latent") or kernel in ("attention_prefill", "attention_decode")
+        pages = kernel.startswith(("latent", "attention")) and not kernel.endswith(("_dq", "_dkv"))
         constants |= {"PAGED": full} if pages else {}
     else:
         constants |= {"BLOCK": SPARSE_BLOCK}
     if not kernel.startswith("latent"):
         constants |= {"D": width, "E": width, "BLOCK_D": block, "BLOCK_E": block}
     else:
-        constants |= {"RANK": width, "ROPE": ROPE_WIDTH, "SPREAD": config.spread}
+        spread = config.spread_keys if kernel == "latent_dkv" else config.spread
+        constants |= {"RANK": width, "ROPE": ROPE_WIDTH, "SPREAD": spread}
         constants |= {"BLOCK_RANK": block, "BLOCK_ROPE": triton.next_power_of_2(ROPE_WIDTH)}
     return constants
 

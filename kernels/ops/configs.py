@@ -42,6 +42,11 @@ class KernelConfig:
         """Whether warps outnumber the 16-row slabs that warp-group products divide rows into."""
         return self.rows >= 64 and self.warps * 16 > self.rows
 
+    @property
+    def spread_keys(self) -> bool:
+        """The same where a product's rows are keys."""
+        return self.keys >= 64 and self.warps * 16 > self.keys
+
 
 Rows = dict[tuple[str, int], dict[int, KernelConfig]]
 Tile = tuple[int, ...]
@@ -103,6 +108,8 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("attention_dkv", 2): _heads((32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
     ("attention_dq", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("attention_dkv", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("latent_dq", 2): _ranks((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1)),
+    ("latent_dkv", 2): _ranks((32, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
     ("sparse_decode", 2): _heads((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2)),
     ("sparse_dq", 2): _heads((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
@@ -125,10 +132,14 @@ _SM_90: Rows = {
     ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("attention_dq", 2): _heads((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     ("attention_dkv", 2): _heads((32, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2)),
+    ("latent_dq", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 2)),
+    ("latent_dkv", 2): _ranks((32, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
 }
 _SM_90 |= _routed(_SM_90)
 _SM_100: Rows = _SM_90 | {
     ("attention_dkv", 2): _heads((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("latent_dq", 2): _ranks((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    ("latent_dkv", 2): _ranks((32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
 }
 # fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
 _H200: Rows = {
@@ -153,6 +164,8 @@ _GFX942: Rows = {
     ("attention_dkv", 2): _heads((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
     ("attention_dq", 4): _heads((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     ("attention_dkv", 4): _heads((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("latent_dq", 2): _ranks((64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+    ("latent_dkv", 2): _ranks((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     ("sparse_prefill", 2): _heads((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     ("sparse_decode", 2): _heads((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
     ("sparse_dq", 2): _heads((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),

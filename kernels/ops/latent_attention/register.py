@@ -167,13 +167,33 @@ def latent_attention_backward(
     sliding_window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q_nope, q_rope, latent, rope from those of u and lse; torch everywhere."""
+    """Gradients of q_nope, q_rope, latent, rope from those of u and lse."""
     return reference.backward(
         (du_BHNr, dlse_BHN),
         (u_BHNr, lse_BHN),
         (q_nope_BHNr, q_rope_BHNR, latent_BMr, rope_BMR, kv_start_B, kv_len_B, block_table_BP),
         Rule(scale, causal, sliding_window, softcap),
     )
+
+
+@latent_attention_backward.register_kernel("cuda")
+def _cuda_backward(
+    du: Tensor, dlse: Tensor, u: Tensor, lse: Tensor, q_nope: Tensor, q_rope: Tensor,
+    latent: Tensor, rope: Tensor, start: Tensor, length: Tensor, table: Tensor | None = None, *,
+    scale: float, causal: bool = True, sliding_window: int = 0, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rule = Rule(scale, causal, sliding_window, softcap)
+    launch = load_launch("reattend.kernels.latent_attention.launch_backward")
+    known = table is None and scale >= launch.MIN_SCALE
+    configs = launch.configs_for(q_nope, rope) if known else None
+    if configs is None:  # pages, fp32, fp64, very wide rows, a GPU without kernels, a scale of 0
+        given = (q_nope, q_rope, latent, rope, start, length, table)
+        return reference.backward((du, dlse), (u, lse), given, rule)
+    inputs = (q_nope, q_rope, latent, rope, start, length)
+    done: tuple[Tensor, Tensor, Tensor, Tensor] = launch.launch_backward(
+        (du, dlse), (u, lse), inputs, rule, configs
+    )
+    return done
 
 
 @latent_attention_backward.register_fake

@@ -19,7 +19,7 @@ from reattend.kernels.triton_tiles import (
 
 
 @triton.jit
-def _product(q_tile, k_tile, always, PRECISION: tl.constexpr, SPREAD: tl.constexpr):
+def product(q_tile, k_tile, always, PRECISION: tl.constexpr, SPREAD: tl.constexpr):
     """Scores (rows, keys) of two tiles.
 
     Seeing that the scores feed a second product, Triton gives every warp rows of its own; where
@@ -79,11 +79,11 @@ def span(
         is_key = j < hi
         c_rows = key_rows(j, is_key, table_row, page, latent_page, latent_m, PAGED, MASKED)
         c_tile = load_tile(latent, c_rows, is_key, RANK, BLOCK_RANK, MASKED, UPCAST)
-        s = _product(q_tile, c_tile, first < hi, PRECISION, SPREAD)
+        s = product(q_tile, c_tile, first < hi, PRECISION, SPREAD)
         if ROPE > 0:
             k_rows = key_rows(j, is_key, table_row, page, rope_page, rope_m, PAGED, MASKED)
             k_tile = load_tile(rope, k_rows, is_key, ROPE, BLOCK_ROPE, MASKED, UPCAST)
-            s += _product(w_tile, k_tile, first < hi, PRECISION, SPREAD)
+            s += product(w_tile, k_tile, first < hi, PRECISION, SPREAD)
         factor = scale * LOG2E
         if HAS_SOFTCAP:
             s = soft_cap(s * scale, softcap)

@@ -1,0 +1,210 @@
+"""Triton kernel of the gradient of `reattend::latent_attention` for the cache.
+
+A latent row is key and value of every head. A tile of rows walks the (query, head) pairs that see
+it, and both gradients add up in one accumulator: ``(scale ds)^T q + p^T du`` is kept divided by the
+scale, so that ds, which can be small, is rounded as it is. Where there are too few tiles for the
+device, several programs share the pairs of a tile and write parts, which torch adds: no number is
+added to atomically. Scores are made with keys as rows, as in `attention_dkv`.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (the arguments are Triton values; their types are given at compile time)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from reattend.kernels.attention.triton_dkv import seeing_rows
+from reattend.kernels.latent_attention.triton_span import product
+from reattend.kernels.triton_gradient import score_gradient, sees
+from reattend.kernels.triton_tiles import load_tile, split_range
+
+
+@triton.jit
+def _dkv_span(
+    acc,
+    k_acc,
+    c_tile,
+    k_tile,
+    j,
+    first_pos,
+    q_nope,
+    q_rope,
+    du,
+    top,
+    shift,
+    begin,
+    stop,
+    heads,
+    n,
+    scale,
+    softcap,
+    window,
+    qn_h,
+    qn_n,
+    qr_h,
+    qr_n,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """What the (query, head) pairs from begin to stop give to a tile of keys."""
+    for first in range(begin, stop, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        is_row = row < n * heads
+        i, h = row // heads, (row % heads).to(tl.int64)
+        wide = i.to(tl.int64)
+        at = h * n + wide
+        q_rows, w_rows = h * qn_h + wide * qn_n, h * qr_h + wide * qr_n
+        q_tile = load_tile(q_nope, q_rows, is_row, RANK, BLOCK_RANK, True, UPCAST)
+        du_tile = load_tile(du, at * RANK, is_row, RANK, BLOCK_RANK, True, UPCAST)
+        # what lies beyond the last pair has probabilities of 0
+        highest = tl.load(top + at, mask=is_row, other=float("inf"))
+        moved = tl.load(shift + at, mask=is_row, other=0.0)
+        s = product(c_tile, q_tile, first < n * heads, PRECISION, SPREAD)
+        if ROPE > 0:
+            w_tile = load_tile(q_rope, w_rows, is_row, ROPE, BLOCK_ROPE, True, UPCAST)
+            s += product(k_tile, w_tile, first < n * heads, PRECISION, SPREAD)
+        dp = product(c_tile, du_tile, first < n * heads, PRECISION, SPREAD)
+        # fmt: off
+        p, ds = score_gradient(
+            s, dp, highest[None, :], moved[None, :], scale, softcap, HAS_SOFTCAP
+        )
+        # fmt: on
+        if MASKED:
+            pos = first_pos + i
+            seen = sees(j[:, None], pos[None, :], is_row[None, :], window, CAUSAL, HAS_WINDOW)
+            p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
+        p, ds = (p / scale).to(du_tile.dtype), ds.to(q_tile.dtype)
+        # apart from the next product, as in `product`: else the sum changes layout between the two
+        if first < n * heads:
+            acc = tl.dot(p, du_tile, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(p, du_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(ds, q_tile, acc, input_precision=PRECISION)
+        if ROPE > 0:
+            k_acc = tl.dot(ds, w_tile, k_acc, input_precision=PRECISION)
+    return acc, k_acc
+
+
+@triton.jit
+def latent_dkv(
+    q_nope,
+    q_rope,
+    latent,
+    rope,
+    du,
+    top,
+    shift,
+    d_latent,
+    d_rope,
+    kv_start,
+    kv_len,
+    scale,
+    softcap,
+    window,
+    heads,
+    n,
+    m,
+    qn_b,
+    qn_h,
+    qn_n,
+    qr_b,
+    qr_h,
+    qr_n,
+    latent_b,
+    latent_m,
+    rope_b,
+    rope_m,
+    splits,
+    part,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+):
+    """Grid: (splits * key tiles * B). Keys that nobody sees get 0.
+
+    The gradients are contiguous [splits, B, M, ...]; ``part`` is B * M, the rows between splits.
+    The first keys are seen by the most queries: they start first.
+    """
+    tiles = tl.cdiv(m, BLOCK_KEYS)
+    pid = tl.program_id(0)
+    split, rest = pid % splits, pid // splits
+    tile, b = rest % tiles, (rest // tiles).to(tl.int64)
+    start = tl.load(kv_start + b).to(tl.int32)
+    end = tl.load(kv_len + b).to(tl.int32)
+    first_key, first_pos = tile * BLOCK_KEYS, end - n
+    j = first_key + tl.arange(0, BLOCK_KEYS)
+    is_key, wide = (j >= start) & (j < end) & (j < m), j.to(tl.int64)
+    latent += b * latent_b
+    rope += b * rope_b
+    c_tile = load_tile(latent, wide * latent_m, is_key, RANK, BLOCK_RANK, True, UPCAST)
+    k_tile = c_tile  # never read without a rotary part
+    if ROPE > 0:
+        k_tile = load_tile(rope, wide * rope_m, is_key, ROPE, BLOCK_ROPE, True, UPCAST)
+    acc = tl.zeros((BLOCK_KEYS, BLOCK_RANK), tl.float32)
+    k_acc = tl.zeros((BLOCK_KEYS, BLOCK_ROPE), tl.float32)
+    # fmt: off
+    if (first_key < end) & (first_key + BLOCK_KEYS > start):
+        # in pairs, heads fastest: every bound is that of queries, times the heads
+        lo, hi, a, z = seeing_rows(
+            first_key * heads, (first_key + BLOCK_KEYS - 1) * heads, first_pos * heads, n * heads,
+            tl.minimum(window, m) * heads, BLOCK_ROWS, CAUSAL, HAS_WINDOW,
+        )
+        lo, hi = split_range(lo, hi, split, splits, BLOCK_ROWS)
+        a, z = tl.minimum(tl.maximum(a, lo), hi), tl.minimum(tl.maximum(z, lo), hi)
+        q_nope += b * qn_b
+        q_rope += b * qr_b
+        du += b * heads * n * RANK
+        top += b * heads * n
+        shift += b * heads * n
+        if CAUSAL:
+            acc, k_acc = _dkv_span(
+                acc, k_acc, c_tile, k_tile, j, first_pos, q_nope, q_rope, du, top, shift, lo, a,
+                heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
+                HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
+                BLOCK_ROPE, True,
+            )
+        acc, k_acc = _dkv_span(
+            acc, k_acc, c_tile, k_tile, j, first_pos, q_nope, q_rope, du, top, shift, a, z,
+            heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
+            HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
+            BLOCK_ROPE, False,
+        )
+        if HAS_WINDOW:
+            acc, k_acc = _dkv_span(
+                acc, k_acc, c_tile, k_tile, j, first_pos, q_nope, q_rope, du, top, shift, z, hi,
+                heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
+                HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
+                BLOCK_ROPE, True,
+            )
+    # fmt: on
+    place, is_place = split.to(tl.int64) * part + b * m + wide, j < m
+    r = tl.arange(0, BLOCK_RANK)
+    out = tl.where(is_key[:, None], acc * scale, 0.0).to(d_latent.dtype.element_ty)
+    at = d_latent + place[:, None] * RANK + r[None, :]
+    tl.store(at, out, mask=is_place[:, None] & (r < RANK)[None, :])
+    if ROPE > 0:
+        r = tl.arange(0, BLOCK_ROPE)
+        out = tl.where(is_key[:, None], k_acc * scale, 0.0).to(d_rope.dtype.element_ty)
+        at = d_rope + place[:, None] * ROPE + r[None, :]
+        tl.store(at, out, mask=is_place[:, None] & (r < ROPE)[None, :])
