@@ -18,8 +18,9 @@ from typing import Any
 import campaign
 
 TOKENS, STATISTICS_TOKENS = 512, 16_384
-#: trained on by the rows that are called long
-LONG = 1_000_000
+#: rows that are called long: the tokens they are trained on, and how: at lower rates
+LONG = 2_000_000
+LONG_WAY: dict[str, Any] = {"lr": 5e-4}
 HEAD: dict[str, Any] = {"route": "head", "shared": 4}
 HARD: dict[str, Any] = {"router": "qnorm", "gate": "hard"}
 #: a router that is known from the start: nothing to anneal, and no heads to spread tokens over
@@ -87,7 +88,7 @@ class Campaign:
             "rules": [{"sites": "*", "to": "moh", **options}],
             "calibrate": {
                 "seq_len": 256, "statistics_tokens": STATISTICS_TOKENS,
-                "tokens": tokens,
+                "tokens": tokens, **(LONG_WAY if tokens == LONG else {}),
             },
         }  # fmt: skip
         data = str(self.args.model / "calibration.txt")
@@ -167,8 +168,8 @@ def table(results: dict[str, Any]) -> str:
         f"{results['model']}, {results['date']}, {results['device']}; 8 query heads in 2 KV "
         "groups, one group shared, but none in rows that say so or `on average`, nor in "
         "`1 of 2 KV groups`; distilled on "
-        f"{results['inputs']['tokens']:,} tokens of calibration.txt, long {LONG:,}; "
-        f"{results['inputs']['rows']} x {TOKENS} held-out tokens. Used and read: mean over tokens "
+        f"{results['inputs']['tokens']:,} tokens of calibration.txt, long {LONG:,} "
+        f"(`lr: {LONG_WAY['lr']}`); {results['inputs']['rows']} x {TOKENS} held-out tokens. Used and read: mean over tokens "
         "and layers of those; busiest and idlest: shares of the tokens, over all layers. Gain: "
         f"nats per key token over the same key never shown. Command: `{results['command']}`",
     ]

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reattend.kernels.configs import KernelConfig, find_config, shipped, variants
+from reattend.kernels.spills import ALL_REGISTERS, FREE, SPILLS
 from reattend.kernels.targets import TARGETS, Target, target_of_device
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def identity(entry: dict[str, Any]) -> str:
 
 def expected(targets: tuple[Target, ...] = TARGETS) -> set[str]:
     return {
-        json.dumps([target.name, kernel, width, size, variant, asdict(config)])
+        json.dumps([target.name, kernel, width, size, variant, config.told])
         for target in targets
         for kernel, width, size, config in shipped(target.name)
         for variant in variants(kernel)
@@ -39,6 +39,29 @@ def test_committed_report_is_about_the_shipped_table() -> None:
     assert [target["name"] for target in report["targets"]] == [t.name for t in TARGETS]
     assert [t["shared_limit"] for t in report["targets"]] == [t.shared_limit for t in TARGETS]
     assert all(entry["problems"] == [] for entry in report["kernels"])
+
+
+def test_what_spills_on_nvidia_is_named_with_its_bytes() -> None:
+    report = json.loads(COMMITTED.read_text())
+    found: dict[str, dict[tuple[str, int, int], int]] = {name: {} for name in SPILLS}
+    for entry in report["kernels"]:
+        key = (entry["kernel"], entry["element_bytes"], entry["width"])
+        if entry["spill"] and entry["target"] in found:
+            told = found[entry["target"]]
+            told[key] = max(told.get(key, 0), entry["spill"])
+    assert found == SPILLS
+
+
+def test_a_limit_of_registers_reaches_the_launch() -> None:
+    free = [(t, *entry) for t, entries in FREE.items() for entry in entries]
+    for target, kernel, size, width in free:
+        config = find_config(target, kernel, width, size)
+        assert config is not None
+        assert config.launch["maxnreg"] == ALL_REGISTERS
+        assert config.told["registers"] == ALL_REGISTERS
+    plain = KernelConfig(16, 32, 4, 1)
+    assert plain.launch == {"num_warps": 4, "num_stages": 1}
+    assert "registers" not in plain.told
 
 
 def test_every_width_and_dtype_has_a_kernel_and_wider_ones_have_none() -> None:

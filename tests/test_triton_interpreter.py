@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -57,9 +58,9 @@ TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 def has_gradient(shape: str, case: str, dtype: str) -> bool:
-    """Whether the gradient of a case is compared: of routed heads in one, of fp16 in one."""
-    one = shape in ("routed", "latent-no-rope") or dtype != "float32"
-    some = shape in ("attention", "latent", "latent-no-rope", "routed")
+    """Whether the gradient of a case is compared: in fp32, and of one case in the other dtypes."""
+    one = shape == "latent-no-rope" or dtype != "float32"
+    some = shape == "attention" or shape.startswith(("latent", "routed"))
     return some and case in (BACKWARD[:1] if one else BACKWARD)
 
 
@@ -118,7 +119,11 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
     if routed:  # the first unit of the first row is nobody's
         used = [torch.rand(b, SHAPES[shape]["units"], n, generator=gen) < 0.6]
         used[0][0, 0] = False
-        x = routed_reference.Inputs(*queries, *caches, *used, start, length)
+        idle = ~used[0].repeat_interleave(h // SHAPES[shape]["units"], 1)
+        unread = idle.unflatten(1, (g, -1)).flatten(2).all(-1)[..., None, None]
+        queries_given = (t.masked_fill(idle[..., None], math.nan) for t in queries)
+        caches_given = (t.masked_fill(unread, math.nan) for t in caches)
+        x = routed_reference.Inputs(*queries_given, *caches_given, *used, start, length)
         with poisoned():
             y, lse = routed_launch.launch(x, rule, config, **how)
         function: Any = routed_reference.routed_attention
@@ -154,12 +159,15 @@ def run_case(shape: str, name: str, dtype_name: str) -> dict[str, Any]:
         )  # fmt: skip
         loss = (out * dy.double()).sum() + (top * dlse)[~dead].sum()
         wanted = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        given = ((dy, dlse), (y, lse), (*queries, *caches, start, length), rule, (config, config))
+        inputs = (*queries, *caches, start, length)
+        backward: Any = launch_backward
+        if routed:  # nothing is read of a query that does not use the head
+            inputs, backward = x, routed_launch.launch_backward
+            dy = dy.masked_fill(idle[..., None], math.nan)
+        elif shape.startswith("latent"):  # several programs share the pairs of some tiles
+            backward = partial(latent_backward.launch_backward, splits=case.get("parts", 1))
         with poisoned():
-            if shape.startswith("latent"):  # several programs share the pairs of some tiles
-                made = latent_backward.launch_backward(*given, splits=case.get("parts", 1))
-            else:
-                made = launch_backward(*given)
+            made = backward((dy, dlse), (y, lse), inputs, rule, (config, config))
         gradients = [
             float((a.double() - w).abs().max() / w.abs().max()) if w.numel() else float(a.numel())
             for a, w in zip(made, wanted, strict=True)
@@ -195,6 +203,7 @@ def names() -> list[tuple[str, str, str]]:
     none = [("latent-no-rope", c, "float32") for c in ("prefill", "decode-split", "decode-paged")]
     plain = [c for c in near if "paged" not in c and "few-heads" not in c]
     routed = [("routed", c, "float32") for c in plain] + [("routed", "prefill", "bfloat16")]
+    routed += [("routed-groups", "prefill-window-softcap", "float32")]
     routed += [("routed-groups", c, "float16") for c in ("prefill", "decode", "decode-small-chunk")]
     return full + few + none + routed
 

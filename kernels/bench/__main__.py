@@ -23,14 +23,14 @@ from checking import check
 from goals import goal_table, judge_all
 from pools import side_by_side
 from problems import compile_case
-from record import head, place, write
+from record import head, no_gpu, place, write
 from registry import SPEED
 from report import RESULTS, print_tables, write_plots
 from rows import time_case
 from table import table
 from timing import copy_gb_per_s, matmul_tflops
 
-EXIT_WRONG, EXIT_NO_DEVICE = 1, 5
+EXIT_WRONG = 1
 #: of the time that is left, what checks may take before anything is timed
 CHECK_SHARE = 0.5
 
@@ -157,12 +157,10 @@ def main() -> int:
             print_tables(options.device)
         return 0
     if not torch.cuda.is_available():
-        sys.stderr.write(
-            "no GPU: this benchmark runs the Triton kernels on a CUDA or ROCm device and there is"
-            " none here\n  next: run it on a machine with a GPU; on this one, `python"
-            " kernels/bench/aot.py` compiles every kernel for every target\n"
+        return no_gpu(
+            "run it on a machine with one; on this one, `python kernels/bench/aot.py` compiles"
+            " every kernel for every target"
         )
-        return EXIT_NO_DEVICE
     return run(options)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from correctness import compared, y_limit
+from correctness import compared, rows_of, y_limit
 from torch import Tensor
 
 from reattend.kernels.attention import reference as attention_reference
@@ -63,8 +63,8 @@ TRIALS = (
     Trial("decode, small chunk", SPARSE, 8, 4, 5, 300, 64),
     Trial("decode, width 32, blocks of 16", SPARSE, 4, 2, 3, 200, 32, {"block": 16}),
     Trial("prefill, heads", ROUTED, 8, 2, 133, 200, 128, {"units": 8}, True),
-    Trial("prefill, groups", ROUTED, 8, 2, 200, 200, 80, {"units": 2}),
-    Trial("prefill, window", ROUTED, 4, 4, 97, 161, 64, {"units": 4, "sliding_window": 37}),
+    Trial("prefill, groups", ROUTED, 8, 2, 200, 200, 80, {"units": 2}, True),
+    Trial("prefill, window", ROUTED, 4, 4, 97, 161, 64, {"units": 4, "sliding_window": 37}, True),
     Trial("decode, groups", ROUTED, 32, 8, 1, 999, 128, {"units": 8}),
     Trial("decode, heads", ROUTED, 8, 2, 5, 300, 96, {"units": 8}),
     Trial("causal", LINEAR, 4, 2, 200, 200, 128, gradient=True),
@@ -79,14 +79,6 @@ TRIALS = (
 )
 
 
-def _rows(trial: Trial, device: str) -> tuple[Tensor, Tensor]:
-    """Three rows of the batch, padded on the left by 0, 3 and 6; the last one is empty."""
-    start = torch.arange(3, device=device) * 3
-    length = trial.m - torch.arange(3, device=device) * 5
-    length[2] = start[2]
-    return start, length
-
-
 def _heads(trial: Trial, dtype: torch.dtype, device: str) -> list[Tensor]:
     """Queries with heads inside of tokens; caches with NaN where no key is."""
     make = torch.Generator(device=device).manual_seed(trial.n)
@@ -99,7 +91,7 @@ def _heads(trial: Trial, dtype: torch.dtype, device: str) -> list[Tensor]:
     queries = [draw(3, trial.n, trial.h, width).transpose(1, 2) for width in widths]
     shapes = [(w,) for w in widths] if latent else [(trial.g, trial.d)] * 2
     caches = [draw(3, *shape[:-1], trial.m, shape[-1]) for shape in shapes]
-    start, length = _rows(trial, device)
+    start, length = rows_of(3, trial.m, device)
     for cache in caches:
         for b in range(3):
             cache[b, ..., : int(start[b]), :] = float("nan")
@@ -130,7 +122,7 @@ def _softmax(
     trial: Trial, dtype: torch.dtype, device: str
 ) -> tuple[list[Tensor], Run, Run, Tensor]:
     """Inputs, op and formula as functions of them, and what each query of the first row sees."""
-    start, length = _rows(trial, device)
+    start, length = rows_of(3, trial.m, device)
     options, scale = dict(trial.options), _scale(trial)
     make = torch.Generator().manual_seed(trial.m)
     pos = trial.m - trial.n + torch.arange(trial.n, device=device)[:, None]

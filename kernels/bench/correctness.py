@@ -96,11 +96,13 @@ def transposed(x: Tensor) -> Tensor:
     return view
 
 
-def paged(caches: tuple[Tensor, ...], page: int = 16) -> tuple[tuple[Tensor, ...], Tensor]:
+def paged(
+    caches: tuple[Tensor, ...], page: int = 16, make: torch.Generator | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """The same rows in pages that lie in a random order, and the block table."""
     b, m = caches[0].shape[0], caches[0].shape[-2]
     count = -(-m // page)
-    order = torch.randperm(b * count, device=caches[0].device)
+    order = torch.randperm(b * count, generator=make, device=caches[0].device)
     found = []
     for cache in caches:
         whole = cache.new_full((*cache.shape[:-2], count * page, cache.shape[-1]), float("nan"))
@@ -117,11 +119,11 @@ def ops_of(case: Case) -> tuple[Op, Op]:
     return attention, attention_reference.attention
 
 
-def rows_of(case: Case, device: str) -> tuple[Tensor, Tensor]:
-    """First and past-the-last key of each row; the third row of a batch is empty."""
-    start = torch.arange(case.b, device=device) * 3
-    length = case.m - torch.arange(case.b, device=device) * 5
-    if case.b > 2:
+def rows_of(b: int, m: int, device: str) -> tuple[Tensor, Tensor]:
+    """First and past-the-last key of each of b rows; the third row of a batch is empty."""
+    start = torch.arange(b, device=device) * 3
+    length = m - torch.arange(b, device=device) * 5
+    if b > 2:
         length[2] = start[2]
     return start, length
 
@@ -135,7 +137,7 @@ def error_of(case: Case, dtype: torch.dtype, device: str, options: dict[str, Any
     options = dict(options)
     layout = options.pop("layout", "plain")
     inputs = tensors(case, dtype, device)
-    start, length = rows_of(case, device)
+    start, length = rows_of(case.b, case.m, device)
     latent = case.op == "latent_attention"
     for cache in inputs[2:] if latent else inputs[1:]:
         for b in range(case.b):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import head, place, write
+from record import head, no_gpu, place, write
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -48,7 +48,7 @@ TINY: dict[str, dict[str, Any]] = {
     "sparse": {"pattern": {"sinks": 4, "window": 8}},
     "linear": {"window": 8},
 }
-ROOM = 0.85  # of the memory that is free, for the cache; half of it where a cache grows by copying
+ROOM = 0.85  # of the memory that is free, for a cache and the copy that each step makes of it
 STEPS = 8
 
 
@@ -204,8 +204,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("no GPU: nothing to measure\n")
-        return 5
+        return no_gpu("run this on a machine with one; --device cpu --shapes tiny tries it here")
     deadline = time.monotonic() + 60 * options.minutes
     report: dict[str, Any] = head("python kernels/bench/families.py", "transformers") | {"rows": []}
     path = place(report, options.out, "families-")

@@ -43,17 +43,17 @@ class Missing(Exception):  # noqa: N818  (a reason, not an error)
 Judged = tuple[float, float, bool]  # value, limit, whether less is better
 
 
-def _fastest(row: Row, *endings: str) -> tuple[str, Row]:
-    """The fastest peer whose name ends so."""
-    found = {
-        name: peer
-        for name, peer in row["peers"].items()
-        if "ms" in peer and name.endswith(endings or ("",))
-    }
-    if not found:
+def fastest(row: Row, *endings: str) -> Row | None:
+    """The fastest peer whose name ends so; None: none of them ran."""
+    found = [p for name, p in row["peers"].items() if "ms" in p and name.endswith(endings)]
+    return min(found, key=lambda peer: float(peer["ms"]), default=None)
+
+
+def _rival(row: Row, *endings: str) -> Row:
+    peer = fastest(row, *endings)
+    if peer is None:
         raise Missing("no such peer ran")
-    best = min(found, key=lambda name: float(found[name]["ms"]))
-    return best, found[best]
+    return peer
 
 
 def _copy_bandwidth(row: Row) -> Judged:
@@ -65,8 +65,8 @@ def _copy_bandwidth(row: Row) -> Judged:
 def _original_bytes(row: Row) -> Judged:
     shares = []
     for ending in ("original MHA", "original 8 KV heads"):
-        if any(name.endswith(ending) and "ms" in p for name, p in row["peers"].items()):
-            _, peer = _fastest(row, ending)
+        peer = fastest(row, ending)
+        if peer is not None:
             shares.append(peer["times_faster"] / peer["bytes_ratio"])
     if not shares:
         raise Missing("no original fits on the device")
@@ -74,20 +74,20 @@ def _original_bytes(row: Row) -> Judged:
 
 
 def _equal_flops(row: Row) -> Judged:
-    _, peer = _fastest(row, "flash, equal FLOPs")
+    peer = _rival(row, "flash, equal FLOPs")
     return peer["times_faster"] / peer["flops_ratio"], 0.9, False
 
 
 def _density(row: Row) -> Judged:
     if row["density"] < LEAST_DENSITY:
         raise Missing(f"density {row['density']:.2%} is below {LEAST_DENSITY:.0%}")
-    _, flash = _fastest(row, "flash")
+    flash = _rival(row, "flash")
     return flash["times_faster"] * row["density"], 0.8, False
 
 
 def _times_flash(least: float) -> Callable[[Row], Judged]:
     def judged(row: Row) -> Judged:
-        _, flash = _fastest(row, "flash")
+        flash = _rival(row, "flash")
         if 1 / row["density"] < least:
             told = f"its density allows {1 / row['density']:.1f} x; measured"
             raise Missing(f"{told} {flash['times_faster']:.1f} x")
@@ -97,22 +97,22 @@ def _times_flash(least: float) -> Callable[[Row], Judged]:
 
 
 def _dense_bytes(row: Row) -> Judged:
-    _, peer = _fastest(row, "flash", "cudnn")
+    peer = _rival(row, "flash", "cudnn")
     return peer["times_faster"] / peer["bytes_ratio"], 0.85, False
 
 
 def _share(row: Row) -> Judged:
-    _, peer = _fastest(row, "flash", "ours, all heads")
+    peer = _rival(row, "flash", "ours, all heads")
     return 1 / peer["times_faster"], row["share"] + 0.1, True
 
 
 def _fla(row: Row) -> Judged:
-    _, peer = _fastest(row, "fla")
+    peer = _rival(row, "fla")
     return peer["times_faster"], 1.0, False
 
 
 def _fla_backward(row: Row) -> Judged:
-    _, peer = _fastest(row, "fla")
+    peer = _rival(row, "fla")
     if "backward_ms" not in peer or "backward_ms" not in row:
         raise Missing(UNMEASURED)
     return peer["backward_ms"] / row["backward_ms"], 1.0, False

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from families import SHAPES
-from record import head, place, write
+from families import SHAPES, build
+from record import head, no_gpu, place, write
 from timing import replay_ms
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from reattend.install.adapter import install
@@ -42,21 +42,6 @@ BACKENDS = {
 }
 KINDS = (*BACKENDS, "latent")
 ROOM = 64  # steps that fit after the context
-
-
-def build(shape: str) -> Any:
-    """The model with random weights on the GPU."""
-    hidden, inner, layers, heads, kv, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv, head_dim=hidden // heads,
-        vocab_size=vocabulary, max_position_embeddings=1 << 20,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
 
 
 class SdpaDecode(nn.Module):
@@ -188,8 +173,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.stderr.write("no GPU: nothing to measure\n")
-        return 5
+        return no_gpu("run this on a machine with a CUDA or ROCm device")
 
     deadline = time.monotonic() + 60 * options.minutes
     report: dict[str, Any] = head("python kernels/bench/model.py", "transformers") | {
@@ -197,7 +181,7 @@ def main() -> int:
     }  # fmt: skip
     path = place(report, options.out, "model-")
     for shape in options.shapes:
-        model = build(shape)
+        model = build(shape, "cuda", max(options.contexts) + ROOM)
         for kind in KINDS:
             for context in options.contexts:
                 if time.monotonic() > deadline:

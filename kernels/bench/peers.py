@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -46,12 +46,14 @@ class Peer:
         case: the problem it solves.
         make: from that problem's tensors to the call that is timed.
         back: to the call of its gradient alone, where that is compared.
+
+    Peers of one name and problem are equal: they are timed once.
     """
 
     name: str
     case: Case
-    make: Make
-    back: Make | None = None
+    make: Make = field(compare=False)
+    back: Make | None = field(default=None, compare=False)
 
 
 def sdpa(case: Case, backend: str) -> Make:

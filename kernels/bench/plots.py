@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from goals import Row, fastest
+
 from reattend.report import svg
 
-Row = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]
 #: what stands for the page's colours in a file of its own, readable on light and on dark
 COLOURS = {
@@ -31,12 +32,6 @@ def of_op(rows: list[Row], op: str, **shape: int) -> list[Row]:
     ]
 
 
-def peer_ms(row: Row, ending: str) -> float | None:
-    """Of the peers whose names end so, the fastest one's time."""
-    found = [p["ms"] for name, p in row["peers"].items() if name.endswith(ending) and "ms" in p]
-    return min(found, default=None)
-
-
 def against(rows: list[Row], at: Callable[[Row], float], names: dict[str, str]) -> Lines:
     """Points of ours, of the floor and of peers (label: ending of the name), ascending."""
     rows = sorted(rows, key=at)
@@ -45,7 +40,7 @@ def against(rows: list[Row], at: Callable[[Row], float], names: dict[str, str]) 
         "floor": [(at(row), row["floor_ms"]) for row in rows],
     }
     for label, ending in names.items():
-        points = [(at(row), ms) for row in rows if (ms := peer_ms(row, ending)) is not None]
+        points = [(at(row), peer["ms"]) for row in rows if (peer := fastest(row, ending))]
         if points:
             lines[label] = points
     return lines

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from cases import Case, bytes_of, new_bytes
+from correctness import paged
 from patterns import layout_of, read_by
 from torch import Tensor
 
@@ -63,7 +64,9 @@ class Problem:
         elif case.op == "linear_attention":
             self.rest, self.scalars = (0, 1, False, False), {}
         elif case.page:
-            self._paged()
+            new = len(self.data) - 2
+            pages, table = paged(self.data[new:], case.page, self.make)
+            self.data, self.rest = (*self.data[:new], *pages), (*self.rest, table)
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.make, device=self.device).to(self.dtype)
@@ -88,19 +91,6 @@ class Problem:
         if c.n == 1:
             state = torch.randn(c.b, c.g, c.d, c.d, generator=self.make, device=self.device)
         return q * scale, k * scale, v, decay, state
-
-    def _paged(self) -> None:
-        """Rows in pages that lie in a random order."""
-        c = self.case
-        count = c.m // c.page
-        order = torch.randperm(c.b * count, generator=self.make, device=self.device)
-        new = len(self.data) - 2
-        found = []
-        for cache in self.data[new:]:
-            split = cache.unflatten(-2, (count, c.page)).movedim(-3, 1).flatten(0, 1)
-            found.append(torch.empty_like(split).index_copy_(0, order, split))
-        self.data = (*self.data[:new], *found)
-        self.rest = (*self.rest, order.view(c.b, count).to(torch.int32))
 
     def forward(self) -> tuple[Tensor, ...]:
         """Our op."""
@@ -135,7 +125,7 @@ class Problem:
             chosen = launch.config_for(launch.Inputs(*self.data, *self.rest))
         else:
             chosen = launch.config_for(self.data[0], self.data[1 if self.case.rope else 2])
-        return None if chosen is None else asdict(chosen)
+        return None if chosen is None else chosen.told
 
 
 def small(case: Case) -> Case:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+EXIT_NO_DEVICE = 5  # status of a run that found no GPU
+
+
+def no_gpu(next_step: str) -> int:
+    """Say that there is no device and what to do; returns the exit status of such a run."""
+    sys.stderr.write(f"no GPU: this runs kernels on a CUDA or ROCm device\n  next: {next_step}\n")
+    return EXIT_NO_DEVICE
 
 
 def head(command: str, *packages: str) -> dict[str, Any]:

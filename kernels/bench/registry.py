@@ -84,7 +84,7 @@ _FIRST = (
     _sparse(131072, "s2 of period 64", ("25.3 x flash",)),
     _sparse_decode(8, 32768, "s2"),
     _routed(4096, 0.75, backward=True),
-    _routed(4096, 0.5),
+    _routed(4096, 0.5, backward=True),
     _routed_decode(8, 32768, 0.5),
     _linear(4, 4096, "head"),
     _linear(4, 4096, "feature"),

@@ -10,7 +10,7 @@ import problems
 import torch
 from cases import Case
 from patterns import heads_of, read_by
-from peers import Make, Peer, dense, peers
+from peers import Peer, dense, peers
 from problems import ROOM, Problem, work_of
 from timing import Timed, eager_ms, input_sets, measured
 
@@ -101,20 +101,15 @@ def layout_times(case: Case) -> Row:
 
 
 @lru_cache(maxsize=64)
-def _of_others(name: str, case: Case, make: Make) -> Timed:
+def _of_others(peer: Peer) -> Timed:
     """A peer on its own problem."""
-    made = problems_of(case)
-    return measured([make(problem) for problem in made])
-
-
-_MAKERS: dict[tuple[str, Case], Make] = {}
+    return measured([peer.make(problem) for problem in problems_of(peer.case)])
 
 
 def _peer(peer: Peer, case: Case, row: Row) -> Row:
     """Its time and how many times faster ours is; the same problem is timed once."""
-    make = _MAKERS.setdefault((peer.name, peer.case), peer.make)
     try:
-        theirs = _of_others(peer.name, peer.case, make)
+        theirs = _of_others(peer)
         found: Row = {
             "ms": round(theirs.ms, 5),
             "times_faster": round(theirs.ms / row["ms"], 3),

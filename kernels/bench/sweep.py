@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import date
 from importlib import import_module
 from itertools import product
@@ -24,7 +23,7 @@ import torch
 from cases import Case
 from pools import side_by_side
 from problems import Problem, work_of
-from record import head, place, write
+from record import head, no_gpu, place, write
 from registry import SWEEP
 from timing import input_sets, replay_ms
 
@@ -189,8 +188,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.stderr.write("no GPU: a sweep measures one\n")
-        return 5
+        return no_gpu("run this on a machine with one; kernels/bench/aot.py compiles without")
 
     cases = [case for case in SWEEP if any(text in case.name for text in options.only.split(","))]
     jobs = list(product_of(cases))
@@ -235,7 +233,7 @@ def swept(
     rows: list[dict[str, Any]] = []
     best: list[tuple[float, str]] = []
     for config in grid_of(case):
-        row = {"case": case.name, "date": date.today().isoformat(), "config": asdict(config)}
+        row = {"case": case.name, "date": date.today().isoformat(), "config": config.told}
         if refused[case, config] is not None:
             rows.append(row | {"refused": refused[case, config]})
             continue

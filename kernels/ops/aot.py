@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from reattend.kernels.attention import triton_dkv as attention_dkv_kernels
 from reattend.kernels.attention import triton_dq as attention_dq_kernels
 from reattend.kernels.attention import triton_kernel as attention_kernels
-from reattend.kernels.configs import MEASURED, KernelConfig, shipped, variants
+from reattend.kernels.configs import KernelConfig, shipped, variants
 from reattend.kernels.latent_attention import triton_dkv as latent_dkv_kernels
 from reattend.kernels.latent_attention import triton_dq as latent_dq_kernels
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
@@ -37,15 +37,15 @@ from reattend.kernels.linear_attention import triton_state as linear_state_kerne
 from reattend.kernels.routed_attention import triton_kernel as routed_kernels
 from reattend.kernels.sparse_attention import triton_backward as sparse_backward_kernels
 from reattend.kernels.sparse_attention import triton_kernel as sparse_kernels
+from reattend.kernels.spills import SPILLS
 from reattend.kernels.targets import SMALL_SHARED_LIMIT, Target
 
 ROPE_WIDTH = 64
-SPILL_LIMIT = 64  # bytes of stack per thread: a few slots differ between compiler versions
-MEASURED_SPILL_LIMIT = 448  # of a configuration that was fastest on the device in spite of it
+AMD_SPILL_LIMIT = 64  # vector registers
 SPARSE_BLOCK = 64
 _POINTERS = {"lse": "fp32", "kv_start": "i64", "kv_len": "i64", "table": "i32"}
 _POINTERS |= dict.fromkeys(("row_ptr", "col", "tile", "head_layout", "col_ptr", "rows"), "i32")
-_POINTERS |= {"count": "i32", "active": "i8"}
+_POINTERS |= {"preceding": "i32", "active": "i8"}
 _POINTERS |= {"tiles": "i64", "shift": "fp32", "top": "fp32"}
 _FLOATS = ("scale", "softcap")
 _POINTERS |= dict.fromkeys(
@@ -97,6 +97,8 @@ def _kernel(name: str) -> Any:
     modules["routed"] = routed_kernels
     modules |= {"attention_dq": attention_dq_kernels, "attention_dkv": attention_dkv_kernels}
     modules |= {"latent_dq": latent_dq_kernels, "latent_dkv": latent_dkv_kernels}
+    if name in ("routed_dq", "routed_dkv"):  # the same kernels, over lists
+        name = name.replace("routed", "attention")
     module = modules.get(name, modules[name.partition("_")[0]])
     if name.startswith("sparse_d") and not name.endswith("decode"):
         module = sparse_backward_kernels
@@ -113,9 +115,8 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
         "BLOCK_KEYS": config.keys,
     }
     if not kernel.startswith("sparse"):
-        constants |= {"CAUSAL": True, "HAS_WINDOW": full}
-        pages = kernel.startswith(("latent", "attention")) and not kernel.endswith(("_dq", "_dkv"))
-        constants |= {"PAGED": full} if pages else {}
+        constants |= {"CAUSAL": True, "HAS_WINDOW": full, "PAGED": full}
+        constants |= {"ROUTED": kernel.startswith("routed")}
     else:
         constants |= {"BLOCK": SPARSE_BLOCK}
     if not kernel.startswith("latent"):
@@ -128,25 +129,24 @@ def _constants(kernel: str, width: int, config: KernelConfig, full: bool) -> dic
 
 
 def _linear_constants(width: int, config: KernelConfig, full: bool, names: Any) -> dict[str, Any]:
-    """Of what a kernel of linear attention may take, what this one does."""
     whole = "BLOCK_ROWS" not in names  # all features are one tile
-    every = {
+    return {
         "F": width, "E": width, "HAS_DECAY": full, "ONES": full, "ADDED": full, "OWN": True,
         "UPCAST": False, "PRECISION": "ieee", "BLOCK_ROWS": config.rows,
         "BLOCK_F": triton.next_power_of_2(width) if whole else config.keys,
         "BLOCK_E": config.keys, "BACK": full, "FEATURED": full,
         "WHOLE_F": triton.next_power_of_2(width),
     }  # fmt: skip
-    return {name: value for name, value in every.items() if name in names}
 
 
 def _source(kernel: str, width: int, size: int, config: KernelConfig, full: bool) -> ASTSource:
     """Signature as the launcher's arguments specialise it: aligned pointers and strides."""
     function = _kernel(kernel)
     if kernel.startswith("linear"):
-        constants = _linear_constants(width, config, full, function.arg_names)
+        every = _linear_constants(width, config, full, function.arg_names)
     else:
-        constants = _constants(kernel, width, config, full)
+        every = _constants(kernel, width, config, full)
+    constants = {name: every[name] for name in function.arg_names if name in every}
     data = "bf16" if size == 2 else "fp32"
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -193,9 +193,10 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return read("vgpr_count"), read("vgpr_spill_count")
 
 
-def _spill_limit(target: Target, kernel: str, width: int, size: int, config: KernelConfig) -> int:
-    measured = MEASURED.get(target.name, {}).get((kernel, size), {}).get(width)
-    return MEASURED_SPILL_LIMIT if config == measured else SPILL_LIMIT
+def _spill_limit(target: Target, kernel: str, width: int, size: int) -> int:
+    if target.backend != "cuda":
+        return AMD_SPILL_LIMIT
+    return SPILLS[target.name].get((kernel, size, width), 0)
 
 
 def _problems(
@@ -232,7 +233,7 @@ def compile_config(
         config: tile sizes.
         variant: one of `variants`.
     """
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    options = {**config.launch, "enable_fp_fusion": True}
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -253,14 +254,14 @@ def compile_config(
     needed = (size == 2 or target.backend == "hip") and kernel != "linear_step"
     expected = matrix if needed else 1
     shared = int(compiled.metadata.shared)
-    limit = _spill_limit(target, kernel, width, size, config)
+    limit = _spill_limit(target, kernel, width, size)
     return Compiled(
         target.name,
         kernel,
         width,
         size,
         variant,
-        asdict(config),
+        config.told,
         shared,
         registers,
         spill,

@@ -4,15 +4,17 @@ Key: (target, kernel, width class, bytes per element). The width class is the sm
 that holds max(d, e) for `attention`, `routed` and `sparse`, max(f, e) for `linear`, and r for
 `latent`. A shape the table does not hold runs the torch implementation. Every entry is compiled
 ahead of time for its target by `reattend.kernels.aot`, which checks shared memory, registers and
-spill. Entries of `MEASURED` are the fastest of a sweep on that device (`kernels/bench/sweep.py`);
-all others were chosen by the compiler's report: the largest tiles that fit without spill.
+spill (`spills.py` names what spills on NVIDIA). Entries of `MEASURED` are the fastest of a sweep on
+that device (`kernels/bench/sweep.py`); all others were chosen by the compiler's report.
 `latent_decode_wide` and `latent_decode_tall` are the decode kernel with taller tiles, for many
 heads: every tile of rows reads the cache once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+
+from reattend.kernels.spills import ALL_REGISTERS, EIGHT_WARPS, FREE
 
 DECODE_QUERIES = 16  # more new tokens than this run the prefill kernel
 # more (query, head) pairs than this decode with a kernel of taller tiles, where one is listed
@@ -29,6 +31,8 @@ class KernelConfig:
         warps: warps per program.
         stages: depth of the load pipeline.
         resident: programs one multiprocessor runs at once; only the number of splits depends on it.
+        registers: that a thread may take; 0: as many as the compiler likes. It likes to spill a few
+            where that lets more programs run side by side.
     """
 
     rows: int
@@ -36,6 +40,7 @@ class KernelConfig:
     warps: int
     stages: int
     resident: int = 1
+    registers: int = 0
 
     @property
     def spread(self) -> bool:
@@ -46,6 +51,17 @@ class KernelConfig:
     def spread_keys(self) -> bool:
         """The same where a product's rows are keys."""
         return self.keys >= 64 and self.warps * 16 > self.keys
+
+    @property
+    def told(self) -> dict[str, int]:
+        """As reports name it: `registers` where they are given."""
+        return {k: v for k, v in asdict(self).items() if k != "registers" or v}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Launch options."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 Rows = dict[tuple[str, int], dict[int, KernelConfig]]
@@ -87,9 +103,20 @@ def _routed(table: Rows) -> Rows:
     The rows' own addresses take registers, so large prefill tiles of 2 bytes spill: they have their
     own.
     """
-    phases = ("prefill", "decode")
+    phases = ("prefill", "decode", "dq", "dkv")
     found = {(f"routed_{p}", s): table[f"attention_{p}", s] for p in phases for s in (2, 4)}
     return found | {k: c for k, c in table.items() if k[0].startswith("routed")}
+
+
+def _without_spills(target: str, table: Rows) -> Rows:
+    """The table with what `spills.py` gives some kernels of the target."""
+    found = {key: dict(classes) for key, classes in table.items()}
+    given = [(entry, {"registers": ALL_REGISTERS}) for entry in FREE[target]]
+    given += [(entry, {"warps": 8}) for entry in EIGHT_WARPS[target]]
+    for (kernel, size, width), more in given:
+        classes = found[kernel, size]
+        classes[width] = replace(classes[width], **more)
+    return found
 
 
 # fmt: off
@@ -99,21 +126,22 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("latent_prefill", 2): _ranks((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_decode", 2): _ranks((16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
     ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    ("routed_prefill", 2): _heads((128, 64, 4, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+    ("routed_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("attention_prefill", 4): _heads((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
-    ("latent_prefill", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
+    ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     ("latent_decode", 4): _ranks((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     ("attention_dq", 2): _heads((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     ("attention_dkv", 2): _heads((32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
     ("attention_dq", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     ("attention_dkv", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    ("latent_dq", 2): _ranks((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1)),
-    ("latent_dkv", 2): _ranks((32, 64, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
-    ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+    ("routed_dkv", 2): _heads((32, 32, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+    ("latent_dq", 2): _ranks((64, 16, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1)),
+    ("latent_dkv", 2): _ranks((32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("sparse_decode", 2): _heads((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2)),
-    ("sparse_dq", 2): _heads((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-    ("sparse_dkv", 2): _heads((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ("sparse_dq", 2): _heads((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("sparse_dkv", 2): _heads((64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     ("sparse_prefill", 4): _heads((64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     ("sparse_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)),
     ("sparse_dq", 4): _heads((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
@@ -126,19 +154,30 @@ _SM_80 |= _linear(4, (32, 32, 4, 2), step=(1, 32, 4, 1))
 _SM_90: Rows = {
     **_SM_80,
     ("attention_prefill", 2): _heads((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    ("routed_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("routed_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
     ("latent_prefill", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_decode_wide", 2): _ranks((32, 64, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("latent_prefill", 4): _ranks((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("attention_decode", 4): _heads((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
     ("attention_dq", 2): _heads((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     ("attention_dkv", 2): _heads((32, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2)),
-    ("latent_dq", 2): _ranks((128, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 2)),
+    ("routed_dq", 2): _heads((128, 64, 8, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
+    ("routed_dkv", 2): _heads((32, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2)),
+    ("latent_dq", 2): _ranks((128, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 2)),
     ("latent_dkv", 2): _ranks((32, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
+    ("sparse_dq", 2): _heads((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    ("sparse_dkv", 2): _heads((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
 }
 _SM_90 |= _routed(_SM_90)
 _SM_100: Rows = _SM_90 | {
-    ("attention_dkv", 2): _heads((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    ("latent_dq", 2): _ranks((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    ("routed_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+    ("sparse_prefill", 4): _heads((32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    ("attention_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("attention_dkv", 2): _heads((32, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("routed_dkv", 2): _heads((32, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("latent_dq", 2): _ranks((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 8, 1)),
     ("latent_dkv", 2): _ranks((32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
 }
 # fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
@@ -182,9 +221,9 @@ _GFX942 |= _linear(4, (32, 32, 4, 1), step=(1, 32, 4, 1))
 # fmt: on
 MEASURED: dict[str, Rows] = {"sm_90": _H200}
 _TABLE: dict[str, Rows] = {
-    "sm_80": _SM_80,
-    "sm_90": _SM_90 | _H200,
-    "sm_100": _SM_100,
+    "sm_80": _without_spills("sm_80", _SM_80),
+    "sm_90": _without_spills("sm_90", _SM_90 | _H200),
+    "sm_100": _without_spills("sm_100", _SM_100),
     "gfx942": _GFX942,
 }
 

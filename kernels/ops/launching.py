@@ -101,19 +101,22 @@ def tile_options(softcap: float, config: KernelConfig, x: Tensor) -> dict[str, A
         "PRECISION": "ieee",
         "BLOCK_ROWS": config.rows,
         "BLOCK_KEYS": config.keys,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
         "enable_fp_fusion": True,
+        **config.launch,
     }
 
 
-def common_options(rule: Rule, config: KernelConfig, paged: bool, x: Tensor) -> dict[str, Any]:
+def rule_options(rule: Rule, config: KernelConfig, x: Tensor) -> dict[str, Any]:
     """Options of the kernels whose mask is a rule."""
     return tile_options(rule.softcap, config, x) | {
         "CAUSAL": rule.causal,
         "HAS_WINDOW": rule.sliding_window > 0,
-        "PAGED": paged,
     }
+
+
+def common_options(rule: Rule, config: KernelConfig, paged: bool, x: Tensor) -> dict[str, Any]:
+    """Options of those of them that read pages too."""
+    return rule_options(rule, config, x) | {"PAGED": paged}
 
 
 def outputs(

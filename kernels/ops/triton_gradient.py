@@ -81,13 +81,3 @@ def score_gradient(s, dp, top, shift, scale, softcap, HAS_SOFTCAP: tl.constexpr)
         slope = 1.0 - (s / softcap) * (s / softcap)
     p = tl.exp2(s * LOG2E - top)
     return p, p * (dp + shift) * slope
-
-
-@triton.jit
-def sees(j, pos, inside, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Which pairs of ``inside`` count; keys ``j`` and positions ``pos`` are broadcast by shape."""
-    if CAUSAL:
-        inside = inside & (j <= pos)
-    if HAS_WINDOW:
-        inside = inside & (pos - j < window)
-    return inside

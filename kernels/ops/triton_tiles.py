@@ -131,6 +131,29 @@ def load_tile(
 
 
 @triton.jit
+def last_queries_first(tiles, heads, together):
+    """Tile of queries, head and row of the batch of a program; the grid is all three, in one.
+
+    The last queries see the most keys: they start first, of so many heads side by side.
+    """
+    pid = tl.program_id(0)
+    part, rest = pid // (tiles * together), pid % (tiles * together)
+    parts = heads // together
+    head = part % parts * together + rest % together
+    return tiles - 1 - rest // together, head, (part // parts).to(tl.int64)
+
+
+@triton.jit
+def visible(inside, j, pos, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Of the pairs that are inside, those in which the query at ``pos`` sees key ``j``."""
+    if CAUSAL:
+        inside = inside & (j <= pos)
+    if HAS_WINDOW:
+        inside = inside & (pos - j < window)
+    return inside
+
+
+@triton.jit
 def mask_scores(
     s,
     j,
@@ -141,11 +164,7 @@ def mask_scores(
     HAS_WINDOW: tl.constexpr,
 ):
     """Scores (rows, keys) with -inf where the query does not see the key."""
-    seen = is_key[None, :]
-    if CAUSAL:
-        seen = seen & (j[None, :] <= pos[:, None])
-    if HAS_WINDOW:
-        seen = seen & (pos[:, None] - j[None, :] < window)
+    seen = visible(is_key[None, :], j[None, :], pos[:, None], window, CAUSAL, HAS_WINDOW)
     return tl.where(seen, s, float("-inf"))
 
 

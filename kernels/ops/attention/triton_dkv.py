@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.triton_gradient import score_gradient
-from reattend.kernels.triton_tiles import load_tile
+from reattend.kernels.triton_tiles import load_tile, visible
 
 
 @triton.jit
@@ -29,15 +29,17 @@ def _dkv_span(
     dy,
     top,
     shift,
+    rows,
     begin,
     stop,
-    n,
+    used,
     scale,
     softcap,
     window,
     q_n,
     D: tl.constexpr,
     E: tl.constexpr,
+    ROUTED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -48,10 +50,13 @@ def _dkv_span(
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """What the queries from begin to stop of one head give to a tile of keys."""
+    """What the queries from begin to stop of one head give to a tile of keys; used ends them."""
     for first in range(begin, stop, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        is_row, at = row < n, row.to(tl.int64)
+        place = first + tl.arange(0, BLOCK_ROWS)
+        is_row, row = place < used, place
+        if ROUTED:
+            row = tl.load(rows + place, mask=is_row, other=0)
+        at = row.to(tl.int64)
         q_tile = load_tile(q, at * q_n, is_row, D, BLOCK_D, True, UPCAST)
         dy_tile = load_tile(dy, at * E, is_row, E, BLOCK_E, True, UPCAST)
         # what lies beyond the last query has probabilities of 0
@@ -66,11 +71,7 @@ def _dkv_span(
         # fmt: on
         if MASKED:
             pos = first_pos + row
-            seen = is_row[None, :]
-            if CAUSAL:
-                seen = seen & (j[:, None] <= pos[None, :])
-            if HAS_WINDOW:
-                seen = seen & (pos[None, :] - j[:, None] < window)
+            seen = visible(is_row[None, :], j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW)
             p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
         dv_acc = tl.dot(p.to(dy_tile.dtype), dy_tile, dv_acc, input_precision=PRECISION)
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
@@ -78,32 +79,44 @@ def _dkv_span(
 
 
 @triton.jit
+def _before(row, preceding, n, ROUTED: tl.constexpr):
+    """How many of the queries that are walked come before one: of all, or of a list."""
+    at = tl.minimum(tl.maximum(row, 0), n)
+    if ROUTED:
+        at = tl.load(preceding + at)
+    return at
+
+
+@triton.jit
 def seeing_rows(
     first_key,
     last_key,
     first_pos,
+    preceding,
     n,
     window,
+    ROUTED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """Queries [lo, hi) that see some of the keys, and [a, z), tiles from lo that see them all.
 
-    Without a window z is hi: the last tile may reach beyond the last query.
+    They are places in a list where heads are ROUTED. Without a window z is hi: the last tile may
+    reach beyond the last query.
     """
-    lo, hi = first_pos * 0, n
+    lo, hi = first_pos * 0, _before(n, preceding, n, ROUTED)
     if CAUSAL:
-        lo = tl.maximum(first_key - first_pos, 0)
+        lo = _before(first_key - first_pos, preceding, n, ROUTED)
     if HAS_WINDOW:
-        hi = tl.minimum(n, last_key + window - first_pos)
+        hi = _before(last_key + window - first_pos, preceding, n, ROUTED)
     hi = tl.maximum(hi, lo)
     a, z = lo, hi
     if CAUSAL:
-        late = tl.maximum(last_key - first_pos - lo, 0)
+        late = tl.maximum(_before(last_key - first_pos, preceding, n, ROUTED) - lo, 0)
         a = tl.minimum(lo + (late + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS, hi)
     if HAS_WINDOW:
-        z = tl.minimum(hi, first_key + window - first_pos)
+        z = tl.minimum(hi, _before(first_key + window - first_pos, preceding, n, ROUTED))
         z = a + tl.maximum(z - a, 0) // BLOCK_ROWS * BLOCK_ROWS
     return lo, hi, a, z
 
@@ -118,6 +131,8 @@ def attention_dkv(
     shift,
     dk,
     dv,
+    rows,
+    preceding,
     kv_start,
     kv_len,
     scale,
@@ -125,6 +140,7 @@ def attention_dkv(
     window,
     heads,
     group,
+    units,
     n,
     m,
     q_b,
@@ -138,6 +154,7 @@ def attention_dkv(
     v_m,
     D: tl.constexpr,
     E: tl.constexpr,
+    ROUTED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -150,7 +167,8 @@ def attention_dkv(
 ):
     """Grid: (G * key tiles * B). dk and dv are contiguous; keys that nobody sees get 0.
 
-    The first keys are seen by the most queries: they start first, of all groups.
+    The first keys are seen by the most queries: they start first, of all groups. ``rows`` and
+    ``preceding`` are of `list_rows`, where heads are ROUTED.
     """
     tiles, groups = tl.cdiv(m, BLOCK_KEYS), heads // group
     pid = tl.program_id(0)
@@ -166,29 +184,35 @@ def attention_dkv(
     dk_acc = tl.zeros((BLOCK_KEYS, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_KEYS, BLOCK_E), tl.float32)
     # fmt: off
-    lo, hi, a, z = seeing_rows(
-        first_key, first_key + BLOCK_KEYS - 1, end - n, n, window, BLOCK_ROWS, CAUSAL, HAS_WINDOW
-    )
     if (first_key < end) & (first_key + BLOCK_KEYS > start):
         for head in range(g * group, g * group + group):
             base = (b * heads + head) * n
             query = q + b * q_b + head * q_h
+            unit = b * units + head // (heads // units)
+            before, listed = preceding + unit * (n + 1), rows + unit * n
+            used = _before(n, before, n, ROUTED)
+            lo, hi, a, z = seeing_rows(
+                first_key, first_key + BLOCK_KEYS - 1, end - n, before, n, window, ROUTED,
+                BLOCK_ROWS, CAUSAL, HAS_WINDOW,
+            )
             if CAUSAL:
                 dk_acc, dv_acc = _dkv_span(
                     dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
-                    shift + base, lo, a, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
-                    HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, True,
+                    shift + base, listed, lo, a, used, scale, softcap, window, q_n, D, E, ROUTED,
+                    CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D,
+                    BLOCK_E, True,
                 )
             dk_acc, dv_acc = _dkv_span(
                 dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
-                shift + base, a, z, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
-                HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, False,
+                shift + base, listed, a, z, used, scale, softcap, window, q_n, D, E, ROUTED, CAUSAL,
+                HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, False,
             )
             if HAS_WINDOW:
                 dk_acc, dv_acc = _dkv_span(
                     dk_acc, dv_acc, k_tile, v_tile, j, end - n, query, dy + base * E, top + base,
-                    shift + base, z, hi, n, scale, softcap, window, q_n, D, E, CAUSAL, HAS_WINDOW,
-                    HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_E, True,
+                    shift + base, listed, z, hi, used, scale, softcap, window, q_n, D, E, ROUTED,
+                    CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_ROWS, BLOCK_D,
+                    BLOCK_E, True,
                 )
     # fmt: on
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)

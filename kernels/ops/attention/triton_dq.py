@@ -1,6 +1,7 @@
 """Triton kernel of the gradient of `reattend::attention` for queries: it walks the keys again.
 
-Probabilities are recomputed from lse; every number is written once, by one program.
+Probabilities are recomputed from lse; every number is written once, by one program. Of routed heads
+a tile is filled with the queries that use the head, as in `routed_prefill`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +13,13 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.triton_gradient import score_gradient
-from reattend.kernels.triton_tiles import key_range, load_tile, whole_keys
+from reattend.kernels.triton_tiles import (
+    key_range,
+    last_queries_first,
+    load_tile,
+    visible,
+    whole_keys,
+)
 
 
 @triton.jit
@@ -55,11 +62,7 @@ def _dq_span(
         dp = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION)
         _, ds = score_gradient(s, dp, top[:, None], shift[:, None], scale, softcap, HAS_SOFTCAP)
         if MASKED:
-            seen = is_key[None, :]
-            if CAUSAL:
-                seen = seen & (j[None, :] <= pos[:, None])
-            if HAS_WINDOW:
-                seen = seen & (pos[:, None] - j[None, :] < window)
+            seen = visible(is_key[None, :], j[None, :], pos[:, None], window, CAUSAL, HAS_WINDOW)
             ds = tl.where(seen, ds, 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     return acc
@@ -74,6 +77,8 @@ def attention_dq(
     top,
     shift,
     dq,
+    rows,
+    preceding,
     kv_start,
     kv_len,
     scale,
@@ -81,6 +86,7 @@ def attention_dq(
     window,
     heads,
     group,
+    units,
     n,
     m,
     q_b,
@@ -95,6 +101,7 @@ def attention_dq(
     together,
     D: tl.constexpr,
     E: tl.constexpr,
+    ROUTED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -105,29 +112,35 @@ def attention_dq(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Grid: as `attention_prefill`. dy and dq are contiguous, top and shift [B, H, N]."""
-    tiles = tl.cdiv(n, BLOCK_ROWS)
-    pid = tl.program_id(0)
-    # the last queries see the most keys: start them first, of all heads whose keys fit in L2
-    part, rest = pid // (tiles * together), pid % (tiles * together)
-    tile = tiles - 1 - rest // together
-    parts = heads // together
-    head = part % parts * together + rest % together
-    b = (part // parts).to(tl.int64)
+    """Grid: as `attention_prefill`. dy and dq are contiguous, top and shift [B, H, N].
+
+    ``rows`` and ``preceding`` are of `list_rows`, where heads are ROUTED.
+    """
+    tile, head, b = last_queries_first(tl.cdiv(n, BLOCK_ROWS), heads, together)
     g, h = (head // group).to(tl.int64), head.to(tl.int64)
     start = tl.load(kv_start + b).to(tl.int32)
     end = tl.load(kv_len + b).to(tl.int32)
-    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    is_row, wide = row < n, row.to(tl.int64)
+    place = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row, used = place, n
+    first_row, last_row = tile * BLOCK_ROWS, tl.minimum(n, (tile + 1) * BLOCK_ROWS) - 1
+    if ROUTED:
+        unit = b * units + head // (heads // units)
+        used = tl.load(preceding + unit * (n + 1) + n)
+        listed = rows + unit * n
+        row = tl.load(listed + place, mask=place < n, other=0)
+        first_row = tl.load(listed + first_row)
+        last_row = tl.load(listed + tl.maximum(tl.minimum(used - 1, last_row), 0))
+    is_row, wide = place < used, row.to(tl.int64)
     pos = end - n + row
     base = (b * heads + h) * n
     q_tile = load_tile(q + b * q_b + h * q_h, wide * q_n, is_row, D, BLOCK_D, True, UPCAST)
     dy_tile = load_tile(dy + base * E, wide * E, is_row, E, BLOCK_E, True, UPCAST)
     highest = tl.load(top + base + row, mask=is_row, other=float("inf"))
     moved = tl.load(shift + base + row, mask=is_row, other=0.0)
-    first_pos = end - n + tile * BLOCK_ROWS
-    last_pos = end - n + tl.minimum(n, (tile + 1) * BLOCK_ROWS) - 1
+    first_pos, last_pos = end - n + first_row, end - n + last_row
     lo, hi = key_range(start, tl.minimum(end, m), first_pos, last_pos, window, CAUSAL, HAS_WINDOW)
+    if ROUTED:
+        hi = tl.where(tile * BLOCK_ROWS < used, hi, lo)  # nobody asks: nothing is read
     a, z = whole_keys(lo, hi, first_pos, last_pos, window, BLOCK_KEYS, CAUSAL, HAS_WINDOW)
     k += b * k_b + g * k_g
     v += b * v_b + g * v_g
@@ -151,8 +164,8 @@ def attention_dq(
             BLOCK_E, True,
         )
     # fmt: on
-    d = tl.arange(0, BLOCK_D)
+    d, is_place = tl.arange(0, BLOCK_D), place < n
     out = (acc * scale).to(dq.dtype.element_ty)
     tl.store(
-        dq + (base + row)[:, None] * D + d[None, :], out, mask=is_row[:, None] & (d < D)[None, :]
+        dq + (base + row)[:, None] * D + d[None, :], out, mask=is_place[:, None] & (d < D)[None, :]
     )

@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.attention.triton_sweep import sweep
-from reattend.kernels.triton_tiles import finish, key_range, load_tile, split_range
+from reattend.kernels.triton_tiles import (
+    finish,
+    key_range,
+    last_queries_first,
+    load_tile,
+    split_range,
+)
 
 
 @triton.jit
@@ -61,16 +67,9 @@ def attention_prefill(
 ):
     """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N).
 
-    ``together`` divides H: so many heads run side by side.
+    ``together`` divides H: so many heads, whose keys fit in L2, run side by side.
     """
-    tiles = tl.cdiv(n, BLOCK_ROWS)
-    pid = tl.program_id(0)
-    # the last queries see the most keys: start them first, of all heads whose keys fit in L2
-    part, rest = pid // (tiles * together), pid % (tiles * together)
-    tile = tiles - 1 - rest // together
-    parts = heads // together
-    head = part % parts * together + rest % together
-    b = (part // parts).to(tl.int64)
+    tile, head, b = last_queries_first(tl.cdiv(n, BLOCK_ROWS), heads, together)
     g, h = (head // group).to(tl.int64), head.to(tl.int64)
     start = tl.load(kv_start + b).to(tl.int32)
     end = tl.load(kv_len + b).to(tl.int32)

@@ -11,10 +11,10 @@ from reattend.kernels.latent_attention.launch import MAX_ROPE
 from reattend.kernels.latent_attention.triton_dkv import latent_dkv
 from reattend.kernels.latent_attention.triton_dq import latent_dq
 from reattend.kernels.launching import (
-    common_options,
     device_target,
     next_power_of_two,
     on_device,
+    rule_options,
     unit_stride,
 )
 from reattend.kernels.triton_gradient import prepared
@@ -95,8 +95,7 @@ def launch_backward(
     # fmt: on
     widths = {"RANK": r, "ROPE": rope_width, "BLOCK_RANK": next_power_of_two(r)}
     widths |= {"BLOCK_ROPE": next_power_of_two(rope_width)}
-    options_q, options_kv = (common_options(rule, c, False, q) | widths for c in configs)
-    del options_q["PAGED"], options_kv["PAGED"]
+    options_q, options_kv = (rule_options(rule, c, q) | widths for c in configs)
     options_q |= {"SPREAD": configs[0].spread}
     options_kv |= {"SPREAD": configs[1].spread_keys}
     with on_device(q):

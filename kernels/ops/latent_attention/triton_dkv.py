@@ -17,8 +17,8 @@ import triton.language as tl
 
 from reattend.kernels.attention.triton_dkv import seeing_rows
 from reattend.kernels.latent_attention.triton_span import product
-from reattend.kernels.triton_gradient import score_gradient, sees
-from reattend.kernels.triton_tiles import load_tile, split_range
+from reattend.kernels.triton_gradient import score_gradient
+from reattend.kernels.triton_tiles import load_tile, split_range, visible
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _dkv_span(
         # fmt: on
         if MASKED:
             pos = first_pos + i
-            seen = sees(j[:, None], pos[None, :], is_row[None, :], window, CAUSAL, HAS_WINDOW)
+            seen = visible(is_row[None, :], j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW)
             p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
         p, ds = (p / scale).to(du_tile.dtype), ds.to(q_tile.dtype)
         # apart from the next product, as in `product`: else the sum changes layout between the two
@@ -167,8 +167,9 @@ def latent_dkv(
     if (first_key < end) & (first_key + BLOCK_KEYS > start):
         # in pairs, heads fastest: every bound is that of queries, times the heads
         lo, hi, a, z = seeing_rows(
-            first_key * heads, (first_key + BLOCK_KEYS - 1) * heads, first_pos * heads, n * heads,
-            tl.minimum(window, m) * heads, BLOCK_ROWS, CAUSAL, HAS_WINDOW,
+            first_key * heads, (first_key + BLOCK_KEYS - 1) * heads, first_pos * heads,
+            kv_start, n * heads, tl.minimum(window, m) * heads, False, BLOCK_ROWS, CAUSAL,
+            HAS_WINDOW,
         )
         lo, hi = split_range(lo, hi, split, splits, BLOCK_ROWS)
         a, z = tl.minimum(tl.maximum(a, lo), hi), tl.minimum(tl.maximum(z, lo), hi)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.latent_attention.triton_span import product
-from reattend.kernels.triton_gradient import score_gradient, sees
-from reattend.kernels.triton_tiles import key_range, load_tile, whole_keys
+from reattend.kernels.triton_gradient import score_gradient
+from reattend.kernels.triton_tiles import key_range, load_tile, visible, whole_keys
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _dq_span(
         dp = product(du_tile, c_tile, first < hi, PRECISION, SPREAD)
         _, ds = score_gradient(s, dp, top[:, None], shift[:, None], scale, softcap, HAS_SOFTCAP)
         if MASKED:
-            seen = sees(j[None, :], pos[:, None], is_key[None, :], window, CAUSAL, HAS_WINDOW)
+            seen = visible(is_key[None, :], j[None, :], pos[:, None], window, CAUSAL, HAS_WINDOW)
             ds = tl.where(seen, ds, 0.0)
         ds = ds.to(c_tile.dtype)
         acc = tl.dot(ds, c_tile, acc, input_precision=PRECISION)

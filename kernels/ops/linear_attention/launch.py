@@ -162,9 +162,8 @@ def _options(x: Inputs, config: KernelConfig) -> dict[str, Any]:
         "BLOCK_ROWS": config.rows,
         "BLOCK_F": config.keys,
         "BLOCK_E": config.keys,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
         "enable_fp_fusion": True,
+        **config.launch,
     }
 
 

@@ -48,7 +48,7 @@ def run(x: Sums, config: KernelConfig) -> tuple[Tensor, Tensor]:
             # the interpreter holds bf16 as integers: compute in fp32 there
             UPCAST=interpreting() and q.dtype == torch.bfloat16, PRECISION="ieee",
             BLOCK_ROWS=config.rows, WHOLE_F=max(16, next_power_of_two(f)), BLOCK_E=config.keys,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            enable_fp_fusion=True, **config.launch,
         )  # fmt: skip
     return y, after
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reattend.kernels.attention import launch_backward as gradient
 from reattend.kernels.configs import DECODE_QUERIES, KernelConfig, find_config
 from reattend.kernels.core import Rule
 from reattend.kernels.launching import (
-    common_options,
     count_splits,
     device_target,
     merge,
     next_power_of_two,
     on_device,
     outputs,
+    rule_options,
     unit_stride,
 )
 from reattend.kernels.routed_attention.reference import Inputs
@@ -35,19 +36,18 @@ def config_for(x: Inputs) -> KernelConfig | None:
 
 
 def listed(active_BUN: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries of each unit, first those that use it in ascending order, and their number.
+    """The queries of each unit, first those that use it, and how many come before each of them.
 
     Shapes do not depend on values, so the host does not wait for the device.
     """
     b, units, n = active_BUN.shape
-    rows = active_BUN.new_empty(active_BUN.shape, dtype=torch.int32)
-    count = active_BUN.new_empty(b, units, dtype=torch.int32)
-    if rows.numel() == 0:
-        return rows, count.zero_()
-    block = min(LISTED, next_power_of_two(n))
-    with on_device(active_BUN):
-        list_rows[(b * units,)](_bytes(active_BUN), rows, count, n, BLOCK_ROWS=block, num_warps=4)
-    return rows, count
+    rows = active_BUN.new_empty(b, units, n, dtype=torch.int32)
+    preceding = active_BUN.new_empty(b, units, n + 1, dtype=torch.int32)
+    block, users = min(LISTED, next_power_of_two(n)), _bytes(active_BUN)
+    if rows.numel():
+        with on_device(active_BUN):
+            list_rows[(b * units,)](users, rows, preceding, n, BLOCK_ROWS=block, num_warps=4)
+    return rows, preceding
 
 
 def _bytes(active_BUN: Tensor) -> Tensor:
@@ -94,8 +94,7 @@ def launch(
         *v.stride()[:3],
     )
     # fmt: on
-    options = common_options(rule, config, False, q)
-    del options["PAGED"]
+    options = rule_options(rule, config, q)
     options |= {"D": d, "E": e, "BLOCK_D": next_power_of_two(d), "BLOCK_E": next_power_of_two(e)}
     with on_device(q):
         if not decode:
@@ -107,3 +106,28 @@ def launch(
         if splits > 1:
             merge(part, part_lse, y, lse)
     return y, lse
+
+
+def configs_for(x: Inputs) -> gradient.Configs | None:
+    """The configurations of attention's gradient, or None: then torch computes it."""
+    return gradient.configs_for(x.q_BHNd, x.v_BGMe, "routed")
+
+
+def launch_backward(
+    grads: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor],
+    x: Inputs,
+    rule: Rule,
+    configs: gradient.Configs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v by the kernels of `attention`, over the queries that use a head.
+
+    Args:
+        grads: of y_BHNe and lse_BHN.
+        outputs: y_BHNe and lse_BHN.
+        x: arguments of the op.
+        rule: scale, causality, window, softcap.
+        configs: tile sizes of the kernel for q and of the one for k and v.
+    """
+    given, lists = (*x[:3], x.kv_start_B, x.kv_len_B), listed(x.active_BUN)
+    return gradient.launch_backward(grads, outputs, given, rule, configs, lists)

@@ -132,15 +132,14 @@ def _cuda_backward(
     dy: Tensor, dlse: Tensor, y: Tensor, lse: Tensor, *inputs: Tensor,
     scale: float, causal: bool = True, sliding_window: int = 0, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """That of attention, in which a query has no part whose lse is -inf."""
+    """The kernels of attention's gradient, over the queries that use a head."""
     x, rule = Inputs(*inputs), Rule(scale, causal, sliding_window, softcap)
-    launch = load_launch("reattend.kernels.attention.launch_backward")
-    configs = launch.configs_for(x.q_BHNd, x.v_BGMe)
+    launch = load_launch("reattend.kernels.routed_attention.launch")
+    configs = launch.configs_for(x)
     if configs is None:  # fp64, very wide heads, a GPU no kernel is shipped for
         return reference.backward((dy, dlse), (y, lse), x, rule)
-    given = (*x[:3], x.kv_start_B, x.kv_len_B)
     done: tuple[Tensor, Tensor, Tensor] = launch.launch_backward(
-        (dy, dlse), (y, lse), given, rule, configs
+        (dy, dlse), (y, lse), x, rule, configs
     )
     return done
 

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.attention.triton_sweep import sweep
-from reattend.kernels.triton_tiles import finish, key_range, load_tile, split_range
+from reattend.kernels.triton_tiles import (
+    finish,
+    key_range,
+    last_queries_first,
+    load_tile,
+    split_range,
+)
 
 
 @triton.jit
@@ -27,7 +33,7 @@ def routed_prefill(
     y,
     lse,
     rows,
-    count,
+    preceding,
     kv_start,
     kv_len,
     scale,
@@ -61,18 +67,12 @@ def routed_prefill(
 ):
     """Grid: (query tiles * H * B). y and lse are contiguous (B, H, N, E) and (B, H, N).
 
-    ``rows`` (B, U, N) lists every query, the ``count`` (B, U) that use the unit first, ascending;
-    the others get 0 and -inf.
+    ``rows`` and ``preceding`` are of `list_rows`; queries that do not use the head get 0 and -inf.
     """
-    tiles = tl.cdiv(n, BLOCK_ROWS)
-    pid = tl.program_id(0)
-    # the last queries see the most keys: start them first
-    tile, rest = tiles - 1 - pid % tiles, pid // tiles
-    head = rest % heads
-    b = (rest // heads).to(tl.int64)
+    tile, head, b = last_queries_first(tl.cdiv(n, BLOCK_ROWS), heads, 1)
     g, h = (head // group).to(tl.int64), head.to(tl.int64)
     unit = b * units + head // (heads // units)
-    used = tl.load(count + unit)
+    used = tl.load(preceding + unit * (n + 1) + n)
     place = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row, is_other = place < used, (place >= used) & (place < n)
     row = tl.load(rows + unit * n + place, mask=place < n, other=0)

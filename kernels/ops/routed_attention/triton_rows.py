@@ -10,11 +10,11 @@ import triton.language as tl
 
 
 @triton.jit
-def list_rows(active, rows, count, n, BLOCK_ROWS: tl.constexpr):
-    """Grid: (B * U). ``active`` and ``rows`` are [B * U, N], contiguous, ``count`` [B * U].
+def list_rows(active, rows, preceding, n, BLOCK_ROWS: tl.constexpr):
+    """Grid: (B * U). ``active`` and ``rows`` are [B * U, N], ``preceding`` [B * U, N + 1].
 
-    Queries that use the unit come first, in ascending order; ``count`` of them. The others follow
-    from the end, so one pass places both.
+    Queries that use the unit come first, in ascending order; the others follow from the end, so one
+    pass places both. ``preceding`` says how many users come before a query, and last their number.
     """
     unit = tl.program_id(0).to(tl.int64)
     used = 0
@@ -25,5 +25,6 @@ def list_rows(active, rows, count, n, BLOCK_ROWS: tl.constexpr):
         before = used + tl.cumsum(on, 0)
         place = tl.where(on != 0, before - 1, n - 1 - (row - before))
         tl.store(rows + unit * n + place, row, mask=is_row)
+        tl.store(preceding + unit * (n + 1) + row, before - on, mask=is_row)
         used += tl.sum(on, 0)
-    tl.store(count + unit, used)
+    tl.store(preceding + unit * (n + 1) + n, used)

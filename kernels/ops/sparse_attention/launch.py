@@ -153,9 +153,8 @@ def launch_backward(
     q, k, v = x.q_BHNd, x.k_BGMd, x.v_BGMe
     (b, h, n, _), (groups, m) = q.shape, k.shape[1:3]
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    dy, lse = grads[0].to(q.dtype).contiguous(), outputs[1].contiguous()
-    _, shift = prepared((dy, grads[1]), outputs)
-    given = (q, k, v, dy, lse, shift)
+    dy = grads[0].to(q.dtype).contiguous()
+    given = (q, k, v, dy, *prepared((dy, grads[1]), outputs))
     row_ptr, col, tile, tiles, head_layout = (t.contiguous() for t in x.layout)
     rows = tuple(t.contiguous() for t in x.rows)
     columns = -(-m // x.block)

@@ -13,32 +13,8 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.sparse_attention.triton_sweep import row_entries, seen_pairs
-from reattend.kernels.triton_tiles import LOG2E, load_tile, soft_cap
-
-
-@triton.jit
-def score_gradient(
-    q_tile,
-    dy_tile,
-    k_tile,
-    v_tile,
-    log_sum,
-    shift,
-    seen,
-    scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Probabilities (rows, keys) and the gradient of q . k, without the factor ``scale``."""
-    s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-    slope = 1.0
-    if HAS_SOFTCAP:
-        s = soft_cap(s, softcap)
-        slope = 1.0 - (s / softcap) * (s / softcap)
-    p = tl.where(seen, tl.exp2((s - log_sum[:, None]) * LOG2E), 0.0)
-    dp = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION)
-    return p, p * (dp + shift[:, None]) * slope
+from reattend.kernels.triton_gradient import score_gradient
+from reattend.kernels.triton_tiles import last_queries_first, load_tile
 
 
 @triton.jit
@@ -47,7 +23,7 @@ def sparse_dq(
     k,
     v,
     dy,
-    lse,
+    top,
     shift,
     dq,
     row_ptr,
@@ -80,9 +56,7 @@ def sparse_dq(
     parts: tl.constexpr = BLOCK // BLOCK_ROWS
     key_parts: tl.constexpr = BLOCK // BLOCK_KEYS
     count = ((n + BLOCK - 2) // BLOCK + 1) * parts
-    pid = tl.program_id(0)
-    head, b = pid // count % heads, (pid // count // heads).to(tl.int64)
-    number = count - 1 - pid % count
+    number, head, b = last_queries_first(count, heads, 1)
     start = tl.load(kv_start + b).to(tl.int32)
     end = tl.load(kv_len + b).to(tl.int32)
     first_pos = end - start - n
@@ -96,9 +70,8 @@ def sparse_dq(
     base = (b * heads + head) * n
     q_tile = load_tile(q + base * D, row.to(tl.int64) * D, is_row, D, BLOCK_D, True, UPCAST)
     dy_tile = load_tile(dy + base * E, row.to(tl.int64) * E, is_row, E, BLOCK_E, True, UPCAST)
-    log_sum = tl.load(lse + base + row, mask=is_row, other=float("-inf"))
-    is_row = is_row & (log_sum > float("-inf"))
-    log_sum = tl.where(is_row, log_sum, 0.0)
+    highest = tl.load(top + base + row, mask=is_row, other=float("inf"))
+    is_row = is_row & (highest < float("inf"))
     moved = tl.load(shift + base + row, mask=is_row, other=0.0)
     keys = tl.minimum(end, m) - start
     cache = (b * (heads // group) + head // group) * m + start
@@ -111,12 +84,10 @@ def sparse_dq(
         k_tile = load_tile(k + cache * D, j.to(tl.int64) * D, is_key, D, BLOCK_D, True, UPCAST)
         v_tile = load_tile(v + cache * E, j.to(tl.int64) * E, is_key, E, BLOCK_E, True, UPCAST)
         seen = seen_pairs(tiles, tl.load(tile + entry), inside, is_row, within, is_key, BLOCK)
-        # fmt: off
-        _, ds = score_gradient(
-            q_tile, dy_tile, k_tile, v_tile, log_sum, moved, seen, scale, softcap, HAS_SOFTCAP,
-            PRECISION,
-        )
-        # fmt: on
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        dp = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION)
+        _, ds = score_gradient(s, dp, highest[:, None], moved[:, None], scale, softcap, HAS_SOFTCAP)
+        ds = tl.where(seen, ds, 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     d = tl.arange(0, BLOCK_D)
     place = (base + row)[:, None] * D + d[None, :]
@@ -130,7 +101,7 @@ def sparse_dkv(
     k,
     v,
     dy,
-    lse,
+    top,
     shift,
     dk,
     dv,
@@ -192,20 +163,21 @@ def sparse_dkv(
             inside = step % row_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             row = (tl.load(rows + entry) + first) * BLOCK + inside - first_pos
             is_row = (row >= 0) & (row < n)
-            log_sum = tl.load(lse + base + row, mask=is_row, other=float("-inf"))
-            is_row = is_row & (log_sum > float("-inf"))
-            log_sum = tl.where(is_row, log_sum, 0.0)
+            highest = tl.load(top + base + row, mask=is_row, other=float("inf"))
+            is_row = is_row & (highest < float("inf"))
             moved = tl.load(shift + base + row, mask=is_row, other=0.0)
             at = row.to(tl.int64)
             q_tile = load_tile(q + base * D, at * D, is_row, D, BLOCK_D, True, UPCAST)
             dy_tile = load_tile(dy + base * E, at * E, is_row, E, BLOCK_E, True, UPCAST)
             seen = seen_pairs(tiles, tl.load(tile + entry), inside, is_row, within, is_key, BLOCK)
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            dp = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION)
             # fmt: off
             p, ds = score_gradient(
-                q_tile, dy_tile, k_tile, v_tile, log_sum, moved, seen, scale, softcap, HAS_SOFTCAP,
-                PRECISION,
+                s, dp, highest[:, None], moved[:, None], scale, softcap, HAS_SOFTCAP
             )
             # fmt: on
+            p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
             p, ds = tl.trans(p.to(dy_tile.dtype)), tl.trans(ds.to(q_tile.dtype))
             dv_acc = tl.dot(p, dy_tile, dv_acc, input_precision=PRECISION)
             dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision=PRECISION)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.sparse_attention.triton_sweep import row_entries, sweep
-from reattend.kernels.triton_tiles import finish, load_tile, split_range
+from reattend.kernels.triton_tiles import finish, last_queries_first, load_tile, split_range
 
 
 @triton.jit
@@ -65,9 +65,7 @@ def sparse_prefill(
     """
     parts: tl.constexpr = BLOCK // BLOCK_ROWS
     count = ((n + BLOCK - 2) // BLOCK + 1) * parts
-    pid = tl.program_id(0)
-    head, b = pid // count % heads, (pid // count // heads).to(tl.int64)
-    number = count - 1 - pid % count  # the last queries often see the most keys
+    number, head, b = last_queries_first(count, heads, 1)
     start = tl.load(kv_start + b).to(tl.int32)
     end = tl.load(kv_len + b).to(tl.int32)
     first_pos = end - start - n  # logical position of query 0, negative in padding
