@@ -169,9 +169,10 @@ def table(results: dict[str, Any]) -> str:
         "groups, one group shared, but none in rows that say so or `on average`, nor in "
         "`1 of 2 KV groups`; distilled on "
         f"{results['inputs']['tokens']:,} tokens of calibration.txt, long {LONG:,} "
-        f"(`lr: {LONG_WAY['lr']}`); {results['inputs']['rows']} x {TOKENS} held-out tokens. Used and read: mean over tokens "
-        "and layers of those; busiest and idlest: shares of the tokens, over all layers. Gain: "
-        f"nats per key token over the same key never shown. Command: `{results['command']}`",
+        f"(`lr: {LONG_WAY['lr']}`); {results['inputs']['rows']} x {TOKENS} held-out "
+        "tokens. Used and read: mean over tokens and layers of those; busiest and idlest: shares "
+        "of the tokens, over all layers. Gain: nats per key token over the same key never shown. "
+        f"Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 
