@@ -121,6 +121,21 @@ def test_before_training_the_last_tokens_are_read() -> None:
         assert gap(mixer(x, Context(mask=real)), expected, real) < 1e-12
 
 
+def test_occurrences_of_a_token_rank_by_place_however_a_product_rounds(monkeypatch: Any) -> None:
+    block = dense(config())
+    mixer = untrained(block, topk=6)
+    x, real = inputs(5, (0, 0))
+    x, real = x.repeat(1, 8, 1), real.repeat(1, 8)
+    method, exact = mixer.selecting["0"], type(mixer.selecting["0"]).scores
+    with torch.no_grad():
+        expected = mixer(x, Context(mask=real))
+        monkeypatch.setattr(
+            type(method), "scores",
+            lambda self, v: exact(self, v) * (1 + 1e-7 * torch.randn(v.shape[:3], dtype=v.dtype)),
+        )  # fmt: skip
+        assert gap(mixer(x, Context(mask=real)), expected, real) < 1e-12
+
+
 def test_decoding_equals_one_pass() -> None:
     rule = {"sites": "*", "to": "sparse", "pattern": {"select": {"kind": "values", "topk": 5}},
             "finder": "gate", "steps": 40}  # fmt: skip

@@ -34,5 +34,7 @@ def side_by_side(
             worker.terminate()
         for worker in workers:
             worker.join()
+            while worker.is_alive():  # the pool's own thread was told of its end, and notes it soon
+                time.sleep(0.01)
     unfinished: Future[Any] = Future()
     return [future if future in ended else unfinished for future in futures]

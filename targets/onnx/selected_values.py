@@ -1,7 +1,8 @@
 """Choosing tokens by a trained score of their values, in ONNX's textual syntax: DMA.
 
 The meaning is that of `reattend.mixers.selecting.values`. Units are tokens from the last one to the
-first: of equal scores the later token is the better one, and TopK takes the first. One token ranks
+first: of equal scores the later token is the better one, and TopK takes the first; scores go in the
+steps of float16, because equal values must have equal scores in every call. One token ranks
 and gathers for itself. Several do in regions, as scores know no query: what c neighbours choose
 are the best tokens, but for those that not all of them see. Letters: B rows, G KV heads, N new
 tokens, C capacity, f numbers of the values of all KV heads, R regions, c queries of each, K rows
@@ -23,7 +24,12 @@ SCORED = """
   value_soft = Softplus (value_rates)
   gain_float = Cast <to = 1> (gain)
   value_scores = Mul (value_soft, gain_float)
-  score_beside = Transpose <perm = [0, 2, 1]> (value_scores)
+  step_most = Constant <value_float = 65504.0> ()
+  step_least = Neg (step_most)
+  score_held = Clip (value_scores, step_least, step_most)
+  score_short = Cast <to = 10> (score_held)
+  score_steps = Cast <to = 1> (score_short)
+  score_beside = Transpose <perm = [0, 2, 1]> (score_steps)
   new_score_float = Unsqueeze (score_beside, others)
   new_score = CastLike (new_score_float, past_score)
   present_score = TensorScatter <axis = 2> (past_score, new_score, write)

@@ -52,14 +52,14 @@ class ValuesMethod(Learner):
 
     def summarise(self, whole: Whole) -> Tensor:
         """The score of every token."""
-        return self.scores(whole.v_BGQce[..., 0, :])[..., None]
+        return _ranked(self.scores(whole.v_BGQce[..., 0, :]))[..., None]
 
     def choose(self, asked: Asked) -> Tokens:
         """The best tokens before each query, and itself."""
         told = asked.summaries_BGQw
         if told is None:
             assert asked.v_BGMe is not None
-            told = self.scores(asked.v_BGMe)[..., None]
+            told = _ranked(self.scores(asked.v_BGMe))[..., None]
         # places in the order of scores: no two are equal, however many tokens there are
         order = told[..., 0].argsort(dim=-1, stable=True)
         rank_BGM = order.argsort(dim=-1).to(torch.float32)
@@ -68,3 +68,14 @@ class ValuesMethod(Learner):
         rank_BGNM = rank_BGM[:, :, None].expand(-1, -1, len(i), -1)
         chosen = within(rank_BGNM, seen, self.selector, i == j)
         return Tokens(chosen.repeat_interleave(asked.core.heads // asked.core.kv_heads, 1))
+
+
+def _ranked(score_BGM: Tensor) -> Tensor:
+    """Scores as they are compared: in the steps of float16.
+
+    In a first layer all occurrences of a token have the same values, and so one score. How a matrix
+    product rounds depends on how many rows it has, so without steps prompts and single tokens, or
+    two runtimes, would choose different ones.
+    """
+    most = torch.finfo(torch.float16).max
+    return score_BGM.clamp(-most, most).to(torch.float16).to(score_BGM.dtype)
