@@ -75,7 +75,7 @@ def _ranked(score_BGM: Tensor) -> Tensor:
 
     In a first layer all occurrences of a token have the same values, and so one score. How a matrix
     product rounds depends on how many rows it has, so without steps prompts and single tokens, or
-    two runtimes, would choose different ones.
+    two runtimes, would choose different ones. With them only scores at a step's edge can.
     """
     most = torch.finfo(torch.float16).max
     return score_BGM.clamp(-most, most).to(torch.float16).to(score_BGM.dtype)
