@@ -30,6 +30,7 @@ from timing import in_turns, times_faster
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.targets.onnx.encoder_band import band_of
+from reattend.targets.onnx.encoder_body import ENCODER
 from reattend.targets.onnx.encoder_regions import regions
 from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
 
@@ -117,11 +118,8 @@ def boxes(rows: Rows) -> Call:
     """`RegionAttention` with the boxes that an export finds."""
     found = regions(rows.pattern, CORE, TOKENS)
     assert found is not None
-    told = {
-        "query_rows": found.query_rows_Rc, "key_rows": found.key_rows_RK,
-        "seen": found.masks_UcK[found.mask_R], "at": found.at_N,
-    }  # fmt: skip
-    inputs = {**rows.inputs, **{k: x.contiguous().numpy() for k, x in told.items()}}
+    told = [x.numpy() for x in found.told]
+    inputs = {**rows.inputs, **dict(zip(ENCODER["RegionAttention"][3:], told, strict=True))}
     return one("RegionAttention", inputs, ["y"], RULES, ours=True)
 
 

@@ -3,9 +3,10 @@
 Which keys are read is said by inputs: what a pattern shows, or what was chosen before in the graph.
 `MaskedAttention` forms every score. The others read, for every region of queries, listed rows:
 `RegionAttention` the same ones in all heads and texts, `ChosenRegionAttention` rows of each head's
-own, and `BandAttention` (`encoder_band.py`) those near in the text. Letters: B batch, H query
-heads, G key/value heads, J = H / G, N queries, M keys, R regions, c queries and K keys of a region,
-d and e widths.
+own, and `BandAttention` (`encoder_band.py`) those near in the text. `RegionAttention` takes one
+region after another: each reads as many rows as it needs, and its scores stay in the processor's
+cache. Letters: B batch, H query heads, G key/value heads, J = H / G, N queries, M keys, R regions,
+c queries and K keys of a region, d and e widths.
 """
 
 from __future__ import annotations
@@ -28,11 +29,35 @@ MASKED
 _QUERIES = """
   q_regions = Gather <axis = 2> (q, query_rows)"""
 
+# a span [3]: where a region's rows begin and end among key_rows, and where its mask begins in seen
 _REGIONS = """
-  read_key = Gather <axis = 2> (key, key_rows)
-  read_value = Gather <axis = 2> (value, key_rows)
-  visible = Unsqueeze (seen, axis_1)
-REGIONS
+  c_1 = Shape <start = 1, end = 2> (query_rows)
+  two = Constant <value_ints = [2]> ()
+  three = Constant <value_ints = [3]> ()
+  y_first = Scan <
+    body = of_a_region (int64[c] own_queries, int64[s] span) => (y_region)
+    {
+      rows_from = Slice (span, axis_0, axis_1)
+      rows_until = Slice (span, axis_1, two)
+      seen_from = Slice (span, two, three)
+      own_rows = Slice (key_rows, rows_from, rows_until)
+      own_many = Sub (rows_until, rows_from)
+      seen_many = Mul (own_many, c_1)
+      seen_until = Add (seen_from, seen_many)
+      seen_flat = Slice (seen, seen_from, seen_until)
+      by_query = Concat <axis = 0> (c_1, own_many)
+      visible = Reshape (seen_flat, by_query)
+      own_q = Gather <axis = 2> (q, own_queries)
+      read_key = Gather <axis = 2> (key, own_rows)
+      read_value = Gather <axis = 2> (value, own_rows)
+OF_REGION
+    },
+    num_scan_inputs = 2
+  > (query_rows, spans)
+  y_regions = Transpose <perm = [1, 2, 0, 3, 4]> (y_first)
+  value_width = Shape <start = 3, end = 4> (value)
+  flat = Concat <axis = 0> (same, same, others, value_width)
+  y_flat = Reshape (y_regions, flat)
   y = Gather <axis = 2> (y_flat, at)
 }"""
 
@@ -49,19 +74,19 @@ MANY_WEIGHTS
   y = Gather <axis = 2> (y_flat, at)
 }}"""
 
-_REGION_INPUTS = ("q", "key", "value", "query_rows", "key_rows", "seen", "at")
+_ROWS = ("q", "key", "value", "query_rows", "key_rows", "seen")
 #: inputs of each node
 ENCODER = {
     "MaskedAttention": ("q", "key", "value", "seen"),
-    "RegionAttention": _REGION_INPUTS,
-    "ChosenRegionAttention": _REGION_INPUTS,
+    "RegionAttention": (*_ROWS, "spans", "at"),
+    "ChosenRegionAttention": (*_ROWS, "at"),
     BAND: ("q", "key", "value", "place"),
 }
 #: attributes of a node beside scale and softcap, whole numbers
 WHOLE = {BAND: ("sinks", "window")}
 _BODIES = {
     "MaskedAttention": _SEEN,
-    "RegionAttention": _QUERIES + _REGIONS,
+    "RegionAttention": _REGIONS,
     "ChosenRegionAttention": _QUERIES + _CHOSEN,
     BAND: BAND_BODY,
 }
@@ -77,4 +102,6 @@ def encoder_body(name: str, capped: bool = True) -> str:
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
     start = start.replace("MORE", "".join(f", {x}: int" for x in WHOLE.get(name, ())))
     body = _BODIES[name].replace("\nMASKED", every_score("key", "value", "masked_y"))
+    one = every_score("read_key", "read_value", "y_region", "own_q", "c_1")
+    body = body.replace("\nOF_REGION", one)
     return finished(start + body, capped)

@@ -102,14 +102,14 @@ def one_token(key: str, value: str) -> str:
     return _ONE_TOKEN.replace("KEY", key).replace("VALUE", value)
 
 
-# every query, q, with all rows of a key and a value that queries share, under a mask
+# every query of a call with all rows of a key and a value that queries share, under a mask
 _EVERY_SCORE = """
       by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
+      q_rows = Reshape (QUERY, by_group)
       q_scaled = Mul (q_rows, factor)
       key_t = Transpose <perm = [0, 1, 3, 2]> (KEY)
       score_rows = MatMul (q_scaled, key_t)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
+      by_head = Concat <axis = 0> (same, others, MANY_ROWS, same)
       scores_any = Reshape (score_rows, by_head)
 MANY_WEIGHTS
       weight_rows = Reshape (weights, by_group)
@@ -117,10 +117,10 @@ MANY_WEIGHTS
       RESULT = Reshape (y_rows, by_head)"""
 
 
-def every_score(key: str, value: str, result: str) -> str:
-    """Lines that make `result` [B, H, N, e] of q from `visible` and all rows of these values."""
-    text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value)
-    return text.replace("RESULT", result)
+def every_score(key: str, value: str, result: str, query: str = "q", many: str = "n_1") -> str:
+    """Lines that make `result` [B, H, N, e] of so many queries from `visible` and all rows."""
+    text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value).replace("QUERY", query)
+    return text.replace("MANY_ROWS", many).replace("RESULT", result)
 
 
 # The rows [B, H, R, K] that regions of queries read, of each query head's own KV head (or H = G):
