@@ -123,8 +123,8 @@ def every_score(key: str, value: str, result: str, query: str = "q", many: str =
     return text.replace("MANY_ROWS", many).replace("RESULT", result)
 
 
-# The rows [B, H, R, K] that regions of queries read, of each query head's own KV head (or H = G):
-# read_key and read_value [B, H, R, K, d or e].
+# The rows [B, H, R, K] that regions of queries read (or [B, H, K]: one region), of each query
+# head's own KV head (or H = G): read_key and read_value [B, H, R, K, d or e].
 _READ_ROWS = """
       row_1 = Constant <value_ints = [1]> ()
       as_index = Concat <axis = 0> (same, g, others, row_1)
@@ -143,6 +143,16 @@ _READ_ROWS = """
 def read_rows(key: str, value: str) -> str:
     """Lines that gather, of these values, the rows `rows_in` that each region of queries reads."""
     return _READ_ROWS.replace("HELD_KEY", key).replace("HELD_VALUE", value)
+
+
+#: own_q [B, H, c, d], rows_in [B, H, K] and visible [B or 1, H or 1, c or 1, K or 1] of one region
+#: -> y_region [B, H, c, e]
+OWN_ROWS = f"""{read_rows("key", "value")}
+      own_scaled = Mul (own_q, factor)
+      key_t = Transpose <perm = [0, 1, 3, 2]> (read_key)
+      scores_any = MatMul (own_scaled, key_t)
+MANY_WEIGHTS
+      y_region = MatMul (weights, read_value)"""
 
 
 #: queries of a region: of fewer more rows are copied, of more each reads more that others chose
