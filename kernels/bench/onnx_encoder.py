@@ -51,12 +51,12 @@ class Case:
 
     name: str
     pattern: dict[str, Any] | None = None
+    shape: tuple[int, ...] = (64, 64)
     chosen: tuple[int, float] = (0, 0.0)
     before: bool = False
     together: int = 0
 
 
-IMAGE = (64, 64)
 CASES = (
     Case("text: 4 sinks, window of 256 on both sides", {"sinks": 4, "window": 256}),
     Case("text: window of 64 on both sides", {"window": 64}),
@@ -64,6 +64,9 @@ CASES = (
     Case("clear: radius 8 of 64 x 64", {"grid": {"radius": 8, "norm": "circle"}}),
     Case("clear: radius 16 of 64 x 64", {"grid": {"radius": 16, "norm": "circle"}}),
     Case("tile: 8 x 8 and the next ones of 64 x 64", {"tiles": {"tile": [8, 8], "radius": 1}}),
+    Case("radial: 16 frames of 16 x 16", {"radial": {}}, (16, 16, 16)),
+    Case("radial: 32 frames of 8 x 16", {"radial": {}}, (32, 8, 16)),
+    Case("radial: 64 frames of 8 x 8, blocks of 64", {"radial": {"block": 64}}, (64, 8, 8)),
     Case("biformer: 16 of 64 tiles", chosen=(64, 0.25)),
     Case("sparsed: a later pass, 30 % of blocks of 128", chosen=(128, 0.3), before=True),
     Case("256 queries, each with rows of its own", together=1),
@@ -81,7 +84,7 @@ class Rows:
         self.case, shape = case, (3, 1, HEADS, TOKENS, WIDTH)
         self.q, self.k, self.v = random.standard_normal(shape, np.float32)
         if case.pattern is not None:
-            self.pattern = HeadPattern.model_validate(laid_out(case.pattern, {"shape": IMAGE}))
+            self.pattern = HeadPattern.model_validate(laid_out(case.pattern, {"shape": case.shape}))
             place = torch.arange(TOKENS)
             self.seen: Array = self.pattern.sees(place[:, None], place, CORE)[None].numpy()
             return
