@@ -102,14 +102,14 @@ def one_token(key: str, value: str) -> str:
     return _ONE_TOKEN.replace("KEY", key).replace("VALUE", value)
 
 
-# every query, q, with all rows of a key and a value that queries share, under a mask
+# every query of a call with all rows of a key and a value that queries share, under a mask
 _EVERY_SCORE = """
       by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
+      q_rows = Reshape (QUERY, by_group)
       q_scaled = Mul (q_rows, factor)
       key_t = Transpose <perm = [0, 1, 3, 2]> (KEY)
       score_rows = MatMul (q_scaled, key_t)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
+      by_head = Concat <axis = 0> (same, others, MANY_ROWS, same)
       scores_any = Reshape (score_rows, by_head)
 MANY_WEIGHTS
       weight_rows = Reshape (weights, by_group)
@@ -117,14 +117,14 @@ MANY_WEIGHTS
       RESULT = Reshape (y_rows, by_head)"""
 
 
-def every_score(key: str, value: str, result: str) -> str:
-    """Lines that make `result` [B, H, N, e] of q from `visible` and all rows of these values."""
-    text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value)
-    return text.replace("RESULT", result)
+def every_score(key: str, value: str, result: str, query: str = "q", many: str = "n_1") -> str:
+    """Lines that make `result` [B, H, N, e] of so many queries from `visible` and all rows."""
+    text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value).replace("QUERY", query)
+    return text.replace("MANY_ROWS", many).replace("RESULT", result)
 
 
-# The rows [B, H, R, K] that regions of queries read, of each query head's own KV head (or H = G):
-# read_key and read_value [B, H, R, K, d or e].
+# The rows [B, H, R, K] that regions of queries read (or [B, H, K]: one region), of each query
+# head's own KV head (or H = G): read_key and read_value [B, H, R, K, d or e].
 _READ_ROWS = """
       row_1 = Constant <value_ints = [1]> ()
       as_index = Concat <axis = 0> (same, g, others, row_1)
@@ -143,6 +143,16 @@ _READ_ROWS = """
 def read_rows(key: str, value: str) -> str:
     """Lines that gather, of these values, the rows `rows_in` that each region of queries reads."""
     return _READ_ROWS.replace("HELD_KEY", key).replace("HELD_VALUE", value)
+
+
+#: own_q [B, H, c, d], rows_in [B, H, K] and visible [B or 1, H or 1, c or 1, K or 1] of one region
+#: -> y_region [B, H, c, e]
+OWN_ROWS = f"""{read_rows("key", "value")}
+      own_scaled = Mul (own_q, factor)
+      key_t = Transpose <perm = [0, 1, 3, 2]> (read_key)
+      scores_any = MatMul (own_scaled, key_t)
+MANY_WEIGHTS
+      y_region = MatMul (weights, read_value)"""
 
 
 #: queries of a region: of fewer more rows are copied, of more each reads more that others chose
