@@ -27,7 +27,7 @@ from reattend.targets.onnx.selected_choice import (
     SUMMARY,
     ranking,
 )
-from reattend.targets.onnx.selected_chunks import MASK_OF_CHUNKS, PICK_OF_CHUNKS
+from reattend.targets.onnx.selected_chunks import PICK_OF_CHUNKS, PROMPT_OF_CHUNKS
 from reattend.targets.onnx.selected_lines import LINE_ATTRIBUTES, lines_or
 from reattend.targets.onnx.selected_prompts import POOLED, REGIONS
 from reattend.targets.onnx.selected_routed import routed_or
@@ -259,7 +259,7 @@ KINDS = {
     ),
     "SegmentsAttention": Kind(
         CHUNK_ATTRIBUTES, ("past_logit", *PREDICTOR), ("present_logit",), CHUNKS,
-        PICK_OF_CHUNKS, MASK_OF_CHUNKS,
+        PICK_OF_CHUNKS, "", PROMPT_OF_CHUNKS,
     ),
     "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, EVERY),
     "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, EVERY),
