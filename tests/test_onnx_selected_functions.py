@@ -36,6 +36,7 @@ LINES = {
 #: so few that their rows are gathered
 FEW = {**LINES, "columns": 3, "slashes": 2}
 ATTENDED = {**BLOCKS, "key": "attended", "first": 1, "last": 2}
+LABELS = {"kind": "channels", "share": 0.3, "phase": "both"}
 CHUNKS = {
     "kind": "segments", "window": 2, "apart": 3, "longest": 7, "local": 4, "hidden": 5,
 }  # fmt: skip
@@ -51,9 +52,9 @@ CASES: dict[str, tuple[dict[str, Any], int, float]] = {
     "gate with a threshold": ({"select": {**GATE, "threshold": 0.2}, "window": 3}, 0, 2.0),
     "labels": ({"select": {"kind": "channels", "share": 0.3, "topk": 5}}, 0, 0.0),
     "labels of prompts too": (
-        {"select": {"kind": "channels", "share": 0.3, "ratio": 0.2, "phase": "both"}, "sinks": 1},
-        20, 0.0,
+        {"select": {**LABELS, "ratio": 0.2}, "sinks": 1}, 20, 0.0,
     ),
+    "labels of prompts by share": ({"select": {**LABELS, "topp": 0.4}, "window": 3}, 20, 1.5),
     "pooled": ({"select": {**POOLED, "ratio": 0.3}}, 0, 0.0),
     "pooled, beside a window": ({"select": {**POOLED, "topp": 0.6}, "window": 7}, 30, 1.5),
     "pooled with a threshold": ({"select": {**POOLED, "threshold": 0.1}}, 0, 0.0),
@@ -195,7 +196,22 @@ def test_what_is_chosen_in_one_go_and_in_pieces(case: str) -> None:
             assert np.abs(error).max() <= 1e-5, (runtime, pieces)
 
 
-@pytest.mark.parametrize("case", ["moba", "gate", "attended", "values", "chunks", "few lines"])
+@pytest.mark.parametrize("ratio", [0.05, 0.4])
+def test_of_equal_labels_the_earlier_tokens_are_chosen(ratio: float) -> None:
+    """Products of small whole numbers are equal for many tokens; values are not."""
+    pattern = HeadPattern.model_validate({"select": {**LABELS, "ratio": ratio}})
+    core = core_of(0, 0.0)
+    q, k, v = given(core)
+    new = [np.round(q), np.round(k), v]
+    want = Node(pattern, core, "torch").step(new, T)
+    y = Node(pattern, core, "onnxruntime").step(new, T)
+    error = np.where((np.arange(T) >= START[:, None])[:, None, :, None], y - want, 0)
+    assert np.abs(error).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "case", ["moba", "gate", "attended", "values", "chunks", "few lines", "labels of prompts too"]
+)
 def test_float16(case: str) -> None:
     """Rounding decides near ties differently, for few queries."""
     said, own, softcap = CASES[case]

@@ -14,13 +14,14 @@ block meets the queries that chose it (`selected_routed.py`). What chooses is `s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reattend.targets.onnx.fragments import finished, one_token
 from reattend.targets.onnx.selected_attended import ATTENDED, CERTAIN, inner_caps
 from reattend.targets.onnx.selected_choice import (
     BLOCKS,
     BUDGETS,
+    COUNTS,
     GATE,
     MASK_OF_BLOCKS,
     PICK_OF_BLOCKS,
@@ -33,6 +34,7 @@ from reattend.targets.onnx.selected_prompts import POOLED, REGIONS
 from reattend.targets.onnx.selected_routed import routed_or
 from reattend.targets.onnx.selected_segments import CHUNK_ATTRIBUTES, CHUNKS, PREDICTOR
 from reattend.targets.onnx.selected_tokens import (
+    BY_BOUNDS,
     BY_LABEL,
     EVERY,
     LABELS,
@@ -251,7 +253,7 @@ KINDS = {
     ),
     # prompts too
     "EveryChannelsAttention": Kind(
-        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS + BY_LABEL, PICK_OF_TOKENS, MASK_OF_TOKENS
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "", BY_BOUNDS
     ),
     "ValuesAttention": Kind(
         _BUDGETS, ("past_score", "rate", "gain"), ("present_score",), SCORED, PICK_OF_SCORED, "",
@@ -278,6 +280,8 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
         capped: some node may have a softcap.
     """
     kind = KINDS[name]
+    if name == "EveryChannelsAttention" and not set(budgets) <= set(COUNTS):
+        kind = replace(kind, several=BY_LABEL + MASK_OF_TOKENS, reading=_MASKED)
     lines = {
         "NAME": name,
         "ATTRIBUTES": ", ".join(f"{k}: {t}" for k, t in kind.attributes.items()),

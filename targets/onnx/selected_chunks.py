@@ -237,14 +237,16 @@ _FIRST_SEEN = """
       as_first = Concat <axis = 0> (same, heads_1, n_1, others)
       first_seen = Reshape (first_near, as_first)
       is_sink = Less (number, sinks_int)
-      chunk_or_sink = Where (is_sink, chunks, chunk)"""
+      chunk_or_sink = Where (is_sink, chunks, chunk)
+      key_number = Identity (number)"""
 _SEEN = """
               first_t = Transpose <perm = [1, 0]> (first_tile)
               first_of_key = Gather <axis = 0> (first_t, chunk_all)
-              is_shown = LessOrEqual (first_of_key, key_column)
-              is_past = LessOrEqual (key_column, place_tile)
-              visible_t = And (is_shown, is_past)
-              visible = Transpose <perm = [1, 0]> (visible_t)"""
+              key_column = Unsqueeze (key_row, axis_1)
+              is_shown_t = LessOrEqual (first_of_key, key_column)
+              is_shown = Transpose <perm = [1, 0]> (is_shown_t)
+              is_past = LessOrEqual (key_row, place_tile)
+              visible = And (is_shown, is_past)"""
 PROMPT_OF_CHUNKS = (
     _ENDS
     + _PRODUCTS_WITH_SUMS
