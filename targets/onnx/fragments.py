@@ -110,17 +110,23 @@ _EVERY_SCORE = """
       key_t = Transpose <perm = [0, 1, 3, 2]> (KEY)
       score_rows = MatMul (q_scaled, key_t)
       by_head = Concat <axis = 0> (same, others, n_1, same)
-      scores_any = Reshape (score_rows, by_head)
+      scores_any = Reshape (score_rows, SHAPE)
 MANY_WEIGHTS
-      weight_rows = Reshape (weights, by_group)
+      score_rows_shape = Shape (score_rows)
+      weight_rows = Reshape (weights, score_rows_shape)
       y_rows = MatMul (weight_rows, VALUE)
       RESULT = Reshape (y_rows, by_head)"""
 
 
-def every_score(key: str, value: str, result: str) -> str:
-    """Lines that make `result` [B, H, N, e] of q from `visible` and all rows of these values."""
+def every_score(key: str, value: str, result: str, shape: str = "by_head") -> str:
+    """Lines that make `result` [B, H, N, e] of q from `visible` and all rows of these values.
+
+    Args:
+        key, value, result: names.
+        shape: of the scores, where `visible` does not broadcast to [B, H, N, M].
+    """
     text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value)
-    return text.replace("RESULT", result)
+    return text.replace("RESULT", result).replace("SHAPE", shape)
 
 
 # The rows [B, H, R, K] that regions of queries read, of each query head's own KV head (or H = G):

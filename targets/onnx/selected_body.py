@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from reattend.targets.onnx.fragments import finished, one_token
+from reattend.targets.onnx.fragments import every_score, finished, one_token
 from reattend.targets.onnx.selected_attended import ATTENDED, CERTAIN, inner_caps
 from reattend.targets.onnx.selected_choice import (
     BLOCKS,
@@ -164,20 +164,9 @@ CHOSEN
       wanted = Or (is_fixed, chosen)
       seen = And (allowed, wanted)
       visible = Unsqueeze (seen, axis_2)
-      by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
-      q_scaled = Mul (q_rows, factor)
-      key_t = Transpose <perm = [0, 1, 3, 2]> (read_key)
-      score_rows = MatMul (q_scaled, key_t)
       choosers = Shape <start = 1, end = 2> (chosen)
-      by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)
-      scores_any = Reshape (score_rows, by_chooser)
-MANY_WEIGHTS
-      as_rows = Concat <axis = 0> (same, g, others, total_1)
-      weight_rows = Reshape (weights, as_rows)
-      y_rows = MatMul (weight_rows, read_value)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
-      several_y = Reshape (y_rows, by_head)"""
+      by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)"""
+_UNDER_A_MASK += every_score("read_key", "read_value", "several_y", "by_chooser")
 
 
 _MASKED = _TOTAL + _UNDER_A_MASK
@@ -249,7 +238,7 @@ KINDS = {
     "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED, REGIONS),
     "VerticalSlashAttention": Kind(LINE_ATTRIBUTES, (), (), "", None, "", _ALONG_LINES),
     "ChannelsAttention": Kind(
-        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, EVERY
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "", EVERY
     ),
     # prompts too
     "EveryChannelsAttention": Kind(
@@ -263,8 +252,8 @@ KINDS = {
         CHUNK_ATTRIBUTES, ("past_logit", *PREDICTOR), ("present_logit",), CHUNKS,
         PICK_OF_CHUNKS, "", PROMPT_OF_CHUNKS,
     ),
-    "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, EVERY),
-    "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, EVERY),
+    "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, "", EVERY),
+    "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, "", EVERY),
 }  # fmt: skip
 #: inputs and outputs that are whole numbers
 INTEGERS = ("kv_start", "kv_len", "channels", "noted")

@@ -8,10 +8,6 @@ from __future__ import annotations
 
 from reattend.targets.onnx.selected_tiles import tiled
 
-#: every key, for several tokens
-EVERY = """
-      chosen = Equal (place, place)"""
-
 # Double Sparsity: a few channels of every key beside it
 LABELS = """
   axes_02 = Constant <value_ints = [0, 2]> ()
@@ -54,6 +50,28 @@ MASK_OF_TOKENS = """
       by_token = ScatterElements <axis = 3> (none, order, taken)
       chosen = Slice (by_token, same, total_1, axis_3_last)"""
 
+# of every query the first key that its block sees [B, H, N, 1]
+_REACHED = """
+      total = Gather (lengths, zero)
+      place_more = Add (place, one)
+      free = Min (place_more, reach)
+      heads_1 = Shape <start = 1, end = 2> (q)
+      by_heads = Concat <axis = 0> (one_1, heads_1, one_1, one_1)
+      reached_any = Sub (place_more, free)
+      reached_short = Cast <to = 6> (reached_any)
+      reached = Expand (reached_short, by_heads)"""
+_ALL_SEEN = """
+              is_past = LessOrEqual (key_row, place_tile)
+              is_near = GreaterOrEqual (key_row, reached_tile)
+              visible = And (is_past, is_near)"""
+#: every key, for several tokens
+EVERY = (
+    _REACHED
+    + """
+      key_number = Range (zero, total, one)"""
+    + tiled({"reached": "reached"}, {}, _ALL_SEEN)
+)
+
 # Where each query's number is known beforehand, nothing is sorted. Tokens go from the last to the
 # first, so that of equal ones the later is left out, in laps of several times as many as are
 # chosen: as many of them as are to be chosen have a best token above a bound, so above it are all
@@ -62,12 +80,9 @@ _BOUNDS = """
       forced = Constant <value_int = 0> ()
       four = Constant <value_int = 4> ()
       minus_one = Constant <value_int = -1> ()
-      place_more = Add (place, one)
-      free = Min (place_more, reach)
 BUDGET
       count_most = ReduceMax <keepdims = 0> (count)
       lap_least = Mul (count_most, four)
-      total = Gather (lengths, zero)
       laps_any = Div (total, lap_least)
       laps = Max (laps_any, one)
       laps_less = Sub (laps, one)
@@ -81,14 +96,9 @@ BUDGET
       key_number = Range (lap_last, minus_one, minus_one)
       label_row = Min (key_number, last_row)
       label_back = Gather <axis = 2> (present_label, label_row)
-      heads_1 = Shape <start = 1, end = 2> (q)
       as_choosers = Concat <axis = 0> (same, heads_1, n_1, others)
       chooser = Reshape (q_short, as_choosers)
-      by_heads = Concat <axis = 0> (one_1, heads_1, one_1, one_1)
       count_heads = Expand (count, by_heads)
-      reached_any = Sub (place_more, free)
-      reached_short = Cast <to = 6> (reached_any)
-      reached = Expand (reached_short, by_heads)
       window_any = Sub (place_more, w)
       window_short = Cast <to = 6> (window_any)
       window = Expand (window_short, by_heads)
@@ -137,6 +147,7 @@ CAP_RANKS
               visible = And (is_wanted, is_in)"""
 BY_BOUNDS = (
     LABEL_OF_QUERY
+    + _REACHED
     + _BOUNDS
     + tiled(
         {"chooser": "chooser", "count": "count_heads", "reached": "reached", "window": "window"},
