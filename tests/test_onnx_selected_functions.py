@@ -54,6 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], int, float]] = {
     "labels of prompts too": (
         {"select": {**LABELS, "ratio": 0.2}, "sinks": 1}, 20, 0.0,
     ),
+    "so many labels of prompts": ({"select": {**LABELS, "topk": 5}}, 0, 1.5),
     "labels of prompts by share": ({"select": {**LABELS, "topp": 0.4}, "window": 3}, 20, 1.5),
     "pooled": ({"select": {**POOLED, "ratio": 0.3}}, 0, 0.0),
     "pooled, beside a window": ({"select": {**POOLED, "topp": 0.6}, "window": 7}, 30, 1.5),

@@ -155,6 +155,10 @@ def read_rows(key: str, value: str) -> str:
 RUN = 128
 #: queries that meet a block of keys together, where each query chooses for itself
 TILE = 64
+#: whether they are more than that
+MANY = """
+      few = Constant <value_int = @TILE> ()
+      is_many = Less (few, n)"""
 #: queries in the order of the call, `run_most` at a time: q_regions [B, H, R, c, d]. The last query
 #: fills up the last region; `run_at` says which query stands where.
 RUNS = """
@@ -199,6 +203,25 @@ MANY_WEIGHTS
   e_last = Shape <start = 5, end = 6> (y_apart)
   as_y_flat = Concat <axis = 0> (same, heads_all, others, e_last)
   y_flat = Reshape (y_apart, as_y_flat)"""
+
+
+def either(condition: str, form: str, masked: str) -> str:
+    """Lines for several tokens, `several_y`: of a form of their own where a value says so.
+
+    Args:
+        condition: name of that value.
+        form, masked: lines; the second under a mask, for every other call.
+    """
+    form, masked = form.replace("several_y", "form_y"), masked.replace("several_y", "masked_y")
+    return f"""
+      several_y = If ({condition}) <
+        then_branch = in_this_form () => (form_y)
+        {{{form}
+        }},
+        else_branch = under_a_mask () => (masked_y)
+        {{{masked}
+        }}
+      >"""
 
 
 def finished(body: str, capped: bool, lifted: bool = True) -> str:

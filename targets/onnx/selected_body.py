@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from reattend.targets.onnx.fragments import every_score, finished, one_token
+from reattend.targets.onnx.fragments import MANY, either, every_score, finished, one_token
 from reattend.targets.onnx.selected_attended import ATTENDED, CERTAIN, inner_caps
 from reattend.targets.onnx.selected_choice import (
     BLOCKS,
@@ -28,13 +28,17 @@ from reattend.targets.onnx.selected_choice import (
     SUMMARY,
     ranking,
 )
-from reattend.targets.onnx.selected_chunks import PICK_OF_CHUNKS, PROMPT_OF_CHUNKS
+from reattend.targets.onnx.selected_chunks import (
+    CHOICE_OF_CHUNKS,
+    MASK_OF_CHUNKS,
+    PICK_OF_CHUNKS,
+    TILES_OF_CHUNKS,
+)
 from reattend.targets.onnx.selected_lines import LINE_ATTRIBUTES, lines_or
 from reattend.targets.onnx.selected_prompts import POOLED, REGIONS
 from reattend.targets.onnx.selected_routed import routed_or
 from reattend.targets.onnx.selected_segments import CHUNK_ATTRIBUTES, CHUNKS, PREDICTOR
 from reattend.targets.onnx.selected_tokens import (
-    BY_BOUNDS,
     BY_LABEL,
     EVERY,
     LABELS,
@@ -42,6 +46,8 @@ from reattend.targets.onnx.selected_tokens import (
     NOTING,
     PICK_OF_NOTED,
     PICK_OF_TOKENS,
+    TILES_OF_EVERY,
+    TILES_OF_LABELS,
 )
 from reattend.targets.onnx.selected_values import PICK_OF_SCORED, REGIONS_OF_SCORED, SCORED
 
@@ -174,6 +180,11 @@ _ROUTED = routed_or(_MASKED)
 _ALONG_LINES = lines_or(_TOTAL, _UNDER_A_MASK)
 
 
+def _in_tiles(tiles: str, chosen: str) -> str:
+    """Lines for several tokens: of many, and those that make `chosen` of few."""
+    return MANY + either("is_many", tiles, _MASKED.replace("\nCHOSEN", chosen))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A node.
@@ -218,6 +229,7 @@ _BLOCK = {"block": "int", **_BUDGETS}
 _ENDS = {"first": "int", "last": "int"}
 _LABEL_INPUTS, _LABEL = ("past_label", "channels"), ("present_label",)
 _SUMMARY = ("present_summary",)
+_EVERY, _BY_LABEL = _in_tiles(TILES_OF_EVERY, EVERY), BY_LABEL + MASK_OF_TOKENS
 KINDS = {
     "BlocksAttention": Kind(
         _BLOCK, ("past_summary",), _SUMMARY, SUMMARY + BLOCKS, PICK_OF_BLOCKS, MASK_OF_BLOCKS,
@@ -238,11 +250,12 @@ KINDS = {
     "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED, REGIONS),
     "VerticalSlashAttention": Kind(LINE_ATTRIBUTES, (), (), "", None, "", _ALONG_LINES),
     "ChannelsAttention": Kind(
-        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "", EVERY
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "", _EVERY
     ),
     # prompts too
     "EveryChannelsAttention": Kind(
-        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "", BY_BOUNDS
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "",
+        _in_tiles(TILES_OF_LABELS, _BY_LABEL),
     ),
     "ValuesAttention": Kind(
         _BUDGETS, ("past_score", "rate", "gain"), ("present_score",), SCORED, PICK_OF_SCORED, "",
@@ -250,10 +263,10 @@ KINDS = {
     ),
     "SegmentsAttention": Kind(
         CHUNK_ATTRIBUTES, ("past_logit", *PREDICTOR), ("present_logit",), CHUNKS,
-        PICK_OF_CHUNKS, "", PROMPT_OF_CHUNKS,
+        PICK_OF_CHUNKS, "", CHOICE_OF_CHUNKS + _in_tiles(TILES_OF_CHUNKS, MASK_OF_CHUNKS),
     ),
-    "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, "", EVERY),
-    "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, "", EVERY),
+    "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, "", _EVERY),
+    "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, "", _EVERY),
 }  # fmt: skip
 #: inputs and outputs that are whole numbers
 INTEGERS = ("kv_start", "kv_len", "channels", "noted")
@@ -270,7 +283,7 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
     """
     kind = KINDS[name]
     if name == "EveryChannelsAttention" and not set(budgets) <= set(COUNTS):
-        kind = replace(kind, several=BY_LABEL + MASK_OF_TOKENS, reading=_MASKED)
+        kind = replace(kind, several=_BY_LABEL, reading=_MASKED)
     lines = {
         "NAME": name,
         "ATTRIBUTES": ", ".join(f"{k}: {t}" for k, t in kind.attributes.items()),

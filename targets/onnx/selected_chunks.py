@@ -8,7 +8,7 @@ N new tokens, M tokens so far, K chunks, d key width.
 
 from __future__ import annotations
 
-from reattend.targets.onnx.selected_tiles import tiled
+from reattend.targets.onnx.selected_tiles import ALL_ROWS, tiled
 
 # Of every chunk its first and last token; of one whose end is not known, the last so far.
 _ENDS = """
@@ -198,8 +198,8 @@ _TAKEN = """
       so_far_32 = Cast <to = 6> (so_far)
       cut_first = Where (is_cut, cut_begin, so_far_32)"""
 
-# chosen [B, H, N, M], of one token
-_BY_TOKEN = """
+#: chosen [B, H, N, M]
+MASK_OF_CHUNKS = """
       as_table = Concat <axis = 0> (same, same, others, chunks_1)
       by_chunk_rows = Reshape (taken_or_open, as_table)
       chunk_table = Transpose <perm = [0, 1, 3, 2]> (by_chunk_rows)
@@ -237,28 +237,28 @@ _FIRST_SEEN = """
       as_first = Concat <axis = 0> (same, heads_1, n_1, others)
       first_seen = Reshape (first_near, as_first)
       is_sink = Less (number, sinks_int)
-      chunk_or_sink = Where (is_sink, chunks, chunk)
-      key_number = Identity (number)"""
+      chunk_or_sink = Where (is_sink, chunks, chunk)"""
+_CHUNK_OF_KEY = """
+          chunk_short = Cast <to = 6> (chunk_all)
+          each_query = Concat <axis = 0> (run_c_1, one_1)
+          chunk_of_key = Expand (chunk_short, each_query)"""
 _SEEN = """
-              first_t = Transpose <perm = [1, 0]> (first_tile)
-              first_of_key = Gather <axis = 0> (first_t, chunk_all)
-              key_column = Unsqueeze (key_row, axis_1)
-              is_shown_t = LessOrEqual (first_of_key, key_column)
-              is_shown = Transpose <perm = [1, 0]> (is_shown_t)
+              first_of_key = GatherElements <axis = 1> (first_tile, chunk_of_key)
+              is_shown = LessOrEqual (first_of_key, key_row)
               is_past = LessOrEqual (key_row, place_tile)
               visible = And (is_shown, is_past)"""
-PROMPT_OF_CHUNKS = (
-    _ENDS
-    + _PRODUCTS_WITH_SUMS
-    + _CHOSEN
+#: several tokens: what they choose; then many, and what few see
+CHOICE_OF_CHUNKS = _ENDS + _PRODUCTS_WITH_SUMS + _CHOSEN
+TILES_OF_CHUNKS = (
+    ALL_ROWS
     + _FIRST_SEEN
-    + tiled({"first": "first_seen"}, {"chunk": "chunk_or_sink"}, _SEEN)
+    + tiled({"first": "first_seen"}, {"chunk": "chunk_or_sink"}, _SEEN, _CHUNK_OF_KEY)
 )
 PICK_OF_CHUNKS = (
     _ENDS
     + _SUMS_OF_PRODUCTS
     + _CHOSEN
-    + _BY_TOKEN
+    + MASK_OF_CHUNKS
     + """
       chosen_int = Cast <to = 7> (chosen)
       chosen_many = ReduceSum <keepdims = 1> (chosen_int, axis_end)

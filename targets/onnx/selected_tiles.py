@@ -25,10 +25,14 @@ _BEFORE = f"""
       q_width = Shape <start = 3, end = 4> (q)
       as_q_tiles = Concat <axis = 0> (others, tiles_each, run_c_1, q_width)
       q_tiles = Reshape (q_regions, as_q_tiles)
-      key_row = Cast <to = 6> (key_number)
-      key_number_in = Min (key_number, last_row)
-      used_key = Gather <axis = 2> (present_key, key_number_in)
-      used_value = Gather <axis = 2> (present_value, key_number_in)"""
+      key_row = Cast <to = 6> (key_number)"""
+#: all rows so far, in their order
+ALL_ROWS = """
+      total = Gather (lengths, zero)
+      total_1 = Unsqueeze (total, axis_0)
+      key_number = Range (zero, total, one)
+      used_key = Slice (present_key, same, total_1, axis_2)
+      used_value = Slice (present_value, same, total_1, axis_2)"""
 _BY_QUERY = """
       NAME_run = Gather <axis = 2> (VALUE, run_at)
       NAME_width = Shape <start = 3, end = 4> (VALUE)
@@ -41,12 +45,12 @@ _BY_KEY = """
 _TILES = """
       tiles_y = Scan <
         body = of_head (BY_QUERY_head, BY_KEY_all) => (head_y)
-        {
-          key_t = Transpose <perm = [1, 0]> (key_all)
+        {OF_HEAD
           head_y = Scan <
             body = of_tile (BY_QUERY_tile) => (tile_y)
             {SEEN
               q_scaled = Mul (q_tile, factor)
+              key_t = Transpose <perm = [1, 0]> (key_all)
               scores_any = MatMul (q_scaled, key_t)
 MANY_WEIGHTS
               tile_y = MatMul (weights, value_all)
@@ -62,14 +66,19 @@ MANY_WEIGHTS
       several_y = Slice (y_runs, same, n_1, axis_2)"""
 
 
-def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], seen: str) -> str:
-    """Lines for several tokens that read the rows `key_number` [M]; beyond the last is none.
+def tiled(
+    by_query: Mapping[str, str], by_key: Mapping[str, str], seen: str, of_head: str = ""
+) -> str:
+    """Lines for many tokens that read the rows `used_key` and `used_value` [B, G, M, d or e].
+
+    These are the tokens `key_number` [M].
 
     Args:
         by_query: under NAME, of which a tile has NAME_tile [c, f], values [B, H, N, f].
         by_key: under NAME, of which a head has NAME_all [M, ...], values [B, G, M, ...].
         seen: lines that make `visible` [c, M] of a tile from these, from place_tile [c, 1], and
             from key_row [M], all in 32 bits.
+        of_head: lines that several tiles of a head share; theirs have run_c_1 queries.
     """
     queries = {"place": "place_heads", **by_query}
     keys = {"key": "used_key", "value": "used_value", **by_key}
@@ -83,4 +92,4 @@ def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], seen: str) -> 
     for word, names in (("BY_QUERY", scanned), ("BY_KEY", list(keys))):
         for end in ("heads", "head", "tiles", "tile", "all"):
             scans = scans.replace(f"{word}_{end}", ", ".join(f"{name}_{end}" for name in names))
-    return lines + scans.replace("SEEN", seen)
+    return lines + scans.replace("OF_HEAD", of_head).replace("SEEN", seen)

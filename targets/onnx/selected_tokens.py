@@ -6,7 +6,7 @@ heads, N new tokens, r channels of a label, K tokens.
 
 from __future__ import annotations
 
-from reattend.targets.onnx.selected_tiles import tiled
+from reattend.targets.onnx.selected_tiles import ALL_ROWS, tiled
 
 # Double Sparsity: a few channels of every key beside it
 LABELS = """
@@ -52,7 +52,6 @@ MASK_OF_TOKENS = """
 
 # of every query the first key that its block sees [B, H, N, 1]
 _REACHED = """
-      total = Gather (lengths, zero)
       place_more = Add (place, one)
       free = Min (place_more, reach)
       heads_1 = Shape <start = 1, end = 2> (q)
@@ -64,13 +63,10 @@ _ALL_SEEN = """
               is_past = LessOrEqual (key_row, place_tile)
               is_near = GreaterOrEqual (key_row, reached_tile)
               visible = And (is_past, is_near)"""
-#: every key, for several tokens
-EVERY = (
-    _REACHED
-    + """
-      key_number = Range (zero, total, one)"""
-    + tiled({"reached": "reached"}, {}, _ALL_SEEN)
-)
+#: every key: for many tokens, and for few
+TILES_OF_EVERY = ALL_ROWS + _REACHED + tiled({"reached": "reached"}, {}, _ALL_SEEN)
+EVERY = """
+      chosen = Equal (place, place)"""
 
 # Where each query's number is known beforehand, nothing is sorted. Tokens go from the last to the
 # first, so that of equal ones the later is left out, in laps of several times as many as are
@@ -78,6 +74,7 @@ EVERY = (
 # that are chosen, and few others. Of those as many of the least are left out as there are too many.
 _BOUNDS = """
       forced = Constant <value_int = 0> ()
+      total = Gather (lengths, zero)
       four = Constant <value_int = 4> ()
       minus_one = Constant <value_int = -1> ()
 BUDGET
@@ -94,8 +91,10 @@ BUDGET
       lap_rows = Mul (lap, laps)
       lap_last = Sub (lap_rows, one)
       key_number = Range (lap_last, minus_one, minus_one)
-      label_row = Min (key_number, last_row)
-      label_back = Gather <axis = 2> (present_label, label_row)
+      row_back = Min (key_number, last_row)
+      label_back = Gather <axis = 2> (present_label, row_back)
+      used_key = Gather <axis = 2> (present_key, row_back)
+      used_value = Gather <axis = 2> (present_value, row_back)
       as_choosers = Concat <axis = 0> (same, heads_1, n_1, others)
       chooser = Reshape (q_short, as_choosers)
       count_heads = Expand (count, by_heads)
@@ -103,6 +102,7 @@ BUDGET
       window_short = Cast <to = 6> (window_any)
       window = Expand (window_short, by_heads)
       sinks_short = Cast <to = 6> (sinks_int)
+      barely = Constant <value_float = -0.9e38> ()
       barely_none = Constant <value_float = 0.5e38> ()
       no_rank = Constant <value_float = 1.0e38> ()"""
 _BEST = """
@@ -120,7 +120,8 @@ CAP_RANKS
               best_of_lap = ReduceMax <keepdims = 0> (by_lap, axis_1)
               count_tile_most = ReduceMax <keepdims = 0> (count_tile, axis_0)
               best_values, best_at = TopK <axis = 1, sorted = 0> (best_of_lap, count_tile_most)
-              bound = ReduceMin <keepdims = 1> (best_values, axis_1)
+              bound_any = ReduceMin <keepdims = 1> (best_values, axis_1)
+              bound = Max (bound_any, barely)
               is_above = GreaterOrEqual (ranked, bound)
               above_float = Cast <to = 1> (is_above)
               above_sum = ReduceSum <keepdims = 1> (above_float, axis_1)
@@ -145,7 +146,7 @@ CAP_RANKS
               is_wanted = Or (is_chosen, is_beside)
               is_in = Not (is_out)
               visible = And (is_wanted, is_in)"""
-BY_BOUNDS = (
+TILES_OF_LABELS = (
     LABEL_OF_QUERY
     + _REACHED
     + _BOUNDS
