@@ -6,10 +6,10 @@ behind this depends on padding. A row of padding in a call is written where the 
 be, and its output means nothing.
 
 One new token reads only what it has chosen: those rows are gathered, beside sinks, a window (the
-token itself at least), and the rest is never touched. Several tokens attend under a mask: the same
-meaning, nothing saved; but where they choose by regions, each region's rows are gathered
-(`selected_prompts.py`, `selected_lines.py`, `selected_values.py`), and where each chooses blocks, a
-block meets the queries that chose it (`selected_routed.py`). What chooses is `selected_choice.py`.
+token itself at least), and the rest is never touched. Few tokens attend under a mask; of more, each
+region's rows are gathered where they choose by regions (`selected_prompts.py`, `selected_lines.py`,
+`selected_values.py`), a block meets the queries that chose it (`selected_routed.py`), or tiles of
+queries see every key (`selected_tiles.py`). What chooses is `selected_choice.py`.
 """
 
 from __future__ import annotations
