@@ -173,8 +173,6 @@ CHOSEN
       choosers = Shape <start = 1, end = 2> (chosen)
       by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)"""
 _UNDER_A_MASK += every_score("read_key", "read_value", "several_y", "by_chooser")
-
-
 _MASKED = _TOTAL + _UNDER_A_MASK
 _ROUTED = routed_or(_MASKED)
 _ALONG_LINES = lines_or(_TOTAL, _UNDER_A_MASK)

@@ -52,8 +52,7 @@ _OTHER = {
         "block together, unless sinks or a window are seen beside",
     ),
     "SegmentsAttention": "reads of values while decoding: those of rows that are chosen; ranking "
-    "chunks reads every key; on a CPU a step and a prompt, which reads every key, take longer than a "
-    "dense layer",
+    "chunks reads every key, and so do prompts; on a CPU both take longer than a dense layer",
 }
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU
