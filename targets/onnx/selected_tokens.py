@@ -54,8 +54,8 @@ MASK_OF_TOKENS = """
 _REACHED = """
       place_more = Add (place, one)
       free = Min (place_more, reach)
-      heads_1 = Shape <start = 1, end = 2> (q)
-      by_heads = Concat <axis = 0> (one_1, heads_1, one_1, one_1)
+      q_heads_1 = Shape <start = 1, end = 2> (q)
+      by_heads = Concat <axis = 0> (one_1, q_heads_1, one_1, one_1)
       reached_any = Sub (place_more, free)
       reached_short = Cast <to = 6> (reached_any)
       reached = Expand (reached_short, by_heads)"""
@@ -95,7 +95,7 @@ BUDGET
       label_back = Gather <axis = 2> (present_label, row_back)
       used_key = Gather <axis = 2> (present_key, row_back)
       used_value = Gather <axis = 2> (present_value, row_back)
-      as_choosers = Concat <axis = 0> (same, heads_1, n_1, others)
+      as_choosers = Concat <axis = 0> (same, q_heads_1, n_1, others)
       chooser = Reshape (q_short, as_choosers)
       count_heads = Expand (count, by_heads)
       window_any = Sub (place_more, w)
