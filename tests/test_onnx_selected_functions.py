@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
@@ -20,7 +20,8 @@ from test_onnx_sparse_functions import SCALE, START, B, D, E, G, H, T, one_node,
 from reattend.mixers.config import CoreConfig, RotaryConfig  # noqa: E402
 from reattend.mixers.selecting.methods import method  # noqa: E402
 from reattend.patterns.pattern import HeadPattern  # noqa: E402
-from reattend.targets.onnx.functions import Uses  # noqa: E402
+from reattend.targets.onnx.functions import Uses, function_proto  # noqa: E402
+from reattend.targets.onnx.selected_body import KINDS  # noqa: E402
 from reattend.targets.onnx.selected_layout import attributes, selected_form  # noqa: E402
 from reattend.targets.onnx.selected_ops import selected_attention  # noqa: E402
 
@@ -249,3 +250,14 @@ def test_a_prompt_reads_nothing_that_no_line_shows() -> None:
         node.state[1][row, :, 3 : ((T - n - start) // 4 - 1) * 4] = np.nan
     y = node.step([np.ascontiguousarray(x[:, :, T - n :]) for x in given(node.core)], T)
     assert np.abs(y - want).max() <= 1e-5
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_body_is_valid(name: str, capped: bool) -> None:
+    """Names of one branch may not be those of what is around it."""
+    body = function_proto(name, Uses(capped=capped))
+    around = onnx.checker.C.CheckerContext()
+    around.ir_version = 11
+    around.opset_imports = {x.domain: x.version for x in body.opset_import}
+    onnx.checker.check_function(body, around)
