@@ -105,6 +105,6 @@ def encoder_body(name: str, capped: bool = True) -> str:
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
     start = start.replace("MORE", "".join(f", {x}: int" for x in WHOLE.get(name, ())))
     body = _BODIES[name].replace("\nMASKED", every_score("key", "value", "masked_y"))
-    one = every_score("read_key", "read_value", "y_region", "own_q", "c_1")
+    one = every_score("read_key", "read_value", "y_region", query="own_q", many="c_1")
     body = body.replace("\nOF_REGION", one)
     return finished(start + body, capped)

@@ -110,17 +110,31 @@ _EVERY_SCORE = """
       key_t = Transpose <perm = [0, 1, 3, 2]> (KEY)
       score_rows = MatMul (q_scaled, key_t)
       by_head = Concat <axis = 0> (same, others, MANY_ROWS, same)
-      scores_any = Reshape (score_rows, by_head)
+      scores_any = Reshape (score_rows, SHAPE)
 MANY_WEIGHTS
-      weight_rows = Reshape (weights, by_group)
+      score_rows_shape = Shape (score_rows)
+      weight_rows = Reshape (weights, score_rows_shape)
       y_rows = MatMul (weight_rows, VALUE)
       RESULT = Reshape (y_rows, by_head)"""
 
 
-def every_score(key: str, value: str, result: str, query: str = "q", many: str = "n_1") -> str:
-    """Lines that make `result` [B, H, N, e] of so many queries from `visible` and all rows."""
+def every_score(
+    key: str,
+    value: str,
+    result: str,
+    query: str = "q",
+    many: str = "n_1",
+    shape: str = "by_head",
+) -> str:
+    """Lines that make `result` [B, H, N, e] of queries from `visible` and all rows of these values.
+
+    Args:
+        key, value, result, query: names.
+        many: how many queries there are.
+        shape: of the scores, where `visible` does not broadcast to [B, H, N, M].
+    """
     text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value).replace("QUERY", query)
-    return text.replace("MANY_ROWS", many).replace("RESULT", result)
+    return text.replace("MANY_ROWS", many).replace("RESULT", result).replace("SHAPE", shape)
 
 
 # The rows [B, H, R, K] that regions of queries read (or [B, H, K]: one region), of each query
@@ -159,6 +173,10 @@ MANY_WEIGHTS
 RUN = 128
 #: queries that meet a block of keys together, where each query chooses for itself
 TILE = 64
+#: whether they are more than that
+MANY = """
+      few = Constant <value_int = @TILE> ()
+      is_many = Less (few, n)"""
 #: queries in the order of the call, `run_most` at a time: q_regions [B, H, R, c, d]. The last query
 #: fills up the last region; `run_at` says which query stands where.
 RUNS = """
@@ -203,6 +221,25 @@ MANY_WEIGHTS
   e_last = Shape <start = 5, end = 6> (y_apart)
   as_y_flat = Concat <axis = 0> (same, heads_all, others, e_last)
   y_flat = Reshape (y_apart, as_y_flat)"""
+
+
+def either(condition: str, form: str, masked: str) -> str:
+    """Lines for several tokens, `several_y`: of a form of their own where a value says so.
+
+    Args:
+        condition: name of that value.
+        form, masked: lines; the second under a mask, for every other call.
+    """
+    form, masked = form.replace("several_y", "form_y"), masked.replace("several_y", "masked_y")
+    return f"""
+      several_y = If ({condition}) <
+        then_branch = in_this_form () => (form_y)
+        {{{form}
+        }},
+        else_branch = under_a_mask () => (masked_y)
+        {{{masked}
+        }}
+      >"""
 
 
 def finished(body: str, capped: bool, lifted: bool = True) -> str:
