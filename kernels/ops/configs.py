@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from reattend.kernels.spills import ALL_REGISTERS, EIGHT_WARPS, FREE
+from reattend.kernels.spills import ALL_REGISTERS, EIGHT_WARPS, FREE, NARROW
 
 DECODE_QUERIES = 16  # more new tokens than this run the prefill kernel
 # more (query, head) pairs than this decode with a kernel of taller tiles, where one is listed
@@ -116,6 +116,9 @@ def _without_spills(target: str, table: Rows) -> Rows:
     for (kernel, size, width), more in given:
         classes = found[kernel, size]
         classes[width] = replace(classes[width], **more)
+    for (kernel, size, width), tile in NARROW[target].items():
+        classes = found[kernel, size]
+        classes[width] = replace(classes[min(w for w in classes if w > width)], **tile)
     return found
 
 
@@ -249,14 +252,3 @@ def shipped(target: str) -> list[tuple[str, int, int, KernelConfig]]:
         for (kernel, size), classes in sorted(_TABLE[target].items())
         for width, config in classes.items()
     ]
-
-
-def variants(kernel: str) -> tuple[str, ...]:
-    """How a kernel is compiled ahead of time: `reattend.kernels.aot.Compiled.variant`.
-
-    Plain pipelines the most loads (most shared memory), full needs the most registers. Where full
-    loads the same, as without pages, it alone is compiled.
-    """
-    both = ("prefill", "decode", "wide", "tall", "channels")
-    same = kernel.startswith("sparse") or not kernel.endswith(both)
-    return ("full",) if same else ("plain", "full")
