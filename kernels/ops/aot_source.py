@@ -14,7 +14,7 @@ from reattend.kernels.aot_forms import Form
 from reattend.kernels.attention import triton_dkv as attention_dkv_kernels
 from reattend.kernels.attention import triton_dq as attention_dq_kernels
 from reattend.kernels.attention import triton_kernel as attention_kernels
-from reattend.kernels.configs import KernelConfig
+from reattend.kernels.configs import WHOLE, KernelConfig
 from reattend.kernels.latent_attention import triton_dkv as latent_dkv_kernels
 from reattend.kernels.latent_attention import triton_dq as latent_dq_kernels
 from reattend.kernels.latent_attention import triton_kernel as latent_kernels
@@ -76,6 +76,7 @@ def _constants(form: Form, full: bool) -> dict[str, Any]:
         spread = config.spread_keys if kernel == "latent_dkv" else config.spread
         constants |= {"RANK": width, "ROPE": ROPE_WIDTH, "SPREAD": spread}
         constants |= {"BLOCK_RANK": block, "BLOCK_ROPE": triton.next_power_of_2(ROPE_WIDTH)}
+        constants |= {"SLICE": config.slice or WHOLE}
     return constants
 
 

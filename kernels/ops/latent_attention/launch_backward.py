@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reattend.kernels.configs import KernelConfig, find_config
+from reattend.kernels.configs import WHOLE, KernelConfig, find_config
 from reattend.kernels.core import Rule
 from reattend.kernels.latent_attention.launch import MAX_ROPE
 from reattend.kernels.latent_attention.triton_dkv import latent_dkv
@@ -96,8 +96,8 @@ def launch_backward(
     widths = {"RANK": r, "ROPE": rope_width, "BLOCK_RANK": next_power_of_two(r)}
     widths |= {"BLOCK_ROPE": next_power_of_two(rope_width)}
     options_q, options_kv = (rule_options(rule, c, q) | widths for c in configs)
-    options_q |= {"SPREAD": configs[0].spread}
-    options_kv |= {"SPREAD": configs[1].spread_keys}
+    options_q |= {"SPREAD": configs[0].spread, "SLICE": configs[0].slice or WHOLE}
+    options_kv |= {"SPREAD": configs[1].spread_keys, "SLICE": configs[1].slice or WHOLE}
     with on_device(q):
         latent_dq[(-(-h * n // configs[0].rows) * b,)](*given, dq, dw, *rest, **options_q)
         latent_dkv[(programs * splits,)](
