@@ -104,9 +104,9 @@ NARROW: dict[str, dict[Entry, dict[str, int]]] = {
     "sm_90": {
         ("attention_dq", 2, 192): {"keys": 32},
         ("attention_prefill", 2, 192): {"keys": 32},
-        ("latent_decode_tall", 2, 384): {"keys": 32},
-        ("latent_prefill", 2, 192): {"stages": 1},
-        ("latent_prefill", 2, 384): {"keys": 32},
+        ("latent_decode_tall", 2, 384): {"rows": 32},
+        ("latent_prefill", 2, 192): {"rows": 64},
+        ("latent_prefill", 2, 384): {"rows": 32, "keys": 32},
         ("routed_prefill", 2, 96): {"stages": 1},
     },
     "sm_100": {("routed_prefill", 2, 192): {"rows": 64}},
