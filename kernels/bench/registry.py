@@ -205,6 +205,6 @@ SWEEP = (
     *(
         Case(f"mla 4k r{r}, {part}", "latent_attention", 1, h, 1, 4096, 4096, r, 64, backward=True)
         for h, r in ((16, 512), (32, 256))
-        for part in ("dq", "dkv")
+        for part in ("dq", "dkv", "kept")
     ),
 )

@@ -76,7 +76,7 @@ def _constants(form: Form, full: bool) -> dict[str, Any]:
         spread = config.spread_keys if kernel == "latent_dkv" else config.spread
         constants |= {"RANK": width, "ROPE": ROPE_WIDTH, "SPREAD": spread}
         constants |= {"BLOCK_RANK": block, "BLOCK_ROPE": triton.next_power_of_2(ROPE_WIDTH)}
-        constants |= {"SLICE": config.slice or WHOLE}
+        constants |= {"p_kept": None, "ds_kept": None, "SLICE": config.slice or WHOLE}
     return constants
 
 

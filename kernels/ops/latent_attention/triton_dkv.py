@@ -40,10 +40,14 @@ def _dkv_span(
     du,
     top,
     shift,
+    p_kept,
+    ds_kept,
+    is_key,
     begin,
     stop,
     heads,
     n,
+    m,
     scale,
     softcap,
     window,
@@ -76,24 +80,39 @@ def _dkv_span(
         end = n * heads
         q = held(q_nope, q_rows, is_row, RANK, BLOCK_RANK, SLICE, True, UPCAST)
         dy = held(du, at * RANK, is_row, RANK, BLOCK_RANK, SLICE, True, UPCAST)
-        # what lies beyond the last pair has probabilities of 0
-        highest = tl.load(top + at, mask=is_row, other=float("inf"))
-        moved = tl.load(shift + at, mask=is_row, other=0.0)
-        # fmt: off
-        s = inner(c, q, first < end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, SPREAD)
-        if ROPE > 0:
-            w = held(q_rope, w_rows, is_row, ROPE, BLOCK_ROPE, SLICE // 2, True, UPCAST)
-            s += inner(k, w, first < end, ROPE, BLOCK_ROPE, SLICE // 2, UPCAST, PRECISION, SPREAD)
-        dp = inner(c, dy, first < end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, SPREAD)
-        p, ds = score_gradient(
-            s, dp, highest[None, :], moved[None, :], scale, softcap, HAS_SOFTCAP
-        )
-        if MASKED:
-            pos = first_pos + i
-            seen = visible(is_row[None, :], j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW)
-            p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
         number: tl.constexpr = tl.float32 if UPCAST else q_nope.dtype.element_ty
-        p, ds = (p / scale).to(number), ds.to(number)
+        # fmt: off
+        if p_kept is not None:
+            seen = is_row[None, :] & is_key[:, None]
+            if MASKED:
+                pos = first_pos + i
+                seen = visible(seen, j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW)
+            place = row.to(tl.int64)[None, :] * m + j[:, None]
+            p = tl.load(p_kept + place, mask=seen, other=0.0).to(number)
+            ds = tl.load(ds_kept + place, mask=seen, other=0.0).to(number)
+            if ROPE > 0:
+                w = held(q_rope, w_rows, is_row, ROPE, BLOCK_ROPE, SLICE // 2, True, UPCAST)
+        else:
+            # what lies beyond the last pair has probabilities of 0
+            highest = tl.load(top + at, mask=is_row, other=float("inf"))
+            moved = tl.load(shift + at, mask=is_row, other=0.0)
+            s = inner(c, q, first < end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, SPREAD)
+            if ROPE > 0:
+                w = held(q_rope, w_rows, is_row, ROPE, BLOCK_ROPE, SLICE // 2, True, UPCAST)
+                s += inner(
+                    k, w, first < end, ROPE, BLOCK_ROPE, SLICE // 2, UPCAST, PRECISION, SPREAD
+                )
+            dp = inner(c, dy, first < end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, SPREAD)
+            p, ds = score_gradient(
+                s, dp, highest[None, :], moved[None, :], scale, softcap, HAS_SOFTCAP
+            )
+            if MASKED:
+                pos = first_pos + i
+                seen = visible(
+                    is_row[None, :], j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW
+                )
+                p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
+            p, ds = (p / scale).to(number), ds.to(number)
         acc = add_rows(
             acc, p, dy, first, end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, True
         )
@@ -117,6 +136,8 @@ def latent_dkv(
     shift,
     d_latent,
     d_rope,
+    p_kept,
+    ds_kept,
     kv_start,
     kv_len,
     scale,
@@ -154,7 +175,8 @@ def latent_dkv(
     """Grid: (splits * key tiles * B). Keys that nobody sees get 0.
 
     The gradients are contiguous [splits, B, M, ...]; ``part`` is B * M, the rows between splits.
-    The first keys are seen by the most queries: they start first.
+    The first keys are seen by the most queries: they start first. Where `latent_dq` kept p and ds,
+    they are read, and neither the cache nor top and shift; else p_kept and ds_kept are None.
     """
     tiles = tl.cdiv(m, BLOCK_KEYS)
     pid = tl.program_id(0)
@@ -188,25 +210,28 @@ def latent_dkv(
         du += b * heads * n * RANK
         top += b * heads * n
         shift += b * heads * n
+        if p_kept is not None:
+            p_kept += b * heads * n * m
+            ds_kept += b * heads * n * m
         if CAUSAL:
             acc, k_acc = _dkv_span(
-                acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift, lo, a,
-                heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
-                HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
-                BLOCK_ROPE, SLICE, True,
+                acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift,
+                p_kept, ds_kept, is_key, lo, a, heads, n, m, scale, softcap, window, qn_h, qn_n,
+                qr_h, qr_n, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD,
+                BLOCK_ROWS, BLOCK_RANK, BLOCK_ROPE, SLICE, True,
             )
         acc, k_acc = _dkv_span(
-            acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift, a, z,
-            heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
-            HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
-            BLOCK_ROPE, SLICE, False,
+            acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift,
+            p_kept, ds_kept, is_key, a, z, heads, n, m, scale, softcap, window, qn_h, qn_n,
+            qr_h, qr_n, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD,
+            BLOCK_ROWS, BLOCK_RANK, BLOCK_ROPE, SLICE, False,
         )
         if HAS_WINDOW:
             acc, k_acc = _dkv_span(
-                acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift, z, hi,
-                heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
-                HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
-                BLOCK_ROPE, SLICE, True,
+                acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift,
+                p_kept, ds_kept, is_key, z, hi, heads, n, m, scale, softcap, window, qn_h, qn_n,
+                qr_h, qr_n, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD,
+                BLOCK_ROWS, BLOCK_RANK, BLOCK_ROPE, SLICE, True,
             )
     # fmt: on
     place, is_place = split.to(tl.int64) * part + b * m + wide, j < m

@@ -3,7 +3,7 @@
 It walks the keys again, with the (query, head) pairs of `triton_kernel` as rows: probabilities are
 recomputed from lse, a latent tile is loaded once for all that it is used for (scores, dp and the
 gradient itself; in fp32 it is loaded slice by slice, `triton_slices`), and every number is written
-once, by one program.
+once, by one program. It can leave probabilities and their gradients to `latent_dkv`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -40,6 +40,9 @@ def _dq_span(
     begin,
     stop,
     hi,
+    p_kept,
+    ds_kept,
+    is_row,
     scale,
     softcap,
     window,
@@ -70,11 +73,15 @@ def _dq_span(
             k = held(rope, at * rope_m, is_key, ROPE, BLOCK_ROPE, SLICE // 2, MASKED, UPCAST)
             s += inner(w, k, first < hi, ROPE, BLOCK_ROPE, SLICE // 2, UPCAST, PRECISION, SPREAD)
         dp = inner(du, c, first < hi, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, SPREAD)
-        _, ds = score_gradient(s, dp, top[:, None], shift[:, None], scale, softcap, HAS_SOFTCAP)
+        p, ds = score_gradient(s, dp, top[:, None], shift[:, None], scale, softcap, HAS_SOFTCAP)
         if MASKED:
             seen = visible(is_key[None, :], j[None, :], pos[:, None], window, CAUSAL, HAS_WINDOW)
-            ds = tl.where(seen, ds, 0.0)
+            p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
         ds = ds.to(tl.float32 if UPCAST else latent.dtype.element_ty)
+        if p_kept is not None:
+            inside = is_row[:, None] & is_key[None, :]
+            tl.store(p_kept + j[None, :], (p / scale).to(latent.dtype.element_ty), mask=inside)
+            tl.store(ds_kept + j[None, :], ds.to(latent.dtype.element_ty), mask=inside)
         acc = add_rows(
             acc, ds, c, first, hi, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, False
         )
@@ -97,6 +104,8 @@ def latent_dq(
     shift,
     dq_nope,
     dq_rope,
+    p_kept,
+    ds_kept,
     kv_start,
     kv_len,
     scale,
@@ -129,7 +138,11 @@ def latent_dq(
     BLOCK_ROPE: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """Grid: as `latent_prefill`. du and both gradients are contiguous, top and shift [B, H, N]."""
+    """Grid: as `latent_prefill`. du and both gradients are contiguous, top and shift [B, H, N].
+
+    p_kept and ds_kept are [B, N, H, M], or None; pairs that no query of a tile sees are not
+    written.
+    """
     tiles = tl.cdiv(n * heads, BLOCK_ROWS)
     pid = tl.program_id(0)
     # the last queries see the most keys: start them first
@@ -155,25 +168,32 @@ def latent_dq(
     a, z = whole_keys(lo, hi, first_pos, last_pos, window, BLOCK_KEYS, CAUSAL, HAS_WINDOW)
     latent += b * latent_b
     rope += b * rope_b
+    if p_kept is not None:
+        at = (b * n * heads + row).to(tl.int64) * m
+        p_kept += at[:, None]
+        ds_kept += at[:, None]
     acc = nothing(BLOCK_ROWS, RANK, BLOCK_RANK, SLICE)
     w_acc = nothing(BLOCK_ROWS, ROPE, BLOCK_ROPE, SLICE // 2)
     # fmt: off
     if HAS_WINDOW:
         acc, w_acc = _dq_span(
             acc, w_acc, q, w, dy, highest, moved, pos, latent, rope, lo, a, hi,
-            scale, softcap, window, latent_m, rope_m, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-            UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE, SLICE, True,
+            p_kept, ds_kept, is_row, scale, softcap, window, latent_m, rope_m, RANK, ROPE, CAUSAL,
+            HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
+            SLICE, True,
         )
     acc, w_acc = _dq_span(
         acc, w_acc, q, w, dy, highest, moved, pos, latent, rope, a, z, hi,
-        scale, softcap, window, latent_m, rope_m, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-        UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE, SLICE, False,
+        p_kept, ds_kept, is_row, scale, softcap, window, latent_m, rope_m, RANK, ROPE, CAUSAL,
+        HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
+        SLICE, False,
     )
     if z < hi:
         acc, w_acc = _dq_span(
             acc, w_acc, q, w, dy, highest, moved, pos, latent, rope, z, hi, hi,
-            scale, softcap, window, latent_m, rope_m, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-            UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE, SLICE, True,
+            p_kept, ds_kept, is_row, scale, softcap, window, latent_m, rope_m, RANK, ROPE, CAUSAL,
+            HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_KEYS, BLOCK_RANK, BLOCK_ROPE,
+            SLICE, True,
         )
     # fmt: on
     store_rows(dq_nope, place, acc, is_row, None, scale, RANK, BLOCK_RANK, SLICE)
