@@ -3,8 +3,8 @@
 Needs no GPU. The report (``kernels/bench/results/aot.json``) is committed. It says of every form of
 a kernel what it was compiled from, so only what is new or has changed is compiled again;
 ``--fresh`` compiles all. With ``--only sparse`` the kernels named so are compiled, with ``--target
-sm_90`` those of that target, with ``--usual`` those as wide as their class in blocks of 64; the
-report's other entries are kept. ``--check`` compiles nothing and lists what is not up to date. Exit
+sm_90`` those of that target, with ``--usual`` those of `Form.is_usual`; the report's other entries
+are kept. ``--check`` compiles nothing and lists what is not up to date. Exit
 status 1 when a kernel breaks a limit or the report is not up to date.
 """
 
@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write")
     parser.add_argument("--target", choices=NAMES, nargs="+", default=NAMES, help="default: all")
     parser.add_argument("--only", default="", help="kernels whose names begin so")
-    parser.add_argument("--usual", action="store_true", help="class widths, blocks of 64")
+    parser.add_argument("--usual", action="store_true", help="as wide as their class only")
     parser.add_argument("--fresh", action="store_true", help="also what has not changed")
     parser.add_argument("--check", action="store_true", help="list what is not up to date")
     asked = parser.parse_args()

@@ -43,8 +43,11 @@ class Form:
 
     @property
     def is_usual(self) -> bool:
-        """As wide as its class, in blocks of the usual size."""
-        return not self.width and self.block in (0, SPARSE_BLOCK)
+        """As wide as its class, in blocks of the usual size; plain where that loads otherwise."""
+        paged = ("prefill", "decode", "wide", "tall", "channels")
+        more = self.kernel.endswith(paged) and not self.kernel.startswith("sparse")
+        told = self.variant == "full" or more
+        return told and not self.width and self.block in (0, SPARSE_BLOCK)
 
 
 def forms(target: str) -> Iterator[Form]:
