@@ -97,11 +97,12 @@ def linear_state_back(
                 gap = decay_between(sums, first, chunk, BLOCK_ROWS)
                 asked *= tl.exp(tl.load(sums + row) + gap)[:, None]
             if ONES:
-                divisor = tl.load(mass + at, mask=is_row, other=1.0)
-                asked = asked / tl.maximum(divisor, LEAST)[:, None]
+                share = 1.0 / tl.maximum(tl.load(mass + at, mask=is_row, other=1.0), LEAST)
+                asked *= share[:, None]
+            acc = dot_left(tl.trans(asked), dy_tile, acc, PRECISION)
+            if ONES:
                 weight = tl.load(added + at, mask=is_row, other=0.0)
                 total += tl.sum(asked * weight[:, None], 0)
-            acc = dot_left(tl.trans(asked), dy_tile, acc, PRECISION)
     tl.store(place[:, None] + e[None, :], acc, mask=inside)
     if ONES:
         tl.store(place + E, total, mask=ones)
@@ -196,7 +197,8 @@ def linear_read_back(
                 s += tl.load(added + at + row, mask=is_row, other=0.0)[None, :]
             s *= weight
             if ONES:
-                s = s / tl.maximum(tl.load(mass + at + row, mask=is_row, other=1.0), LEAST)[None, :]
+                divisor = tl.load(mass + at + row, mask=is_row, other=1.0)
+                s = s / tl.maximum(divisor, LEAST)[None, :]
             dy_tile = tile_of(dy + at * E, row, is_row, column, E, E, UPCAST)
             acc = dot_left(s, dy_tile, acc, PRECISION)
     tl.store(

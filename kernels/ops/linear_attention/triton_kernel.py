@@ -208,7 +208,8 @@ def linear_read(
         acc = acc / tl.maximum(total, LEAST)[:, None]
         tl.store(mass + at, total, mask=is_row & (tile_e == 0))
     if ADDED:
-        acc = acc / tl.maximum(tl.load(mass + at, mask=is_row, other=1.0), LEAST)[:, None]
+        share = 1.0 / tl.maximum(tl.load(mass + at, mask=is_row, other=1.0), LEAST)
+        acc *= share[:, None]
     tl.store(
         y + at[:, None] * E + column[None, :],
         acc.to(y.dtype.element_ty),
