@@ -210,7 +210,10 @@ def test_every_goal_can_be_reached_missed_and_left_open() -> None:
             row(backward_ms=2.0, peers={"fla": peer(1, backward_ms=1.9)}),
         ),
         "backward": (row(backward_ms=2.4), row(backward_ms=2.6)),
-        "layout": (row(layout_again_ms=0.04), row(layout_again_ms=0.06)),
+        "layout": (
+            row(layout_first_ms=1.5, layout_layers=32, layout_again_ms=0.04),
+            row(layout_first_ms=1.7, layout_layers=32, layout_again_ms=0.04),
+        ),
     }
     assert set(pairs) == set(GOALS)
     for goal, (good, bad) in pairs.items():
@@ -219,6 +222,9 @@ def test_every_goal_can_be_reached_missed_and_left_open() -> None:
         assert judge(goal, "x", None).why == "unmeasured"
         assert judge(goal, "x", {"case": "x", "refused": "too large"}).why == "too large"
     assert judge("copy bandwidth", "x", row(bound="FLOPs")).ok is None
+    slow = row(layout_first_ms=0.1, layout_layers=32, layout_again_ms=0.06)  # to find it again
+    assert judge("layout", "x", slow).ok is False
+    assert judge("layout", "x", row(layout_again_ms=0.01)).why == "unmeasured"  # an older row
     assert judge("25.3 x flash", "x", row(density=0.1, peers={"flash": peer(9)})).ok is None
     assert judge("density", "x", row(density=0.01, peers={"flash": peer(9)})).ok is None
     shown = goals.goal_table(

@@ -24,8 +24,8 @@ class Rows(NamedTuple):
 
     Attributes:
         counts: entries of each row [P].
-        col: key block of each entry [E].
-        tile: row of `tiles`, or -1 where every pair is visible [E].
+        col: key block of each entry, int32 [E].
+        tile: row of `tiles`, or -1 where every pair is visible, int32 [E].
         tiles: bits [T, block], each once, in order.
     """
 
@@ -56,17 +56,39 @@ def block_layout(
     """
     first, blocks = start // block, -(-length // block)
     parts = [entries(pattern, core, first, blocks, block) for pattern in patterns]
-    every, number = torch.unique(torch.cat([p.tiles for p in parts]), dim=0, return_inverse=True)
-    tile, begin = [], 0
-    for part in parts:
-        own = number[begin : begin + len(part.tiles)]
-        begin += len(own)
-        tile.append(torch.cat([own, own.new_tensor([-1])])[part.tile])
+    tiles, numbers = _together([p.tiles for p in parts])
+    tile = [parts[0].tile]  # of a single pattern they are as they were
+    if len(parts) > 1:
+        tile = [number[p.tile] for number, p in zip(numbers, parts, strict=True)]
     ends = torch.cat([p.counts for p in parts]).cumsum(0).view(len(patterns), -1)
     begins = torch.cat([ends.new_zeros(1), ends[:-1, -1]])[:, None]
     return BlockLayout(
-        block, first, torch.cat([begins, ends], 1).int(), torch.cat([p.col for p in parts]).int(),
-        torch.cat(tile).int(), every, torch.tensor(head_layout, dtype=torch.int32),
+        block, first, torch.cat([begins, ends], 1).int(), _cat([p.col for p in parts]), _cat(tile),
+        tiles, torch.tensor(head_layout, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """A single one is not copied."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _together(parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Tiles of several layouts, each once, and of each layout the numbers of its own; -1 stays."""
+    tiles, number = torch.unique(torch.cat(parts), dim=0, return_inverse=True)
+    none = number.new_tensor([-1])
+    return tiles, [torch.cat([x, none]).int() for x in number.split([len(x) for x in parts])]
+
+
+def below(upper: BlockLayout, lower: BlockLayout) -> BlockLayout:
+    """The rows of two layouts of one pattern as one; `lower` begins where `upper` ends."""
+    tiles, numbers = _together([upper.tiles, lower.tiles])
+    return BlockLayout(
+        upper.block, upper.first,
+        torch.cat([upper.row_ptr, lower.row_ptr[:, 1:] + upper.row_ptr[:, -1:]], 1),
+        torch.cat([upper.col, lower.col]),
+        torch.cat([number[x.tile] for number, x in zip(numbers, (upper, lower), strict=True)]),
+        tiles, upper.head_layout,
     )  # fmt: skip
 
 
@@ -77,7 +99,7 @@ def entries(pattern: HeadPattern, core: CoreConfig, first: int, blocks: int, blo
     counts, col, kind = listed(problem, own, words)
     hidden = own.hides(counts, col)
     at = (hidden | (kind != WHOLE)).nonzero()[:, 0]  # entries at an edge
-    row, key, kind = torch.searchsorted(counts.cumsum(0), at, right=True), col[at], kind[at]
+    row, key, kind = torch.searchsorted(counts.cumsum(0), at, right=True), col[at].long(), kind[at]
     word = torch.where(kind == WHOLE, problem.full, words[key])
     moving = hidden[at] | ((word != problem.full) & (kind == RANGE))
     code = alike(problem, row + first, key, moving, torch.unique(word, return_inverse=True)[1])
@@ -88,9 +110,9 @@ def entries(pattern: HeadPattern, core: CoreConfig, first: int, blocks: int, blo
     live = (bits != 0).any(1)
     partial = live & (bits != problem.full).any(1)
     edges, number = torch.unique(bits[partial], dim=0, return_inverse=True)
-    of = torch.full((len(bits),), -1)
-    of[partial] = number
-    tile = torch.full((len(col),), -1)
+    of = torch.full((len(bits),), -1, dtype=torch.int32)
+    of[partial] = number.int()
+    tile = torch.full((len(col),), -1, dtype=torch.int32)
     tile[at] = of[same]
     if not bool(live.all()):
         dead = ~live[same]

@@ -36,9 +36,9 @@ class Band(NamedTuple):
 
     def hides(self, counts: Tensor, col: Tensor) -> Tensor:
         """Of entries within one range per row: which are not seen whole."""
-        hidden = col > torch.repeat_interleave(self.stop[:, 0], counts)
+        hidden = col > torch.repeat_interleave(self.stop[:, 0].int(), counts)
         if bool((self.whole > 0).any()):
-            hidden |= col < torch.repeat_interleave(self.whole[:, 0], counts)
+            hidden |= col < torch.repeat_interleave(self.whole[:, 0].int(), counts)
         return hidden
 
 
@@ -98,7 +98,7 @@ class Problem:
 
 
 class Entries(NamedTuple):
-    """Row by row, key blocks ascending: entries of each row [P], key blocks [E], kinds [E]."""
+    """Row by row, key blocks ascending: entries of each row [P], int32 key blocks and kinds [E]."""
 
     counts: Tensor
     col: Tensor
@@ -137,18 +137,20 @@ def _segments(problem: Problem, own: Band, band: Band, fixed: Tensor, kinds: Ten
     last = torch.maximum(torch.searchsorted(fixed, own.end[:, 0], right=True), right)
     # a table of all that a segment may be a part of: fixed blocks, blocks of an end, whole ones
     every = torch.arange(q)
-    table = torch.cat([fixed, every, every])
+    table = torch.cat([fixed, every, every]).int()
     kind = torch.cat([kinds, torch.full((q,), RANGE), torch.full((q,), WHOLE)]).to(torch.uint8)
     begins = torch.stack([begin, count + some, count + q + whole, count + stop + 1, right], 1)
     sizes = torch.stack([left - begin, whole - some, stop + 1 - whole, end - stop, last - right], 1)
-    place = _ranges(begins.flatten(), sizes.flatten())
-    return Entries(sizes.sum(1), table[place], kind[place])
+    place = _ranges(begins.flatten().int(), sizes.flatten())
+    return Entries(sizes.sum(1), table.index_select(0, place), kind.index_select(0, place))
 
 
 def _ranges(begins: Tensor, sizes: Tensor) -> Tensor:
-    """begin .. begin + size - 1 of each, one after another."""
-    shift = begins - (sizes.cumsum(0) - sizes)
-    return torch.arange(int(sizes.sum())) + torch.repeat_interleave(shift, sizes)
+    """begin .. begin + size - 1 of each, one after another; of the type of `begins`."""
+    ends = sizes.cumsum(0)
+    shift = (begins - (ends - sizes)).to(begins.dtype)
+    found = torch.repeat_interleave(shift, sizes)
+    return found.add_(torch.arange(len(found), dtype=begins.dtype))
 
 
 def _merged(
@@ -181,4 +183,4 @@ def _merged(
     both = both[last]
     place = both // 4
     counts = torch.bincount(place // q, minlength=rows)
-    return Entries(counts, place % q, (both % 4).to(torch.uint8))
+    return Entries(counts, (place % q).int(), (both % 4).to(torch.uint8))
