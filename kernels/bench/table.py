@@ -70,11 +70,13 @@ def model_table(results: dict[str, Any]) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:
-        told = f"{row['step_ms']:.1f} | {row['tokens_per_s']:.0f}" if "step_ms" in row else "|"
+        told = f"{row.get('refused', '')} |"
+        if "step_ms" in row:
+            told = f"{row['step_ms']:.1f} | {row['tokens_per_s']:.0f}"
         shape = row.get("shape", "llama-2-7b")  # the only one there was
         lines.append(
-            f"| {shape} | {row['model']} | {row['at']} | {row['batch']} | {row['context']} |"
-            f" {row['cache_bytes_per_token']} | {told} |"
+            f"| {shape} | {row['model']} | {row['at']} | {row.get('batch', '')} |"
+            f" {row['context']} | {row.get('cache_bytes_per_token', '')} | {told} |"
         )
     ratios = "; ".join(f"{name}: x{ratio:.2f}" for name, ratio in results["times_faster"].items())
     goal = [
@@ -89,17 +91,21 @@ def model_table(results: dict[str, Any]) -> str:
 def families_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/families.py` as Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    names = ("convert_s", "device_peak_gb", "prefill_ms", "batch", "step_ms", "tokens_per_s")
+    making = ("build_s", "convert_s", "device_peak_gb")
+    names = (*making, "prefill_ms", "batch", "step_ms", "tokens_per_s")
     lines = [
         f"{results['device']}, {results['date']}, {versions}, `{results['command']}`: random bf16"
-        " weights, converted, run by transformers' own forward and caches.",
+        " weights made on the device, converted once per family, run by transformers' own forward"
+        " and caches.",
         "",
         f"| shape | family | context | at | {' | '.join(names)} |",
         "|---|---|---:|---|" + "---:|" * len(names),
     ]
     for row in results["rows"]:
         told = [str(row.get(name, "")) for name in names]
-        first = (row["shape"], row["family"], str(row.get("context", "")), row.get("at", "refused"))
+        if "refused" in row:
+            told[-1] = row["refused"]
+        first = (row["shape"], row["family"], str(row.get("context", "")), row.get("at", ""))
         lines.append(f"| {' | '.join((*first, *told))} |")
     return "\n".join(lines)
 
@@ -264,7 +270,8 @@ def onnx_routed_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/onnx_routed.py` as Markdown."""
     what = (
         "one layer's attention in ONNX Runtime, batch 1, float32, 32 heads of 64; ours: the"
-        " gathered body, dense: all heads computed and hidden"
+        " gathered body, dense: all heads computed and hidden, which is what calls of up to 16"
+        " queries take"
     )
     return peers_table(results, what, ("dense", "gqa"))
 
