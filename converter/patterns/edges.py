@@ -19,6 +19,8 @@ from reattend.patterns.terms import Term
 
 #: pairs of blocks looked at token by token at once
 _AT_ONCE = 1024
+#: ends of ranges looked at at once: 32 MiB
+_NUMBERS = 1 << 22
 
 
 def alike(problem: Problem, row: Tensor, col: Tensor, moving: Tensor, word: Tensor) -> Tensor:
@@ -67,13 +69,24 @@ def tiles(problem: Problem, row: Tensor, col: Tensor, words: Tensor) -> Tensor:
 
 def _range_bits(problem: Problem, term: Term | None, i: Tensor, start: Tensor) -> Tensor:
     """Keys in the ranges of a term as bits of the block that begins at `start`."""
+    ends, _ = problem.ranges(term, i[:1, :1])
+    step = max(1, _NUMBERS // (problem.block * ends.shape[-1]))
+    parts = zip(i.split(step), start.split(step), strict=True)
+    return torch.cat([_few_bits(problem, term, *part) for part in parts])
+
+
+def _few_bits(problem: Problem, term: Term | None, i: Tensor, start: Tensor) -> Tensor:
+    """See `_range_bits`; ranges move on with i, so the ends of two queries tell what is reached."""
     b = problem.block
     below = torch.tensor([(1 << n) - 1 if n < 64 else -1 for n in range(b + 1)])
     first, last = problem.ranges(term, i)
+    reached = (last[:, -1] >= start) & (first[:, 0] < start + b)
     found = torch.zeros_like(i)
-    for one, other in zip(first.unbind(-1), last.unbind(-1), strict=True):
-        low, high = (one - start).clamp(0, b), (other - start + 1).clamp(0, b)
-        found |= below[high] & ~below[low]
+    for r in range(first.shape[-1]):
+        at = reached[:, r].nonzero()[:, 0]
+        low = (first[at, :, r] - start[at]).clamp(0, b)
+        high = (last[at, :, r] - start[at] + 1).clamp(0, b)
+        found[at] |= below[high] & ~below[low]
     return found
 
 

@@ -56,9 +56,9 @@ def block_layout(
     """
     first, blocks = start // block, -(-length // block)
     parts = [entries(pattern, core, first, blocks, block) for pattern in patterns]
-    tiles, numbers = _together([p.tiles for p in parts])
-    tile = [parts[0].tile]  # of a single pattern they are as they were
+    tiles, tile = parts[0].tiles, [parts[0].tile]  # of a single pattern they are as they were
     if len(parts) > 1:
+        tiles, numbers = _together([p.tiles for p in parts])
         tile = [number[p.tile] for number, p in zip(numbers, parts, strict=True)]
     ends = torch.cat([p.counts for p in parts]).cumsum(0).view(len(patterns), -1)
     begins = torch.cat([ends.new_zeros(1), ends[:-1, -1]])[:, None]
