@@ -9,6 +9,7 @@ longer one's, so one layout serves every length, and grows by the rows it lacks.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from threading import RLock
 from typing import TYPE_CHECKING
@@ -59,7 +60,7 @@ class Grown:
             if any(blocks in known for known in self.dense):
                 return None
             # a tensor of inference mode could not be kept for a gradient later
-            with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            with torch.inference_mode(False), torch.no_grad(), _on_the_host():
                 self._grow(pattern, core, blocks)
                 most = DENSE * (0.5 if core.causal else 1.0) * n * n
                 if int(self.pairs_P[blocks]) > most:
@@ -108,6 +109,12 @@ class Grown:
             BLOCK, 0, whole.row_ptr[:, : blocks + 1], whole.col[:entries], whole.tile[:entries],
             whole.tiles, whole.head_layout,
         )  # fmt: skip
+
+
+def _on_the_host() -> AbstractContextManager[object]:
+    """Under another default device tensors are made here; the mode slows every operation."""
+    host = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == host else host
 
 
 class Pool:

@@ -36,10 +36,14 @@ class Band(NamedTuple):
 
     def hides(self, counts: Tensor, col: Tensor) -> Tensor:
         """Of entries within one range per row: which are not seen whole."""
-        hidden = col > torch.repeat_interleave(self.stop[:, 0].int(), counts)
-        if bool((self.whole > 0).any()):
-            hidden |= col < torch.repeat_interleave(self.whole[:, 0].int(), counts)
-        return hidden
+        stop, whole = self.stop[:, 0].int(), self.whole[:, 0].int()
+        if not bool((whole > 0).any() | (self.end > self.stop + 1).any() | (counts == 0).any()):
+            hidden = torch.zeros_like(col, dtype=torch.bool)  # causal: the last of a row at most
+            last = counts.cumsum(0) - 1
+            hidden[last] = col[last] > stop
+            return hidden
+        hidden = col > torch.repeat_interleave(stop, counts)
+        return hidden | (col < torch.repeat_interleave(whole, counts))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from registry import SPEED
 from table import (
     decode_table,
     families_table,
+    layout_table,
     linear_table,
     model_table,
     onnx_encoder_table,
@@ -43,6 +44,7 @@ def print_tables(device: str) -> None:
         f"families-{device}": families_table,
         "onnx_decode": decode_table,
         "sparse_cpu": sparse_table,
+        "layout_cpu": layout_table,
         "onnx_sparse": onnx_sparse_table,
         "onnx_encoder": onnx_encoder_table,
         "onnx_selected": onnx_selected_table,

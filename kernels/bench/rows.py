@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -86,7 +87,9 @@ def _ours(case: Case, ceilings: dict[str, float]) -> Row:
     return row
 
 
-def layout_times(case: Case) -> Row:
+def layout_times(
+    case: Case, rounds: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> Row:
     """Milliseconds on the host that layouts take in a model of `layout_layers` layers.
 
     `layout_first_ms`: the first prompt of its length, all patterns and all layers together;
@@ -102,14 +105,14 @@ def layout_times(case: Case) -> Row:
     nexts: list[float] = []
     device, patterns = torch.device(problems.DEVICE), heads_of(case)
     Layouts().get(patterns[0], core, 64, device)
-    for _ in range(3):  # the layers before are gone: their layouts are freed
+    for _ in range(rounds):  # the layers before are gone: their layouts are freed
         layers = [Layouts() for _ in range(LAYERS)]
         for times in (firsts, nexts):
-            began = time.perf_counter()
+            began = clock()
             for layer in layers:
                 for pattern in patterns:
                     layer.get(pattern, core, case.m, device)
-            times.append(1e3 * (time.perf_counter() - began))
+            times.append(1e3 * (clock() - began))
         del layers
     return {
         "layout_first_ms": round(statistics.median(firsts), 4),

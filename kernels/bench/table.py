@@ -177,6 +177,28 @@ def sparse_table(results: dict[str, Any]) -> str:
     return peers_table(results, what, ("sdpa-mask", "sdpa-causal", "flex"))
 
 
+def layout_table(results: dict[str, Any]) -> str:
+    """The results of `python kernels/bench/layout_cpu.py` as Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    layers = results["rows"][0]["layout_layers"]
+    lines = [
+        f"CPU, {results['threads']} thread, {results['date']}, {versions},"
+        f" `{results['command']}`: processor ms to build the block layouts of a new length for"
+        f" {layers} layers together, that divided by the layers, and what a layer takes to find"
+        " them again.",
+        "",
+        "| problem | patterns | blocks listed | first prompt | per layer | again, per layer |",
+        "|---|" + "---:|" * 5,
+    ]
+    for row in results["rows"]:
+        first, each = row["layout_first_ms"], row["layout_first_ms"] / layers
+        lines.append(
+            f"| {row['case']} | {row['patterns']} | {row['entries']} | {first:.1f} |"
+            f" {digits(each)} | {row['layout_again_ms']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def routed_table(results: dict[str, Any]) -> str:
     """The results of `python kernels/bench/routed_cpu.py` as Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
