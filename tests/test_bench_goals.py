@@ -158,7 +158,9 @@ def test_whole_models_of_every_family_are_measured(tmp_path: Path) -> None:
     assert all(held[name] < held["original"] for name in ("latent", "sparse", "linear"))
     most = {row["family"]: row["batch"] for row in report["rows"] if row["at"] == "equal memory"}
     assert most["sparse"] > 2 * most["original"]
-    assert bench_module("table").families_table(report).count("\n| tiny |") == len(report["rows"])
+    assert bench_module("model_tables").families_table(report).count("\n| tiny |") == len(
+        report["rows"]
+    )
 
 
 def row(**rest: Any) -> dict[str, Any]:

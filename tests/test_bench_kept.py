@@ -118,4 +118,4 @@ def test_decode_steps_of_models_are_measured_over_two_calls(
     assert len(report["rows"]) == 12 and set(report["times_faster"].values()) == {4.0}
     call("--contexts", "32", "--minutes", "0")
     assert not done
-    assert bench("table").model_table(report).count("\n| llama-2-7b |") == 12
+    assert bench("model_tables").model_table(report).count("\n| llama-2-7b |") == 12

@@ -14,10 +14,10 @@ from typing import Any
 import problems
 from cases import Case
 from cpu_run import main
+from model_tables import layout_table
 from patterns import layout_of
 from registry import SPEED
 from rows import layout_times
-from table import layout_table
 
 COMMAND = "python kernels/bench/layout_cpu.py --out kernels/bench/results/layout_cpu.json"
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from goals import goal_table, judge_all
+from model_tables import families_table, layout_table, model_table
 from registry import SPEED
 from table import (
     decode_table,
-    families_table,
-    layout_table,
     linear_table,
-    model_table,
     onnx_encoder_table,
     onnx_linear_table,
     onnx_presets_table,
