@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reattend.kernels.sparse_attention import BlockLayout
 from reattend.mixers.config import CoreConfig
-from reattend.patterns.grids import Grid, GridTiles, GridWindow, Radial
+from reattend.patterns.grids import Grid, GridTiles, GridWindow, Radial, Spans
 from reattend.patterns.layouts import block_layout
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.terms import (
@@ -19,7 +19,6 @@ from reattend.patterns.terms import (
     Powers,
     Sinks,
     Slashes,
-    Spans,
     Stride,
     Term,
     Window,
@@ -61,19 +60,23 @@ def test_a_term_sees_what_its_definition_says(
     assert torch.equal(term.sees(*square()).expand(N, N), expected)
 
 
-@pytest.mark.parametrize("block", [4, 16])
 @pytest.mark.parametrize(("term", "meant"), TERMS, ids=name)
-def test_block_answers_never_miss_a_pair_nor_promise_one(
-    term: Term, meant: Callable[[int, int], bool], block: int
+def test_a_term_is_keys_for_every_query_or_ranges_that_move_on(
+    term: Term, meant: Callable[[int, int], bool]
 ) -> None:
-    start = torch.arange(0, N, block)
-    spans = Spans(start[:, None], start[:, None] + block - 1, start[None], start[None] + block - 1)
-    some, every = term.touches(spans)
-    tiles = term.sees(*square()).expand(N, N).unflatten(0, (-1, block)).unflatten(2, (-1, block))
-    assert not bool((tiles.any(3).any(1) & ~some).any())
-    assert not bool((every & ~tiles.all(3).all(1)).any())
-    if not isinstance(term, Slashes) and getattr(term, "slope", 0) == 0:
-        assert int(every.sum()) == int(tiles.all(3).all(1).sum())
+    i, j = square()
+    seen = term.sees(i, j).expand(N, N)
+    if term.by_key:
+        assert torch.equal(seen, seen[:1].expand(N, N))
+        return
+    first, last = term.ranges(i[:, 0], N)
+    assert torch.equal(
+        ((j[None] >= first[:, :, None]) & (j[None] <= last[:, :, None])).any(1), seen
+    ), "union"
+    assert not bool((first.diff(dim=0) < 0).any() | (last.diff(dim=0) < 0).any())
+    if term.repeats is not None:
+        step = term.repeats
+        assert torch.equal(seen[step:, step:], seen[:-step, :-step])
 
 
 @pytest.mark.parametrize(("term", "meant"), TERMS, ids=name)

@@ -172,6 +172,18 @@ def own_pattern(core: CoreConfig, i: Tensor, j: Tensor) -> Tensor:
     return seen
 
 
+def own_range(core: CoreConfig, i: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """`own_pattern` as the (first, last) key that each query sees; neither moves back."""
+    if not core.causal:
+        return torch.zeros_like(i), torch.full_like(i, length - 1)
+    first = torch.zeros_like(i)
+    if core.pattern == "sliding":
+        first = i - core.window + 1
+    elif core.pattern == "chunked":
+        first = i - i % core.chunk
+    return first, i
+
+
 def attend_rows(
     q_B1Hw: Tensor, k_B1Mw: Tensor, v_B1Mr: Tensor, core: CoreConfig, mask: Any,
     bias_11HM: Tensor | None = None, sinks: Tensor | None = None,

@@ -23,7 +23,8 @@ from reattend.mixers.places import places, usual, valid_tokens
 from reattend.mixers.scores import attend, per_head, shown
 from reattend.mixers.selecting.frame import attend_selected
 from reattend.mixers.selecting.methods import methods
-from reattend.mixers.sparse_blocks import Layouts, by_blocks
+from reattend.mixers.shared_layouts import Layouts
+from reattend.mixers.sparse_blocks import by_blocks
 from reattend.mixers.sparse_config import SparseConfig
 from reattend.parts import picked, query_heads
 

@@ -10,36 +10,11 @@ from torch import Tensor
 
 from reattend.mixers.base import Kept
 from reattend.mixers.config import CoreConfig
+from reattend.mixers.shared_layouts import Layouts
 from reattend.patterns.pattern import HeadPattern
 
 #: shorter calls are one or two blocks: a mask is as fast
 LEAST = 192
-#: share of the block's own pairs above which a mask is as fast
-DENSE = 0.6
-
-
-class Layouts:
-    """The layouts of the last lengths, by pattern and device."""
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[HeadPattern, CoreConfig, int, torch.device], object] = {}
-
-    def __deepcopy__(self, memo: object) -> Layouts:
-        """A copy of a model makes its own."""
-        return Layouts()
-
-    def get(self, pattern: HeadPattern, core: CoreConfig, n: int, device: torch.device) -> object:
-        """The `BlockLayout` of one head for n tokens; None where it would not pay."""
-        key = (pattern, core, n, device)
-        if key not in self.kept:
-            from reattend.patterns.layouts import block_layout
-
-            if len(self.kept) >= 8:
-                self.kept.clear()
-            made = block_layout([pattern], [0], core, n)
-            pays = made.density(n, n) <= DENSE * (0.5 if core.causal else 1.0)
-            self.kept[key] = made.to(device) if pays else None
-        return self.kept[key]
 
 
 def by_blocks(
@@ -57,11 +32,11 @@ def by_blocks(
     told = torch.arange(n, device=place_BN.device) - start_B[:, None]
     if not bool((place_BN == told.clamp_min(-1)).all()):
         return None
-    from reattend.kernels.sparse_attention import BlockLayout, sparse_attention
+    from reattend.kernels.sparse_attention import sparse_attention
 
     heads, batch = q_BHNd.shape[1], q_BHNd.shape[0]
     layout = layouts.get(pattern, core, n, q_BHNd.device)
-    if not isinstance(layout, BlockLayout):
+    if layout is None:
         return None
     every = layout.head_layout.expand(heads).contiguous()
     start_B = start_B.expand(batch).contiguous()

@@ -7,6 +7,7 @@ positions, any shapes that broadcast.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
@@ -14,7 +15,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from reattend.patterns.terms import Spans, Term
+from reattend.patterns.terms import Term
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Blocks of positions, both ends included: queries q0..q1 [P, 1], keys k0..k1 [1, Q]."""
+
+    q0: Tensor
+    q1: Tensor
+    k0: Tensor
+    k1: Tensor
 
 
 class Grid(Term):
@@ -59,7 +70,10 @@ class Grid(Term):
         return text | self.near(self._places(a), self._places(b))
 
     def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """By how far apart blocks lie along the axes; text by its ends."""
+        """(some, every) of the pairs in each two blocks [P, Q]; some may be generous, every shy.
+
+        By how far apart blocks lie along the axes; text by its ends.
+        """
         q, k = (spans.q0, spans.q1), (spans.k0, spans.k1)
         outside = [self._outside(*ends) for ends in (q, k)]
         some = outside[0][0] | outside[1][0] | self.close(spans)

@@ -18,7 +18,6 @@ from reattend.patterns.terms import (
     Powers,
     Sinks,
     Slashes,
-    Spans,
     Stride,
     Term,
     Window,
@@ -111,18 +110,6 @@ class HeadPattern(Frozen):
             seen = seen & union
         return seen & (i >= 0) & (j >= 0)
 
-    def touches(self, spans: Spans, core: CoreConfig) -> tuple[Tensor, Tensor]:
-        """(some, every) of the pairs of two blocks [P, Q], as `Term.touches`."""
-        some, every = _own_spans(core, spans)
-        if self.full:
-            return some, every
-        near = (spans.q0 <= spans.k1) & (spans.k0 <= spans.q1)  # a query sees itself
-        whole = torch.zeros_like(near)
-        for term in self.terms:
-            a, b = term.touches(spans)
-            near, whole = near | a, whole | b
-        return some & near, every & whole
-
     def reads(self, length: int, core: CoreConfig) -> int:
         """Keys that the last of `length` tokens sees; over a grid, its share of so many.
 
@@ -176,18 +163,3 @@ def laid_out(pattern: Any, where: dict[str, Any]) -> Any:
     ):
         names.append("select")
     return {**given, **{n: {**given[n], **where} for n in names if not given[n].get("shape")}}
-
-
-def _own_spans(core: CoreConfig, s: Spans) -> tuple[Tensor, Tensor]:
-    """(some, every) of the pairs of two blocks that the block's own pattern shows."""
-    some = torch.ones(torch.broadcast_shapes(s.q0.shape, s.k0.shape), dtype=torch.bool)
-    every = some
-    if core.causal:
-        some, every = some & (s.k0 <= s.q1), every & (s.k1 <= s.q0)
-    if core.pattern == "sliding":
-        some, every = some & (s.q0 - s.k1 < core.window), every & (s.q1 - s.k0 < core.window)
-    elif core.pattern == "chunked":
-        c = core.chunk
-        some = some & (s.k1 // c >= s.q0 // c) & (s.k0 // c <= s.q1 // c)
-        every = every & (s.k0 // c == s.q1 // c) & (s.k1 // c == s.q0 // c)
-    return some, every

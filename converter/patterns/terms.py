@@ -1,16 +1,16 @@
 """The terms of a pattern: each says which keys a query sees; a pattern is the union of its terms.
 
 Positions are counted from the first real token of a sequence, so padding on the left moves nothing.
-A term answers twice: `sees` exactly for positions, `touches` for whole blocks, where *some* may be
-generous (it is checked token by token afterwards) and *every* may be shy, never the other way.
+A term answers twice: `sees` for pairs of positions, and, for block layouts, as what it is made of:
+keys that every query sees (`by_key`), or `ranges` of keys that move on with the query.
 
-Layout letters: i query positions, j key positions, any shapes that broadcast.
+Layout letters: i query positions, j key positions, any shapes that broadcast; R ranges.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -19,38 +19,31 @@ from torch import Tensor
 from reattend.mixers.config import Frozen
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Blocks of positions, both ends included: queries q0..q1 [P, 1], keys k0..k1 [1, Q]."""
-
-    q0: Tensor
-    q1: Tensor
-    k0: Tensor
-    k1: Tensor
-
-    @property
-    def nearest(self) -> Tensor:
-        """The smallest |i - j| in each pair of blocks, in tokens."""
-        return torch.maximum(self.q0 - self.k1, self.k0 - self.q1).clamp_min(0)
-
-    @property
-    def farthest(self) -> Tensor:
-        """The largest |i - j|."""
-        return torch.maximum(self.q1 - self.k0, self.k1 - self.q0)
-
-
 class Term(Frozen, ABC):
-    """One part of a pattern."""
+    """One part of a pattern.
+
+    Attributes:
+        by_key: every query sees the same keys.
+    """
+
+    by_key: ClassVar[bool] = False
 
     @abstractmethod
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         """True where query i sees key j; causality is not a term's business."""
 
-    def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """(some, every) of the pairs in each two blocks [P, Q]; by default: nothing is known."""
-        shape = torch.broadcast_shapes(spans.q0.shape, spans.k0.shape)
-        some = torch.ones(shape, dtype=torch.bool, device=spans.q0.device)
-        return some, torch.zeros_like(some)
+    def ranges(self, i: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """(first, last) key of each range that query i sees, [..., R]; empty where last < first.
+
+        Neither end moves back as i grows. Keys below 0, or from `length` on, may be among them.
+        Where a term is neither this nor `by_key`, layouts look at it token by token.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def repeats(self) -> int | None:
+        """Query and key moved on by so many tokens see each other as before; None: by none."""
+        return None
 
     @property
     def monotone(self) -> bool:
@@ -64,16 +57,12 @@ class Term(Frozen, ABC):
 class Sinks(Term):
     """The first `tokens` of the sequence (StreamingLLM, Xiao et al., arXiv 2309.17453)."""
 
+    by_key = True
     tokens: int = Field(gt=0)
 
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         """Every query."""
         return (j < self.tokens) & (i >= 0)
-
-    def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """By the ends of the key block."""
-        real = spans.q0 >= 0
-        return (spans.k0 < self.tokens) & (spans.q1 >= 0), (spans.k1 < self.tokens) & real
 
     @property
     def monotone(self) -> bool:
@@ -108,9 +97,15 @@ class Window(Term):
         """Both directions; causality hides one where it holds."""
         return (i - j).abs() < self.width(i)
 
-    def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """By the distances between two blocks; the widest and the narrowest window."""
-        return spans.nearest < self.width(spans.q1), spans.farthest < self.width(spans.q0)
+    def ranges(self, i: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """One around the query."""
+        width = self.width(i)
+        return (i - width + 1)[..., None], (i + width - 1)[..., None]
+
+    @property
+    def repeats(self) -> int | None:
+        """A width that grows never repeats."""
+        return None if self.slope else 1
 
     @property
     def monotone(self) -> bool:
@@ -124,6 +119,7 @@ class Stride(Term):
     Block n is seen if (n + offset) mod period == 0 (S2-Attention, Lin et al., arXiv 2407.17678).
     """
 
+    by_key = True
     period: int = Field(gt=0)
     offset: int = Field(default=0, ge=0)
     block: int = Field(default=64, gt=0)
@@ -131,14 +127,6 @@ class Stride(Term):
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         """Depends on the key alone."""
         return (torch.div(j, self.block, rounding_mode="floor") + self.offset) % self.period == 0
-
-    def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """A multiple of the period among the key block's own blocks."""
-        first, last = spans.k0 // self.block + self.offset, spans.k1 // self.block + self.offset
-        some = last // self.period > (first - 1) // self.period
-        every = (first == last) & (first % self.period == 0) | (self.period == 1)
-        shape = torch.broadcast_shapes(spans.q0.shape, spans.k0.shape)
-        return some.expand(shape), every.expand(shape)
 
     @property
     def monotone(self) -> bool:
@@ -155,35 +143,28 @@ class Powers(Term):
         """Distance in blocks, either direction."""
         return _is_power((i // self.block - j // self.block).abs())
 
-    def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """A power of two between the smallest and the largest distance in blocks."""
-        near = spans.q0 // self.block - spans.k1 // self.block
-        far = spans.q1 // self.block - spans.k0 // self.block
-        around = (near <= 0) & (far >= 0)  # both directions: every distance from none on
-        low = torch.minimum(near.abs(), far.abs()).masked_fill(around, 0)
-        high = torch.maximum(near.abs(), far.abs())
-        every = (near == far) & _is_power(high)
-        up = torch.ones_like(low)
-        for _ in range(62):  # the smallest power that is not below `low`
-            short = up < low
-            if not bool(short.any()):
-                break
-            up = torch.where(short, up * 2, up)
-        return up <= high, every
+    def ranges(self, i: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """A block at every power of two, in both directions."""
+        powers = [1 << n for n in range((length // self.block + 1).bit_length())]
+        apart = torch.tensor([*(-p for p in powers), *powers], device=i.device)
+        first = (i[..., None] // self.block - apart) * self.block
+        return first, first + self.block - 1
+
+    @property
+    def repeats(self) -> int:
+        """A block of its own."""
+        return self.block
 
 
 class Columns(Term):
     """Single keys, by position: the vertical lines of MInference (arXiv 2407.02490)."""
 
+    by_key = True
     at: tuple[int, ...] = Field(min_length=1)
 
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         """Every query."""
         return torch.isin(j, torch.tensor(self.at, device=j.device)) & (i >= 0)
-
-    def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """How many of them lie in the key block."""
-        return _counted(self.at, spans.k0, spans.k1, spans.q0)
 
     @property
     def monotone(self) -> bool:
@@ -200,22 +181,19 @@ class Slashes(Term):
         """Distance i - j, in tokens."""
         return torch.isin(i - j, torch.tensor(self.distances, device=j.device))
 
-    def touches(self, spans: Spans) -> tuple[Tensor, Tensor]:
-        """How many of the distances between two blocks are listed."""
-        return _counted(self.distances, spans.q0 - spans.k1, spans.q1 - spans.k0, spans.q0)
+    def ranges(self, i: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """One for every run of distances that follow each other."""
+        listed = torch.tensor(sorted(set(self.distances)), device=i.device)
+        gap = listed.diff() > 1
+        begins = torch.cat([listed[:1], listed[1:][gap]])
+        ends = torch.cat([listed[:-1][gap], listed[-1:]])
+        return i[..., None] - ends, i[..., None] - begins
+
+    @property
+    def repeats(self) -> int:
+        """Distances are all there is."""
+        return 1
 
 
 def _is_power(n: Tensor) -> Tensor:
     return (n > 0) & ((n & (n - 1)) == 0)
-
-
-def _counted(
-    listed: tuple[int, ...], low: Tensor, high: Tensor, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(some, every) of the whole numbers low..high is listed."""
-    places = torch.tensor(sorted(set(listed)), device=low.device)
-    found = torch.searchsorted(places, high.contiguous(), right=True) - torch.searchsorted(
-        places, low.contiguous()
-    )
-    shape = torch.broadcast_shapes(found.shape, like.shape)
-    return (found > 0).expand(shape), (found == high - low + 1).expand(shape)

@@ -6,8 +6,8 @@ long a prompt takes, and how many tokens a second are decoded at equal batch and
 many sequences as fit). Everything runs as `generate` would run it: transformers' own forward and
 caches, launched from Python, the original with torch's SDPA, which takes its flash kernel where it
 can. `model.py` has the decode step alone, as a CUDA graph. Sequences beyond the first are copies of
-it. Rows are written as they come, and `--minutes` ends a run early. Writes
-``results/families-<device>.json``.
+it. Writes ``results/families-<device>.json`` after every row, beside the rows that are there: what
+does not fit into `--minutes` is measured by another call, with `--continue`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import head, no_gpu, place, write
+from kept import Kept, add_options, refusal
+from record import head, no_gpu, place
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +51,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 ROOM = 0.85  # of the memory that is free, for a cache and the copy that each step makes of it
 STEPS = 8
+AT = ("equal batch", "equal memory")
 
 
 def wait(device: str) -> None:
@@ -158,38 +160,74 @@ def free_bytes(device: str) -> float:
     return ROOM / 2 * torch.cuda.mem_get_info()[0]
 
 
-def context_rows(
-    model: Any, base: dict[str, Any], context: int, batch: int, device: str
-) -> list[dict[str, Any]]:
-    """Prefill and decode at one length."""
+def prompted(model: Any, context: int, family: str, device: str) -> dict[str, Any]:
+    """Milliseconds of a prompt, and the bytes of its cache after a step."""
     ids = torch.randint(0, model.config.vocab_size, (1, context), device=device)
-    rows, times, cache, family = [], [], None, base["family"]
+    times, cache = [], None
     for _ in range(3):  # the first warms up
         cache = None
         ms, cache = prefill(model, ids, family, device)
         times.append(ms)
     decode(model, cache, 1, device)  # what is dropped after the prompt is gone now
     held = cache_bytes(cache)
-    del cache
-    most = max(int(free_bytes(device) / held), 1)
-    for at, count in (("equal batch", min(batch, most)), ("equal memory", most)):
-        row = base | {
-            "context": context,
-            "prefill_ms": round(min(times[1:]), 2),
-            "at": at,
-            "batch": count,
-        }
-        row["cache_mb_per_sequence"] = round(held / 1e6, 3)
-        try:
-            _, cache = prefill(model, ids, family, device)
-            step = decode(model, cache, count, device)
-            row |= {"step_ms": round(step, 3), "tokens_per_s": round(1e3 * count / step, 1)}
-        except torch.OutOfMemoryError as error:
-            row["refused"] = str(error)[:160]
-        cache = None
-        free_bytes(device)
-        rows.append(row)
-    return rows
+    return {
+        "prefill_ms": round(min(times[1:]), 2), "cache_mb_per_sequence": round(held / 1e6, 6),
+    }  # fmt: skip
+
+
+def decoded(model: Any, row: dict[str, Any], most: int, batch: int, device: str) -> dict[str, Any]:
+    """A step at one batch."""
+    ids = torch.randint(0, model.config.vocab_size, (1, row["context"]), device=device)
+    count = most if row["at"] == "equal memory" else min(batch, most)
+    _, cache = prefill(model, ids, row["family"], device)
+    step = decode(model, cache, count, device)
+    found = {"batch": count, "step_ms": round(step, 3)}
+    return found | {"tokens_per_s": round(1e3 * count / step, 1)}
+
+
+def context_rows(
+    kept: Kept, model: Any, base: dict[str, Any], context: int, options: argparse.Namespace
+) -> None:
+    """Prefill and decode at one length: the rows that are missing, as far as time goes."""
+    jobs = [base | {"context": context, "at": at} for at in AT]
+    prompt: dict[str, Any] = {}
+    for job in [job for job in jobs if not kept.done(job)]:
+        if not kept.fits(job):
+            kept.leave(job)
+            continue
+        with kept.row(job) as row, torch.inference_mode():
+            prompt = prompt or prompted(model, context, base["family"], options.device)
+            row |= prompt
+            most = int(free_bytes(options.device) / 1e6 / prompt["cache_mb_per_sequence"])
+            row |= decoded(model, row, max(most, 1), options.batch, options.device)
+        free_bytes(options.device)
+
+
+def family_rows(kept: Kept, shape: str, family: str, options: argparse.Namespace) -> None:
+    """Build and convert once, then every length; nothing where no row is missing."""
+    base: dict[str, Any] = {"shape": shape, "family": family}
+    jobs = [base | {"context": context, "at": at} for context in options.contexts for at in AT]
+    jobs = [job for job in jobs if not kept.done(job)]
+    told = [row for row in kept.report["rows"] if row["shape"] == shape]
+    making = max((row.get("build_s", 0) + row.get("convert_s", 0) for row in told), default=0)
+    if not any(kept.fits(job, making) for job in jobs):
+        kept.leave(*jobs)
+        return
+    began = time.perf_counter()
+    try:
+        model = build(shape, options.device, max(options.contexts) + 64)
+        wait(options.device)
+        base["build_s"] = round(time.perf_counter() - began, 2)
+        if family != "original":
+            model, took = converted(model, family, shape, options.device)
+            base |= took
+    except Exception as error:  # a family that cannot be made is part of the result
+        kept.add(base | {"refused": refusal(error)})
+        return
+    for context in options.contexts:
+        context_rows(kept, model, base, context, options)
+    del model
+    free_bytes(options.device)
 
 
 def main() -> int:
@@ -200,42 +238,19 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 32768, 131072])
     parser.add_argument("--batch", type=int, default=8, help="the equal batch")
-    parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
+    add_options(parser)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         return no_gpu("run this on a machine with one; --device cpu --shapes tiny tries it here")
-    deadline = time.monotonic() + 60 * options.minutes
-    report: dict[str, Any] = head("python kernels/bench/families.py", "transformers") | {"rows": []}
+    report: dict[str, Any] = head("python kernels/bench/families.py", "transformers")
+    report["equal_batch"] = options.batch
     path = place(report, options.out, "families-")
-    jobs = [(s, f) for s in options.shapes for f in ("original", *options.families)]
-    for shape, family in jobs:
-        if time.monotonic() > deadline:
-            sys.stdout.write(f"no time for {shape}, {family}\n")
-            continue
-        base: dict[str, Any] = {"shape": shape, "family": family}
-        model = build(shape, options.device, max(options.contexts) + 64)
-        try:
-            if family != "original":
-                model, took = converted(model, family, shape, options.device)
-                base |= took
-            for context in options.contexts:
-                if time.monotonic() > deadline:
-                    break
-                with torch.inference_mode():
-                    found = context_rows(model, base, context, options.batch, options.device)
-                report["rows"] += found
-                for row in found:
-                    sys.stdout.write(f"{row}\n")
-                sys.stdout.flush()
-                write(report, path)
-        except Exception as error:  # a family that cannot be run is part of the result
-            report["rows"].append(base | {"refused": f"{type(error).__name__}: {str(error)[:300]}"})
-            sys.stdout.write(f"{report['rows'][-1]}\n")
-        del model
-        free_bytes(options.device)
-        write(report, path)
-    sys.stdout.write(f"wrote {path}\n")
+    kept = Kept(report, path, ("shape", "family", "context", "at"), options)
+    for shape in options.shapes:
+        for family in ("original", *options.families):
+            family_rows(kept, shape, family, options)
+    kept.finish(options)
     return 0
 
 

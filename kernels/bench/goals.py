@@ -125,9 +125,10 @@ def _backward(row: Row) -> Judged:
 
 
 def _layout(row: Row) -> Judged:
-    if "layout_again_ms" not in row:
+    if "layout_first_ms" not in row:
         raise Missing(UNMEASURED)
-    return row["layout_again_ms"] / row["ms"], 0.05, True
+    each = row["layout_first_ms"] / row["layout_layers"]
+    return max(each, row["layout_again_ms"]) / row["ms"], 0.05, True
 
 
 #: name: what it says, and how it is judged
@@ -145,7 +146,9 @@ GOALS: dict[str, tuple[str, Callable[[Row], Judged]]] = {
     "fla forward": ("at least fla-core's speed, forward", _fla),
     "fla backward": ("at least fla-core's speed, backward", _fla_backward),
     "backward": ("backward of at most 2.5 x forward", _backward),
-    "layout": ("the layout's share of the call at most 5 %", _layout),
+    "layout": (
+        "a layer's share of building all layouts of a new length at most 5 % of its call", _layout
+    ),
 }  # fmt: skip
 
 

@@ -6,21 +6,22 @@ attention block replaced by `LatentAttention` of rank 512 + 64 (7 % of Llama-2-7
 `SpanCache`, which runs `reattend::latent_attention`. One step (embedding to next token) is a
 replayed CUDA graph at a full context; measured at equal batch and at equal memory of the cache. It
 is not a conversion (`families.py` is): nothing is said about its time or the model's quality.
-Writes ``results/model-<device>.json`` after every row; `--minutes` ends a run early.
+Writes ``results/model-<device>.json`` after every row, beside the rows that are there: what does
+not fit into `--minutes` is measured by another call, with `--continue`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from families import SHAPES, build
-from record import head, no_gpu, place, write
+from families import AT, SHAPES, build
+from kept import Kept, add_options
+from record import head, no_gpu, place
 from timing import replay_ms
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -162,6 +163,50 @@ def times_faster(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def measure(model: Any, row: dict[str, Any], options: argparse.Namespace) -> None:
+    """One kind of attention at one length and batch; adds to the row."""
+    latent, heads = row["model"] == "latent", model.config.num_key_value_heads
+    length = row["context"]
+    capacity = length + ROOM
+    for layer in model.model.layers:
+        own = getattr(layer.self_attn, "block", layer.self_attn)
+        made = latent_block(own) if latent else SdpaDecode(own, length, BACKENDS[row["model"]])
+        layer.self_attn = made
+    room = options.cache_gb * 1e9 / capacity
+    per_token = bytes_per_token(model, latent)
+    whole = int(room / bytes_per_token(model, False))
+    batch = min(options.batch, whole) if row["at"] == "equal batch" else int(room / per_token)
+    row |= {"batch": batch, "cache_bytes_per_token": per_token}
+    torch.cuda.empty_cache()
+    cache = (SpanCache if latent else StaticCache)(config=model.config, max_cache_len=capacity)
+    filled(cache, batch, (1, 1) if latent else (heads, heads), length)
+    ms = step_ms(model, cache, batch, length)
+    row |= {"step_ms": round(ms, 3), "tokens_per_s": round(batch / ms * 1e3, 1)}
+
+
+def shape_rows(kept: Kept, shape: str, options: argparse.Namespace) -> None:
+    """Build once, then every kind and length; nothing where no row is missing."""
+    jobs: list[dict[str, Any]] = [
+        {"shape": shape, "model": kind, "context": context, "at": at}
+        for kind in KINDS
+        for context in options.contexts
+        for at in AT
+    ]
+    jobs = [job for job in jobs if not kept.done(job)]
+    if not any(map(kept.fits, jobs)):
+        kept.leave(*jobs)
+        return
+    model = build(shape, "cuda", max(options.contexts) + ROOM)
+    for job in jobs:
+        if not kept.fits(job):
+            kept.leave(job)
+            continue
+        with kept.row(job) as row:
+            measure(model, row, options)
+    del model
+    torch.cuda.empty_cache()
+
+
 def main() -> int:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -170,63 +215,21 @@ def main() -> int:
     parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 32768, 131072])
     parser.add_argument("--batch", type=int, default=8, help="the equal batch, where it fits")
     parser.add_argument("--cache-gb", type=float, default=103.5, help="memory for the cache")
-    parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
+    add_options(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         return no_gpu("run this on a machine with a CUDA or ROCm device")
 
-    deadline = time.monotonic() + 60 * options.minutes
     report: dict[str, Any] = head("python kernels/bench/model.py", "transformers") | {
-        "rank": RANK, "rope": ROPE, "cache_gb": options.cache_gb, "rows": [],
+        "rank": RANK, "rope": ROPE, "cache_gb": options.cache_gb, "equal_batch": options.batch,
     }  # fmt: skip
     path = place(report, options.out, "model-")
+    kept = Kept(report, path, ("shape", "model", "context", "at"), options, times_faster)
     for shape in options.shapes:
-        model = build(shape, "cuda", max(options.contexts) + ROOM)
-        for kind in KINDS:
-            for context in options.contexts:
-                if time.monotonic() > deadline:
-                    sys.stdout.write(f"no time for {shape}, {kind}, {context} tokens\n")
-                    continue
-                report["rows"] += rows_of(model, shape, kind, context, options)
-                report["times_faster"] = times_faster(report["rows"])
-                write(report, path)
-        del model
-        torch.cuda.empty_cache()
-    sys.stdout.write(f"latent is {report.get('times_faster')} times faster\nwrote {path}\n")
+        shape_rows(kept, shape, options)
+    sys.stdout.write(f"latent is {report['times_faster']} times faster\n")
+    kept.finish(options)
     return 0
-
-
-def rows_of(
-    model: Any, shape: str, kind: str, length: int, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Both batches of one kind of attention at one length."""
-    latent, heads = kind == "latent", model.config.num_key_value_heads
-    capacity, rows = length + ROOM, []
-    for layer in model.model.layers:
-        own = getattr(layer.self_attn, "block", layer.self_attn)
-        layer.self_attn = latent_block(own) if latent else SdpaDecode(own, length, BACKENDS[kind])
-    per_token = bytes_per_token(model, latent)
-    fits = int(options.cache_gb * 1e9 / (per_token * capacity))
-    whole = int(options.cache_gb * 1e9 / (bytes_per_token(model, False) * capacity))
-    for memory, batch in (("equal batch", min(options.batch, whole)), ("equal memory", fits)):
-        torch.cuda.empty_cache()
-        made = SpanCache if latent else StaticCache
-        row = {
-            "shape": shape, "model": kind, "at": memory, "batch": batch, "context": length,
-            "cache_bytes_per_token": per_token,
-        }  # fmt: skip
-        try:
-            cache = made(config=model.config, max_cache_len=capacity)
-            filled(cache, batch, (1, 1) if latent else (heads, heads), length)
-            ms = step_ms(model, cache, batch, length)
-            row |= {"step_ms": round(ms, 3), "tokens_per_s": round(batch / ms * 1e3, 1)}
-        except Exception as error:  # what does not fit or run is part of the result
-            row["refused"] = f"{type(error).__name__}: {str(error)[:200]}"
-        cache = None
-        rows.append(row)
-        sys.stdout.write(f"{row}\n")
-        sys.stdout.flush()
-    return rows
 
 
 if __name__ == "__main__":

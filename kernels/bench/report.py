@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from goals import goal_table, judge_all
+from model_tables import families_table, layout_table, model_table
 from registry import SPEED
 from table import (
     decode_table,
-    families_table,
     linear_table,
-    model_table,
     onnx_encoder_table,
     onnx_linear_table,
     onnx_presets_table,
+    onnx_routed_table,
     onnx_selected_table,
     onnx_sparse_table,
     routed_table,
@@ -42,9 +42,11 @@ def print_tables(device: str) -> None:
         f"families-{device}": families_table,
         "onnx_decode": decode_table,
         "sparse_cpu": sparse_table,
+        "layout_cpu": layout_table,
         "onnx_sparse": onnx_sparse_table,
         "onnx_encoder": onnx_encoder_table,
         "onnx_selected": onnx_selected_table,
+        "onnx_routed": onnx_routed_table,
         "routed_cpu": routed_table,
         "linear_cpu": linear_table,
         "onnx_linear": onnx_linear_table,

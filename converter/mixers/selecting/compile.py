@@ -14,7 +14,7 @@ from torch import Tensor
 from reattend.kernels.sparse_attention import BlockLayout
 from reattend.mixers.config import CoreConfig
 from reattend.mixers.selecting.base import Chosen
-from reattend.patterns.layouts import entries
+from reattend.patterns.layouts import Rows, entries
 from reattend.patterns.pattern import HeadPattern
 
 BLOCK = 64
@@ -30,15 +30,15 @@ class Fixed:
         self.own = entries(HeadPattern(full=True), core, self.begin, self.blocks, BLOCK)
         self.terms = entries(pattern, core, self.begin, self.blocks, BLOCK)
 
-    def words(self, found: tuple[Tensor, Tensor, Tensor], begin: int, end: int) -> Tensor:
+    def words(self, found: Rows, begin: int, end: int) -> Tensor:
         """Bits of query blocks begin .. end - 1: int64 [P, Q, 64]."""
-        place, inside, tiles = found
-        row = place[:, 0] + self.begin
+        stops = found.counts.cumsum(0)
+        counts, stops = (x[begin - self.begin : end - self.begin] for x in (found.counts, stops))
+        mine = slice(int(stops[0] - counts[0]), int(stops[-1]))
         words = torch.zeros(end - begin, self.blocks, BLOCK, dtype=torch.int64)
-        each = torch.full((len(place), BLOCK), -1, dtype=torch.int64)
-        each[~inside] = tiles
-        mine = (row >= begin) & (row < end)
-        words[row[mine] - begin, place[mine, 1]] = each[mine]
+        each = torch.cat([found.tiles, words.new_full((1, BLOCK), -1)])[found.tile[mine]]
+        row = torch.repeat_interleave(torch.arange(end - begin), counts)
+        words[row, found.col[mine]] = each
         return words
 
 
@@ -78,7 +78,7 @@ def compiled(
         BLOCK, fixed.begin, torch.cat([begins, ends], 1).int(), torch.cat(columns).int(),
         torch.cat(tile).int(), torch.cat(tiles), torch.arange(heads, dtype=torch.int32),
     )  # fmt: skip
-    return layout, read / (heads * BLOCK * len(fixed.own[0]))
+    return layout, read / (heads * BLOCK * len(fixed.own.col))
 
 
 def _keys(words_Er: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from reattend.mixers.selecting.blocks import Routes
 from reattend.mixers.selecting.compile import Fixed, compiled
 from reattend.mixers.selecting.memo import Memo
 from reattend.mixers.selecting.routed import attend_routed
-from reattend.mixers.sparse_blocks import DENSE, LEAST
+from reattend.mixers.shared_layouts import DENSE
+from reattend.mixers.sparse_blocks import LEAST
 from reattend.patterns.pattern import HeadPattern
 
 #: pairs of a mask that may be formed where it is as fast as blocks

@@ -113,11 +113,16 @@ class BlockLayout:
 
     def pairs(self) -> Tensor:
         """Number of visible (query, key) pairs of each layout, int64 (L,)."""
-        edge = unpack(self.tiles).flatten(1).sum(1)
-        whole = edge.new_full((1,), self.block**2)
-        each = torch.cat([edge, whole])[self.tile.long()]  # -1 is the last one
-        layout = entry_rows(self.row_ptr, len(self.col)) // (self.row_ptr.shape[1] - 1)
-        return each.new_zeros(self.row_ptr.shape[0]).index_add(0, layout, each)
+        return self.pairs_before()[:: self.row_ptr.shape[1] - 1].diff()
+
+    def pairs_before(self) -> Tensor:
+        """Visible pairs before each row, layout after layout, and of all: int64 (L * P + 1,)."""
+        hidden = self.block**2 - unpack(self.tiles).flatten(1).sum(1)
+        edge = (self.tile >= 0).nonzero()[:, 0]
+        hidden = hidden[self.tile[edge].long()].cumsum(0)
+        rows = torch.cat([self.row_ptr[:, :-1].flatten(), self.row_ptr[-1, -1:]]).long()
+        before = torch.searchsorted(edge, rows)  # edges before each row
+        return rows * self.block**2 - torch.cat([hidden.new_zeros(1), hidden])[before]
 
     def density(self, n: int | None = None, m: int | None = None) -> float:
         """Visible pairs over all n * m pairs, mean over heads (causal attention: about 0.5).
