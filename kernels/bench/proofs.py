@@ -1,0 +1,67 @@
+"""Which kernels may be timed: those whose checks passed, as their sources are now.
+
+A check proves an op's forward or backward in one dtype: a wrong gradient in fp32 says nothing
+against the forward in bf16, which is timed all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cases import Case
+
+OPS = Path(__file__).parents[1] / "ops"
+CHECKS = ("correctness.py", "correct_families.py")
+IMPORTED = re.compile(r"reattend\.kernels\.(\w+)")
+
+
+class Key(NamedTuple):
+    """What a check is about: dtypes as in `Case`; the part is ``forward`` or ``backward``."""
+
+    op: str
+    dtype: str
+    part: str
+
+
+def keys_of(case: Case) -> list[Key]:
+    """What is timed of a case."""
+    parts = ("forward", "backward") if case.backward else ("forward",)
+    return [Key(case.op, case.dtype, part) for part in parts]
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    """What a row of a report's checks is about."""
+    return Key(row["op"], row["dtype"], row["part"])
+
+
+def sources(op: str) -> str:
+    """A fingerprint of an op's files, of those it imports, and of the checks."""
+    folders, todo = set[str](), [op]
+    while todo:
+        folder = todo.pop()
+        if folder in folders or not (OPS / folder).is_dir():
+            continue
+        folders.add(folder)
+        for path in (OPS / folder).glob("*.py"):
+            todo += IMPORTED.findall(path.read_text("utf-8"))
+    files = [*OPS.glob("*.py"), *(path for name in folders for path in (OPS / name).glob("*.py"))]
+    files += [Path(__file__).with_name(name) for name in CHECKS]
+    made = hashlib.sha256()
+    for path in sorted(files):
+        made.update(path.read_bytes())
+    return made.hexdigest()[:16]
+
+
+def unproven(checks: list[dict[str, Any]], keys: Iterable[Key]) -> dict[Key, str]:
+    """What of these may not be timed, and why."""
+    wrong = {key_of(row): row["name"] for row in checks if not row["ok"]}
+    ran = {key_of(row) for row in checks}
+    return {
+        key: f"{wrong[key]!r} failed" if key in wrong else "no check ran"
+        for key in keys
+        if key in wrong or key not in ran
+    }
