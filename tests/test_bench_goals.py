@@ -117,3 +117,11 @@ def test_plots_of_families_with_two_points() -> None:
         assert text.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
         assert "var(" not in text
         assert "floor" in text
+
+
+def test_the_first_problems_have_every_goal() -> None:
+    """A run with little time tells something about each."""
+    speed = bench_module("registry").SPEED
+    first = {goal for case in speed[:13] for goal in case.goals}
+    assert first == set(bench_module("goals").GOALS)
+    assert len({case.name for case in speed}) == len(speed)
