@@ -34,6 +34,11 @@ def once(job):  # fails beside others, not alone
         os.abort()
     illegal.ran = True
     return job
+def spoiled(job):
+    import pools
+    if job == 1:
+        pools.spoil()
+    return os.getpid()
 def hang(job):
     time.sleep(600 if job == 3 else 0)
     return job
@@ -50,6 +55,8 @@ if __name__ == "__main__":
         assert [one.value for one in found] == [*range(3), None, *range(4, 10)], found
         assert found[3].failed.startswith(why) and found[3].broke
     assert [one.value for one in side_by_side(jobs.once, range(5), end, 1)] == [*range(5)]
+    first, last, other = (one.value for one in side_by_side(jobs.spoiled, range(3), end, 1))
+    assert first == last != other
     found = side_by_side(jobs.hang, range(5), end, 1, 1.0)
     assert [bool(one.failed) for one in found] == [False, False, False, True, False]
     assert found[3].failed.startswith(LATE)

@@ -20,6 +20,7 @@ from typing import Any
 
 #: how a failure begins that was for want of time
 LATE = "took longer than"
+_SPOILED: list[bool] = []
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -41,6 +42,11 @@ class Outcome:
 def told(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def spoil() -> None:
+    """In a worker: let no other job run in this process; the one it is at counts as it ends."""
+    _SPOILED.append(True)
 
 
 def _broken_device() -> str:
@@ -68,7 +74,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
         except Exception as error:  # one job's failure is its outcome
             found = Outcome(failed=told(error))
         broken = _broken_device()
-        if broken:
+        if broken or _SPOILED:
             pipe.send(Outcome(found.value, found.failed or broken, broke=True))
             os._exit(1)  # an orderly end would use the device
         pipe.send(found)
@@ -158,8 +164,8 @@ def each_ended(
                     found = Outcome(failed=f"{LATE} {limit:.0f} s", broke=True)
                 if found is None:
                     continue
-                again = found.broke and not worker.first and not found.failed.startswith(LATE)
-                if again:
+                at_fault = worker.first or not found.failed or found.failed.startswith(LATE)
+                if found.broke and not at_fault:
                     following = (worker.index, worker.job)
                 else:
                     yield worker.index, found

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from pools import spoil
 
 ROTATE_BYTES = 400_000_000  # several times the L2 of any GPU listed
 MAX_SETS = 16
@@ -33,12 +34,16 @@ def input_sets(bytes_per_set: int) -> int:
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """As `torch.cuda.graph`, which leaves its stream and generator in place when it fails."""
+    """As `torch.cuda.graph`, which leaves its stream and generator in place when it fails.
+
+    The allocator then still waits for the capture's end, so a worker runs no other job.
+    """
     stream, generator = torch.cuda.current_stream(), torch.Generator("cuda")
     try:
         with torch.cuda.graph(graph):
             yield
     except BaseException:
+        spoil()
         torch.cuda.set_stream(stream)
         default = torch.cuda.default_generators[torch.cuda.current_device()]
         default.graphsafe_set_state(generator.graphsafe_get_state())
