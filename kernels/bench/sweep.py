@@ -29,7 +29,7 @@ from pools import LATE, each_ended, side_by_side
 from problems import Problem, work_of
 from record import head, no_gpu, place, write
 from registry import SWEEP
-from sweep_grid import GRID
+from splits import sane_splits
 from timing import input_sets, replay_ms
 
 from reattend.kernels.configs import KernelConfig
@@ -39,7 +39,81 @@ RESULTS = Path(__file__).parent / "results"
 COMPILE_SHARE = 0.5  # of the time that is left, before what compiled is timed
 COMPILE_LIMIT, TIME_LIMIT = 200.0, 60.0  # seconds for one configuration
 Job = tuple[Case, KernelConfig]
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+Tile = tuple[int, ...]
+# (rows, keys, warps, stages[, programs a multiprocessor holds]) that compile for sm_90
+GRID: dict[str, tuple[Tile, ...]] = {
+    "attention prefill 64": (
+        (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 4, 2),
+    ),
+    "attention prefill 128": (
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2),
+        (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 32, 8, 4),
+    ),
+    "attention prefill 256": ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (128, 64, 8, 2)),
+    "attention decode 64": (
+        (16, 64, 4, 3), (16, 128, 4, 3), (16, 128, 4, 4), (16, 64, 2, 4), (16, 128, 2, 3),
+        (16, 256, 4, 2),
+    ),
+    "attention decode 128": (
+        (16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2), (16, 128, 4, 3), (16, 64, 2, 3),
+        (16, 128, 8, 2), (16, 128, 8, 3), (16, 32, 2, 4), (16, 64, 2, 4),
+    ),
+    "attention decode 256": ((16, 32, 4, 3), (16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 8, 3)),
+    "latent prefill 512": (
+        (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2), (32, 32, 8, 3),
+    ),
+    "latent prefill 256": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 3), (64, 64, 4, 3)),
+    "latent prefill 128": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
+    "latent decode 128": (
+        (16, 64, 4, 4), (16, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 4, 2),
+    ),
+    "latent decode 512": (
+        (16, 32, 4, 3, 2), (16, 64, 4, 2, 2), (16, 64, 8, 3), (32, 32, 4, 2, 2), (32, 32, 4, 3, 2),
+        (32, 64, 4, 2, 2), (64, 64, 8, 2),
+    ),
+    "latent decode 256": (
+        (16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (32, 64, 4, 2, 2), (32, 128, 4, 2), (64, 64, 4, 2),
+        (64, 64, 8, 3),
+    ),
+    "attention prefill 128 dq": (
+        (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3),
+        (64, 128, 8, 2),
+    ),
+    "attention prefill 128 dkv": (
+        (32, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2),
+        (16, 128, 8, 3), (64, 32, 8, 3),
+    ),
+    "attention prefill 64 dq": ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
+    "attention prefill 64 dkv": (
+        (32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2),
+    ),
+    "latent prefill 512 dq": (
+        (64, 32, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 16, 2), (32, 32, 8, 2),
+        (32, 64, 8, 2),
+    ),
+    "latent prefill 512 dkv": (
+        (32, 64, 8, 2), (32, 64, 8, 1), (16, 64, 8, 2), (32, 64, 16, 2), (32, 32, 8, 2),
+    ),
+    "latent prefill 256 dq": (
+        (64, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 8, 3),
+    ),
+    "latent prefill 256 dkv": (
+        (32, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 3),
+    ),
+    "sparse prefill 64": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 4)),
+    "sparse prefill 128": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (64, 32, 4, 4)),
+    "sparse decode 128": (
+        (16, 64, 4, 4), (16, 64, 4, 3), (16, 64, 2, 4), (16, 64, 4, 3, 2), (16, 32, 4, 4),
+    ),
+    "routed prefill 128": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
+    "routed decode 128": ((16, 64, 4, 4), (16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 2, 4)),
+    "linear prefill 128": (
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2),
+        (128, 64, 8, 2), (32, 64, 4, 3),
+    ),
+    "linear decode 128": ((1, 32, 4, 1), (1, 64, 4, 1), (1, 16, 4, 1), (1, 32, 2, 1)),
+}  # fmt: skip
 
 
 def is_gradient(case: Case) -> bool:
@@ -98,19 +172,6 @@ def compile_one(job: Job) -> str | None:
     except Exception as error:  # too many registers or too much shared memory is a result
         return f"{type(error).__name__}: {str(error)[:200]}"
     return None
-
-
-def sane_splits(case: Case, config: KernelConfig, processors: int) -> Iterator[int]:
-    """Splits that make a third of a wave to four and a half, of at least two tiles each."""
-    if case.op == "linear_attention":
-        yield 1
-        return
-    rows = case.h // case.g * case.n
-    programs = -(-rows // config.rows) * case.g * case.b
-    for splits in SPLITS:
-        fills = processors / 3 <= programs * splits <= 4.5 * processors
-        if (fills and case.m // splits >= 2 * config.keys) or (splits == 1 and programs > 3):
-            yield splits
 
 
 def main() -> int:
