@@ -83,6 +83,9 @@ bench.SPEED = (
     Case("e", "linear_attention", 1, 2, 2, 64, 64, 16, decay="head", backward=True),
     Case("f", "attention", 1, 4, 2, 64, 64, 16, dtype="float32"),
 )
+from proofs import Key, keys_of
+wide = Case("w", "latent_attention", 64, 16, 1, 1, 131072, 512, 64)
+assert keys_of(wide) == {Key("latent_attention", "bfloat16", p) for p in ("forward", "addresses")}
 wrong.add("routed_attention")
 assert run(minutes=0, go_on=None) == 1  # one op is red, and there is no time
 assert report()["speed"] == [] and len({row["op"] for row in report()["checks"]}) == 5

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from cases import Case
 from correct_families import TRIALS, Trial, trial_error
-from correctness import CORRECT, DTYPES, HUGE, Job, error_of, huge_error, jobs, title
+from correctness import CORRECT, DTYPES, Job, error_of, jobs, title
+from huge import HUGE, huge_error
 from pools import side_by_side, told
 from proofs import Key
 
@@ -61,7 +62,7 @@ def listed(ops: Iterable[str]) -> list[Listed]:
 
 def listed_huge(ops: Iterable[str]) -> list[Listed]:
     """Those that fill the device's memory."""
-    return [Listed(Key(c.op, c.dtype, "forward"), c.name, c) for c in HUGE if c.op in set(ops)]
+    return [Listed(Key(c.op, c.dtype, "addresses"), c.name, c) for c in HUGE if c.op in set(ops)]
 
 
 def run_one(job: Job | Case | tuple[Trial, torch.dtype]) -> float | str:
@@ -69,7 +70,7 @@ def run_one(job: Job | Case | tuple[Trial, torch.dtype]) -> float | str:
     poison()
     try:
         if isinstance(job, Case):
-            return huge_error(job)
+            return huge_error(job, "cuda")
         if len(job) == 2:
             return trial_error(job[0], job[1], "cuda")
         return error_of(job[0], job[1], "cuda", job[2])

@@ -15,22 +15,32 @@ from typing import Any, NamedTuple
 from cases import Case
 
 OPS = Path(__file__).parents[1] / "ops"
-CHECKS = ("correctness.py", "correct_families.py")
+CHECKS = ("correctness.py", "correct_families.py", "huge.py")
 IMPORTED = re.compile(r"reattend\.kernels\.(\w+)")
 
 
 class Key(NamedTuple):
-    """What a check is about: dtypes as in `Case`; the part is ``forward`` or ``backward``."""
+    """What a check is about: dtypes as in `Case`; ``forward``, ``backward`` or ``addresses``.
+
+    Addresses are those of tensors with more than 2^31 numbers, checked in bf16.
+    """
 
     op: str
     dtype: str
     part: str
 
 
-def keys_of(case: Case) -> list[Key]:
-    """What is timed of a case."""
-    parts = ("forward", "backward") if case.backward else ("forward",)
-    return [Key(case.op, case.dtype, part) for part in parts]
+def needs(case: Case, part: str) -> set[Key]:
+    """What must be proven before a part of a case is timed."""
+    keys = {Key(case.op, case.dtype, part)}
+    if case.b * max(case.g * case.m, case.h * case.n) * case.d >= 1 << 31:
+        keys.add(Key(case.op, "bfloat16", "addresses"))
+    return keys
+
+
+def keys_of(case: Case) -> set[Key]:
+    """What must be proven before all of a case is timed."""
+    return needs(case, "forward") | (needs(case, "backward") if case.backward else set())
 
 
 def key_of(row: dict[str, Any]) -> Key:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import lru_cache
+from os import environ
 from typing import Any, NamedTuple
 
 import problems
@@ -82,7 +82,7 @@ def warm(job: Job) -> None:
     if not job.peer:
         compile_case(job.case)
         return
-    os.environ["FLA_CACHE_RESULTS"] = "0"
+    environ["FLA_CACHE_RESULTS"] = "0"
     peer = peer_of(job)
     peer.make(Problem(peer.case))()
     if peer.back is not None:

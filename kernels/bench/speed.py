@@ -12,7 +12,7 @@ from typing import Any
 from cases import Case
 from peers import Peer, peers
 from pools import LATE, Outcome, each_ended, side_by_side, told
-from proofs import Key, keys_of
+from proofs import Key, needs
 from rows import Job, Row, begun, timed, warm
 
 COMPILE_SECONDS = 150.0  # before anything is timed
@@ -51,11 +51,12 @@ def jobs_of(case: Case, row: Row, red: dict[Key, str], ceilings: dict[str, float
     if "ms" not in row:
         return
     if case.backward and "backward_ms" not in row:
-        why = red.get(keys_of(case)[1])
-        if why is None:
-            yield Job(case, "backward")
+        row.pop("backward_refused", None)
+        why = [red[key] for key in needs(case, "backward") if key in red]
+        if why:
+            row["backward_refused"] = f"not timed: {'; '.join(why)}"
         else:
-            row["backward_refused"] = f"not timed: {why}"
+            yield Job(case, "backward")
     for peer in _others(case, row):
         if _open(row, peer.name):
             yield Job(case, "forward", peer.name)
