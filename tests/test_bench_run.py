@@ -112,6 +112,11 @@ assert whole["speed"][0] == kept["speed"][0]
 run(only="a", no_check=True, go_on=None)
 assert report() == whole  # a part replaces nothing
 assert run() == 0 and not asked and not checked[0]  # nothing is left
+odd = Key("latent_attention", "float32", "forward")  # nothing that is timed needs it
+row = next(row for row in whole["checks"] if row["name"] == str(odd))
+row["ok"] = False
+record.write(whole, out / "some-gpu.json")
+assert run(check_only=True) == 0 and checked == [{odd}] and not asked
 from table import cells
 assert cells({"case": "x", "refused": "no memory"})[-1] == "refused: no memory"
 assert cells(whole["speed"][0] | {"eager": True})[1].endswith("(no graph)")

@@ -1,4 +1,4 @@
-"""How the GPU benchmark times what a graph cannot hold, with a made-up device."""
+"""How the GPU benchmark times what a graph cannot hold or what compiles long, without a GPU."""
 
 from __future__ import annotations
 
@@ -69,5 +69,40 @@ for refuses in (False, True):
 def test_a_failed_capture_is_timed_by_events_and_leaves_the_process_sane() -> None:
     run = subprocess.run(
         [sys.executable, "-c", FAKE, str(BENCH)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+TUNING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from types import SimpleNamespace as Names
+import speed, tuning
+from cases import Case
+from peers import Peer
+from triton.runtime.autotuner import Autotuner
+tuner = Names(configs=list(range(7)), early_config_prune=None, perf_model=None)
+found = []
+for part in range(3):
+    with tuning.share_of_configs(part, 3):
+        found.append(Autotuner.prune_configs(tuner, {}))
+assert sorted(sum(found, [])) == tuner.configs and max(map(len, found)) == 3, found
+with tuning.share_of_configs(9, 10):
+    assert Autotuner.prune_configs(tuner, {}) == [0]  # none may be left without
+assert Autotuner.prune_configs(tuner, {}) == tuner.configs
+assert os.environ["FLA_CACHE_RESULTS"] == "0"
+case = Case("a", "attention", 1, 4, 2, 64, 64, 16)
+speed.peers = lambda case: [Peer("x", case, None, compiles=3), Peer("y", case, None)]
+speed.side_by_side = lambda work, jobs, deadline: found.append(jobs)
+speed.compile_all([case], 0.0)
+assert [(job.peer, *rest) for job, *rest in found[-1]] == [
+    ("", 0, 1), ("x", 0, 3), ("x", 1, 3), ("x", 2, 3),
+]
+"""
+
+
+def test_what_a_peer_chooses_among_is_compiled_in_parts() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", TUNING, str(BENCH)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr

@@ -48,7 +48,7 @@ class Peer:
         make: from that problem's tensors to the call that is timed.
         back: to the call of its gradient alone, where that is compared. It goes through autograd,
             which a graph cannot hold, so it is timed between events.
-        compiles: whether its first call takes long.
+        compiles: in how many processes it is compiled beforehand, where its first call takes long.
 
     Peers of one name and problem are equal: they are timed once.
     """
@@ -57,7 +57,7 @@ class Peer:
     case: Case
     make: Make = field(compare=False)
     back: Make | None = field(default=None, compare=False)
-    compiles: bool = field(default=False, compare=False)
+    compiles: int = field(default=0, compare=False)
 
 
 def sdpa(case: Case, backend: str) -> Make:
@@ -174,7 +174,7 @@ def peers(case: Case) -> Iterator[Peer]:
     """Every peer of a case."""
     if case.op == "linear_attention":
         if case.n > 1 and case.dtype != "float32" and find_spec("fla") is not None:
-            yield Peer("fla", case, fla, fla_gradient, compiles=True)
+            yield Peer("fla", case, fla, fla_gradient, compiles=8)
         return
     if case.op != "latent_attention":
         whole = dense(case)
@@ -193,6 +193,6 @@ def peers(case: Case) -> Iterator[Peer]:
         if case.n <= MASKED:
             yield Peer("masked", case, masked)
         if case.pattern.startswith("sinks"):
-            yield Peer("flex", case, flex(case), compiles=True)
+            yield Peer("flex", case, flex(case), compiles=1)
     if case.name in FLEX:
-        yield Peer("flex", case, flex(case), compiles=True)
+        yield Peer("flex", case, flex(case), compiles=1)

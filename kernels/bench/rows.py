@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
-from os import environ
 from typing import Any, NamedTuple
 
 import problems
@@ -14,6 +13,7 @@ from patterns import heads_of, read_by
 from peers import Peer, dense, peers
 from problems import ROOM, Problem, compile_case, work_of
 from timing import Timed, eager_ms, events_ms, input_sets, measured
+from tuning import share_of_configs
 
 Row = dict[str, Any]
 
@@ -73,21 +73,23 @@ def timed(job: Job) -> Row:
     return _ours(job.case, job.ceilings) if job.part == "forward" else _our_gradient(job.case)
 
 
-def warm(job: Job) -> None:
+def warm(given: tuple[Job, int, int]) -> None:
     """In a worker, before anything is timed: compile, which leaves programs on disk.
 
-    What fla chooses among its configurations beside other work is not kept: the process that times
-    chooses again, without compiling.
+    Args:
+        given: what is timed later; of a peer that chooses among configurations, which part of them
+            and of how many.
     """
+    job, part, parts = given
     if not job.peer:
         compile_case(job.case)
         return
-    environ["FLA_CACHE_RESULTS"] = "0"
     peer = peer_of(job)
-    peer.make(Problem(peer.case))()
-    if peer.back is not None:
-        peer.back(Problem(peer.case))()
-    torch.cuda.synchronize()
+    with share_of_configs(part, parts):
+        peer.make(Problem(peer.case))()
+        if peer.back is not None and job.case.backward:
+            peer.back(Problem(peer.case))()
+        torch.cuda.synchronize()
 
 
 def _ours(case: Case, ceilings: dict[str, float]) -> Row:

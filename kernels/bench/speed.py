@@ -82,9 +82,11 @@ def note(job: Job, row: Row, outcome: Outcome) -> None:
 
 def compile_all(cases: list[Case], deadline: float) -> None:
     """Leave every program on disk; what does not compile is reported when it is timed."""
-    todo = [Job(case, "forward") for case in cases]
+    todo = [(Job(case, "forward"), 0, 1) for case in cases]
     for case in cases:
-        todo += [Job(case, "forward", peer.name) for peer in _others(case, {}) if peer.compiles]
+        for peer in _others(case, {}):
+            job = Job(case, "forward", peer.name)
+            todo += [(job, part, peer.compiles) for part in range(peer.compiles)]
     side_by_side(warm, todo, deadline)
 
 
