@@ -185,8 +185,13 @@ assert timed() == list("abcde") and not [r for r in report()["speed"] if "backwa
 
 # another kernel: checked again, timed again
 bench.sources = lambda op: "changed"
-wrong.add("attention")
+real_check = bench.check
+bench.check = lambda *a: [row | {"ok": False, "error": "out of time"} for row in real_check(*a)]
 assert run() == 1 and len(checked[0]) > 4 and not asked
+assert timed() == list("abcde")
+bench.check = real_check
+wrong.add("attention")
+assert run() == 1 and not asked and not timed()  # no time of kernels that are wrong now
 wrong.clear()
 assert run() == 0 and [name for name, part, peer in asked if not peer] == list("abccdde")
 

@@ -16,6 +16,8 @@ from cases import Case
 
 OPS = Path(__file__).parents[1] / "ops"
 CHECKS = ("correctness.py", "correct_families.py", "huge.py")
+#: said of a check that never ran
+UNPROVEN = "out of time"
 IMPORTED = re.compile(r"reattend\.kernels\.(\w+)")
 
 
@@ -46,6 +48,16 @@ def keys_of(case: Case) -> set[Key]:
 def key_of(row: dict[str, Any]) -> Key:
     """What a row of a report's checks is about."""
     return Key(row["op"], row["dtype"], row["part"])
+
+
+def timed_as(row: dict[str, Any]) -> Key:
+    """What the time of a row of a report's problems is of."""
+    return Key(row["op"], row["dtype"], "forward")
+
+
+def failed(checks: list[dict[str, Any]]) -> set[Key]:
+    """What is wrong; not what there was no time to check."""
+    return {key_of(row) for row in checks if not row["ok"] and row["error"] != UNPROVEN}
 
 
 def sources(op: str) -> str:
