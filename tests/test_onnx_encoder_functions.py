@@ -18,8 +18,13 @@ from reattend.mixers.config import CoreConfig  # noqa: E402
 from reattend.mixers.scores import attend  # noqa: E402
 from reattend.patterns.pattern import HeadPattern  # noqa: E402
 from reattend.targets.onnx.encoder_band import band_attention  # noqa: E402
+from reattend.targets.onnx.encoder_body import ENCODER  # noqa: E402
 from reattend.targets.onnx.encoder_observed import observed_attention  # noqa: E402
-from reattend.targets.onnx.encoder_ops import masked_attention, region_attention  # noqa: E402
+from reattend.targets.onnx.encoder_ops import (  # noqa: E402
+    chosen_attention,
+    masked_attention,
+    region_attention,
+)
 from reattend.targets.onnx.encoder_regions import Regions, regions  # noqa: E402
 
 
@@ -77,7 +82,7 @@ def test_sinks_and_a_window_on_both_sides(
         ({"grid": {"radius": 2, "norm": "circle", "text_before": 2}}, (7, 6)),
         ({"grid": {"radius": 1, "norm": "neighborhood"}, "sinks": 3}, (6, 8)),
         ({"tiles": {"tile": [3, 2], "radius": 0, "text_before": 5}}, (6, 8)),
-        ({"radial": {"block": 2}}, (3, 4, 4)),
+        ({"radial": {"block": 2, "text_before": 1, "text_after": 4}}, (3, 4, 4)),
     ],
 )
 def test_boxes_of_a_grid_read_what_their_queries_see(
@@ -89,26 +94,47 @@ def test_boxes_of_a_grid_read_what_their_queries_see(
     core = CoreConfig(
         heads=H, kv_heads=2, qk_head_dim=8, v_head_dim=6, scale=SCALE, softcap=1.5, pattern="full"
     )
-    n = pattern.grids[0].text_before + pattern.grids[0].tokens
+    grid = pattern.grids[0]
+    n = grid.text_before + grid.tokens + (grid.text_after or 0)
     q, k, v = (torch.from_numpy(x[:, :, :n]) for x in rows())
     place = torch.arange(n)
     mask = pattern.sees(place[:, None], place, core)[None, None]
-    assert (regions(pattern, core, n) is None) == (name != "tiles")
-    monkeypatch.setattr("reattend.targets.onnx.encoder_regions._PAYS", 9.0)
+    assert regions(pattern, core, n) is None
+    monkeypatch.setattr("reattend.targets.onnx.encoder_regions._PAYS", 99.0)
     boxes = regions(pattern, core, n)
     assert isinstance(boxes, Regions)
-    grid = slice(boxes.first, boxes.first + boxes.tokens)
-    want = attend(q, k, v, core, mask)[:, :, grid]
-    told = (
-        boxes.query_rows_Rc, boxes.key_rows_RK, boxes.masks_UcK[boxes.mask_R], boxes.at_N,
-    )  # fmt: skip
+    inside = slice(boxes.first, boxes.first + boxes.tokens)
+    want = attend(q, k, v, core, mask)[:, :, inside]
     rules = {"scale": SCALE, "softcap": 1.5}
-    y = region_attention(q[:, :, grid], k, v, *told, **rules)
+    y = region_attention(q[:, :, inside], k, v, *boxes.told, **rules)
     assert float((y - want).abs().max()) <= 1e-5
-    names = ["q", "key", "value", "query_rows", "key_rows", "seen", "at"]
-    values = [x.contiguous().numpy() for x in (q[:, :, grid], k, v, *told)]
-    for (got,) in runs("RegionAttention", dict(zip(names, values, strict=True)), rules, ["y"]):
+    values = [x.contiguous().numpy() for x in (q[:, :, inside], k, v, *boxes.told)]
+    feed = dict(zip(ENCODER["RegionAttention"], values, strict=True))
+    for (got,) in runs("RegionAttention", feed, rules, ["y"]):
         assert np.abs(got - want.numpy()).max() <= 1e-5
+
+
+@pytest.mark.parametrize("text", [0, 3])
+def test_a_region_reads_no_row_that_none_of_its_queries_sees(text: int) -> None:
+    """Fewer at the border; each query stands in one region; what is seen is kept once."""
+    around = {"text_before": text, "text_after": text}
+    given = {"grid": {"shape": (32, 24), "radius": 5, "norm": "circle", **around}}
+    pattern, n = HeadPattern.model_validate(given), 32 * 24 + 2 * text
+    core = CoreConfig(heads=1, kv_heads=1, qk_head_dim=8, v_head_dim=8, scale=1, pattern="full")
+    boxes = regions(pattern, core, n)
+    assert isinstance(boxes, Regions)
+    assert boxes.query_rows_Rc.flatten()[boxes.at_N].tolist() == list(range(32 * 24))
+    counts, pairs = set(), 0
+    for queries, (begin, end, sees) in zip(boxes.query_rows_Rc, boxes.spans_R3, strict=True):
+        seen = pattern.sees(queries[:, None] + text, torch.arange(n), core)
+        rows = boxes.key_rows_L[begin:end]
+        assert rows.tolist() == seen.any(0).nonzero()[:, 0].tolist()
+        shown = boxes.seen_S[sees : sees + seen[:, rows].numel()].view(len(queries), -1)
+        assert torch.equal(shown, seen[:, rows])
+        counts.add(len(rows))
+        pairs += shown.numel()
+    assert max(counts) > 1.5 * min(counts)
+    assert len(boxes.seen_S) < pairs
 
 
 def test_rows_of_each_heads_own_are_read() -> None:
@@ -123,7 +149,7 @@ def test_rows_of_each_heads_own_are_read() -> None:
     feed = {name: np.ascontiguousarray(x) for name, x in feed.items()}
     feed["seen"][..., 0] = True
     rules = {"scale": SCALE, "softcap": 0.0}
-    want = region_attention(*map(torch.from_numpy, feed.values()), **rules).numpy()
+    want = chosen_attention(*map(torch.from_numpy, feed.values()), **rules).numpy()
     for (y,) in runs("ChosenRegionAttention", feed, rules, ["y"]):
         assert np.abs(y - want).max() <= 1e-5
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
@@ -20,7 +20,8 @@ from test_onnx_sparse_functions import SCALE, START, B, D, E, G, H, T, one_node,
 from reattend.mixers.config import CoreConfig, RotaryConfig  # noqa: E402
 from reattend.mixers.selecting.methods import method  # noqa: E402
 from reattend.patterns.pattern import HeadPattern  # noqa: E402
-from reattend.targets.onnx.functions import Uses  # noqa: E402
+from reattend.targets.onnx.functions import Uses, function_proto  # noqa: E402
+from reattend.targets.onnx.selected_body import KINDS  # noqa: E402
 from reattend.targets.onnx.selected_layout import attributes, selected_form  # noqa: E402
 from reattend.targets.onnx.selected_ops import selected_attention  # noqa: E402
 
@@ -36,6 +37,7 @@ LINES = {
 #: so few that their rows are gathered
 FEW = {**LINES, "columns": 3, "slashes": 2}
 ATTENDED = {**BLOCKS, "key": "attended", "first": 1, "last": 2}
+LABELS = {"kind": "channels", "share": 0.3, "phase": "both"}
 CHUNKS = {
     "kind": "segments", "window": 2, "apart": 3, "longest": 7, "local": 4, "hidden": 5,
 }  # fmt: skip
@@ -51,9 +53,10 @@ CASES: dict[str, tuple[dict[str, Any], int, float]] = {
     "gate with a threshold": ({"select": {**GATE, "threshold": 0.2}, "window": 3}, 0, 2.0),
     "labels": ({"select": {"kind": "channels", "share": 0.3, "topk": 5}}, 0, 0.0),
     "labels of prompts too": (
-        {"select": {"kind": "channels", "share": 0.3, "ratio": 0.2, "phase": "both"}, "sinks": 1},
-        20, 0.0,
+        {"select": {**LABELS, "ratio": 0.2}, "sinks": 1}, 20, 0.0,
     ),
+    "so many labels of prompts": ({"select": {**LABELS, "topk": 5}}, 0, 1.5),
+    "labels of prompts by share": ({"select": {**LABELS, "topp": 0.4}, "window": 3}, 20, 1.5),
     "pooled": ({"select": {**POOLED, "ratio": 0.3}}, 0, 0.0),
     "pooled, beside a window": ({"select": {**POOLED, "topp": 0.6}, "window": 7}, 30, 1.5),
     "pooled with a threshold": ({"select": {**POOLED, "threshold": 0.1}}, 0, 0.0),
@@ -195,7 +198,22 @@ def test_what_is_chosen_in_one_go_and_in_pieces(case: str) -> None:
             assert np.abs(error).max() <= 1e-5, (runtime, pieces)
 
 
-@pytest.mark.parametrize("case", ["moba", "gate", "attended", "values", "chunks", "few lines"])
+@pytest.mark.parametrize("ratio", [0.05, 0.4])
+def test_of_equal_labels_the_earlier_tokens_are_chosen(ratio: float) -> None:
+    """Products of small whole numbers are equal for many tokens; values are not."""
+    pattern = HeadPattern.model_validate({"select": {**LABELS, "ratio": ratio}})
+    core = core_of(0, 0.0)
+    q, k, v = given(core)
+    new = [np.round(q), np.round(k), v]
+    want = Node(pattern, core, "torch").step(new, T)
+    y = Node(pattern, core, "onnxruntime").step(new, T)
+    error = np.where((np.arange(T) >= START[:, None])[:, None, :, None], y - want, 0)
+    assert np.abs(error).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "case", ["moba", "gate", "attended", "values", "chunks", "few lines", "labels of prompts too"]
+)
 def test_float16(case: str) -> None:
     """Rounding decides near ties differently, for few queries."""
     said, own, softcap = CASES[case]
@@ -232,3 +250,14 @@ def test_a_prompt_reads_nothing_that_no_line_shows() -> None:
         node.state[1][row, :, 3 : ((T - n - start) // 4 - 1) * 4] = np.nan
     y = node.step([np.ascontiguousarray(x[:, :, T - n :]) for x in given(node.core)], T)
     assert np.abs(y - want).max() <= 1e-5
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_body_is_valid(name: str, capped: bool) -> None:
+    """Names of one branch may not be those of what is around it."""
+    body = function_proto(name, Uses(capped=capped))
+    around = onnx.checker.C.CheckerContext()
+    around.ir_version = 11
+    around.opset_imports = {x.domain: x.version for x in body.opset_import}
+    onnx.checker.check_function(body, around)

@@ -64,7 +64,7 @@ class Channels(Budgeted):
 
     Attributes:
         share: of the key width that labels have, one channel at least.
-        phase: `both`: prompts too, under a mask, where nothing is saved; then results do not
+        phase: `both`: prompts too, which meet every key and save nothing; then results do not
             depend on how a text is cut, and quality in one pass is that of decoding.
     """
 

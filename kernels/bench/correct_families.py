@@ -46,6 +46,13 @@ class Trial:
 
 SPARSE, ROUTED, LINEAR = "sparse_attention", "routed_attention", "linear_attention"
 LATENT = "latent_attention"  # d is the rank, an option the rotary width
+# of linear attention, `times`: what q, k, v and dy are multiplied with; `padded`: there is padding
+WHOLE, FEATURED = {"padded": False}, {"decay": "feature"}
+TERRACES: dict[str, Any] = {"normalize": True, "lag": 65, "block": 64}
+LARGE_MASS: dict[str, Any] = {"times": (1e-3, 200, 200, 1e-2), "normalize": True}
+LARGE_FEATURED: dict[str, Any] = {"times": (1e-3, 200, 300, 1e-3)} | FEATURED
+SMALL: dict[str, Any] = {"times": (2e-3, 5e-4, 1, 1), "normalize": True}
+LONG = 1024  # tokens from which the formula takes too much memory: the op in fp64, in torch
 TRIALS = (
     Trial("gradient", "attention", 8, 2, 133, 200, 128, gradient=True),
     Trial("gradient, width 80", "attention", 4, 2, 97, 97, 80, {"softcap": 5.0}, True),
@@ -80,6 +87,15 @@ TRIALS = (
     Trial("lag", LINEAR, 2, 2, 150, 150, 256, {"lag": 37, "decay": "head"}, True),
     Trial("featured", LINEAR, 4, 2, 133, 133, 64, {"decay": "feature", "state": True}, True),
     Trial("featured, mass", LINEAR, 2, 2, 70, 70, 96, {"decay": "feature", "normalize": True}),
+    Trial("mass, lag", LINEAR, 2, 2, 150, 150, 64, {"normalize": True, "lag": 37} | WHOLE, True),
+    Trial("mass, terraces", LINEAR, 4, 2, 200, 200, 96, TERRACES | WHOLE, True),
+    Trial("large states", LINEAR, 2, 1, 200, 200, 64, {"times": (1e-4, 200, 200, 1e-3)}, True),
+    Trial("large states, mass", LINEAR, 2, 1, 140, 140, 64, LARGE_MASS | WHOLE, True),
+    Trial("large states, featured", LINEAR, 2, 2, 70, 70, 64, LARGE_FEATURED, True),
+    Trial("small sums", LINEAR, 2, 1, 97, 97, 64, SMALL | WHOLE, True),
+    Trial("small sums, featured", LINEAR, 2, 2, 70, 70, 64, SMALL | WHOLE | FEATURED, True),
+    Trial("long decay", LINEAR, 1, 1, 2048, 2048, 64, {"decay": "head"}, True),
+    Trial("long decay, lag", LINEAR, 1, 1, 2048, 2048, 64, {"decay": "head", "lag": 5}, True),
     Trial("step", LINEAR, 8, 2, 1, 1, 128, {"decay": "head", "state": True, "normalize": True}),
     Trial("step, featured", LINEAR, 4, 4, 1, 1, 80, {"decay": "feature", "state": True}),
 )
@@ -219,6 +235,8 @@ def linear_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
         "normalize": False,
         "decay": "",
         "state": False,
+        "times": (1, 1, 1, 1),
+        "padded": True,
     } | trial.options
     make = torch.Generator(device=device).manual_seed(trial.n)
 
@@ -226,9 +244,11 @@ def linear_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
         return torch.randn(shape, generator=make, device=device, dtype=torch.float64)
 
     n, d = trial.n, trial.d
-    q = draw(2, n, trial.h, d).abs().transpose(1, 2).to(dtype)
-    k, v = draw(2, trial.g, n, d).abs().to(dtype), draw(2, trial.g, n, d).to(dtype)
-    k[-1, :, : n // 4] = 0  # padding
+    shapes = (2, n, trial.h, d), (2, trial.g, n, d), (2, trial.g, n, d)
+    q, k, v = (by * draw(*shape) for shape, by in zip(shapes, o["times"][:3], strict=True))
+    q, k, v = q.abs().transpose(1, 2).to(dtype), k.abs().to(dtype), v.to(dtype)
+    if o["padded"]:
+        k[-1, :, : n // 4] = 0
     shape = {"head": (2, trial.g, n), "feature": (2, trial.g, n, d)}.get(o["decay"])
     decay = None if shape is None else -draw(*shape).abs().float() * 0.2
     state = draw(2, trial.g, d, d + o["normalize"]).abs().float() if o["state"] else None
@@ -237,7 +257,7 @@ def linear_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
     leaves = [None if x is None else x.detach().requires_grad_(trial.gradient) for x in given]
     wide = [None if x is None else x.detach().double().requires_grad_() for x in given]
     found = OPS.linear_attention(*leaves, *rules)
-    formula: Run = linear_reference.linear_attention
+    formula: Run = OPS.linear_attention if n > LONG else linear_reference.linear_attention
     want = formula(*wide, *rules)
     errors = _gradient_errors(found, want, dtype)
     if (o["lag"], o["block"]) == (0, 1):
@@ -245,12 +265,15 @@ def linear_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
         errors += _gradient_errors(found, other, dtype)
     errors = [GRADIENT * error for error in errors]
     if trial.gradient:
-        grads = tuple(torch.randn_like(x) for x in found)
+        grads = tuple(torch.randn_like(x) * o["times"][3] for x in found)
         wanted = torch.autograd.grad(
             want, [x for x in wide if x is not None], tuple(g.double() for g in grads)
         )
         made = torch.autograd.grad(found, [x for x in leaves if x is not None], grads)
         errors += _gradient_errors(made, wanted, dtype)
+        if decay is not None:  # long sums of differences: the largest says little of the others
+            drift = float((made[3].double() - wanted[3]).norm() / wanted[3].norm())
+            errors.append(drift / y_limit(dtype))
     return max(errors)
 
 

@@ -30,6 +30,7 @@ from timing import in_turns, times_faster
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.targets.onnx.encoder_band import band_of
+from reattend.targets.onnx.encoder_body import ENCODER
 from reattend.targets.onnx.encoder_regions import regions
 from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
 
@@ -50,12 +51,12 @@ class Case:
 
     name: str
     pattern: dict[str, Any] | None = None
+    shape: tuple[int, ...] = (64, 64)
     chosen: tuple[int, float] = (0, 0.0)
     before: bool = False
     together: int = 0
 
 
-IMAGE = (64, 64)
 CASES = (
     Case("text: 4 sinks, window of 256 on both sides", {"sinks": 4, "window": 256}),
     Case("text: window of 64 on both sides", {"window": 64}),
@@ -63,6 +64,9 @@ CASES = (
     Case("clear: radius 8 of 64 x 64", {"grid": {"radius": 8, "norm": "circle"}}),
     Case("clear: radius 16 of 64 x 64", {"grid": {"radius": 16, "norm": "circle"}}),
     Case("tile: 8 x 8 and the next ones of 64 x 64", {"tiles": {"tile": [8, 8], "radius": 1}}),
+    Case("radial: 16 frames of 16 x 16", {"radial": {}}, (16, 16, 16)),
+    Case("radial: 32 frames of 8 x 16", {"radial": {}}, (32, 8, 16)),
+    Case("radial: 64 frames of 8 x 8, blocks of 64", {"radial": {"block": 64}}, (64, 8, 8)),
     Case("biformer: 16 of 64 tiles", chosen=(64, 0.25)),
     Case("sparsed: a later pass, 30 % of blocks of 128", chosen=(128, 0.3), before=True),
     Case("256 queries, each with rows of its own", together=1),
@@ -80,7 +84,7 @@ class Rows:
         self.case, shape = case, (3, 1, HEADS, TOKENS, WIDTH)
         self.q, self.k, self.v = random.standard_normal(shape, np.float32)
         if case.pattern is not None:
-            self.pattern = HeadPattern.model_validate(laid_out(case.pattern, {"shape": IMAGE}))
+            self.pattern = HeadPattern.model_validate(laid_out(case.pattern, {"shape": case.shape}))
             place = torch.arange(TOKENS)
             self.seen: Array = self.pattern.sees(place[:, None], place, CORE)[None].numpy()
             return
@@ -117,11 +121,8 @@ def boxes(rows: Rows) -> Call:
     """`RegionAttention` with the boxes that an export finds."""
     found = regions(rows.pattern, CORE, TOKENS)
     assert found is not None
-    told = {
-        "query_rows": found.query_rows_Rc, "key_rows": found.key_rows_RK,
-        "seen": found.masks_UcK[found.mask_R], "at": found.at_N,
-    }  # fmt: skip
-    inputs = {**rows.inputs, **{k: x.contiguous().numpy() for k, x in told.items()}}
+    told = [x.numpy() for x in found.told]
+    inputs = {**rows.inputs, **dict(zip(ENCODER["RegionAttention"][3:], told, strict=True))}
     return one("RegionAttention", inputs, ["y"], RULES, ours=True)
 
 

@@ -58,6 +58,7 @@ class Case:
 A_SHAPE = {"sinks": 4, "window": 256}
 ELASTIC = {"sinks": 16, "window": 64, "window_slope": 0.125}
 S2 = {"window": 1024, "stride": {"period": 8, "block": 64}}
+S2_LESS = {"window": 256, "stride": {"period": 16, "block": 64}}
 POWER = {"sinks": 64, "window": 256, "powers": {"block": 64}}
 CASES = (
     Case("sinks and window: prompt of 4096", 4096, 4096, 8, A_SHAPE),
@@ -71,6 +72,7 @@ CASES = (
     Case("elastic: token 4096", 1, 4096, 8, ELASTIC),
     Case("s2: 512 new on 4096", 512, 4608, 8, S2),
     Case("s2: token 4096", 1, 4096, 8, S2),
+    Case("s2, window 256, every 16th block: 512 new on 4096", 512, 4608, 8, S2_LESS),
     Case("power: 512 new on 4096", 512, 4608, 8, POWER),
     Case("power: token 4096", 1, 4096, 8, POWER),
 )

@@ -148,9 +148,13 @@ _DTYPES = (
     Case("gqa prefill 4k, fp16", "attention", 1, 32, 8, 4096, 4096, 128, dtype="float16"),
     Case("gqa prefill 4k, fp32", "attention", 1, 32, 8, 4096, 4096, 128, dtype="float32"),
     Case("gqa prefill 4k, width 80", "attention", 1, 32, 8, 4096, 4096, 80),
+    Case(
+        "mla prefill 4k, 16 heads, fp32", "latent_attention", 1, 16, 1, 4096, 4096, RANK, ROPE,
+        dtype="float32", backward=True, goals=("backward",),
+    ),
     Case("gqa decode 8k, batch 8, fp32", "attention", 8, 32, 8, 1, 8192, 128, dtype="float32"),
     Case("gqa decode 8k, batch 8, width 96", "attention", 8, 32, 8, 1, 8192, 96),
-)
+)  # fmt: skip
 
 
 def _once(cases: tuple[Case, ...]) -> tuple[Case, ...]:
@@ -205,6 +209,6 @@ SWEEP = (
     *(
         Case(f"mla 4k r{r}, {part}", "latent_attention", 1, h, 1, 4096, 4096, r, 64, backward=True)
         for h, r in ((16, 512), (32, 256))
-        for part in ("dq", "dkv")
+        for part in ("dq", "dkv", "kept")
     ),
 )

@@ -101,6 +101,8 @@ GRID: dict[str, tuple[Tile, ...]] = {
     "latent prefill 256 dkv": (
         (32, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 3),
     ),
+    "latent prefill 512 kept": ((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2), (16, 64, 8, 2)),
+    "latent prefill 256 kept": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2), (64, 32, 8, 2)),
     "sparse prefill 64": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 4)),
     "sparse prefill 128": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (64, 32, 4, 4)),
     "sparse decode 128": (
@@ -148,7 +150,10 @@ def call_of(problem: Problem, config: KernelConfig, splits: int | None) -> Any:
 
 
 def gradient_call(problem: Problem, config: KernelConfig, rule: Rule) -> Any:
-    """Both kernels of a gradient: one in this configuration, the other as shipped."""
+    """Both kernels of a gradient: one in this configuration, the other as shipped.
+
+    Where what the first computes is kept, it is that of the cache.
+    """
     launch = import_module(f"reattend.kernels.{problem.case.op}.launch_backward")
     problem.backward()
     assert problem.kept is not None
@@ -157,6 +162,9 @@ def gradient_call(problem: Problem, config: KernelConfig, rule: Rule) -> Any:
     dq = problem.case.name.endswith("dq")
     configs = (config, shipped[1]) if dq else (shipped[0], config)
     given = (*problem.data, *problem.rest)
+    if problem.case.name.endswith("kept"):
+        keeping = import_module("reattend.kernels.latent_attention.launch_kept")
+        return lambda: keeping.launch_kept((dy, dlse), (y, lse), given, rule, configs)
     return lambda: launch.launch_backward((dy, dlse), (y, lse), given, rule, configs)
 
 

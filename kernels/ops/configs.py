@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from reattend.kernels.spills import ALL_REGISTERS, EIGHT_WARPS, FREE
+from reattend.kernels.spills import ALL_REGISTERS, EIGHT_WARPS, FREE, NARROW
 
+WHOLE = 1024  # a slice that is wider than any rank
 DECODE_QUERIES = 16  # more new tokens than this run the prefill kernel
 # more (query, head) pairs than this decode with a kernel of taller tiles, where one is listed
 WIDE_ROWS, TALL_ROWS = 16, 32
@@ -33,6 +34,7 @@ class KernelConfig:
         resident: programs one multiprocessor runs at once; only the number of splits depends on it.
         registers: that a thread may take; 0: as many as the compiler likes. It likes to spill a few
             where that lets more programs run side by side.
+        slice: of a latent rank, the columns that a product takes at once; 0: all.
     """
 
     rows: int
@@ -41,6 +43,7 @@ class KernelConfig:
     stages: int
     resident: int = 1
     registers: int = 0
+    slice: int = 0
 
     @property
     def spread(self) -> bool:
@@ -54,8 +57,8 @@ class KernelConfig:
 
     @property
     def told(self) -> dict[str, int]:
-        """As reports name it: `registers` where they are given."""
-        return {k: v for k, v in asdict(self).items() if k != "registers" or v}
+        """As reports name it: `registers` and `slice` where they are given."""
+        return {k: v for k, v in asdict(self).items() if v or k not in ("registers", "slice")}
 
     @property
     def launch(self) -> dict[str, int]:
@@ -74,7 +77,7 @@ def _heads(*tiles: Tile) -> dict[int, KernelConfig]:
 
 
 def _ranks(*tiles: Tile) -> dict[int, KernelConfig]:
-    """Configs (rows, keys, warps, stages[, resident]) for latent ranks up to 128, 256 and 512."""
+    """Configs (rows, keys, warps, stages, ...) for latent ranks up to 128, 256 and 512."""
     return {w: KernelConfig(*t) for w, t in zip((128, 256, 512), tiles, strict=True)}
 
 
@@ -116,6 +119,9 @@ def _without_spills(target: str, table: Rows) -> Rows:
     for (kernel, size, width), more in given:
         classes = found[kernel, size]
         classes[width] = replace(classes[width], **more)
+    for (kernel, size, width), tile in NARROW[target].items():
+        classes = found[kernel, size]
+        classes[width] = replace(classes[min(w for w in classes if w > width)], **tile)
     return found
 
 
@@ -138,6 +144,8 @@ _SM_80: Rows = {  # {(kernel, bytes per element): {width class: config}}
     ("routed_dkv", 2): _heads((32, 32, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
     ("latent_dq", 2): _ranks((64, 16, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1)),
     ("latent_dkv", 2): _ranks((32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    ("latent_dq", 4): _ranks(*3 * [(32, 32, 8, 1, 1, 0, 32)]),
+    ("latent_dkv", 4): _ranks(*3 * [(32, 32, 8, 1, 1, 0, 32)]),
     ("sparse_prefill", 2): _heads((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
     ("sparse_decode", 2): _heads((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 2)),
     ("sparse_dq", 2): _heads((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
@@ -165,7 +173,7 @@ _SM_90: Rows = {
     ("routed_dq", 2): _heads((128, 64, 8, 3), (128, 64, 8, 3), (32, 32, 8, 1)),
     ("routed_dkv", 2): _heads((32, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2)),
     ("latent_dq", 2): _ranks((128, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 2)),
-    ("latent_dkv", 2): _ranks((32, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
+    ("latent_dkv", 2): _ranks((32, 128, 8, 2), (32, 64, 8, 2), (32, 16, 8, 2)),
     ("sparse_dq", 2): _heads((64, 64, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     ("sparse_dkv", 2): _heads((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
 }
@@ -177,8 +185,8 @@ _SM_100: Rows = _SM_90 | {
     ("attention_prefill", 2): _heads((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
     ("attention_dkv", 2): _heads((32, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("routed_dkv", 2): _heads((32, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    ("latent_dq", 2): _ranks((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 8, 1)),
-    ("latent_dkv", 2): _ranks((32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
+    ("latent_dq", 2): _ranks((64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 8, 2)),
+    ("latent_dkv", 2): _ranks((32, 64, 8, 2), (32, 64, 8, 2), (32, 16, 8, 2)),
 }
 # fastest of the sweep on an NVIDIA H200, bf16 (fp16 has the same size and instructions)
 _H200: Rows = {
@@ -205,6 +213,8 @@ _GFX942: Rows = {
     ("attention_dkv", 4): _heads((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     ("latent_dq", 2): _ranks((64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
     ("latent_dkv", 2): _ranks((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    ("latent_dq", 4): _ranks(*3 * [(32, 32, 4, 1, 1, 0, 32)]),
+    ("latent_dkv", 4): _ranks(*3 * [(32, 32, 4, 1, 1, 0, 32)]),
     ("sparse_prefill", 2): _heads((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     ("sparse_decode", 2): _heads((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
     ("sparse_dq", 2): _heads((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
@@ -249,14 +259,3 @@ def shipped(target: str) -> list[tuple[str, int, int, KernelConfig]]:
         for (kernel, size), classes in sorted(_TABLE[target].items())
         for width, config in classes.items()
     ]
-
-
-def variants(kernel: str) -> tuple[str, ...]:
-    """How a kernel is compiled ahead of time: `reattend.kernels.aot.Compiled.variant`.
-
-    Plain pipelines the most loads (most shared memory), full needs the most registers. Where full
-    loads the same, as without pages, it alone is compiled.
-    """
-    both = ("prefill", "decode", "wide", "tall", "channels")
-    same = kernel.startswith("sparse") or not kernel.endswith(both)
-    return ("full",) if same else ("plain", "full")

@@ -3,15 +3,16 @@
 Which keys are read is said by inputs: what a pattern shows, or what was chosen before in the graph.
 `MaskedAttention` forms every score. The others read, for every region of queries, listed rows:
 `RegionAttention` the same ones in all heads and texts, `ChosenRegionAttention` rows of each head's
-own, and `BandAttention` (`encoder_band.py`) those near in the text. Letters: B batch, H query
-heads, G key/value heads, J = H / G, N queries, M keys, R regions, c queries and K keys of a region,
-d and e widths.
+own, and `BandAttention` (`encoder_band.py`) those near in the text. The first two take one region
+after another: scores stay in the processor's cache, and a box reads as many rows as it needs.
+Letters: B batch, H query heads, G key/value heads, J = H / G, N queries, M keys, R regions, c
+queries and K keys of a region, d and e widths.
 """
 
 from __future__ import annotations
 
 from reattend.targets.onnx.encoder_band import BAND, BAND_BODY
-from reattend.targets.onnx.fragments import every_score, finished, read_rows
+from reattend.targets.onnx.fragments import OWN_ROWS, every_score, finished
 
 _START = """NAME <scale: float, softcap: floatMORE>
 (INPUTS) => (y)
@@ -25,44 +26,71 @@ MASKED
   y = Identity (masked_y)
 }"""
 
-_QUERIES = """
-  q_regions = Gather <axis = 2> (q, query_rows)"""
-
+# a span [3]: where a region's rows begin and end among key_rows, and where its mask begins in seen
 _REGIONS = """
-  read_key = Gather <axis = 2> (key, key_rows)
-  read_value = Gather <axis = 2> (value, key_rows)
-  visible = Unsqueeze (seen, axis_1)
-REGIONS
+  c_1 = Shape <start = 1, end = 2> (query_rows)
+  two = Constant <value_ints = [2]> ()
+  three = Constant <value_ints = [3]> ()
+  y_first = Scan <
+    body = of_a_region (int64[c] own_queries, int64[s] span) => (y_region)
+    {
+      rows_from = Slice (span, axis_0, axis_1)
+      rows_until = Slice (span, axis_1, two)
+      seen_from = Slice (span, two, three)
+      own_rows = Slice (key_rows, rows_from, rows_until)
+      own_many = Sub (rows_until, rows_from)
+      seen_many = Mul (own_many, c_1)
+      seen_until = Add (seen_from, seen_many)
+      seen_flat = Slice (seen, seen_from, seen_until)
+      by_query = Concat <axis = 0> (c_1, own_many)
+      visible = Reshape (seen_flat, by_query)
+      own_q = Gather <axis = 2> (q, own_queries)
+      read_key = Gather <axis = 2> (key, own_rows)
+      read_value = Gather <axis = 2> (value, own_rows)
+OF_REGION
+    },
+    num_scan_inputs = 2
+  > (query_rows, spans)"""
+
+_CHOSEN = f"""
+  rows_first = Transpose <perm = [2, 0, 1, 3]> (key_rows)
+  seen_some = Transpose <perm = [2, 0, 1, 3, 4]> (seen)
+  r_1 = Shape <start = 0, end = 1> (query_rows)
+  each_1 = Constant <value_ints = [1, 1, 1, 1]> ()
+  by_region = Concat <axis = 0> (r_1, each_1)
+  seen_first = Expand (seen_some, by_region)
+  y_first = Scan <
+    body = of_a_region (
+      int64[c] own_queries, int64[b, h, k] rows_in, bool[sb, sh, sc, sk] visible
+    ) => (y_region)
+    {{
+      own_q = Gather <axis = 2> (q, own_queries){OWN_ROWS}
+    }},
+    num_scan_inputs = 3
+  > (query_rows, rows_first, seen_first)"""
+
+_END = """
+  y_regions = Transpose <perm = [1, 2, 0, 3, 4]> (y_first)
+  e_1 = Shape <start = 3, end = 4> (value)
+  flat = Concat <axis = 0> (same, same, others, e_1)
+  y_flat = Reshape (y_regions, flat)
   y = Gather <axis = 2> (y_flat, at)
 }"""
 
-_CHOSEN = f"""
-  q_scaled = Mul (q_regions, factor)
-  rows_in = Identity (key_rows){read_rows("key", "value")}
-  key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
-  scores_any = MatMul (q_scaled, key_t)
-  visible = Identity (seen)
-MANY_WEIGHTS
-  y_regions = MatMul (weights, read_value)
-  flat = Concat <axis = 0> (same, same, others, value_width)
-  y_flat = Reshape (y_regions, flat)
-  y = Gather <axis = 2> (y_flat, at)
-}}"""
-
-_REGION_INPUTS = ("q", "key", "value", "query_rows", "key_rows", "seen", "at")
+_ROWS = ("q", "key", "value", "query_rows", "key_rows", "seen")
 #: inputs of each node
 ENCODER = {
     "MaskedAttention": ("q", "key", "value", "seen"),
-    "RegionAttention": _REGION_INPUTS,
-    "ChosenRegionAttention": _REGION_INPUTS,
+    "RegionAttention": (*_ROWS, "spans", "at"),
+    "ChosenRegionAttention": (*_ROWS, "at"),
     BAND: ("q", "key", "value", "place"),
 }
 #: attributes of a node beside scale and softcap, whole numbers
 WHOLE = {BAND: ("sinks", "window")}
 _BODIES = {
     "MaskedAttention": _SEEN,
-    "RegionAttention": _QUERIES + _REGIONS,
-    "ChosenRegionAttention": _QUERIES + _CHOSEN,
+    "RegionAttention": _REGIONS + _END,
+    "ChosenRegionAttention": _CHOSEN + _END,
     BAND: BAND_BODY,
 }
 
@@ -77,4 +105,6 @@ def encoder_body(name: str, capped: bool = True) -> str:
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
     start = start.replace("MORE", "".join(f", {x}: int" for x in WHOLE.get(name, ())))
     body = _BODIES[name].replace("\nMASKED", every_score("key", "value", "masked_y"))
+    one = every_score("read_key", "read_value", "y_region", query="own_q", many="c_1")
+    body = body.replace("\nOF_REGION", one)
     return finished(start + body, capped)

@@ -27,7 +27,11 @@ from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Blocks, Observed
 from reattend.targets.onnx.encoder_band import BAND, band_attention, band_of
 from reattend.targets.onnx.encoder_observed import observed_attention
-from reattend.targets.onnx.encoder_ops import masked_attention, region_attention
+from reattend.targets.onnx.encoder_ops import (
+    chosen_attention,
+    masked_attention,
+    region_attention,
+)
 from reattend.targets.onnx.encoder_regions import Regions, regions
 
 FULL = HeadPattern(full=True)
@@ -189,8 +193,7 @@ def _by_boxes(q: Tensor, k: Tensor, v: Tensor, core: CoreConfig, boxes: Regions)
     """The grid by regions; text sees everything."""
     end = boxes.first + boxes.tokens
     y = region_attention(
-        q[:, :, boxes.first : end], k, v, boxes.query_rows_Rc, boxes.key_rows_RK,
-        boxes.masks_UcK[boxes.mask_R], boxes.at_N, core.scale, core.softcap,
+        q[:, :, boxes.first : end], k, v, *boxes.told, core.scale, core.softcap,
     )  # fmt: skip
     return _with_text(q, k, v, core, y, boxes.first)
 
@@ -214,7 +217,7 @@ def _by_tiles(
     own_rows = (grid_Qc + select.text_before).expand(*key_rows.shape[:3], -1)
     key_rows, at = torch.cat([key_rows, own_rows], 3), grid_Qc.flatten().argsort()
     grid = q[:, :, select.text_before : end]
-    y = region_attention(grid, k, v, grid_Qc, key_rows, seen, at, core.scale, core.softcap)
+    y = chosen_attention(grid, k, v, grid_Qc, key_rows, seen, at, core.scale, core.softcap)
     return _with_text(q, k, v, core, y, select.text_before)
 
 

@@ -16,7 +16,7 @@ from reattend.mixers.scores import attend
 from reattend.mixers.selecting.base import Asked
 from reattend.mixers.selecting.observed import ObservedMethod
 from reattend.patterns.routing import Observed
-from reattend.targets.onnx.fragments import finished, read_rows
+from reattend.targets.onnx.fragments import OWN_ROWS, finished
 
 OBSERVED = "ObservedAttention"
 INPUTS = ("q", "key", "value", "past_blocks", "phase", "prompt_blocks")
@@ -29,7 +29,6 @@ SIZES
   axis_3 = Constant <value_ints = [3]> ()
   axis_4 = Constant <value_ints = [4]> ()
   h_1 = Shape <start = 1, end = 2> (q)
-  d_1 = Shape <start = 3, end = 4> (q)
   e_1 = Shape <start = 3, end = 4> (value)
   c = Constant <value_int: int = @block> ()
   c_1 = Unsqueeze (c, axis_0)
@@ -115,15 +114,8 @@ _COUNTS = _COUNT.replace("MINE", "prompt").replace("MANY", "prompt_blocks") + _C
 ).replace("MANY", "new_many")
 
 # blocks [B, H, P, K] -> block_y: every block of queries with the rows of its blocks, and of its
-# own block the query's own row, where that is not among them. A row counts for the queries from its
-# begin to its end.
+# own block the query's own row, where that is not among them. One block of queries after another.
 _READ = f"""
-      span_row = Range (zero, span, one)
-      span_in = Min (span_row, n_less)
-      q_span = Gather <axis = 2> (q, span_in)
-      as_blocks_q = Concat <axis = 0> (same, same, p_1, c_1, d_1)
-      q_blocks = Reshape (q_span, as_blocks_q)
-      q_block = Mul (q_blocks, factor)
       own_begin = Mul (number, c)
       own_begin_p1 = Unsqueeze (own_begin, others)
       own_row_pc = Add (own_begin_p1, inside)
@@ -132,33 +124,38 @@ _READ = f"""
       row_5 = Add (first_row, inside)
       flat_4 = Concat <axis = 0> (same, same, same, others)
       row = Reshape (row_5, flat_4)
-      is_row = Less (row, n)
-      row_begin = Where (is_row, zero, span)
       number_p1 = Unsqueeze (number, others)
       is_own = Equal (blocks, number_p1)
       is_own_int = Cast <to = 7> (is_own)
       own_many = ReduceMax <keepdims = 1> (is_own_int, axis_3)
       has_own = Greater (own_many, zero)
-      own_begins = Where (has_own, span, own_row_pc)
-      own_shape = Shape (own_begins)
-      own_row = Expand (own_row_pc, own_shape)
-      own_end = Add (own_row, one)
-      row_shape = Shape (row)
-      row_end = Expand (span, row_shape)
-      rows = Concat <axis = 3> (row, own_row)
-      begins_4 = Concat <axis = 3> (row_begin, own_begins)
-      ends_4 = Concat <axis = 3> (row_end, own_end)
-      begins = Unsqueeze (begins_4, axis_3)
-      ends = Unsqueeze (ends_4, axis_3)
-      place_pc1 = Unsqueeze (own_row_pc, axis_2)
-      is_past = LessOrEqual (begins, place_pc1)
-      is_near = Less (place_pc1, ends)
-      visible = And (is_past, is_near)
-      rows_in = Min (rows, n_less){read_rows("key", "value")}
-      key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
-      scores_any = MatMul (q_block, key_t)
-MANY_WEIGHTS
-      y_blocks = MatMul (weights, read_value)
+      rows_first = Transpose <perm = [2, 0, 1, 3]> (row)
+      has_own_first = Transpose <perm = [2, 0, 1, 3]> (has_own)
+      by_query = Concat <axis = 0> (axis_1, axis_1, c_1, axis_1)
+      y_first = Scan <
+        body = of_a_block (
+          int64[c] place, int64[b, h, k] chosen_row, bool[b, h, o] has
+        ) => (y_region)
+        {{
+          has_shape = Shape (has)
+          own_row = Expand (place, has_shape)
+          rows_any = Concat <axis = 2> (chosen_row, own_row)
+          rows_in = Min (rows_any, n_less)
+          is_row = Less (chosen_row, n)
+          is_row_1 = Unsqueeze (is_row, axis_2)
+          is_chosen = Expand (is_row_1, by_query)
+          place_c1 = Unsqueeze (place, axis_1)
+          is_self = Equal (place_c1, place)
+          has_not = Not (has)
+          has_not_1 = Unsqueeze (has_not, axis_2)
+          is_alone = And (has_not_1, is_self)
+          visible = Concat <axis = 3> (is_chosen, is_alone)
+          own_queries = Min (place, n_less)
+          own_q = Gather <axis = 2> (q, own_queries){OWN_ROWS}
+        }},
+        num_scan_inputs = 3
+      > (own_row_pc, rows_first, has_own_first)
+      y_blocks = Transpose <perm = [1, 2, 0, 3, 4]> (y_first)
       as_span = Concat <axis = 0> (same, h_1, span_1, e_1)
       y_span = Reshape (y_blocks, as_span)
       block_y = Slice (y_span, same, n_1, axis_2)"""

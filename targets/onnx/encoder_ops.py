@@ -2,7 +2,7 @@
 what those mean.
 
 Layout letters: B batch, N queries, M keys, H query heads, G key/value heads, d and e widths, R
-regions, c queries and K keys of a region.
+regions, c queries and K keys of a region, L rows of all regions, S what is seen of all regions.
 """
 
 from __future__ import annotations
@@ -41,17 +41,53 @@ def _masked_fake(
 
 @torch.library.custom_op("reattend::region_attention", mutates_args=())
 def region_attention(
-    q_BHNd: Tensor, k_BGMd: Tensor, v_BGMe: Tensor, query_rows_Rc: Tensor, key_rows: Tensor,
-    seen: Tensor, at_N: Tensor, scale: float, softcap: float,
+    q_BHNd: Tensor, k_BGMd: Tensor, v_BGMe: Tensor, query_rows_Rc: Tensor, key_rows_L: Tensor,
+    seen_S: Tensor, spans_R3: Tensor, at_N: Tensor, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
     """Attention of regions of queries to rows that are listed for each region.
 
     Args:
         q_BHNd, k_BGMd, v_BGMe: queries, keys and values.
         query_rows_Rc: the queries of every region.
-        key_rows: the keys that it reads, [R, K], or of each head [B, H, R, K].
-        seen: which of those each query sees, bool [R, c, K], or as [B, H, R, c, K], where any of
-            the first four sizes may be 1.
+        key_rows_L: the keys that the regions read.
+        seen_S: which of its rows each query of a region sees, bool, [c, K] flat.
+        spans_R3: of every region, where its rows begin and end, and where what is seen begins.
+        at_N: where every query is among all regions' queries, flat.
+        scale, softcap: of the scores.
+
+    Returns:
+        y [B, H, N, e].
+    """
+    core, found = _core(q_BHNd, k_BGMd, v_BGMe, scale, softcap), []
+    for queries, (begin, end, sees) in zip(query_rows_Rc, spans_R3.tolist(), strict=True):
+        rows, pairs = key_rows_L[begin:end], len(queries) * (end - begin)
+        seen = _never_empty(seen_S[sees : sees + pairs].view(len(queries), -1))
+        k, v = k_BGMd[:, :, rows], v_BGMe[:, :, rows]
+        found.append(attend(q_BHNd[:, :, queries], k, v, core, seen[None, None]))
+    return torch.cat(found, 2)[:, :, at_N].contiguous()
+
+
+@region_attention.register_fake
+def _region_fake(
+    q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor, key_rows: Tensor, seen: Tensor,
+    spans: Tensor, at: Tensor, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*q.shape[:2], at.shape[0], v.shape[3])
+
+
+@torch.library.custom_op("reattend::chosen_attention", mutates_args=())
+def chosen_attention(
+    q_BHNd: Tensor, k_BGMd: Tensor, v_BGMe: Tensor, query_rows_Rc: Tensor, key_rows_BHRK: Tensor,
+    seen: Tensor, at_N: Tensor, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Attention of regions of queries to rows that each head reads for each region.
+
+    Args:
+        q_BHNd, k_BGMd, v_BGMe: queries, keys and values.
+        query_rows_Rc: the queries of every region.
+        key_rows_BHRK: the keys that it reads.
+        seen: which of those each query sees, bool, as [B, H, R, c, K], where any of the first four
+            sizes may be 1.
         at_N: where every query is among all regions' queries, flat.
         scale, softcap: of the scores.
 
@@ -60,13 +96,11 @@ def region_attention(
     """
     core = _core(q_BHNd, k_BGMd, v_BGMe, scale, softcap)
     heads, regions = q_BHNd.shape[1], query_rows_Rc.shape[0]
-    if key_rows.dim() == 2:
-        key_rows, seen = key_rows.expand(len(q_BHNd), heads, -1, -1), seen[None, None]
     seen = seen.expand(len(q_BHNd), heads, regions, -1, -1)
     share = heads // k_BGMd.shape[1]
     found = []
     for r in range(regions):
-        rows = key_rows[:, :, r, :, None]
+        rows = key_rows_BHRK[:, :, r, :, None]
         k, v = (
             x.repeat_interleave(share, 1).gather(2, rows.expand(-1, -1, -1, x.shape[3]))
             for x in (k_BGMd, v_BGMe)
@@ -77,8 +111,8 @@ def region_attention(
     return torch.cat(found, 2)[:, :, at_N].contiguous()
 
 
-@region_attention.register_fake
-def _region_fake(
+@chosen_attention.register_fake
+def _chosen_fake(
     q: Tensor, k: Tensor, v: Tensor, query_rows: Tensor, key_rows: Tensor, seen: Tensor,
     at: Tensor, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip

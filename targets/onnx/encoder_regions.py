@@ -2,7 +2,7 @@
 
 Queries that are near in the grid see nearly the same keys: a region is a box of the grid, and reads
 every key that one of its queries sees. Layout letters: N tokens, R regions, c queries and K keys of
-a region, U masks that differ.
+a region, L rows that all regions read, S what their queries see of those.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ _BOXES: dict[int, tuple[tuple[int, ...], ...]] = {
     3: ((2, 4, 4), (4, 4, 4), (1, 8, 8), (2, 8, 8), (1, 1, 64), (1, 4, 64)),
 }
 #: reading a row costs as much as so many queries that look at it
-_READING = 8
-#: share of all pairs, reading included, above which a mask is as fast
-_PAYS = 0.6
+_READING = 12
+#: a region costs as much besides as so many pairs
+_STARTING = 800
+#: share of all pairs, all that included, above which a mask is as fast
+_PAYS = 0.9
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,30 @@ class Regions:
     Attributes:
         first, tokens: where the grid lies.
         query_rows_Rc: tokens of each region, counted from the first of the grid.
-        key_rows_RK: rows that it reads, of the whole sequence.
-        masks_UcK: which of those each query sees.
-        mask_R: the mask of each region.
+        key_rows_L: rows that the regions read, of the whole sequence.
+        seen_S: which of its rows each query of a region sees, [c, K] flat; regions share it.
+        spans_R3: of each region, where its rows begin and end, and where what is seen begins.
         at_N: where each query is among all regions'.
     """
 
     first: int
     tokens: int
     query_rows_Rc: Tensor
-    key_rows_RK: Tensor
-    masks_UcK: Tensor
-    mask_R: Tensor
+    key_rows_L: Tensor
+    seen_S: Tensor
+    spans_R3: Tensor
     at_N: Tensor
 
     @property
+    def told(self) -> tuple[Tensor, ...]:
+        """As the node has them."""
+        return self.query_rows_Rc, self.key_rows_L, self.seen_S, self.spans_R3, self.at_N
+
+    @property
     def work(self) -> int:
-        """Pairs that are formed, and rows read in pairs' worth."""
-        (regions, c), keys = self.query_rows_Rc.shape, self.key_rows_RK.shape[1]
-        return regions * keys * (c + _READING)
+        """Pairs that are formed, and the rest in pairs' worth."""
+        regions, c = self.query_rows_Rc.shape
+        return len(self.key_rows_L) * (c + _READING) + regions * _STARTING
 
 
 def regions(pattern: HeadPattern, core: CoreConfig, n: int) -> Regions | None:
@@ -87,7 +94,9 @@ def _boxed(
     index = torch.arange(grid.tokens).view(grid.shape)
     counts = [-(-size // side) for size, side in zip(grid.shape, sides, strict=True)]
     width, every = prod(sides), torch.arange(n)[None]
-    queries, keys, seen = [], [], []
+    queries, keys, spans = [], [], []
+    shown: dict[bytes, int] = {}
+    read = many = 0
     at_N = torch.zeros(grid.tokens, dtype=torch.long)
     for number, corner in enumerate(product(*(range(k) for k in counts))):
         box = index[tuple(slice(a * s, a * s + s) for a, s in zip(corner, sides, strict=True))]
@@ -98,14 +107,12 @@ def _boxed(
         rows = sees.any(0).nonzero()[:, 0]
         queries.append(padded)
         keys.append(rows)
-        seen.append(sees[:, rows])
-    most = max(len(rows) for rows in keys)
-    masks, mask_R = torch.unique(
-        torch.stack([torch.nn.functional.pad(s, (0, most - s.shape[1])) for s in seen]).byte(),
-        dim=0, return_inverse=True,
-    )  # fmt: skip
+        seen = sees[:, rows].numpy().tobytes()
+        if seen not in shown:
+            shown[seen], many = many, many + len(seen)
+        spans.append((read, read + len(rows), shown[seen]))
+        read += len(rows)
     return Regions(
-        grid.text_before, grid.tokens, torch.stack(queries),
-        torch.stack([torch.nn.functional.pad(rows, (0, most - len(rows))) for rows in keys]),
-        masks.bool(), mask_R, at_N,
+        grid.text_before, grid.tokens, torch.stack(queries), torch.cat(keys),
+        torch.frombuffer(bytearray(b"".join(shown)), dtype=torch.bool), torch.tensor(spans), at_N,
     )  # fmt: skip

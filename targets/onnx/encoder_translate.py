@@ -29,12 +29,18 @@ def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return _node("MaskedAttention")(q, k, v, seen, scale=float(scale), softcap=float(softcap))
 
     def translate_regions(
+        q: Any, k: Any, v: Any, query_rows: Any, key_rows: Any, seen: Any, spans: Any, at: Any,
+        scale: float, softcap: float,
+    ) -> Any:  # fmt: skip
+        rules = {"scale": float(scale), "softcap": float(softcap)}
+        return _node("RegionAttention")(q, k, v, query_rows, key_rows, seen, spans, at, **rules)
+
+    def translate_chosen(
         q: Any, k: Any, v: Any, query_rows: Any, key_rows: Any, seen: Any, at: Any, scale: float,
         softcap: float,
     ) -> Any:  # fmt: skip
-        name = "RegionAttention" if len(key_rows.shape) == 2 else "ChosenRegionAttention"
         rules = {"scale": float(scale), "softcap": float(softcap)}
-        return _node(name)(q, k, v, query_rows, key_rows, seen, at, **rules)
+        return _node("ChosenRegionAttention")(q, k, v, query_rows, key_rows, seen, at, **rules)
 
     def translate_band(
         q: Any, k: Any, v: Any, place: Any, sinks: int, window: int, scale: float, softcap: float
@@ -56,6 +62,7 @@ def encoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.reattend.band_attention.default: translate_band,
         torch.ops.reattend.masked_attention.default: translate_masked,
         torch.ops.reattend.region_attention.default: translate_regions,
+        torch.ops.reattend.chosen_attention.default: translate_chosen,
     }
 
 

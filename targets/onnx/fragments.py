@@ -102,29 +102,43 @@ def one_token(key: str, value: str) -> str:
     return _ONE_TOKEN.replace("KEY", key).replace("VALUE", value)
 
 
-# every query, q, with all rows of a key and a value that queries share, under a mask
+# every query of a call with all rows of a key and a value that queries share, under a mask
 _EVERY_SCORE = """
       by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
+      q_rows = Reshape (QUERY, by_group)
       q_scaled = Mul (q_rows, factor)
       key_t = Transpose <perm = [0, 1, 3, 2]> (KEY)
       score_rows = MatMul (q_scaled, key_t)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
-      scores_any = Reshape (score_rows, by_head)
+      by_head = Concat <axis = 0> (same, others, MANY_ROWS, same)
+      scores_any = Reshape (score_rows, SHAPE)
 MANY_WEIGHTS
-      weight_rows = Reshape (weights, by_group)
+      score_rows_shape = Shape (score_rows)
+      weight_rows = Reshape (weights, score_rows_shape)
       y_rows = MatMul (weight_rows, VALUE)
       RESULT = Reshape (y_rows, by_head)"""
 
 
-def every_score(key: str, value: str, result: str) -> str:
-    """Lines that make `result` [B, H, N, e] of q from `visible` and all rows of these values."""
-    text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value)
-    return text.replace("RESULT", result)
+def every_score(
+    key: str,
+    value: str,
+    result: str,
+    query: str = "q",
+    many: str = "n_1",
+    shape: str = "by_head",
+) -> str:
+    """Lines that make `result` [B, H, N, e] of queries from `visible` and all rows of these values.
+
+    Args:
+        key, value, result, query: names.
+        many: how many queries there are.
+        shape: of the scores, where `visible` does not broadcast to [B, H, N, M].
+    """
+    text = _EVERY_SCORE.replace("KEY", key).replace("VALUE", value).replace("QUERY", query)
+    return text.replace("MANY_ROWS", many).replace("RESULT", result).replace("SHAPE", shape)
 
 
-# The rows [B, H, R, K] that regions of queries read, of each query head's own KV head (or H = G):
-# read_key and read_value [B, H, R, K, d or e].
+# The rows [B, H, R, K] that regions of queries read (or [B, H, K]: one region), of each query
+# head's own KV head (or H = G): read_key and read_value [B, H, R, K, d or e].
 _READ_ROWS = """
       row_1 = Constant <value_ints = [1]> ()
       as_index = Concat <axis = 0> (same, g, others, row_1)
@@ -145,10 +159,24 @@ def read_rows(key: str, value: str) -> str:
     return _READ_ROWS.replace("HELD_KEY", key).replace("HELD_VALUE", value)
 
 
+#: own_q [B, H, c, d], rows_in [B, H, K] and visible [B or 1, H or 1, c or 1, K or 1] of one region
+#: -> y_region [B, H, c, e]
+OWN_ROWS = f"""{read_rows("key", "value")}
+      own_scaled = Mul (own_q, factor)
+      key_t = Transpose <perm = [0, 1, 3, 2]> (read_key)
+      scores_any = MatMul (own_scaled, key_t)
+MANY_WEIGHTS
+      y_region = MatMul (weights, read_value)"""
+
+
 #: queries of a region: of fewer more rows are copied, of more each reads more that others chose
 RUN = 128
 #: queries that meet a block of keys together, where each query chooses for itself
 TILE = 64
+#: whether they are more than that
+MANY = """
+      few = Constant <value_int = @TILE> ()
+      is_many = Less (few, n)"""
 #: queries in the order of the call, `run_most` at a time: q_regions [B, H, R, c, d]. The last query
 #: fills up the last region; `run_at` says which query stands where.
 RUNS = """
@@ -193,6 +221,25 @@ MANY_WEIGHTS
   e_last = Shape <start = 5, end = 6> (y_apart)
   as_y_flat = Concat <axis = 0> (same, heads_all, others, e_last)
   y_flat = Reshape (y_apart, as_y_flat)"""
+
+
+def either(condition: str, form: str, masked: str) -> str:
+    """Lines for several tokens, `several_y`: of a form of their own where a value says so.
+
+    Args:
+        condition: name of that value.
+        form, masked: lines; the second under a mask, for every other call.
+    """
+    form, masked = form.replace("several_y", "form_y"), masked.replace("several_y", "masked_y")
+    return f"""
+      several_y = If ({condition}) <
+        then_branch = in_this_form () => (form_y)
+        {{{form}
+        }},
+        else_branch = under_a_mask () => (masked_y)
+        {{{masked}
+        }}
+      >"""
 
 
 def finished(body: str, capped: bool, lifted: bool = True) -> str:

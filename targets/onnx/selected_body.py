@@ -6,28 +6,34 @@ behind this depends on padding. A row of padding in a call is written where the 
 be, and its output means nothing.
 
 One new token reads only what it has chosen: those rows are gathered, beside sinks, a window (the
-token itself at least), and the rest is never touched. Several tokens attend under a mask: the same
-meaning, nothing saved; but where they choose by regions, each region's rows are gathered
-(`selected_prompts.py`, `selected_lines.py`, `selected_values.py`), and where each chooses blocks, a
-block meets the queries that chose it (`selected_routed.py`). What chooses is `selected_choice.py`.
+token itself at least), and the rest is never touched. Few tokens attend under a mask; of more, each
+region's rows are gathered where they choose by regions (`selected_prompts.py`, `selected_lines.py`,
+`selected_values.py`), a block meets the queries that chose it (`selected_routed.py`), or tiles of
+queries see every key (`selected_tiles.py`). What chooses is `selected_choice.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from reattend.targets.onnx.fragments import finished, one_token
+from reattend.targets.onnx.fragments import MANY, either, every_score, finished, one_token
 from reattend.targets.onnx.selected_attended import ATTENDED, CERTAIN, inner_caps
 from reattend.targets.onnx.selected_choice import (
     BLOCKS,
     BUDGETS,
+    COUNTS,
     GATE,
     MASK_OF_BLOCKS,
     PICK_OF_BLOCKS,
     SUMMARY,
     ranking,
 )
-from reattend.targets.onnx.selected_chunks import MASK_OF_CHUNKS, PICK_OF_CHUNKS
+from reattend.targets.onnx.selected_chunks import (
+    CHOICE_OF_CHUNKS,
+    MASK_OF_CHUNKS,
+    PICK_OF_CHUNKS,
+    TILES_OF_CHUNKS,
+)
 from reattend.targets.onnx.selected_lines import LINE_ATTRIBUTES, lines_or
 from reattend.targets.onnx.selected_prompts import POOLED, REGIONS
 from reattend.targets.onnx.selected_routed import routed_or
@@ -40,6 +46,8 @@ from reattend.targets.onnx.selected_tokens import (
     NOTING,
     PICK_OF_NOTED,
     PICK_OF_TOKENS,
+    TILES_OF_EVERY,
+    TILES_OF_LABELS,
 )
 from reattend.targets.onnx.selected_values import PICK_OF_SCORED, REGIONS_OF_SCORED, SCORED
 
@@ -162,25 +170,17 @@ CHOSEN
       wanted = Or (is_fixed, chosen)
       seen = And (allowed, wanted)
       visible = Unsqueeze (seen, axis_2)
-      by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
-      q_scaled = Mul (q_rows, factor)
-      key_t = Transpose <perm = [0, 1, 3, 2]> (read_key)
-      score_rows = MatMul (q_scaled, key_t)
       choosers = Shape <start = 1, end = 2> (chosen)
-      by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)
-      scores_any = Reshape (score_rows, by_chooser)
-MANY_WEIGHTS
-      as_rows = Concat <axis = 0> (same, g, others, total_1)
-      weight_rows = Reshape (weights, as_rows)
-      y_rows = MatMul (weight_rows, read_value)
-      by_head = Concat <axis = 0> (same, others, n_1, same)
-      several_y = Reshape (y_rows, by_head)"""
-
-
+      by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)"""
+_UNDER_A_MASK += every_score("read_key", "read_value", "several_y", shape="by_chooser")
 _MASKED = _TOTAL + _UNDER_A_MASK
 _ROUTED = routed_or(_MASKED)
 _ALONG_LINES = lines_or(_TOTAL, _UNDER_A_MASK)
+
+
+def _in_tiles(tiles: str, chosen: str) -> str:
+    """Lines for several tokens: of many, and those that make `chosen` of few."""
+    return MANY + either("is_many", tiles, _MASKED.replace("\nCHOSEN", chosen))
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ _BLOCK = {"block": "int", **_BUDGETS}
 _ENDS = {"first": "int", "last": "int"}
 _LABEL_INPUTS, _LABEL = ("past_label", "channels"), ("present_label",)
 _SUMMARY = ("present_summary",)
+_EVERY, _BY_LABEL = _in_tiles(TILES_OF_EVERY, EVERY), BY_LABEL + MASK_OF_TOKENS
 KINDS = {
     "BlocksAttention": Kind(
         _BLOCK, ("past_summary",), _SUMMARY, SUMMARY + BLOCKS, PICK_OF_BLOCKS, MASK_OF_BLOCKS,
@@ -247,11 +248,12 @@ KINDS = {
     "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED, REGIONS),
     "VerticalSlashAttention": Kind(LINE_ATTRIBUTES, (), (), "", None, "", _ALONG_LINES),
     "ChannelsAttention": Kind(
-        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, EVERY
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "", _EVERY
     ),
     # prompts too
     "EveryChannelsAttention": Kind(
-        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS + BY_LABEL, PICK_OF_TOKENS, MASK_OF_TOKENS
+        _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "",
+        _in_tiles(TILES_OF_LABELS, _BY_LABEL),
     ),
     "ValuesAttention": Kind(
         _BUDGETS, ("past_score", "rate", "gain"), ("present_score",), SCORED, PICK_OF_SCORED, "",
@@ -259,10 +261,10 @@ KINDS = {
     ),
     "SegmentsAttention": Kind(
         CHUNK_ATTRIBUTES, ("past_logit", *PREDICTOR), ("present_logit",), CHUNKS,
-        PICK_OF_CHUNKS, MASK_OF_CHUNKS,
+        PICK_OF_CHUNKS, "", CHOICE_OF_CHUNKS + _in_tiles(TILES_OF_CHUNKS, MASK_OF_CHUNKS),
     ),
-    "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, EVERY),
-    "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, EVERY),
+    "NotingAttention": Kind({"topk": "int"}, (), ("noted",), NOTING, None, "", _EVERY),
+    "NotedAttention": Kind({}, ("noted",), (), "", PICK_OF_NOTED, "", _EVERY),
 }  # fmt: skip
 #: inputs and outputs that are whole numbers
 INTEGERS = ("kv_start", "kv_len", "channels", "noted")
@@ -278,6 +280,8 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
         capped: some node may have a softcap.
     """
     kind = KINDS[name]
+    if name == "EveryChannelsAttention" and not set(budgets) <= set(COUNTS):
+        kind = replace(kind, several=_BY_LABEL, reading=_MASKED)
     lines = {
         "NAME": name,
         "ATTRIBUTES": ", ".join(f"{k}: {t}" for k, t in kind.attributes.items()),

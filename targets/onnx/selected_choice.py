@@ -52,8 +52,8 @@ _TAKEN_CERTAIN = """  taken_best = And (is_candidate, LAST)
   certain_best = GatherElements <axis = 3> (certain_each, order)
   taken = Or (taken_best, certain_best)"""
 
-# count [B, 1, N, 1] of each budget, and what SHARES is where only numbers are counted
-_COUNTS = {
+#: budgets that are a number beforehand: count [B, 1, N, 1] of each
+COUNTS = {
     "topk": """
   topk_int = Constant <value_int: int = @topk> ()
   has_topk = Greater (topk_int, zero)
@@ -238,9 +238,9 @@ def ranking(body: str, name: str, budgets: tuple[str, ...], capped: bool) -> str
     """
     body = body.replace("SUMMARISED", _POOLED if name == "GateAttention" else _MEANS)
     certain = name in _CERTAIN
-    counts = [b for b in _COUNTS if b in budgets]
+    counts = [b for b in COUNTS if b in budgets]
     shares = [b for b in _SHARES if b in budgets]
-    lines, total = "".join(_COUNTS[b] for b in counts), "endless"
+    lines, total = "".join(COUNTS[b] for b in counts), "endless"
     for b in counts:
         lines += f"\n  least_{b} = Min ({total}, count_{b})"
         total = f"least_{b}"

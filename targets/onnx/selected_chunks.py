@@ -8,6 +8,8 @@ N new tokens, M tokens so far, K chunks, d key width.
 
 from __future__ import annotations
 
+from reattend.targets.onnx.selected_tiles import ALL_ROWS, tiled
+
 # Of every chunk its first and last token; of one whose end is not known, the last so far.
 _ENDS = """
       heads_1 = Shape <start = 1, end = 2> (q)
@@ -194,8 +196,10 @@ _TAKEN = """
       cut_less = Sub (cut_last, cut_room)
       cut_begin = Add (cut_less, one_32)
       so_far_32 = Cast <to = 6> (so_far)
-      cut_first = Where (is_cut, cut_begin, so_far_32)
+      cut_first = Where (is_cut, cut_begin, so_far_32)"""
 
+#: chosen [B, H, N, M]
+MASK_OF_CHUNKS = """
       as_table = Concat <axis = 0> (same, same, others, chunks_1)
       by_chunk_rows = Reshape (taken_or_open, as_table)
       chunk_table = Transpose <perm = [0, 1, 3, 2]> (by_chunk_rows)
@@ -214,11 +218,47 @@ _TAKEN = """
       chosen = Or (in_chunk, in_cut)"""
 _CHOSEN = _ROOM + _MOST + _TAKEN
 
-MASK_OF_CHUNKS = _ENDS + _PRODUCTS_WITH_SUMS + _CHOSEN
+# first_seen [B, H, N, K + 1]: the first token of every chunk that a query sees, and the first of
+# sinks. Whatever follows in the chunk is chosen, or lies in the window.
+_FIRST_SEEN = """
+      begin_5 = Unsqueeze (begin_32, axis_2)
+      whole_first = Where (taken_or_open, begin_5, so_far_32)
+      first_else = GatherElements <axis = 4> (whole_first, cut_chunk)
+      first_of_cut = Where (is_cut, cut_begin, first_else)
+      chosen_first = ScatterElements <axis = 4> (whole_first, cut_chunk, first_of_cut)
+      window_any = Sub (place_more, w)
+      window_32 = Cast <to = 6> (window_any)
+      window_5 = Unsqueeze (window_32, axis_2)
+      beside_first = Min (chosen_first, window_5)
+      no_chunk_first = Mul (first_of_cut, zero_32)
+      first_any = Concat <axis = 4> (beside_first, no_chunk_first)
+      reach_5 = Unsqueeze (reach_first_32, axis_2)
+      first_near = Max (first_any, reach_5)
+      as_first = Concat <axis = 0> (same, heads_1, n_1, others)
+      first_seen = Reshape (first_near, as_first)
+      is_sink = Less (number, sinks_int)
+      chunk_or_sink = Where (is_sink, chunks, chunk)"""
+_CHUNK_OF_KEY = """
+          chunk_short = Cast <to = 6> (chunk_all)
+          each_query = Concat <axis = 0> (run_c_1, one_1)
+          chunk_of_key = Expand (chunk_short, each_query)"""
+_SEEN = """
+              first_of_key = GatherElements <axis = 1> (first_tile, chunk_of_key)
+              is_shown = LessOrEqual (first_of_key, key_row)
+              is_past = LessOrEqual (key_row, place_tile)
+              visible = And (is_shown, is_past)"""
+#: several tokens: what they choose; then many, and what few see
+CHOICE_OF_CHUNKS = _ENDS + _PRODUCTS_WITH_SUMS + _CHOSEN
+TILES_OF_CHUNKS = (
+    ALL_ROWS
+    + _FIRST_SEEN
+    + tiled({"first": "first_seen"}, {"chunk": "chunk_or_sink"}, _SEEN, _CHUNK_OF_KEY)
+)
 PICK_OF_CHUNKS = (
     _ENDS
     + _SUMS_OF_PRODUCTS
     + _CHOSEN
+    + MASK_OF_CHUNKS
     + """
       chosen_int = Cast <to = 7> (chosen)
       chosen_many = ReduceSum <keepdims = 1> (chosen_int, axis_end)

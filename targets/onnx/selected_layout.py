@@ -34,7 +34,7 @@ _KNOWN: dict[type[Selector], set[str]] = {
 }  # fmt: skip
 #: what is saved, by the calls in which a selector acts
 _SAVES = {
-    "both": "reads while decoding: the rows that are chosen; prompts are read under a mask",
+    "both": "reads while decoding: the rows that are chosen; prompts read every key",
     "decode": "reads while decoding: the rows that are chosen; prompts are dense",
 }
 #: nodes whose blocks of keys meet the queries that chose them
@@ -52,8 +52,7 @@ _OTHER = {
         "block together, unless sinks or a window are seen beside",
     ),
     "SegmentsAttention": "reads of values while decoding: those of rows that are chosen; ranking "
-    "chunks reads every key; on a CPU a step and a prompt, which is read under a mask, take longer "
-    "than a dense layer",
+    "chunks reads every key, and so do prompts; on a CPU both take longer than a dense layer",
 }
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU

@@ -10,6 +10,7 @@ far, R regions, T blocks at a distance, C columns, K rows that a region reads.
 
 from __future__ import annotations
 
+from reattend.targets.onnx.fragments import either
 from reattend.targets.onnx.selected_prompts import PLACES, READ, SEEN_BY
 
 #: attributes of the node, and their types
@@ -243,14 +244,5 @@ def lines_or(total: str, masked: str) -> str:
         total: that say how many tokens there are.
         masked: that read every key; CHOSEN in them says which they see.
     """
-    gathered = _GATHERED.replace("several_y", "gathered_y")
-    masked = masked.replace("\nCHOSEN", _CHOSEN).replace("several_y", "masked_y")
-    return f"""{total}{_LINES}{_LISTED}
-      several_y = If (is_gathered) <
-        then_branch = along_lines () => (gathered_y)
-        {{{gathered}
-        }},
-        else_branch = under_a_mask () => (masked_y)
-        {{{masked}
-        }}
-      >"""
+    masked = masked.replace("\nCHOSEN", _CHOSEN)
+    return f"{total}{_LINES}{_LISTED}{either('is_gathered', _GATHERED, masked)}"

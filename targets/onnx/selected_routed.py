@@ -9,6 +9,8 @@ blocks that one query reads, c tokens of a block, T tiles of t queries, d and e 
 
 from __future__ import annotations
 
+from reattend.targets.onnx.fragments import MANY, either
+
 # by_block [B, S, N, Q]: the chosen ones; with_own, and those one by one: all_blocks, all_taken
 _NEEDED = """
       none = Less (ranked, ranked)
@@ -193,17 +195,11 @@ _ROUTED = (
 
 def routed_or(masked: str) -> str:
     """Lines for several tokens; few, or such that see sinks or a window beside, take `masked`."""
-    return f"""
-      route_most = Constant <value_int = @TILE> ()
-      is_many = Less (route_most, n)
+    return (
+        MANY
+        + """
       shown_beside = Add (sinks_int, w)
       is_alone = Equal (shown_beside, one)
-      is_routed = And (is_many, is_alone)
-      several_y = If (is_routed) <
-        then_branch = routed () => (routed_y)
-        {{{_ROUTED.replace("several_y", "routed_y")}
-        }},
-        else_branch = under_a_mask () => (masked_y)
-        {{{masked.replace("several_y", "masked_y")}
-        }}
-      >"""
+      is_routed = And (is_many, is_alone)"""
+        + either("is_routed", _ROUTED, masked)
+    )

@@ -6,9 +6,7 @@ heads, N new tokens, r channels of a label, K tokens.
 
 from __future__ import annotations
 
-#: every key, for several tokens
-EVERY = """
-      chosen = Equal (place, place)"""
+from reattend.targets.onnx.selected_tiles import ALL_ROWS, tiled
 
 # Double Sparsity: a few channels of every key beside it
 LABELS = """
@@ -19,14 +17,17 @@ LABELS = """
   new_channels = Expand (channels_1, by_new)
   new_label = GatherElements <axis = 3> (new_key, new_channels)
   present_label = TensorScatter <axis = 2> (past_label, new_label, write)"""
-BY_LABEL = """
+LABEL_OF_QUERY = """
   as_group = Concat <axis = 0> (same, g, others, same)
   q_group = Reshape (q, as_group)
   q_many = Shape <start = 2, end = 3> (q_group)
   by_query = Concat <axis = 0> (batch_1, one_1, q_many, one_1)
   q_channels = Expand (channels_1, by_query)
   q_label = GatherElements <axis = 3> (q_group, q_channels)
-  q_short = Mul (q_label, factor)
+  q_short = Mul (q_label, factor)"""
+BY_LABEL = (
+    LABEL_OF_QUERY
+    + """
   label_t = Transpose <perm = [0, 1, 3, 2]> (present_label)
   rank_rows = MatMul (q_short, label_t)
   as_heads = Concat <axis = 0> (same, others, n_1, room_1)
@@ -39,6 +40,7 @@ BY_LABEL = """
   candidate = And (unit_past, unit_near)
   forced = Constant <value_int = 0> ()
 RANK"""
+)
 PICK_OF_TOKENS = """
       pick = Identity (order)
       picked = Identity (taken)"""
@@ -47,6 +49,113 @@ MASK_OF_TOKENS = """
       none = Less (ranked, ranked)
       by_token = ScatterElements <axis = 3> (none, order, taken)
       chosen = Slice (by_token, same, total_1, axis_3_last)"""
+
+# of every query the first key that its block sees [B, H, N, 1]
+_REACHED = """
+      place_more = Add (place, one)
+      free = Min (place_more, reach)
+      q_heads_1 = Shape <start = 1, end = 2> (q)
+      by_heads = Concat <axis = 0> (one_1, q_heads_1, one_1, one_1)
+      reached_any = Sub (place_more, free)
+      reached_short = Cast <to = 6> (reached_any)
+      reached = Expand (reached_short, by_heads)"""
+_ALL_SEEN = """
+              is_past = LessOrEqual (key_row, place_tile)
+              is_near = GreaterOrEqual (key_row, reached_tile)
+              visible = And (is_past, is_near)"""
+#: every key: for many tokens, and for few
+TILES_OF_EVERY = ALL_ROWS + _REACHED + tiled({"reached": "reached"}, {}, _ALL_SEEN)
+EVERY = """
+      chosen = Equal (place, place)"""
+
+# Where each query's number is known beforehand, nothing is sorted. Tokens go from the last to the
+# first, so that of equal ones the later is left out, in laps of several times as many as are
+# chosen: as many of them as are to be chosen have a best token above a bound, so above it are all
+# that are chosen, and few others. Of those as many of the least are left out as there are too many.
+_BOUNDS = """
+      forced = Constant <value_int = 0> ()
+      total = Gather (lengths, zero)
+      four = Constant <value_int = 4> ()
+      minus_one = Constant <value_int = -1> ()
+BUDGET
+      count_most = ReduceMax <keepdims = 0> (count)
+      lap_least = Mul (count_most, four)
+      laps_any = Div (total, lap_least)
+      laps = Max (laps_any, one)
+      laps_less = Sub (laps, one)
+      total_up = Add (total, laps_less)
+      lap = Div (total_up, laps)
+      laps_1 = Unsqueeze (laps, axis_0)
+      lap_1 = Unsqueeze (lap, axis_0)
+      as_laps = Concat <axis = 0> (others, laps_1, lap_1)
+      lap_rows = Mul (lap, laps)
+      lap_last = Sub (lap_rows, one)
+      key_number = Range (lap_last, minus_one, minus_one)
+      row_back = Min (key_number, last_row)
+      label_back = Gather <axis = 2> (present_label, row_back)
+      used_key = Gather <axis = 2> (present_key, row_back)
+      used_value = Gather <axis = 2> (present_value, row_back)
+      as_choosers = Concat <axis = 0> (same, q_heads_1, n_1, others)
+      chooser = Reshape (q_short, as_choosers)
+      count_heads = Expand (count, by_heads)
+      window_any = Sub (place_more, w)
+      window_short = Cast <to = 6> (window_any)
+      window = Expand (window_short, by_heads)
+      sinks_short = Cast <to = 6> (sinks_int)
+      barely = Constant <value_float = -0.9e38> ()
+      barely_none = Constant <value_float = 0.5e38> ()
+      no_rank = Constant <value_float = 1.0e38> ()"""
+_BEST = """
+              label_t = Transpose <perm = [1, 0]> (label_all)
+              rank_any = MatMul (chooser_tile, label_t)
+              rank_scores = Cast <to = 1> (rank_any)
+CAP_RANKS
+              is_later = Less (place_tile, key_row)
+              is_gone = Less (key_row, reached_tile)
+              is_out = Or (is_later, is_gone)
+              out_byte = Cast <to = 2> (is_out)
+              out_rank = DequantizeLinear (out_byte, hidden_score)
+              ranked = Add (ranks, out_rank)
+              by_lap = Reshape (ranked, as_laps)
+              best_of_lap = ReduceMax <keepdims = 0> (by_lap, axis_1)
+              count_tile_most = ReduceMax <keepdims = 0> (count_tile, axis_0)
+              best_values, best_at = TopK <axis = 1, sorted = 0> (best_of_lap, count_tile_most)
+              bound_any = ReduceMin <keepdims = 1> (best_values, axis_1)
+              bound = Max (bound_any, barely)
+              is_above = GreaterOrEqual (ranked, bound)
+              above_float = Cast <to = 1> (is_above)
+              above_sum = ReduceSum <keepdims = 1> (above_float, axis_1)
+              above_many = Cast <to = 7> (above_sum)
+              surplus = Sub (above_many, count_tile)
+              surplus_most = ReduceMax <keepdims = 0> (surplus)
+              listed_many = Max (surplus_most, one)
+              listed_1 = Unsqueeze (listed_many, axis_0)
+              is_below = Not (is_above)
+              below_byte = Cast <to = 2> (is_below)
+              below_rank = DequantizeLinear (below_byte, no_rank)
+              rank_above = Add (ranks, below_rank)
+              least, least_at = TopK <axis = 1, largest = 0> (rank_above, listed_1)
+              standing = Range (zero, listed_many, one)
+              is_enough = GreaterOrEqual (standing, surplus)
+              is_listed = Less (least, barely_none)
+              is_kept = And (is_enough, is_listed)
+              is_chosen = ScatterElements <axis = 1> (is_above, least_at, is_kept)
+              in_window = GreaterOrEqual (key_row, window_tile)
+              in_sinks = Less (key_row, sinks_short)
+              is_beside = Or (in_window, in_sinks)
+              is_wanted = Or (is_chosen, is_beside)
+              is_in = Not (is_out)
+              visible = And (is_wanted, is_in)"""
+TILES_OF_LABELS = (
+    LABEL_OF_QUERY
+    + _REACHED
+    + _BOUNDS
+    + tiled(
+        {"chooser": "chooser", "count": "count_heads", "reached": "reached", "window": "window"},
+        {"label": "label_back"},
+        _BEST,
+    )
+)
 
 # TidalDecode: one layer notes each head's best tokens, [B, H, 1, K]; where there are fewer, the
 # token itself, which is read in any case

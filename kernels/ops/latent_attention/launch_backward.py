@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reattend.kernels.configs import KernelConfig, find_config
+from reattend.kernels.configs import WHOLE, KernelConfig, find_config
 from reattend.kernels.core import Rule
 from reattend.kernels.latent_attention.launch import MAX_ROPE
 from reattend.kernels.latent_attention.triton_dkv import latent_dkv
@@ -25,6 +25,7 @@ PROGRAMS = 4  # of the cache's gradient, per multiprocessor: the first keys are 
 MAX_PARTS = 16
 
 Configs = tuple[KernelConfig, KernelConfig]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -61,7 +62,7 @@ def launch_backward(
     rule: Rule,
     configs: Configs,
     splits: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of q_nope, q_rope, latent and rope. A query with lse = -inf takes part in none.
 
     Args:
@@ -72,11 +73,33 @@ def launch_backward(
         configs: tile sizes of the kernel for queries and of the one for the cache.
         splits: how many programs share a tile of the cache; by the device when None.
     """
+    dq, dw, latents, ropes = launch_parts(grads, outputs, inputs, rule, configs, splits)
+    if latents.shape[0] == 1:
+        return dq, dw, latents[0], ropes[0]
+    dtype = inputs[2].dtype
+    return dq, dw, latents.sum(0).to(dtype), ropes.sum(0).to(dtype)
+
+
+def launch_parts(
+    grads: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor],
+    inputs: Inputs,
+    rule: Rule,
+    configs: Configs,
+    splits: int | None = None,
+    kept: Tensor | None = None,
+) -> Gradients:
+    """`launch_backward`, those of the cache in parts [splits, ...]: several are fp32.
+
+    Args:
+        kept: [2, B, N, H, M] in the inputs' dtype, where probabilities and their gradients go, so
+            that they are computed once; None: twice.
+    """
     q, w, latent, rope = (unit_stride(t) for t in inputs[:4])
     (b, h, n, r), m, rope_width = q.shape, latent.shape[1], w.shape[3]
     dq, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, w))
     if q.numel() == 0 or latent.numel() == 0:
-        return dq.zero_(), dw.zero_(), torch.zeros_like(latent), torch.zeros_like(rope)
+        return dq.zero_(), dw.zero_(), torch.zeros_like(latent)[None], torch.zeros_like(rope)[None]
     programs = -(-m // configs[1].keys) * b
     if splits is None:
         splits = count_parts(q.device, programs, -(-h * n // configs[1].rows))
@@ -96,13 +119,15 @@ def launch_backward(
     widths = {"RANK": r, "ROPE": rope_width, "BLOCK_RANK": next_power_of_two(r)}
     widths |= {"BLOCK_ROPE": next_power_of_two(rope_width)}
     options_q, options_kv = (rule_options(rule, c, q) | widths for c in configs)
-    options_q |= {"SPREAD": configs[0].spread}
-    options_kv |= {"SPREAD": configs[1].spread_keys}
+    halves = (None, None) if kept is None else (kept[0], kept[1])
+    options_q |= {"SPREAD": configs[0].spread, "SLICE": configs[0].slice or WHOLE}
+    options_kv |= {
+        "SPREAD": configs[1].spread_keys,
+        "SLICE": configs[1].slice or WHOLE,
+    }
     with on_device(q):
-        latent_dq[(-(-h * n // configs[0].rows) * b,)](*given, dq, dw, *rest, **options_q)
+        latent_dq[(-(-h * n // configs[0].rows) * b,)](*given, dq, dw, *halves, *rest, **options_q)
         latent_dkv[(programs * splits,)](
-            *given, d_latent, d_rope, *rest, splits, b * m, **options_kv
+            *given, d_latent, d_rope, *halves, *rest, splits, b * m, **options_kv
         )
-    if splits == 1:
-        return dq, dw, d_latent[0], d_rope[0]
-    return dq, dw, d_latent.sum(0).to(latent.dtype), d_rope.sum(0).to(latent.dtype)
+    return dq, dw, d_latent, d_rope

@@ -186,7 +186,7 @@ def _cuda_backward(
     launch = load_launch("reattend.kernels.latent_attention.launch_backward")
     known = table is None and scale >= launch.MIN_SCALE
     configs = launch.configs_for(q_nope, rope) if known else None
-    if configs is None:  # pages, fp32, fp64, very wide rows, a GPU without kernels, a scale of 0
+    if configs is None:  # pages, fp64, very wide rows, a GPU without kernels, a scale of 0
         given = (q_nope, q_rope, latent, rope, start, length, table)
         return reference.backward((du, dlse), (u, lse), given, rule)
     inputs = (q_nope, q_rope, latent, rope, start, length)

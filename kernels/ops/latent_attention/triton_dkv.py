@@ -16,17 +16,23 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.attention.triton_dkv import seeing_rows
-from reattend.kernels.latent_attention.triton_span import product
+from reattend.kernels.latent_attention.triton_slices import (
+    add_rows,
+    held,
+    inner,
+    nothing,
+    store_rows,
+)
 from reattend.kernels.triton_gradient import score_gradient
-from reattend.kernels.triton_tiles import load_tile, split_range, visible
+from reattend.kernels.triton_tiles import split_range, visible
 
 
 @triton.jit
 def _dkv_span(
     acc,
     k_acc,
-    c_tile,
-    k_tile,
+    c,
+    k,
     j,
     first_pos,
     q_nope,
@@ -34,10 +40,14 @@ def _dkv_span(
     du,
     top,
     shift,
+    p_kept,
+    ds_kept,
+    is_key,
     begin,
     stop,
     heads,
     n,
+    m,
     scale,
     softcap,
     window,
@@ -56,6 +66,7 @@ def _dkv_span(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
+    SLICE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """What the (query, head) pairs from begin to stop give to a tile of keys."""
@@ -66,34 +77,51 @@ def _dkv_span(
         wide = i.to(tl.int64)
         at = h * n + wide
         q_rows, w_rows = h * qn_h + wide * qn_n, h * qr_h + wide * qr_n
-        q_tile = load_tile(q_nope, q_rows, is_row, RANK, BLOCK_RANK, True, UPCAST)
-        du_tile = load_tile(du, at * RANK, is_row, RANK, BLOCK_RANK, True, UPCAST)
-        # what lies beyond the last pair has probabilities of 0
-        highest = tl.load(top + at, mask=is_row, other=float("inf"))
-        moved = tl.load(shift + at, mask=is_row, other=0.0)
-        s = product(c_tile, q_tile, first < n * heads, PRECISION, SPREAD)
-        if ROPE > 0:
-            w_tile = load_tile(q_rope, w_rows, is_row, ROPE, BLOCK_ROPE, True, UPCAST)
-            s += product(k_tile, w_tile, first < n * heads, PRECISION, SPREAD)
-        dp = product(c_tile, du_tile, first < n * heads, PRECISION, SPREAD)
+        end = n * heads
+        q = held(q_nope, q_rows, is_row, RANK, BLOCK_RANK, SLICE, True, UPCAST)
+        dy = held(du, at * RANK, is_row, RANK, BLOCK_RANK, SLICE, True, UPCAST)
+        number: tl.constexpr = tl.float32 if UPCAST else q_nope.dtype.element_ty
         # fmt: off
-        p, ds = score_gradient(
-            s, dp, highest[None, :], moved[None, :], scale, softcap, HAS_SOFTCAP
-        )
-        # fmt: on
-        if MASKED:
-            pos = first_pos + i
-            seen = visible(is_row[None, :], j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW)
-            p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
-        p, ds = (p / scale).to(du_tile.dtype), ds.to(q_tile.dtype)
-        # apart from the next product, as in `product`: else the sum changes layout between the two
-        if first < n * heads:
-            acc = tl.dot(p, du_tile, acc, input_precision=PRECISION)
+        if p_kept is not None:
+            seen = is_row[None, :] & is_key[:, None]
+            if MASKED:
+                pos = first_pos + i
+                seen = visible(seen, j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW)
+            place = row.to(tl.int64)[None, :] * m + j[:, None]
+            p = tl.load(p_kept + place, mask=seen, other=0.0).to(number)
+            ds = tl.load(ds_kept + place, mask=seen, other=0.0).to(number)
+            if ROPE > 0:
+                w = held(q_rope, w_rows, is_row, ROPE, BLOCK_ROPE, SLICE // 2, True, UPCAST)
         else:
-            acc = tl.dot(p, du_tile, acc, input_precision=PRECISION)
-        acc = tl.dot(ds, q_tile, acc, input_precision=PRECISION)
+            # what lies beyond the last pair has probabilities of 0
+            highest = tl.load(top + at, mask=is_row, other=float("inf"))
+            moved = tl.load(shift + at, mask=is_row, other=0.0)
+            s = inner(c, q, first < end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, SPREAD)
+            if ROPE > 0:
+                w = held(q_rope, w_rows, is_row, ROPE, BLOCK_ROPE, SLICE // 2, True, UPCAST)
+                s += inner(
+                    k, w, first < end, ROPE, BLOCK_ROPE, SLICE // 2, UPCAST, PRECISION, SPREAD
+                )
+            dp = inner(c, dy, first < end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, SPREAD)
+            p, ds = score_gradient(
+                s, dp, highest[None, :], moved[None, :], scale, softcap, HAS_SOFTCAP
+            )
+            if MASKED:
+                pos = first_pos + i
+                seen = visible(
+                    is_row[None, :], j[:, None], pos[None, :], window, CAUSAL, HAS_WINDOW
+                )
+                p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
+            p, ds = (p / scale).to(number), ds.to(number)
+        acc = add_rows(
+            acc, p, dy, first, end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, True
+        )
+        acc = add_rows(acc, ds, q, first, end, RANK, BLOCK_RANK, SLICE, UPCAST, PRECISION, False)
         if ROPE > 0:
-            k_acc = tl.dot(ds, w_tile, k_acc, input_precision=PRECISION)
+            k_acc = add_rows(
+                k_acc, ds, w, first, end, ROPE, BLOCK_ROPE, SLICE // 2, UPCAST, PRECISION, False
+            )
+        # fmt: on
     return acc, k_acc
 
 
@@ -108,6 +136,8 @@ def latent_dkv(
     shift,
     d_latent,
     d_rope,
+    p_kept,
+    ds_kept,
     kv_start,
     kv_len,
     scale,
@@ -140,11 +170,13 @@ def latent_dkv(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
     """Grid: (splits * key tiles * B). Keys that nobody sees get 0.
 
     The gradients are contiguous [splits, B, M, ...]; ``part`` is B * M, the rows between splits.
-    The first keys are seen by the most queries: they start first.
+    The first keys are seen by the most queries: they start first. Where `latent_dq` kept p and ds,
+    they are read, and neither the cache nor top and shift; else p_kept and ds_kept are None.
     """
     tiles = tl.cdiv(m, BLOCK_KEYS)
     pid = tl.program_id(0)
@@ -157,12 +189,12 @@ def latent_dkv(
     is_key, wide = (j >= start) & (j < end) & (j < m), j.to(tl.int64)
     latent += b * latent_b
     rope += b * rope_b
-    c_tile = load_tile(latent, wide * latent_m, is_key, RANK, BLOCK_RANK, True, UPCAST)
-    k_tile = c_tile  # never read without a rotary part
+    c = held(latent, wide * latent_m, is_key, RANK, BLOCK_RANK, SLICE, True, UPCAST)
+    k = c  # never read without a rotary part
     if ROPE > 0:
-        k_tile = load_tile(rope, wide * rope_m, is_key, ROPE, BLOCK_ROPE, True, UPCAST)
-    acc = tl.zeros((BLOCK_KEYS, BLOCK_RANK), tl.float32)
-    k_acc = tl.zeros((BLOCK_KEYS, BLOCK_ROPE), tl.float32)
+        k = held(rope, wide * rope_m, is_key, ROPE, BLOCK_ROPE, SLICE // 2, True, UPCAST)
+    acc = nothing(BLOCK_KEYS, RANK, BLOCK_RANK, SLICE)
+    k_acc = nothing(BLOCK_KEYS, ROPE, BLOCK_ROPE, SLICE // 2)
     # fmt: off
     if (first_key < end) & (first_key + BLOCK_KEYS > start):
         # in pairs, heads fastest: every bound is that of queries, times the heads
@@ -178,34 +210,31 @@ def latent_dkv(
         du += b * heads * n * RANK
         top += b * heads * n
         shift += b * heads * n
+        if p_kept is not None:
+            p_kept += b * heads * n * m
+            ds_kept += b * heads * n * m
         if CAUSAL:
             acc, k_acc = _dkv_span(
-                acc, k_acc, c_tile, k_tile, j, first_pos, q_nope, q_rope, du, top, shift, lo, a,
-                heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
-                HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
-                BLOCK_ROPE, True,
+                acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift,
+                p_kept, ds_kept, is_key, lo, a, heads, n, m, scale, softcap, window, qn_h, qn_n,
+                qr_h, qr_n, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD,
+                BLOCK_ROWS, BLOCK_RANK, BLOCK_ROPE, SLICE, True,
             )
         acc, k_acc = _dkv_span(
-            acc, k_acc, c_tile, k_tile, j, first_pos, q_nope, q_rope, du, top, shift, a, z,
-            heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
-            HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
-            BLOCK_ROPE, False,
+            acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift,
+            p_kept, ds_kept, is_key, a, z, heads, n, m, scale, softcap, window, qn_h, qn_n,
+            qr_h, qr_n, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD,
+            BLOCK_ROWS, BLOCK_RANK, BLOCK_ROPE, SLICE, False,
         )
         if HAS_WINDOW:
             acc, k_acc = _dkv_span(
-                acc, k_acc, c_tile, k_tile, j, first_pos, q_nope, q_rope, du, top, shift, z, hi,
-                heads, n, scale, softcap, window, qn_h, qn_n, qr_h, qr_n, RANK, ROPE, CAUSAL,
-                HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD, BLOCK_ROWS, BLOCK_RANK,
-                BLOCK_ROPE, True,
+                acc, k_acc, c, k, j, first_pos, q_nope, q_rope, du, top, shift,
+                p_kept, ds_kept, is_key, z, hi, heads, n, m, scale, softcap, window, qn_h, qn_n,
+                qr_h, qr_n, RANK, ROPE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, SPREAD,
+                BLOCK_ROWS, BLOCK_RANK, BLOCK_ROPE, SLICE, True,
             )
     # fmt: on
     place, is_place = split.to(tl.int64) * part + b * m + wide, j < m
-    r = tl.arange(0, BLOCK_RANK)
-    out = tl.where(is_key[:, None], acc * scale, 0.0).to(d_latent.dtype.element_ty)
-    at = d_latent + place[:, None] * RANK + r[None, :]
-    tl.store(at, out, mask=is_place[:, None] & (r < RANK)[None, :])
+    store_rows(d_latent, place, acc, is_place, is_key, scale, RANK, BLOCK_RANK, SLICE)
     if ROPE > 0:
-        r = tl.arange(0, BLOCK_ROPE)
-        out = tl.where(is_key[:, None], k_acc * scale, 0.0).to(d_rope.dtype.element_ty)
-        at = d_rope + place[:, None] * ROPE + r[None, :]
-        tl.store(at, out, mask=is_place[:, None] & (r < ROPE)[None, :])
+        store_rows(d_rope, place, k_acc, is_place, is_key, scale, ROPE, BLOCK_ROPE, SLICE // 2)

@@ -62,9 +62,19 @@ def decay_gradient(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, tail: Tensor) -
             where every feature decays by itself: the products are not summed then, and so is the
             result [B, G, N, f].
     """
-    moved = (q * dq).unflatten(1, (k.shape[1], -1)).sum(2) - k * dk
-    moved = moved if tail.dim() == 3 else moved.sum(-1)
-    summed: Tensor = moved.flip(2).cumsum(2).flip(2) + tail.unsqueeze(2)
+    moved = moved_by_decays(q, dq, k, dk)
+    return from_the_end(moved if tail.dim() == 3 else moved.sum(-1), tail)
+
+
+def moved_by_decays(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+    """``q_n * dq_n - k_n * dk_n``, feature by feature, [B, G, N, f]."""
+    moved: Tensor = (q * dq).unflatten(1, (k.shape[1], -1)).sum(2) - k * dk
+    return moved
+
+
+def from_the_end(x: Tensor, tail: Tensor, dim: int = 2) -> Tensor:
+    """Sums from every place of a dimension to its end, and ``tail``, which is without it."""
+    summed: Tensor = x.flip(dim).cumsum(dim).flip(dim) + tail.unsqueeze(dim)
     return summed
 
 

@@ -20,7 +20,7 @@ from reattend.kernels.launching import (
     unit_stride,
 )
 from reattend.kernels.linear_attention import launch_channels
-from reattend.kernels.linear_attention.gradient import decay_gradient
+from reattend.kernels.linear_attention.gradient import from_the_end, moved_by_decays
 from reattend.kernels.linear_attention.reference import LEAST
 from reattend.kernels.linear_attention.triton_backward import linear_read_back, linear_state_back
 from reattend.kernels.linear_attention.triton_kernel import linear_read
@@ -48,6 +48,16 @@ class Inputs(NamedTuple):
         return self.decay_BGN is not None and self.decay_BGN.dim() == 4
 
     @property
+    def for_gradient(self) -> Inputs:
+        """The call as its gradient is made: fp32 where `linear_channels` would round what fp16
+        cannot hold, gradients divided by small sums.
+        """
+        if not self.featured or not self.normalize or self.q_BHNf.dtype != torch.float16:
+            return self
+        q, k, v = (t.float() for t in self[:3])
+        return self._replace(q_BHNf=q, k_BGNf=k, v_BGNe=v)
+
+    @property
     def sums(self) -> launch_channels.Sums:
         """The call as those kernels take it."""
         q, k, v, decay, _ = self[:5]
@@ -58,9 +68,9 @@ class Inputs(NamedTuple):
 class _Chunked(NamedTuple):
     """What the kernels over chunks share.
 
-    `states` [B, G, T, f, columns]: before each chunk, as exact as the products that read them, or
-    fp32 where outputs are divided. `after` [B, G, f, columns], fp32; `within` [B, G, T * C]: sums
-    of log decays; `sizes`: n, T; `heads`: H, H / G.
+    `states` [B, G, T, f, columns]: before each chunk, bf16 where that is what the products read,
+    else fp32: where outputs are divided, and since sums may leave the range of fp16. `after` [B, G,
+    f, columns], fp32; `within` [B, G, T, C]: sums of log decays; `sizes`: n, T; `heads`: H, H / G.
     """
 
     states: Tensor
@@ -117,14 +127,15 @@ def launch_backward(dy: Tensor, dstate: Tensor, x: Inputs, configs: Configs) -> 
     x = x._replace(v_BGNe=x.v_BGNe.contiguous())
     q, k, v = x[:3]
     made = _scanned(x, configs["state"])
-    added, dy = made.within, dy.float()
+    mass = added = made.within
     if x.normalize:
         y, mass = _read(x, made, configs["read"], torch.float32)
-        dy = dy / mass.clamp_min(LEAST)[..., None]
-        added = torch.where(mass > LEAST, -(dy * y).sum(-1), 0)
+        added = torch.where(mass > LEAST, -(dy.float() * y).sum(-1), 0)
     dy = dy.to(q.dtype).contiguous()
-    dq = torch.empty_like(q)
-    _launch_read((dy, v, k), (dq, added, added), made, x, configs["read"], True)
+    # what decays get is a long sum of small differences of these
+    kind = q.dtype if x.decay_BGN is None else torch.float32
+    dq = torch.empty_like(q, dtype=kind)
+    _launch_read((dy, v, k), (dq, mass, added), made, x, configs["read"], True)
     (b, g, f, columns), chunks = made.after.shape, made.sizes[1]
     later = made.after.new_empty(b, g, chunks + 1, f, columns)
     later[:, :, -1] = dstate
@@ -133,24 +144,46 @@ def launch_backward(dy: Tensor, dstate: Tensor, x: Inputs, configs: Configs) -> 
         back = configs["state_back"]
         tiles = -(-q.shape[3] // back.keys) * -(-v.shape[3] // back.keys)
         linear_state_back[(tiles * k.shape[0] * k.shape[1],)](
-            q, dy, later, made.within, added, *common,
+            q, dy, later, made.within, mass, added, *common,
             F=q.shape[3], E=v.shape[3], ONES=x.normalize, **_options(x, back),
         )  # fmt: skip
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dk, dv = torch.empty_like(k, dtype=kind), torch.empty_like(v)
     for given, out, turned in (((k, q, dy), dv, False), ((v, dy, q), dk, True)):
         config = configs["read_back"]
         programs = -(-out.shape[3] // config.keys) * made.sizes[1] * k.shape[0] * k.shape[1]
         with on_device(q):
             linear_read_back[(programs,)](
-                *given, out, later, made.within, added, *common, *made.across(turned),
-                F=given[0].shape[3], E=out.shape[3], ADDED=turned and x.normalize,
-                **_options(x, config),
+                *given, out, later, made.within, mass, added, *common, *made.across(turned),
+                F=given[0].shape[3], E=out.shape[3], ONES=x.normalize,
+                ADDED=turned and x.normalize, **_options(x, config),
             )  # fmt: skip
     ddecay = q.new_zeros(0)
     if x.decay_BGN is not None:
-        tail = (dstate * made.after).sum((-1, -2))
-        ddecay = decay_gradient(q.float(), dq.float(), k.float(), dk.float(), tail)
+        ddecay = _decay_gradient(x, made, dq, dk, later)
     return dq, dk, dv, ddecay, later[:, :, 0].contiguous()
+
+
+def _decay_gradient(x: Inputs, made: _Chunked, dq: Tensor, dk: Tensor, later: Tensor) -> Tensor:
+    """Of the decays [B, G, N], fp32: what moves, summed from the end.
+
+    Where chunks ask those before them by states alone, a state times its gradient is the sum behind
+    it: no rounding is carried from chunk to chunk.
+
+    Args:
+        x: the call, made.. of it by `_scanned`.
+        dq, dk: gradients, fp32.
+        later: those of the states, [B, G, T + 1, f, columns].
+    """
+    moved = moved_by_decays(x.q_BHNf, dq, x.k_BGNf, dk).sum(-1)
+    tail = (later[:, :, -1] * made.after).sum((-1, -2))
+    n, chunks = made.sizes
+    rows = made.within.shape[-1]
+    if x.lag or rows % x.block:
+        return from_the_end(moved, tail)
+    ends = (made.states[:, :, 1:] * later[:, :, 1:-1]).sum((-1, -2))
+    parts = F.pad(moved, (0, chunks * rows - n)).unflatten(2, (chunks, rows))
+    summed = from_the_end(parts, torch.cat([ends, tail[..., None]], 2), 3)
+    return summed.flatten(2)[..., :n]
 
 
 def _options(x: Inputs, config: KernelConfig) -> dict[str, Any]:
@@ -180,7 +213,7 @@ def _scanned(x: Inputs, config: KernelConfig) -> _Chunked:
     k, v = unit_stride(x.k_BGNf), unit_stride(x.v_BGNe)
     (b, g, n, f), h = k.shape, x.q_BHNf.shape[1]
     chunks, before = -(-n // config.rows), _before(x)
-    kind = torch.float32 if x.normalize else k.dtype
+    kind = k.dtype if k.dtype == torch.bfloat16 and not x.normalize else torch.float32
     states = before.new_empty(b, g, chunks, *before.shape[2:], dtype=kind)
     after = torch.empty_like(before)
     within = before

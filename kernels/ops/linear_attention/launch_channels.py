@@ -90,5 +90,5 @@ def backward(
 
     dk, dv = grouped(dk.flip(2)), grouped(dv.flip(2))[..., : x.v.shape[3]]
     dfirst = grouped(before) * decay[:, :, 0, :, None].exp()
-    ddecay = decay_gradient(q.float(), dq, k.float(), dk, (dstate * after).sum(-1))
+    ddecay = decay_gradient(q, dq, k, dk, (dstate * after).sum(-1))
     return dq, dk, dv, ddecay, dfirst

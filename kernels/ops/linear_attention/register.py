@@ -191,11 +191,12 @@ def _cuda_backward(
     state: Tensor | None, lag: int, block: int, normalize: bool, bidirectional: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     launch = load_launch("reattend.kernels.linear_attention.launch")
-    x = launch.Inputs(q, k, v, decay, state, lag, block, normalize)
+    given = (q, k, v, decay, state)
+    x = launch.Inputs(*given, lag, block, normalize).for_gradient
     configs = None if bidirectional else launch.configs_for(x)
     if configs is None:
-        return _gradients(dy, dstate, x[:5], lag, block, normalize, bidirectional)
-    return _typed(launch.launch_backward(dy, dstate, x, configs), x[:5])
+        return _gradients(dy, dstate, given, lag, block, normalize, bidirectional)
+    return _typed(launch.launch_backward(dy, dstate, x, configs), given)
 
 
 def _gradients(

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from reattend.kernels.linear_attention.triton_kernel import products, through_state, tile_of
-from reattend.kernels.linear_attention.triton_state import chunk_before, decay_between
+from reattend.kernels.linear_attention.triton_range import dot_left
+from reattend.kernels.linear_attention.triton_state import LEAST, chunk_before, decay_between
 
 
 @triton.jit
@@ -22,6 +23,7 @@ def linear_state_back(
     dy,
     later,
     within,
+    mass,
     added,
     n,
     chunks,
@@ -41,8 +43,9 @@ def linear_state_back(
 ):
     """Gradients of the states that `linear_state` writes. Grid: the same.
 
-    q [B, H, N, F] and dy [B, H, N, E] are contiguous; ``added`` [B, H, N] is the gradient of the
-    column of ones. ``later`` is laid out as the states and holds the last gradient.
+    q [B, H, N, F] and dy [B, H, N, E] are contiguous. ONES: the gradient of the sums is dy and, of
+    the column of ones, ``added`` [B, H, N], both divided by ``mass`` [B, H, N]. ``later`` is laid
+    out as the states and holds the last gradient.
     """
     tiles_f: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     tiles_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -58,9 +61,9 @@ def linear_state_back(
     ones = is_f & (tile_e == 0)
     place = later + ((b * groups + g) * (chunks + 1) + chunks) * F * columns + f * columns
     acc = tl.load(place[:, None] + e[None, :], mask=inside, other=0.0)
-    mass = tl.zeros((BLOCK_F,), tl.float32)
+    total = tl.zeros((BLOCK_F,), tl.float32)
     if ONES:
-        mass = tl.load(place + E, mask=ones, other=0.0)
+        total = tl.load(place + E, mask=ones, other=0.0)
     sums = within + (b * groups + g) * chunks * BLOCK_ROWS
     reached = chunks
     for number in range(chunks):
@@ -69,13 +72,13 @@ def linear_state_back(
         for _ in range(first, reached):  # nothing more is asked of the state before `reached`
             tl.store(place[:, None] + e[None, :], acc, mask=inside)
             if ONES:
-                tl.store(place + E, mass, mask=ones)
+                tl.store(place + E, total, mask=ones)
             place -= F * columns
             reached -= 1
             if HAS_DECAY:
                 factor = tl.exp(tl.load(sums + reached * BLOCK_ROWS + BLOCK_ROWS - 1))
                 acc *= factor
-                mass *= factor
+                total *= factor
         row = chunk * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         is_row = row < n
         for head in range(group):
@@ -89,17 +92,20 @@ def linear_state_back(
             )
             if UPCAST:
                 q_tile, dy_tile = q_tile.to(tl.float32), dy_tile.to(tl.float32)
+            asked = q_tile.to(tl.float32)
             if HAS_DECAY:
                 gap = decay_between(sums, first, chunk, BLOCK_ROWS)
-                left = tl.exp(tl.load(sums + row) + gap)
-                q_tile = (q_tile.to(tl.float32) * left[:, None]).to(q_tile.dtype)
-            acc = tl.dot(tl.trans(q_tile), dy_tile, acc, input_precision=PRECISION)
+                asked *= tl.exp(tl.load(sums + row) + gap)[:, None]
+            if ONES:
+                share = 1.0 / tl.maximum(tl.load(mass + at, mask=is_row, other=1.0), LEAST)
+                asked *= share[:, None]
+            acc = dot_left(tl.trans(asked), dy_tile, acc, PRECISION)
             if ONES:
                 weight = tl.load(added + at, mask=is_row, other=0.0)
-                mass += tl.sum(q_tile.to(tl.float32) * weight[:, None], 0)
+                total += tl.sum(asked * weight[:, None], 0)
     tl.store(place[:, None] + e[None, :], acc, mask=inside)
     if ONES:
-        tl.store(place + E, mass, mask=ones)
+        tl.store(place + E, total, mask=ones)
 
 
 @triton.jit
@@ -110,6 +116,7 @@ def linear_read_back(
     dv,
     later,
     within,
+    mass,
     added,
     n,
     chunks,
@@ -123,6 +130,7 @@ def linear_read_back(
     F: tl.constexpr,
     E: tl.constexpr,
     HAS_DECAY: tl.constexpr,
+    ONES: tl.constexpr,
     ADDED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -135,7 +143,7 @@ def linear_read_back(
     ``dv_j = sum over n that see j of weight (k_j . q_n) dy_n``, k and dv [B, G, N, ..], q and dy
     [B, H, N, ..]; with values for k, dy for q and queries for dy it is the gradient of the keys,
     where ``later`` is read across, and ADDED: the values' column of ones adds ``added`` [B, H, N]
-    to every product.
+    to every product. ONES: what queries give is divided by their ``mass`` [B, H, N].
     """
     tiles_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     groups = heads // group
@@ -187,8 +195,12 @@ def linear_read_back(
             # fmt: on
             if ADDED:
                 s += tl.load(added + at + row, mask=is_row, other=0.0)[None, :]
+            s *= weight
+            if ONES:
+                divisor = tl.load(mass + at + row, mask=is_row, other=1.0)
+                s = s / tl.maximum(divisor, LEAST)[None, :]
             dy_tile = tile_of(dy + at * E, row, is_row, column, E, E, UPCAST)
-            acc = tl.dot((s * weight).to(dy_tile.dtype), dy_tile, acc, input_precision=PRECISION)
+            acc = dot_left(s, dy_tile, acc, PRECISION)
     tl.store(
         dv + (base + j)[:, None] * E + column[None, :],
         acc.to(dv.dtype.element_ty),

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from reattend.kernels.linear_attention.triton_range import dot_right
+
 
 @triton.jit
 def linear_channels(
@@ -62,6 +64,7 @@ def linear_channels(
     query, out = q + (b * heads + h) * n * F, y + (b * heads + h) * n * E
     key, value = k + owner * n * F, v + owner * n * E
     sums = within + owner * chunks * BLOCK_ROWS * width
+    none = tl.zeros((BLOCK_ROWS, BLOCK_E), tl.float32)
     for chunk in range(chunks):
         begin = chunk * BLOCK_ROWS
         row = begin + slot
@@ -81,13 +84,13 @@ def linear_channels(
         asked = q_tile.to(tl.float32)
         left = tl.exp(whole[None, :] - c)
         if BACK:
-            acc = tl.dot(q_tile, s.to(q_tile.dtype), input_precision=PRECISION) * tl.exp(c)
+            acc = dot_right(q_tile, s, none, PRECISION) * tl.exp(c)
             given = (v_tile.to(tl.float32) * left).to(k_tile.dtype)
             s = s * tl.exp(whole)[None, :]
             s = tl.dot(tl.trans(k_tile), given, s, input_precision=PRECISION)
         else:
             now = (asked * tl.exp(c)).to(q_tile.dtype)
-            acc = tl.dot(now, s.to(q_tile.dtype), input_precision=PRECISION)
+            acc = dot_right(now, s, none, PRECISION)
             kept = (k_tile.to(tl.float32) * left).to(v_tile.dtype)
             s = s * tl.exp(whole)[:, None]
             s = tl.dot(tl.trans(kept), v_tile, s, input_precision=PRECISION)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from reattend.kernels.linear_attention.triton_range import dot_left, dot_right
 from reattend.kernels.linear_attention.triton_state import LEAST, chunk_before, decay_between
 
 
@@ -95,7 +96,7 @@ def through_state(
             mask=(f < F)[:, None] & (column < E)[None, :],
             other=0.0,
         )
-        acc = tl.dot(a_tile, s_tile.to(a_tile.dtype), acc, input_precision=PRECISION)
+        acc = dot_right(a_tile, s_tile, acc, PRECISION)
         if SUMS:
             ones = tl.load(state + f * rise + E * run, mask=f < F, other=0.0)
             mass += tl.sum(a_tile.to(tl.float32) * ones[None, :], 1)
@@ -146,7 +147,7 @@ def linear_read(
     ``state`` [B, G, T, size]; a number is at ``f * rise + e * run`` of its part. ONES: the
     values have a column of ones, and y is divided by its sum, which goes to ``mass`` [B, H, N].
     ADDED: queries and keys have one feature more, of the keys 1, of the queries ``added`` [B, H,
-    N].
+    N], and y is divided by ``mass``.
     """
     tiles_e: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     groups = heads // group
@@ -200,12 +201,15 @@ def linear_read(
         else:
             s = tl.where(seen, s, 0.0)
         v_tile = tile_of(value, j, is_key, column, v_n, E, UPCAST)
-        acc = tl.dot(s.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        acc = dot_left(s, v_tile, acc, PRECISION)
         if ONES:
             total += tl.sum(s, 1)
     if ONES:
         acc = acc / tl.maximum(total, LEAST)[:, None]
         tl.store(mass + at, total, mask=is_row & (tile_e == 0))
+    if ADDED:
+        share = 1.0 / tl.maximum(tl.load(mass + at, mask=is_row, other=1.0), LEAST)
+        acc *= share[:, None]
     tl.store(
         y + at[:, None] * E + column[None, :],
         acc.to(y.dtype.element_ty),
