@@ -31,10 +31,11 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import peers, problems
 from cases import Case, bytes_of
-from checking import listed, poison
+from checking import listed, listed_huge, poison
 from correct_families import TRIALS, trial_error
 from correctness import OPTIONS, error_of
 from problems import Problem, work_of
+from proofs import keys_of
 from registry import SPEED
 from torch.nn.attention import SDPBackend
 problems.DEVICE = "cpu"
@@ -94,12 +95,45 @@ for case in SPEED:
         assert peers.equal_flops(case).flops == case.flops
     if case.op == "latent_attention" and case.decodes:
         assert peers.original(case, case.h).cache_bytes == 4 * case.b * case.m * case.h * 128
-assert {case.op for case in SPEED} == {op for op, _, _ in listed({case.op for case in SPEED})}
+ops = {case.op for case in SPEED}
+checked = {one.key for one in (*listed(ops), *listed_huge(ops))}
+assert {key for case in SPEED for key in keys_of(case)} <= checked
 """
 
 
 def test_the_peers_compute_the_same_and_the_arithmetic_is_right() -> None:
     command = [sys.executable, "-c", SCRIPT, str(BENCH)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+HUGE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+import huge
+from cases import bytes_of
+from checking import poison
+poison()
+huge.SEEN = 150
+for case in huge.HUGE:
+    numbers = max(case.m * case.g * case.d, case.n * case.h * case.d)
+    assert numbers > 1 << 31 and bytes_of(case) < 60e9, case
+    state = case.op == "linear_attention"
+    short = 300 if state else 400
+    n = short if state else min(case.n, 40)
+    less = replace(case, m=short, n=n, d=32, h=4, g=min(case.g, 2))
+    if case.rope:
+        less = replace(less, rope=16)
+    if state:
+        less = replace(less, g=4)
+    error = huge.huge_error(less, "cpu")
+    assert 0 < error <= 1, (case, error)
+"""
+
+
+def test_large_tensors_are_compared_where_they_are_read() -> None:
+    command = [sys.executable, "-c", HUGE, str(BENCH)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 

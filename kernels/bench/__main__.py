@@ -1,11 +1,12 @@
 """`python kernels/bench`: on a GPU, check the kernels, then time them against their peers.
 
-No speed of an op is reported while a kernel of it is wrong. The device's own ceilings (copy
-bandwidth, matrix rate) are measured first: every case has a floor, the larger of its bytes over the
-one and its arithmetic over the other. Results go to ``kernels/bench/results`` with the device, the
-date and the versions, after every case; `--minutes` ends a run early, and `--continue` adds to what
-an earlier one wrote. Without a GPU: exit code 5. `python kernels/bench report` prints the committed
-results as Markdown, and with `--plots` draws them.
+No forward and no gradient of an op is timed in a dtype in which a check of it failed. The device's
+own ceilings (copy bandwidth, matrix rate) are measured first: every case has a floor, the larger of
+its bytes over the one and its arithmetic over the other. Results go to ``kernels/bench/results``
+with the device, the date and the versions, after every time; `--minutes` ends a run early, and
+`--continue` adds to what an earlier one wrote, and checks again what has changed since. Without a
+GPU: exit code 5. `python kernels/bench report` prints the committed results as Markdown, and with
+`--plots` draws them.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from cases import Case
-from checking import check
+from checking import check, listed, listed_huge
 from goals import goal_table, judge_all
-from pools import side_by_side
-from problems import compile_case
+from proofs import Key, failed, key_of, keys_of, needs, sources, timed_as, unproven
 from record import head, no_gpu, place, write
 from registry import SPEED
 from report import RESULTS, print_tables, write_plots
-from rows import time_case
+from rows import Row
+from speed import COMPILE_SECONDS, Report, compile_all, lacks, time_all
 from table import table
 from timing import copy_gb_per_s, matmul_tflops
+from wheels import lacking
 
 EXIT_WRONG = 1
+EXIT_INCOMPLETE = 3  # packages are missing that some problems need
 #: of the time that is left, what checks may take before anything is timed
 CHECK_SHARE = 0.5
 
@@ -50,14 +51,12 @@ def ceilings() -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def compile_all(cases: list[Case], deadline: float) -> None:
-    """Leave every kernel on disk; what does not compile is reported when it is timed."""
-    side_by_side(compile_case, cases, deadline)
-
-
-def begin(options: argparse.Namespace, path: Path) -> tuple[dict[str, Any], bool]:
+def begin(options: argparse.Namespace, path: Path) -> tuple[Report, bool]:
     """A new report, or (True) the earlier one to go on with: of the same device and versions."""
-    report = head("python kernels/bench") | {"ceilings": {}, "checks": [], "speed": []}
+    prints = {op: sources(op) for op in sorted({case.op for case in SPEED})}
+    report = head("python kernels/bench") | {
+        "sources": prints, "ceilings": {}, "checks": [], "speed": [],
+    }  # fmt: skip
     source = options.go_on
     if source is None:
         return report, False
@@ -67,27 +66,33 @@ def begin(options: argparse.Namespace, path: Path) -> tuple[dict[str, Any], bool
         raise SystemExit(f"{source} does not exist: name what an earlier run wrote, or no file")
     if not source.exists():
         return report, False
-    old: dict[str, Any] = json.loads(source.read_text("utf-8"))
+    old: Report = json.loads(source.read_text("utf-8"))
     same = all(old[key] == report[key] for key in ("device", "versions"))
-    if not same or any("op" not in row for row in old["checks"]):
+    if not same or "sources" not in old:
         say(f"{source} is of another device, of other versions or older: begun anew")
         return report, False
-    old["speed"] = [row for row in old["speed"] if "ms" in row]  # what was refused is tried again
-    return old | {"date": report["date"]}, True
+    changed = {op for op, told in prints.items() if old["sources"].get(op) != told}
+    if changed:
+        say(f"checked and timed again, as their sources changed: {', '.join(sorted(changed))}")
+    old["checks"] = [row for row in old["checks"] if row["op"] not in changed]
+    return old | {"date": report["date"], "sources": prints}, True
 
 
-def save(report: dict[str, Any], path: Path, kept: bool) -> None:
+def save(report: Report, path: Path, kept: bool) -> None:
     """Write, unless what ran was unproven or a part that would replace the whole."""
     if kept:
         write(report, path)
 
 
-def unproven(report: dict[str, Any], ops: set[str]) -> dict[str, str]:
-    """Ops that may not be timed, and why."""
-    checks = report["checks"]
-    wrong = {row["op"]: row["name"] for row in checks if not row["ok"]}
-    found = {op: f"{name!r} failed" for op, name in wrong.items()}
-    return found | dict.fromkeys(ops - {row["op"] for row in checks}, "no check ran")
+def prove(options: argparse.Namespace, report: Report, keys: set[Key], deadline: float) -> None:
+    """Check what is not proven of the ops that are timed; rows of `report`."""
+    ops = {key.op for key in keys}
+    every = {one.key for one in (*listed(ops), *listed_huge(ops))} | keys
+    todo = set(unproven(report["checks"], every))
+    report["checks"] = [row for row in report["checks"] if key_of(row) not in todo]
+    left = deadline - time.monotonic()
+    share = 1.0 if options.check_only else CHECK_SHARE
+    report["checks"] += check(todo, time.monotonic() + share * left)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,42 +101,54 @@ def run(options: argparse.Namespace) -> int:
     path = place(head(""), options.out)
     report, went_on = begin(options, path)
     kept = not options.no_check and (not options.only or went_on)
-    done = {row["case"] for row in report["speed"]}
-    cases = [c for c in SPEED if options.only in c.name and c.name not in done]
-    ops = {case.op for case in cases}
+    if not kept:
+        say("nothing will be written: " + ("no checks" if options.no_check else "only some cases"))
+    rows = {row["case"]: row for row in report["speed"]}
+    named = [case for case in SPEED if options.only in case.name]
+    cases = named
+    if not options.check_only:
+        cases = [c for c in named if lacks(c, rows.get(c.name), report["sources"])]
+    missing = "" if options.check_only else lacking(cases)
+    if missing:
+        sys.stderr.write(missing + "\n")
+        if not options.incomplete:
+            sys.stderr.write("  next: carry these wheels (kernels/README.md), or --incomplete\n")
+            return EXIT_INCOMPLETE
+    keys = {key for case in cases for key in keys_of(case)}
+    red: dict[Key, str] = {}
     if not options.no_check:
-        proven = {row["op"] for row in report["checks"]} - set(unproven(report, set()))
-        todo = ops - proven
-        report["checks"] = [row for row in report["checks"] if row["op"] not in todo]
-        left = deadline - time.monotonic()
-        share = 1.0 if options.check_only else CHECK_SHARE
-        report["checks"] += check(todo, time.monotonic() + share * left)
+        prove(options, report, keys, deadline)
+        # of kernels that were changed since, and are wrong now
+        gone = failed(report["checks"])
+        report["speed"] = [row for row in report["speed"] if timed_as(row) not in gone]
         save(report, path, kept)
-    red = {} if options.no_check else unproven(report, ops)
-    for op, why in red.items():
-        sys.stderr.write(f"{op} is not timed: {why}\n")
+        red = unproven(report["checks"], keys)
+    for key, why in sorted(red.items()):
+        sys.stderr.write(f"{key.op} {key.part} in {key.dtype} is not timed: {why}\n")
     say(f"{sum(row['ok'] for row in report['checks'])} of {len(report['checks'])} checks passed")
+    wrong = any(not row["ok"] for row in report["checks"])
     if options.check_only:
-        return EXIT_WRONG if red else 0
-    cases = [case for case in cases if case.op not in red]
-    compile_all(cases, min(deadline, time.monotonic() + 150))
-    report["ceilings"] = report["ceilings"] or ceilings()
+        return EXIT_WRONG if red or wrong else 0
+    cases = [case for case in cases if not needs(case, "forward") & red.keys()]
+    compile_all(cases, min(deadline, time.monotonic() + COMPILE_SECONDS))
+    if not report["ceilings"]:
+        report["ceilings"] = ceilings()
+        torch.cuda.empty_cache()
     say(f"ceilings: {report['ceilings']}")
-    for case in cases:
-        if time.monotonic() > deadline:
-            break
-        row = time_case(case, report["ceilings"])
-        report["speed"].append(row)
+
+    def saved(row: Row) -> None:
         save(report, path, kept)
-        say(str(row))
-    order = [case.name for case in SPEED]
-    report["speed"].sort(key=lambda row: order.index(row["case"]))
+        say(str({name: value for name, value in row.items() if name != "shape"}))
+
+    time_all(cases, report, red, report["sources"], deadline, saved)
+    order = {case.name: place for place, case in enumerate(SPEED)}
+    report["speed"].sort(key=lambda row: order.get(row["case"], len(order)))
     save(report, path, kept)
     told = f"wrote {path}" if kept else "nothing written"
     say(f"{told}: {len(report['speed'])} of {len(SPEED)} problems")
     say(table(report))
     say(goal_table(judge_all([(c.name, c.goals) for c in SPEED], report["speed"])))
-    return EXIT_WRONG if red else 0
+    return EXIT_WRONG if red or wrong else 0
 
 
 def main() -> int:
@@ -141,7 +158,12 @@ def main() -> int:
     parser.add_argument("--device", default="nvidia-h200", help="whose results to report")
     parser.add_argument("--plots", type=Path, help="with report: folder for the plots")
     parser.add_argument("--check-only", action="store_true", help="do not time")
-    parser.add_argument("--no-check", action="store_true", help="time only; nothing is written")
+    parser.add_argument(
+        "--no-check", action="store_true", help="time only, unproven: nothing is written"
+    )
+    parser.add_argument(
+        "--incomplete", action="store_true", help="go on without packages that problems need"
+    )
     parser.add_argument("--only", default="", help="cases named so; written with --continue")
     parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
     parser.add_argument(
@@ -152,9 +174,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.what == "report":
         if options.plots:
-            write_plots(options.device, options.plots)
-        else:
-            print_tables(options.device)
+            return write_plots(options.device, options.plots)
+        print_tables(options.device)
         return 0
     if not torch.cuda.is_available():
         return no_gpu(

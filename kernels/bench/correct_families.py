@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from correctness import compared, rows_of, y_limit
+from correctness import compared, rows_of, transposed, y_limit
 from torch import Tensor
 
 from reattend.kernels.attention import reference as attention_reference
@@ -58,6 +58,8 @@ TRIALS = (
     Trial("gradient, width 80", "attention", 4, 2, 97, 97, 80, {"softcap": 5.0}, True),
     Trial("gradient, window", "attention", 4, 4, 150, 150, 64, {"sliding_window": 37}, True),
     Trial("gradient, two-way", "attention", 4, 1, 65, 70, 256, {"causal": False}, True),
+    Trial("gradient, two widths", "attention", 4, 2, 97, 97, 80, {"values": 48}, True),
+    Trial("decode, two widths", "attention", 8, 2, 1, 300, 96, {"values": 64}),
     Trial("gradient", LATENT, 16, 1, 133, 200, 512, {"rope": 64}, True),
     Trial("gradient, rank 200", LATENT, 5, 1, 97, 97, 200, {"rope": 48, "softcap": 5.0}, True),
     Trial("gradient, window", LATENT, 8, 1, 150, 150, 64, {"rope": 32, "sliding_window": 37}, True),
@@ -66,12 +68,16 @@ TRIALS = (
     Trial("prefill, softcap", SPARSE, 4, 2, 133, 133, 80, {"softcap": 5.0}, True),
     Trial("prefill, blocks of 16", SPARSE, 4, 4, 97, 160, 96, {"block": 16}, True),
     Trial("prefill, blocks of 32", SPARSE, 4, 2, 129, 129, 256, {"block": 32}, True),
+    Trial("prefill, two widths", SPARSE, 4, 2, 133, 133, 64, {"values": 128}, True),
+    Trial("decode, two widths", SPARSE, 8, 2, 1, 300, 96, {"values": 64}),
     Trial("decode", SPARSE, 8, 2, 1, 777, 128),
     Trial("decode, small chunk", SPARSE, 8, 4, 5, 300, 64),
     Trial("decode, width 32, blocks of 16", SPARSE, 4, 2, 3, 200, 32, {"block": 16}),
     Trial("prefill, heads", ROUTED, 8, 2, 133, 200, 128, {"units": 8}, True),
     Trial("prefill, groups", ROUTED, 8, 2, 200, 200, 80, {"units": 2}, True),
     Trial("prefill, window", ROUTED, 4, 4, 97, 161, 64, {"units": 4, "sliding_window": 37}, True),
+    Trial("prefill, two widths", ROUTED, 4, 2, 97, 161, 64, {"units": 2, "values": 96}, True),
+    Trial("decode, two widths", ROUTED, 8, 4, 1, 300, 64, {"units": 4, "values": 128}),
     Trial("decode, groups", ROUTED, 32, 8, 1, 999, 128, {"units": 8}),
     Trial("decode, heads", ROUTED, 8, 2, 5, 300, 96, {"units": 8}),
     Trial("causal", LINEAR, 4, 2, 200, 200, 128, gradient=True),
@@ -96,7 +102,7 @@ TRIALS = (
 
 
 def _heads(trial: Trial, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Queries with heads inside of tokens; caches with NaN where no key is."""
+    """Heads inside of tokens, caches between other numbers and with NaN where no key is."""
     make = torch.Generator(device=device).manual_seed(trial.n)
 
     def draw(*shape: int) -> Tensor:
@@ -105,14 +111,15 @@ def _heads(trial: Trial, dtype: torch.dtype, device: str) -> list[Tensor]:
     latent = trial.op == LATENT
     widths = (trial.d, trial.options["rope"]) if latent else (trial.d,)
     queries = [draw(3, trial.n, trial.h, width).transpose(1, 2) for width in widths]
-    shapes = [(w,) for w in widths] if latent else [(trial.g, trial.d)] * 2
+    e = trial.options.get("values", trial.d)
+    shapes = [(w,) for w in widths] if latent else [(trial.g, w) for w in (trial.d, e)]
     caches = [draw(3, *shape[:-1], trial.m, shape[-1]) for shape in shapes]
     start, length = rows_of(3, trial.m, device)
     for cache in caches:
         for b in range(3):
             cache[b, ..., : int(start[b]), :] = float("nan")
             cache[b, ..., int(length[b]) :, :] = float("nan")
-    return [*queries, *caches]
+    return [*queries, *(transposed(cache) for cache in caches)]
 
 
 def _scale(trial: Trial) -> float:
@@ -140,6 +147,7 @@ def _softmax(
     """Inputs, op and formula as functions of them, and what each query of the first row sees."""
     start, length = rows_of(3, trial.m, device)
     options, scale = dict(trial.options), _scale(trial)
+    options.pop("values", None)
     make = torch.Generator().manual_seed(trial.m)
     pos = trial.m - trial.n + torch.arange(trial.n, device=device)[:, None]
     j = torch.arange(trial.m, device=device)
@@ -245,7 +253,7 @@ def linear_error(trial: Trial, dtype: torch.dtype, device: str) -> float:
     decay = None if shape is None else -draw(*shape).abs().float() * 0.2
     state = draw(2, trial.g, d, d + o["normalize"]).abs().float() if o["state"] else None
     rules = (o["lag"], o["block"], o["normalize"])
-    given = [q, k, v, decay, state]
+    given = [q, transposed(k), transposed(v), decay, state]
     leaves = [None if x is None else x.detach().requires_grad_(trial.gradient) for x in given]
     wide = [None if x is None else x.detach().double().requires_grad_() for x in given]
     found = OPS.linear_attention(*leaves, *rules)

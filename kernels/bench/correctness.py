@@ -52,10 +52,6 @@ CORRECT = (
     Case("mla decode, 128 heads", "latent_attention", 3, 128, 1, 1, 2100, 512, 64),
     Case("mla decode, rank 200", "latent_attention", 3, 32, 1, 2, 701, 200, 48),
 )
-HUGE = (  # more than 2^31 numbers in one cache
-    Case("gqa, 2^31 numbers", "attention", 1, 16, 8, 3, (1 << 21) + 999, 128),
-    Case("mla, 2^31 numbers", "latent_attention", 1, 16, 1, 3, (1 << 22) + 999, 512, 64),
-)
 Job = tuple[Case, torch.dtype, dict[str, Any]]
 
 
@@ -200,19 +196,3 @@ def compared(y: Tensor, lse: Tensor, want: Tensor, want_lse: Tensor, dtype: torc
     lse_error = (lse.double() - want_lse)[finite].abs().max()
     lse_limit = 1e-3 if dtype != torch.float32 else 1e-5
     return float(torch.maximum(y_error / y_limit(dtype), lse_error / lse_limit))
-
-
-def huge_error(case: Case) -> float:
-    """A cache that needs 64-bit addresses, of which only the last rows are seen."""
-    seen = 1500
-    inputs = tensors(case, torch.bfloat16, "cuda")
-    end = torch.full((1,), case.m, device="cuda")
-    scale = (case.d + case.rope) ** -0.5
-    latent = case.op == "latent_attention"
-    op, reference = ops_of(case)
-    y, lse = op(*inputs, end - seen, end, scale=scale)
-    new = 2 if latent else 1
-    small = (*inputs[:new], *(x[..., -seen:, :] for x in inputs[new:]))
-    zero = torch.zeros_like(end)
-    want, want_lse = reference(*(x.double() for x in small), zero, zero + seen, scale=scale)
-    return compared(y, lse, want, want_lse, torch.bfloat16)

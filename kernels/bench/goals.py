@@ -45,7 +45,8 @@ Judged = tuple[float, float, bool]  # value, limit, whether less is better
 
 def fastest(row: Row, *endings: str) -> Row | None:
     """The fastest peer whose name ends so; None: none of them ran."""
-    found = [p for name, p in row["peers"].items() if "ms" in p and name.endswith(endings)]
+    peers = row.get("peers", {})
+    found = [p for name, p in peers.items() if "ms" in p and name.endswith(endings)]
     return min(found, key=lambda peer: float(peer["ms"]), default=None)
 
 
@@ -115,7 +116,8 @@ def _fla_backward(row: Row) -> Judged:
     peer = _rival(row, "fla")
     if "backward_ms" not in peer or "backward_ms" not in row:
         raise Missing(UNMEASURED)
-    return peer["backward_ms"] / row["backward_ms"], 1.0, False
+    ours = row.get("backward_events_ms", row["backward_ms"])  # both timed in the same way
+    return peer["backward_ms"] / ours, 1.0, False
 
 
 def _backward(row: Row) -> Judged:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -45,7 +46,9 @@ class Peer:
         name: column of the table.
         case: the problem it solves.
         make: from that problem's tensors to the call that is timed.
-        back: to the call of its gradient alone, where that is compared.
+        back: to the call of its gradient alone, where that is compared. It goes through autograd,
+            which a graph cannot hold, so it is timed between events.
+        compiles: in how many processes it is compiled beforehand, where its first call takes long.
 
     Peers of one name and problem are equal: they are timed once.
     """
@@ -54,6 +57,7 @@ class Peer:
     case: Case
     make: Make = field(compare=False)
     back: Make | None = field(default=None, compare=False)
+    compiles: int = field(default=0, compare=False)
 
 
 def sdpa(case: Case, backend: str) -> Make:
@@ -86,19 +90,24 @@ def masked(problem: Problem) -> Call:
 
 def flex(case: Case) -> Make:
     """FlexAttention on an op's problem (for a latent: one KV head of width r + R)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
     past = case.m - case.n
-    pattern = heads_of(case)[0] if case.pattern else None
 
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        visible = j <= i + past
-        if pattern is not None:
-            visible = visible & ((i + past - j < pattern.window) | (j < pattern.sinks))
-        return visible
+    @cache
+    def parts() -> tuple[Any, Any, Any]:  # slow to import; patterns may be wanting
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        pattern = heads_of(case)[0] if case.pattern else None
+
+        def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            visible = j <= i + past
+            if pattern is not None:
+                visible = visible & ((i + past - j < pattern.window) | (j < pattern.sinks))
+            return visible
+
+        return torch.compile(flex_attention, dynamic=False), create_block_mask, seen
 
     def make(problem: Problem) -> Call:
+        compiled, create_block_mask, seen = parts()
         blocks = None
         if case.n > 1:
             blocks = create_block_mask(
@@ -165,7 +174,7 @@ def peers(case: Case) -> Iterator[Peer]:
     """Every peer of a case."""
     if case.op == "linear_attention":
         if case.n > 1 and case.dtype != "float32" and find_spec("fla") is not None:
-            yield Peer("fla", case, fla, fla_gradient)
+            yield Peer("fla", case, fla, fla_gradient, compiles=8)
         return
     if case.op != "latent_attention":
         whole = dense(case)
@@ -184,6 +193,6 @@ def peers(case: Case) -> Iterator[Peer]:
         if case.n <= MASKED:
             yield Peer("masked", case, masked)
         if case.pattern.startswith("sinks"):
-            yield Peer("flex", case, flex(case))
+            yield Peer("flex", case, flex(case), compiles=1)
     if case.name in FLEX:
-        yield Peer("flex", case, flex(case))
+        yield Peer("flex", case, flex(case), compiles=1)

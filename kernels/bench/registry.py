@@ -158,7 +158,11 @@ _DTYPES = (
 
 
 def _once(cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    return tuple({case.name: case for case in reversed(cases)}.values())[::-1]
+    """The first of every name, where it is first."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        found.setdefault(case.name, case)
+    return tuple(found.values())
 
 
 #: what `python kernels/bench` times, in this order

@@ -26,6 +26,7 @@ from table import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+EXIT_NO_RESULTS = 2
 
 
 def device_tables(results: dict[str, Any]) -> str:
@@ -58,13 +59,22 @@ def print_tables(device: str) -> None:
             sys.stdout.write(shown(json.loads(path.read_text("utf-8"))) + "\n\n")
 
 
-def write_plots(device: str, folder: Path) -> None:
-    """One SVG per family that the results of a device tell enough about."""
+def write_plots(device: str, folder: Path) -> int:
+    """One SVG per family that the results of a device tell enough about; the exit status."""
+    source = RESULTS / f"{device}.json"
+    if not source.exists():
+        known = sorted(path.stem.removeprefix("sweep-") for path in RESULTS.glob("sweep-*.json"))
+        sys.stderr.write(
+            f"no results of {device!r}: {source} does not exist\n  next: --device with one of"
+            f" {', '.join(known)}, or measure: `python kernels/bench` on such a device\n"
+        )
+        return EXIT_NO_RESULTS
     import plots  # needs packages that a machine for measuring may not have
 
-    results = json.loads((RESULTS / f"{device}.json").read_text("utf-8"))
+    results = json.loads(source.read_text("utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawn in plots.all_plots(results["speed"], results["device"]).items():
         path = folder / f"{device}-{name}.svg"
         path.write_text(drawn + "\n", encoding="utf-8")
         sys.stdout.write(f"wrote {path}\n")
+    return 0

@@ -1,4 +1,4 @@
-"""Times one problem of the benchmark and its peers: a row of the results."""
+"""Times one problem of the benchmark or one of its peers: parts of a row of the results."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import problems
 import torch
 from cases import Case
 from patterns import heads_of, read_by
 from peers import Peer, dense, peers
-from problems import ROOM, Problem, work_of
-from timing import Timed, eager_ms, input_sets, measured
+from problems import ROOM, Problem, compile_case, work_of
+from timing import Timed, eager_ms, events_ms, input_sets, measured
+from tuning import share_of_configs
 
 Row = dict[str, Any]
 LAYERS = 32  # of Llama-2-7B and Llama-3-8B, whose shapes the cases have
@@ -35,21 +36,63 @@ def problems_of(case: Case) -> list[Problem]:
     return [Problem(case, seed=seed) for seed in range(sets)]
 
 
-def time_case(case: Case, ceilings: dict[str, float]) -> Row:
-    """Times of our op and of its peers, with the floor and what the times amount to."""
-    row: Row = {
+class Job(NamedTuple):
+    """What is timed in one go, so that what fails or hangs loses nothing else.
+
+    Attributes:
+        case: the problem.
+        part: ``forward`` or ``backward``.
+        peer: name of the peer; ours where empty.
+        ceilings: of the device, for a forward of ours.
+    """
+
+    case: Case
+    part: str
+    peer: str = ""
+    ceilings: dict[str, float] = {}
+
+
+def begun(case: Case) -> Row:
+    """A row of which nothing is timed yet."""
+    return {
         "case": case.name,
         "op": case.op,
         "shape": {k: getattr(case, k) for k in ("b", "h", "g", "n", "m", "d", "rope", "page")},
         "dtype": case.dtype,
+        "peers": {},
     }
-    try:
-        row |= _ours(case, ceilings)
-        row["peers"] = {peer.name: _peer(peer, case, row) for peer in peers(case)}
-    except Exception as error:  # a problem that cannot be run is part of the result
-        row["refused"] = f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def peer_of(job: Job) -> Peer:
+    """The peer of a job that is of one."""
+    return next(peer for peer in peers(job.case) if peer.name == job.peer)
+
+
+def timed(job: Job) -> Row:
+    """In a worker: what one job adds to its row, or to the entry of its peer."""
     torch.cuda.empty_cache()
-    return row
+    if job.peer:
+        return (_theirs if job.part == "forward" else _their_gradient)(job)
+    return _ours(job.case, job.ceilings) if job.part == "forward" else _our_gradient(job.case)
+
+
+def warm(given: tuple[Job, int, int]) -> None:
+    """In a worker, before anything is timed: compile, which leaves programs on disk.
+
+    Args:
+        given: what is timed later; of a peer that chooses among configurations, which part of them
+            and of how many.
+    """
+    job, part, parts = given
+    if not job.peer:
+        compile_case(job.case)
+        return
+    peer = peer_of(job)
+    with share_of_configs(part, parts):
+        peer.make(Problem(peer.case))()
+        if peer.back is not None and job.case.backward:
+            peer.back(Problem(peer.case))()
+        torch.cuda.synchronize()
 
 
 def _ours(case: Case, ceilings: dict[str, float]) -> Row:
@@ -79,11 +122,20 @@ def _ours(case: Case, ceilings: dict[str, float]) -> Row:
             row |= layout_times(case)
     if case.op == "routed_attention":
         row["share"] = case.share
-    if case.backward:
-        back = measured([problem.backward for problem in made])
-        row["backward_ms"] = round(back.ms, 5)
-        if back.eager:
-            row["backward_waits"] = True
+    if ms.eager:
+        row["eager"] = True
+    return row
+
+
+def _our_gradient(case: Case) -> Row:
+    calls = [problem.backward for problem in problems_of(case)]
+    back = measured(calls)
+    row: Row = {
+        "backward_ms": round(back.ms, 5),
+        "backward_events_ms": round(events_ms(calls), 5),  # as peers are timed
+    }
+    if back.eager:
+        row["backward_waits"] = True
     return row
 
 
@@ -127,20 +179,20 @@ def _of_others(peer: Peer) -> Timed:
     return measured([peer.make(problem) for problem in problems_of(peer.case)])
 
 
-def _peer(peer: Peer, case: Case, row: Row) -> Row:
-    """Its time and how many times faster ours is; the same problem is timed once."""
-    try:
-        theirs = _of_others(peer)
-        found: Row = {
-            "ms": round(theirs.ms, 5),
-            "times_faster": round(theirs.ms / row["ms"], 3),
-            "bytes_ratio": round(work_of(peer.case).bytes / work_of(case).bytes, 3),
-            "flops_ratio": round(work_of(peer.case).flops / work_of(case).flops, 3),
-        }
-        if peer.back is not None and case.backward:
-            backs = [peer.back(problem) for problem in problems_of(peer.case)]
-            found["backward_ms"] = round(measured(backs).ms, 5)
-    except Exception as error:  # a peer that cannot do it is part of the result
-        found = {"refused": f"{type(error).__name__}: {str(error)[:160]}"}
-    torch.cuda.empty_cache()
-    return found
+def _theirs(job: Job) -> Row:
+    """Its time, once for all cases that are compared with it, and how its work compares."""
+    peer, case = peer_of(job), job.case
+    theirs = _of_others(peer)
+    found: Row = {
+        "ms": round(theirs.ms, 5),
+        "bytes_ratio": round(work_of(peer.case).bytes / work_of(case).bytes, 3),
+        "flops_ratio": round(work_of(peer.case).flops / work_of(case).flops, 3),
+    }
+    return found | {"eager": True} if theirs.eager else found
+
+
+def _their_gradient(job: Job) -> Row:
+    peer = peer_of(job)
+    assert peer.back is not None
+    calls = [peer.back(problem) for problem in problems_of(peer.case)]
+    return {"backward_ms": round(events_ms(calls), 5), "backward_eager": True}

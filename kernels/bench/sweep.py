@@ -1,19 +1,22 @@
 """`python kernels/bench/sweep.py`: time a grid of configurations of every kernel on this GPU.
 
 The configurations in `reattend.kernels.configs` that are marked as measured are the fastest of
-such a sweep. Programs are compiled first, in as many processes as the machine has cores (Triton
-keeps them on disk), then timed one after another. Writes ``results/sweep-<device>.json`` after
-every problem; `--minutes` ends it early.
+such a sweep. Some cases' programs are compiled, in as many processes as the machine has cores
+(Triton keeps them on disk), then timed one after another in a process that is replaced where one
+breaks it; then the next cases'. Writes ``results/sweep-<device>.json`` after every problem;
+`--minutes` ends it early, and what it had no time for stays as it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from datetime import date
+from functools import lru_cache
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -21,16 +24,21 @@ from typing import Any
 
 import torch
 from cases import Case
-from pools import side_by_side
+from checking import MEMORY
+from pools import LATE, each_ended, side_by_side
 from problems import Problem, work_of
 from record import head, no_gpu, place, write
 from registry import SWEEP
+from splits import sane_splits
 from timing import input_sets, replay_ms
 
 from reattend.kernels.configs import KernelConfig
 from reattend.kernels.core import Rule
 
 RESULTS = Path(__file__).parent / "results"
+COMPILE_SHARE = 0.5  # of the time that is left, before what compiled is timed
+COMPILE_LIMIT, TIME_LIMIT = 200.0, 60.0  # seconds for one configuration
+Job = tuple[Case, KernelConfig]
 Tile = tuple[int, ...]
 # (rows, keys, warps, stages[, programs a multiprocessor holds]) that compile for sm_90
 GRID: dict[str, tuple[Tile, ...]] = {
@@ -108,7 +116,6 @@ GRID: dict[str, tuple[Tile, ...]] = {
     ),
     "linear decode 128": ((1, 32, 4, 1), (1, 64, 4, 1), (1, 16, 4, 1), (1, 32, 2, 1)),
 }  # fmt: skip
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def is_gradient(case: Case) -> bool:
@@ -161,7 +168,7 @@ def gradient_call(problem: Problem, config: KernelConfig, rule: Rule) -> Any:
     return lambda: launch.launch_backward((dy, dlse), (y, lse), given, rule, configs)
 
 
-def compile_one(job: tuple[Case, KernelConfig]) -> str | None:
+def compile_one(job: Job) -> str | None:
     """In a worker: compile by running once. Returns why it cannot run."""
     case, config = job
     torch.cuda.empty_cache()
@@ -175,19 +182,6 @@ def compile_one(job: tuple[Case, KernelConfig]) -> str | None:
     return None
 
 
-def sane_splits(case: Case, config: KernelConfig, processors: int) -> Iterator[int]:
-    """Splits that make a third of a wave to four and a half, of at least two tiles each."""
-    if case.op == "linear_attention":
-        yield 1
-        return
-    rows = case.h // case.g * case.n
-    programs = -(-rows // config.rows) * case.g * case.b
-    for splits in SPLITS:
-        fills = processors / 3 <= programs * splits <= 4.5 * processors
-        if (fills and case.m // splits >= 2 * config.keys) or (splits == 1 and programs > 3):
-            yield splits
-
-
 def main() -> int:
     """Compile, time, write, print the best of every case."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -199,66 +193,101 @@ def main() -> int:
         return no_gpu("run this on a machine with one; kernels/bench/aot.py compiles without")
 
     cases = [case for case in SWEEP if any(text in case.name for text in options.only.split(","))]
-    jobs = list(product_of(cases))
     began = time.monotonic()
     deadline = began + 60 * options.minutes
-    refused = compile_all(jobs, deadline)
-    sys.stdout.write(f"{len(jobs)} programs in {time.monotonic() - began:.0f} s\n")
     report = head("python kernels/bench/sweep.py")
     path = place(report, options.out, "sweep-")
     report["rows"] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    for case in cases:
+    for some in portions(cases):
         if time.monotonic() > deadline:
-            sys.stdout.write(f"no time for {case.name}\n")
+            sys.stdout.write(f"no time for {'; '.join(case.name for case in some)}\n")
             continue
-        rows, shown = swept(case, refused)
-        # cases that are not swept again stay as they were
-        report["rows"] = [row for row in report["rows"] if row["case"] != case.name] + rows
-        write(report, path)
-        sys.stdout.write(f"{case.name:30} {shown}\n")
-        sys.stdout.flush()
+        left = deadline - time.monotonic()
+        compiled = compile_all(list(product_of(some)), time.monotonic() + COMPILE_SHARE * left)
+        for case in some:
+            rows, shown = swept(case, compiled, deadline)
+            # what is not swept again stays as it was
+            anew = [row["config"] for row in rows]
+            report["rows"] = [
+                row
+                for row in report["rows"]
+                if row["case"] != case.name or row["config"] not in anew
+            ] + rows
+            write(report, path)
+            sys.stdout.write(f"{case.name:30} {shown}\n")
+            sys.stdout.flush()
     sys.stdout.write(f"wrote {path} after {time.monotonic() - began:.0f} s\n")
     return 0
 
 
-def compile_all(
-    jobs: list[tuple[Case, KernelConfig]], deadline: float
-) -> dict[tuple[Case, KernelConfig], str | None]:
-    """Why each job cannot run, None where it can."""
-    futures = side_by_side(compile_one, jobs, deadline)
-    return {
-        job: future.result() if future.done() and not future.exception() else "did not compile"
-        for job, future in zip(jobs, futures, strict=True)
+def portions(cases: list[Case]) -> Iterator[list[Case]]:
+    """Cases that are compiled together, then timed: programs that keep all cores busy."""
+    some: list[Case] = []
+    for case in cases:
+        some.append(case)
+        if sum(1 for _ in product_of(some)) >= 2 * (os.cpu_count() or 1):
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def compile_all(jobs: list[Job], deadline: float) -> dict[Job, str]:
+    """Why each job cannot run, empty where it can; without those that time did not suffice for."""
+    found: dict[Job, str] = {}
+    outcomes = side_by_side(compile_one, jobs, deadline, limit=COMPILE_LIMIT)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome is not None and not outcome.failed.startswith(LATE):
+            why = outcome.failed or outcome.value or ""
+            found[job] = "" if MEMORY in why else why  # alone on the device there may be enough
+    return found
+
+
+@lru_cache(maxsize=1)
+def problems_of(case: Case) -> list[Problem]:
+    """In the process that times: several input sets."""
+    return [Problem(case, seed) for seed in range(input_sets(work_of(case).bytes))]
+
+
+def time_one(job: Job) -> dict[str, Any]:
+    """In a worker: milliseconds by number of splits, and as `best_splits` chooses."""
+    case, config = job
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    tried = sane_splits(case, config, processors) if case.decodes else (1,)
+    found = {
+        str(splits): round(replay_ms([call_of(x, config, splits) for x in problems_of(case)], 7), 5)
+        for splits in tried
     }
+    chosen = replay_ms([call_of(x, config, None) for x in problems_of(case)], 7)
+    return {"ms": found, "chosen_ms": round(chosen, 5)}
 
 
 def swept(
-    case: Case, refused: dict[tuple[Case, KernelConfig], str | None]
+    case: Case, compiled: dict[Job, str], deadline: float
 ) -> tuple[list[dict[str, Any]], str]:
     """Rows of a case, and its fastest configurations in words."""
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    problems = [Problem(case, seed) for seed in range(input_sets(work_of(case).bytes))]
-    rows: list[dict[str, Any]] = []
+    told = {"case": case.name, "date": date.today().isoformat()}
+    jobs = [(case, config) for config in grid_of(case) if (case, config) in compiled]
+    rows = [
+        told | {"config": job[1].told, "refused": compiled[job]} for job in jobs if compiled[job]
+    ]
+    jobs = [job for job in jobs if not compiled[job]]
     best: list[tuple[float, str]] = []
-    for config in grid_of(case):
-        row = {"case": case.name, "date": date.today().isoformat(), "config": config.told}
-        if refused[case, config] is not None:
-            rows.append(row | {"refused": refused[case, config]})
-            continue
-        tried = sane_splits(case, config, processors) if case.decodes else (1,)
-        times = {}
-        for splits in tried:
-            times[splits] = replay_ms([call_of(x, config, splits) for x in problems], 7)
-        rows.append(row | {"ms": {str(k): round(v, 5) for k, v in times.items()}})
-        splits = min(times, key=lambda k: times[k])
-        chosen = replay_ms([call_of(x, config, None) for x in problems], 7)
-        rows[-1]["chosen_ms"] = round(chosen, 5)
-        tile = f"{config.rows},{config.keys},{config.warps},{config.stages}"
-        best.append((times[splits], f"{tile}/{splits}={times[splits]:.4f}({chosen:.4f})"))
-    return rows, "  ".join(text for _, text in sorted(best)[:4])
+    for index, outcome in each_ended(time_one, jobs, deadline, 1, TIME_LIMIT):
+        config = jobs[index][1]
+        row = told | {"config": config.told}
+        rows.append(row | (outcome.value or {"refused": outcome.failed}))
+        if outcome.value and outcome.value["ms"]:
+            ms, chosen = outcome.value["ms"], outcome.value["chosen_ms"]
+            splits = min(ms, key=lambda k: ms[k])
+            tile = f"{config.rows},{config.keys},{config.warps},{config.stages}"
+            best.append((ms[splits], f"{tile}/{splits}={ms[splits]:.4f}({chosen:.4f})"))
+    late = sum(1 for _ in grid_of(case)) - len(rows)
+    shown = [text for _, text in sorted(best)[:4]] + [f"no time for {late}"] * bool(late)
+    return rows, "  ".join(shown)
 
 
-def product_of(cases: list[Case]) -> Iterator[tuple[Case, KernelConfig]]:
+def product_of(cases: list[Case]) -> Iterator[Job]:
     """Every (case, configuration), slowest compiles first."""
     pairs = [pair for case in cases for pair in product((case,), grid_of(case))]
     yield from sorted(pairs, key=lambda p: -p[1].rows * p[0].d)

@@ -10,13 +10,15 @@ HEAD = ("problem (bf16)", "ms", "eager ms", "floor ms", "of floor", "rate", "pee
 def peer_cell(row: dict[str, Any]) -> str:
     """Every peer: its time and how many times faster ours is; for another cache, the bytes."""
     parts = []
-    for name, peer in row["peers"].items():
+    for name, peer in row.get("peers", {}).items():
         if "refused" in peer:
             parts.append(f"{name}: refused")
             continue
         text = f"{name}: {peer['ms']:.3f} (x{peer['times_faster']:.2f}"
         if "original" in name:
             text += f", bytes x{peer['bytes_ratio']:.2f}"
+        if peer.get("eager"):
+            text += ", no graph"
         parts.append(text + ")")
     return "; ".join(parts)
 
@@ -29,7 +31,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     rate = f"{row['gb_per_s']:.0f} GB/s" if by_bytes else f"{row['tflops']:.0f} TFLOP/s"
     return (
         row["case"],
-        f"{row['ms']:.4f}",
+        f"{row['ms']:.4f}" + (" (no graph)" if row.get("eager") else ""),
         f"{row['eager_ms']:.3f}",
         f"{row['floor_ms']:.4f}",
         f"{row['fraction_of_floor']:.0%} ({row['bound']})",

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from pools import spoil
 
 ROTATE_BYTES = 400_000_000  # several times the L2 of any GPU listed
 MAX_SETS = 16
@@ -28,6 +30,24 @@ Call = Callable[[], Any]
 def input_sets(bytes_per_set: int) -> int:
     """How many input sets rotate."""
     return min(max(2, -(-ROTATE_BYTES // max(bytes_per_set, 1))), MAX_SETS)
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """As `torch.cuda.graph`, which leaves its stream and generator in place when it fails.
+
+    The allocator then still waits for the capture's end, so a worker runs no other job.
+    """
+    stream, generator = torch.cuda.current_stream(), torch.Generator("cuda")
+    try:
+        with torch.cuda.graph(graph):
+            yield
+    except BaseException:
+        spoil()
+        torch.cuda.set_stream(stream)
+        default = torch.cuda.default_generators[torch.cuda.current_device()]
+        default.graphsafe_set_state(generator.graphsafe_get_state())
+        raise
 
 
 def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS, repeats: int | None = None) -> float:
@@ -47,7 +67,7 @@ def replay_ms(calls: Sequence[Call], rounds: int = ROUNDS, repeats: int | None =
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         for _ in range(repeats):
             for call in calls:
                 call()
@@ -96,7 +116,11 @@ def measured(calls: Sequence[Call]) -> Timed:
         return Timed(call_ms(calls[0], rounds), waits)
     repeats = max(1, min(CALLS_PER_GRAPH // len(calls), int(TIME_MS / 10 / (once * len(calls)))))
     rounds = max(3, min(ROUNDS, int(TIME_MS / (once * repeats * len(calls)))))
-    return Timed(replay_ms(calls, rounds, repeats), False)
+    try:
+        return Timed(replay_ms(calls, rounds, repeats), False)
+    except RuntimeError:  # what a graph cannot hold; a device that broke raises again
+        torch.cuda.synchronize()
+        return Timed(events_ms(calls), True)
 
 
 def eager_ms(calls: Sequence[Call], rounds: int = 5) -> float:
@@ -127,6 +151,22 @@ def call_ms(call: Call, rounds: int = ROUNDS) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times[1:])
+
+
+def events_ms(calls: Sequence[Call]) -> float:
+    """Milliseconds of one of these calls, launched in a row between events.
+
+    Args:
+        calls: the same work over different inputs.
+    """
+
+    def every() -> None:
+        for call in calls:
+            call()
+
+    once = call_ms(every, 1)
+    rounds = max(3, min(ROUNDS, int(TIME_MS / max(once, 1e-3))))
+    return call_ms(every, rounds) / len(calls)
 
 
 def in_turns(calls: Mapping[str, Call], rounds: int) -> dict[str, dict[str, float]]:
