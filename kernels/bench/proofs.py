@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from cases import Case
 
 OPS = Path(__file__).parents[1] / "ops"
-CHECKS = ("correctness.py", "correct_families.py", "huge.py")
+CHECKS = ("correctness.py", "correct_families.py", "recurrence.py", "huge.py")
 #: said of a check that never ran
 UNPROVEN = "out of time"
 IMPORTED = re.compile(r"reattend\.kernels\.(\w+)")
