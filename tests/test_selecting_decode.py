@@ -16,7 +16,8 @@ from reattend.errors import GateError, UnsupportedCacheError
 from reattend.install.kept import KeptState
 from reattend.mixers.base import Context
 from reattend.mixers.selecting import frame
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import Recorded
 

@@ -19,9 +19,10 @@ from reattend.mixers.dense import DenseAttention
 from reattend.mixers.kinds import build_mixer
 from reattend.mixers.scores import own_pattern
 from reattend.mixers.selecting.base import Asked
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
 from reattend.passes.rewrite.sparse_baseline import BEHIND, compared, lines, stated
 from reattend.passes.rewrite.sparse_gate import lesson as lesson_of
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.passes.rewrite.sparse_view import viewed
 from reattend.statistics import SiteStatistics
 

@@ -16,8 +16,9 @@ from reattend.errors import ArgumentError
 from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.rewrite.base import dense_cost
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
 from reattend.passes.rewrite.sparse_guess import lesson as lesson_of
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.plan import Plan
 
 WHERE: dict[str, Any] = {"image_grid": (4, 5), "text_before": 1, "text_after": 2}

@@ -14,7 +14,8 @@ from reattend import convert
 from reattend.errors import ArgumentError, PlanError, RefusedError
 from reattend.mixers.base import Context
 from reattend.passes.rewrite.base import dense_cost
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.plan import Plan
 
 LOOKS_BOTH_WAYS = config().model_copy(
@@ -55,6 +56,14 @@ def test_presets_over_grids_are_published_sizes() -> None:
         assert made.check(LOOKS_BOTH_WAYS, options) is None
         before = dense_cost(LOOKS_BOTH_WAYS)
         assert made.cost(LOOKS_BOTH_WAYS, options).flops_per_token < before.flops_per_token
+
+
+def test_single_heads_are_told_where_the_image_lies() -> None:
+    own = {"kv_heads": [1], "pattern": {"grid": {"radius": 1}}}
+    options = SparseOptions.model_validate({"head_patterns": [own], "image_grid": (4, 4)})
+    assert options.head_patterns[0].pattern.grids[0].shape == (4, 4)
+    assert ToSparse().check(LOOKS_BOTH_WAYS, options) is None
+    assert SparseOptions.model_validate(options.model_dump()) == options
 
 
 def neighbourhood(**where: Any) -> dict[str, Any]:
