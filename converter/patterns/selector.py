@@ -15,7 +15,11 @@ Phase = Literal["prefill", "decode", "both"]
 
 
 class Selector(Frozen, ABC):
-    """One way to choose keys."""
+    """One way to choose keys.
+
+    Attributes:
+        kind: the name of this one.
+    """
 
     @property
     def acts(self) -> Phase:

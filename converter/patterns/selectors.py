@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.learned import Gate, LowRank, Segments, Values
@@ -32,6 +32,13 @@ class VerticalSlash(Selector):
     queries are summed by key and by distance; the best `columns` keys and `slashes` distances are
     read by every query. The first `first_columns` and the last `last_slashes` are always among
     them. Decoding is dense.
+
+    Attributes:
+        columns: keys that every query reads.
+        slashes: distances at which every query reads a key.
+        last_queries: queries at the end of a prompt whose probabilities are summed.
+        first_columns: keys at the start that are always among the columns.
+        last_slashes: shortest distances that are always among the slashes.
     """
 
     kind: Literal["vertical-slash"]
@@ -113,11 +120,11 @@ class Recorded(Selector):
     Attributes:
         at: numbers of the layers that note, from 0.
         topk: tokens per query head.
-        layer: the layer this is for; a plan leaves it out.
+        layer: the layer this is for; not for plans.
     """
 
     kind: Literal["recorded"]
-    at: tuple[int, ...] = Field(min_length=1)
+    at: tuple[NonNegativeInt, ...] = Field(min_length=1)
     topk: int = Field(default=256, gt=0)
     layer: int | None = Field(default=None, ge=0)
 
