@@ -10,7 +10,7 @@ Layout letters: d key head width, N queries, M keys, G key/value heads.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt
 
@@ -56,6 +56,14 @@ class VerticalSlash(Selector):
     def reads(self, length: int) -> int:
         """Columns and diagonals, as if none crossed."""
         return min(length, self.columns + self.slashes)
+
+    def covers(self, length: int) -> bool:
+        """As many columns, or diagonals, as there are."""
+        return max(self.columns, self.slashes) >= length
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """An eighth of the columns and of the diagonals."""
+        return dict.fromkeys(("columns", "slashes"), max(1, length // 8))
 
     def misfit(self, core: CoreConfig) -> str | None:
         """Diagonals look back."""
@@ -147,6 +155,14 @@ class Recorded(Selector):
     def reads(self, length: int) -> int:
         """All keys, or the noted ones."""
         return length if self.source is None else min(length, self.topk)
+
+    def covers(self, length: int) -> bool:
+        """As many tokens as there are; layers that read everything belong to those that do not."""
+        return self.topk >= length
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the tokens."""
+        return {"topk": max(1, length // 4)}
 
     def work(self, length: int, core: CoreConfig) -> float:
         """A layer that notes forms its scores once more."""

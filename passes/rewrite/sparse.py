@@ -26,11 +26,11 @@ from reattend.passes.rewrite.base import (
 from reattend.passes.rewrite.repeats import repeated
 from reattend.passes.rewrite.sparse_build import head_classes, sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
+from reattend.passes.rewrite.sparse_extent import misplaced, pointless, unread
 from reattend.passes.rewrite.sparse_find import find, trials
 from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.passes.rewrite.sparse_select import at_layer, calibrate, heads_seen, misfit, stated
 from reattend.passes.rewrite.sparse_teach import effort, taught
-from reattend.patterns.pattern import HeadPattern
 from reattend.statistics import Need
 
 
@@ -74,24 +74,21 @@ class ToSparse(Conversion):
             )
         if options.evict and not core.causal:
             return Refusal("evict: true, but a block that is not causal has no cache to shrink")
-        return misfit(config, wanted)
+        return misfit(config, wanted) or pointless(core, wanted, None, options.pattern)
 
     def check_within(
         self, config: DenseConfig, options: SparseOptions, longest: int
     ) -> Refusal | None:
-        """A pattern of places that hides nothing in the longest text would change nothing."""
-        core, every = config.core, HeadPattern(full=True)
-        asked = (*(c.pattern for c in head_classes(config, options)), *options.candidates)
-        patterns = [p for p in asked if not p.full]
-        chosen = any(p.grids or p.select is not None for p in patterns)
-        seen = every.reads(longest, core)
-        if not patterns or chosen or any(p.reads(longest, core) < seen for p in patterns):
-            return None
-        words = "; ".join(dict.fromkeys(p.words() for p in patterns))
-        return Refusal(
-            f"{words}: hides nothing, every query sees all {seen} keys it saw before (the model "
-            f"reads at most {longest} tokens): give smaller numbers, or `full: true` to change "
-            "nothing"
+        """A pattern that hides nothing in the longest text would change nothing."""
+        wanted = [*(c.pattern for c in head_classes(config, options)), *options.candidates]
+        return pointless(config.core, wanted, longest, options.pattern)
+
+    def check_tokens(
+        self, config: DenseConfig, options: SparseOptions, tokens: int
+    ) -> Refusal | None:
+        """Whether the image is where the patterns have it."""
+        return misplaced(
+            [*(c.pattern for c in head_classes(config, options)), *options.candidates], tokens
         )
 
     def undecided(self, options: SparseOptions) -> bool:
@@ -106,8 +103,10 @@ class ToSparse(Conversion):
             needs = {"texts"}
         return frozenset(needs | ({"gram"} if needs or self.undecided(options) else set()))
 
-    def for_layer(self, options: SparseOptions, layer: int, layers: int) -> SparseOptions:
+    def for_layer(self, options: SparseOptions, layer: int, layers: int) -> SparseOptions | Refusal:
         """Selectors that reach across layers are told where they are."""
+        if (why := unread(options.pattern, layers)) is not None:
+            return why
         return options.model_copy(update={"pattern": at_layer(options.pattern, layer)})
 
     def decodes_apart(self, options: SparseOptions) -> bool:

@@ -48,7 +48,7 @@ class SparseOptions(Frozen):
     keep_full: float | None = Field(default=None, ge=0.0, le=1.0)
     candidates: tuple[HeadPattern, ...] = ()
     kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
-    density_at: int = Field(default=4096, gt=0)
+    density_at: int = Field(default=4096, gt=0, le=1 << 24)
     finder: Literal["search", "alpha", "profile", "retrieval", "instant", "gate"] = "search"
     steps: int = Field(default=2000, gt=0)
     profile: ProfileOptions = ProfileOptions()

@@ -141,7 +141,7 @@ def _train(method: Learner, lessons: Sequence[Lesson], steps: int, wide: torch.d
     method.load_state_dict(student.state_dict())
     where = "rows not trained on" if len(trained) < len(lessons) else "row trained on"
     after, unit = _mean(student, measured), trained[0].unit
-    return f"{before:.4f} -> {after:.4f} {unit} on {len(measured)} {where}"
+    return f"{before:.4g} -> {after:.4g} {unit} on {len(measured)} {where}"
 
 
 @torch.no_grad()
