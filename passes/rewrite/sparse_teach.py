@@ -91,7 +91,7 @@ def taught(mixer: SparseAttention, texts: list[Tensor] | None, steps: int) -> di
             words = _train(method, lessons, steps, width_of(mixer))
             told = {f"{kind}_{lessons[0].measure}".replace("-", "_"): words}
             apart = [x for x, lesson in made if lesson is not None][-_measured(lessons) :]
-            if (sides := compared(mixer, apart, c.kv_heads, method)) is not None:
+            if (sides := compared(mixer, apart, c, method)) is not None:
                 told |= stated(*sides)
             for name, words in told.items():
                 more = name in found and name != BEHIND
