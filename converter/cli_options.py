@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import re
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from reattend.cli_guard import console, dumped, emit, guarded
 from reattend.cli_look import Json
+from reattend.plan_keys import meanings, writable
+from reattend.plan_schema import allowed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-_ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*)$")
-_MORE = re.compile(r"^ {8}(\S.*)$")
-#: what a conversion tells itself between two stages
-_INTERNAL = "not for plans."
+SECTIONS = ("calibrate", "verify")
 
 
 @guarded
@@ -25,7 +24,9 @@ def options(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME]", help="A conversion, `calibrate` or `verify`; none: all, by name."
+            metavar="[NAME]",
+            help="A conversion, `calibrate` or `verify`, or a key of one that holds keys of its "
+            "own, for example sparse.pattern; none: all, by name.",
         ),
     ] = None,
     json: Json = False,
@@ -34,7 +35,7 @@ def options(
     from rich.table import Table
     from rich.text import Text
 
-    kinds = sections() if name is None else {name: section(name)}
+    kinds = sections() if name is None else section(name)
     if json:
         found = {n: [row for _, row in described(kind)] for n, kind in kinds.items()}
         emit(dumped(found))
@@ -47,48 +48,67 @@ def options(
         for key, row in described(kind):
             style = Text(key, style="bold")
             table.add_row(style, Text(row["takes"]), Text(row["default"]), Text(row["meaning"]))
-        out.print(Text(headline(title), style="bold"))
+        out.print(Text(headline(title, kind), style="bold"))
         if table.row_count:
             out.print(table)
         out.print()
 
 
-SECTIONS = ("calibrate", "verify")
-
-
 def sections() -> dict[str, type[BaseModel]]:
     """Every conversion's options and the plan's own sections, by the name they have in a plan."""
-    from reattend.passes.rewrite.registry import conversion_names
-
-    return {name: section(name) for name in (*conversion_names(), *SECTIONS)}
-
-
-def section(name: str) -> type[BaseModel]:
-    """The model behind one name.
-
-    Raises:
-        PlanError: no conversion has this name; the nearest one is named.
-    """
     from reattend.passes.rewrite.registry import conversion, conversion_names
     from reattend.plan_sections import Calibrate, Verify
-    from reattend.plan_text import unknown_name
 
     own: dict[str, type[BaseModel]] = {"calibrate": Calibrate, "verify": Verify}
-    if name in own:
-        return own[name]
-    names = conversion_names()
-    if name not in names:
-        raise unknown_name("conversion", name, [*names, *SECTIONS], "plans options")
-    found: type[BaseModel] = conversion(name).Options
+    return {name: conversion(name).Options for name in conversion_names()} | own
+
+
+def section(name: str) -> dict[str, type[BaseModel]]:
+    """The model behind one name, and those of its keys that hold keys of their own, each once.
+
+    Raises:
+        PlanError: nothing has this name; the nearest one is named.
+    """
+    from reattend.plan_text import unknown_name
+
+    every = {n: k for title, kind in sections().items() for n, k in nested(title, kind).items()}
+    found = {n: k for n, k in every.items() if n == name or n.startswith(f"{name}.")}
+    found = found or {n: k for n, k in every.items() if f".{name}." in f"{n}."}
+    if not found:
+        whole = [n for n in every if "." not in n]
+        ends = {n.rpartition(".")[2] for n in every}
+        raise unknown_name("conversion", name, {*whole, *ends}, "plans options")
+    first: dict[type[BaseModel], str] = {}
+    for title, kind in found.items():
+        first.setdefault(kind, title)
+    return {title: kind for kind, title in first.items()}
+
+
+def nested(title: str, kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """A model by its name, and those inside of it, by dotted names; kinds by theirs."""
+    found = {title: kind}
+    for key in writable(kind):
+        inside = list(_models(kind.model_fields[key].annotation))
+        for inner in inside:
+            said = get_args(inner.model_fields["kind"].annotation) if len(inside) > 1 else ()
+            found |= nested(".".join((title, key, *said)), inner)
     return found
 
 
-def headline(name: str) -> str:
-    """One line about a section: of the module its conversion is in, or of its own text."""
-    from reattend.passes.rewrite.registry import conversion
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    from pydantic import BaseModel
 
-    kind = section(name)
-    if name in SECTIONS:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def headline(name: str, kind: type[BaseModel]) -> str:
+    """One line about a section: of the module its conversion is in, or of its own text."""
+    from reattend.passes.rewrite.registry import conversion, conversion_names
+
+    if name not in conversion_names():
         return f"{name}: {(inspect.getdoc(kind) or '').partition(chr(10))[0]}"
     texts = [inspect.getdoc(inspect.getmodule(k)) or "" for k in conversion(name).__mro__]
     telling = (text for text in texts if text.startswith(f"`to: {name}`:"))
@@ -97,32 +117,14 @@ def headline(name: str) -> str:
 
 def described(kind: type[BaseModel]) -> list[tuple[str, dict[str, str]]]:
     """Each key with what it takes, its default as a plan writes it, and the docstring's words."""
-    from reattend.plan_words import allowed
-
     words = meanings(kind)
     rows = []
-    for key, field in kind.model_fields.items():
-        meaning = words.get(key, "")
-        if meaning.endswith(_INTERNAL):
-            continue
+    for key in writable(kind):
+        field = kind.model_fields[key]
         default = "required" if field.is_required() else written(field.default)
-        takes = allowed(kind, (key,))
-        rows.append((key, {"key": key, "takes": takes, "default": default, "meaning": meaning}))
+        row = {"key": key, "takes": allowed(kind, (key,)), "default": default}
+        rows.append((key, {**row, "meaning": words.get(key, "")}))
     return rows
-
-
-def meanings(kind: type[BaseModel]) -> dict[str, str]:
-    """The entries under `Attributes:` of a class and its parents, by name, each on one line."""
-    found: dict[str, str] = {}
-    last: list[str] = []
-    texts = [vars(parent).get("__doc__") or "" for parent in reversed(kind.__mro__)]
-    for line in "\n".join(map(inspect.cleandoc, texts)).splitlines():
-        if entry := _ENTRY.match(line):
-            last = entry[1].split(", ")
-            found |= dict.fromkeys(last, entry[2])
-        elif more := _MORE.match(line):
-            found |= {name: f"{found[name]} {more[1]}" for name in last}
-    return found
 
 
 def written(value: Any) -> str:

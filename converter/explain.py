@@ -16,7 +16,7 @@ from reattend.passes.base import path_of
 from reattend.passes.evaluate import ancestors
 from reattend.passes.find.sites import Found, Missed
 from reattend.passes.normalize.forms import is_projection
-from reattend.plan_text import nearest
+from reattend.plan_words import nearest
 from reattend.proof import Numbers, numbers_of, parts_of
 
 #: nodes of a region that are listed

@@ -22,7 +22,8 @@ from reattend.plan_sections import Calibrate, Verify
 from reattend.plan_set import apply_settings
 from reattend.plan_source import PLAN_VERSION, check_version, extended, fetch
 from reattend.plan_target import Target
-from reattend.plan_text import Section, nearest, unknown_name
+from reattend.plan_text import Section, unknown_name
+from reattend.plan_words import nearest
 from reattend.plans import preset_names
 
 __all__ = ["PLAN_VERSION", "Calibrate", "Plan", "Rule", "Verify"]

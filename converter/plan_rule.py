@@ -19,7 +19,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator
 
 from reattend.errors import PlanError
-from reattend.plan_text import Section, build, nearest, unknown_name
+from reattend.plan_keys import writable
+from reattend.plan_text import Section, build, unknown_name
+from reattend.plan_words import nearest
+from reattend.plans import preset_of
 
 KEEP = "keep"
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
@@ -98,11 +101,10 @@ class Rule(Section):
             ready = ready.model_dump(exclude_unset=True)
         elif ready is not None:
             raise unknown_name("key", "options", cls.known_keys(own), where)
-        given = {**(ready or {}), **data}
-        for key in given:
-            if key not in kind.model_fields:
+        for key in data:
+            if key not in writable(kind):
                 raise unknown_name("key", key, cls.known_keys(own), where)
-        own["options"] = build(kind, given, where)
+        own["options"] = build(kind, {**(ready or {}), **data}, where, preset_of(str(own["to"])))
         return own
 
     @classmethod
@@ -112,7 +114,7 @@ class Rule(Section):
         to = data.get("to")
         if to is None or to == KEEP:
             return own
-        return own | set(options_class(str(to), "rule").model_fields)
+        return own | set(writable(options_class(str(to), "rule")))
 
     @field_validator("sites", mode="before")
     @classmethod

@@ -6,7 +6,6 @@ and a key that does not exist is an error that names the nearest one that does.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +22,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from reattend.errors import PlanError
-from reattend.plan_words import complaints, not_switches
+from reattend.plan_schema import mistyped
+from reattend.plan_words import complaints, nearest
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -87,14 +87,6 @@ def as_mapping(value: Any, where: str) -> dict[str, Any]:
     )
 
 
-def nearest(word: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
-    """The entries of `known` that begin with `word`, then those closest by difflib ratio."""
-    known = list(known)
-    begin = [name for name in known if len(word) > 2 and name.startswith(word)]
-    close = difflib.get_close_matches(word, known, n=count, cutoff=cutoff)
-    return list(dict.fromkeys([*begin, *close]))[:count]
-
-
 def unknown_name(kind: str, name: Any, known: Iterable[str], where: str) -> PlanError:
     """The error for a name that is not in a closed set; names the nearest one that is."""
     known = sorted(known)
@@ -109,17 +101,19 @@ def unknown_name(kind: str, name: Any, known: Iterable[str], where: str) -> Plan
     )
 
 
-def not_allowed(lines: Iterable[str], where: str) -> PlanError:
-    """The error for values that are not allowed, one sentence each."""
+def not_allowed(lines: Iterable[str], where: str, preset: str = "transmla") -> PlanError:
+    """The error for values that are not allowed, one sentence each, and a plan to look at."""
     return PlanError(
         "a value of the plan is not allowed",
         where=where,
         why="; ".join(lines),
-        next_step="change it; `reattend plans show transmla` is a plan that works",
+        next_step=f"change it; `reattend plans show {preset}` is a plan that works",
     )
 
 
-def build(kind: type[BaseModel], data: Mapping[str, Any], where: str) -> Any:
+def build(
+    kind: type[BaseModel], data: Mapping[str, Any], where: str, preset: str = "transmla"
+) -> Any:
     """Build a pydantic model that is not a `Section` (a conversion's options) from plan keys.
 
     Raises:
@@ -129,12 +123,12 @@ def build(kind: type[BaseModel], data: Mapping[str, Any], where: str) -> Any:
     for key in data:
         if key not in names:
             raise unknown_name("key", key, names, where)
-    if wrong := list(not_switches(kind, data)):
-        raise not_allowed(wrong, where)
+    if wrong := list(mistyped(kind, data)):
+        raise not_allowed(wrong, where, preset)
     try:
         return kind.model_validate(dict(data))
     except ValidationError as error:
-        raise not_allowed(complaints(error, kind, data), where) from error
+        raise not_allowed(complaints(error, kind, data), where, preset) from error
 
 
 class Section(BaseModel):
@@ -156,7 +150,7 @@ class Section(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     raise unknown_name("key", key, cls.known_keys(data), where)
-            if wrong := list(not_switches(cls, data)):
+            if wrong := list(mistyped(cls, data)):
                 raise not_allowed(wrong, where)
         try:
             made = handler(data)

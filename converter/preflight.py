@@ -169,6 +169,9 @@ def _choose(
     refusal = chosen.check(config, given)
     if refusal is None and longest is not None:
         refusal = chosen.check_within(config, given, longest)
+    tokens = site.region.core.args[0].meta["val"].shape[2]
+    if refusal is None and isinstance(tokens, int):  # of images of one size; of texts a symbol
+        refusal = chosen.check_tokens(config, given, tokens)
     if refusal is not None:
         return Choice(site, config, layer, "refused", reason=refusal.reason)
     return Choice(site, config, layer, "converted", chosen, given, rule=taken.get(0))

@@ -147,6 +147,18 @@ def test_options_of_plans_are_explained() -> None:
     assert options["latent_norm"]["takes"].startswith("none or rms")
     assert options["latent_norm"]["default"] == "none"
     assert options["balance"]["default"] == "1.0"
+    inner = json.loads(good("plans", "options", "sparse", "--json"))
+    assert [
+        (n, row["key"]) for n, rows in inner.items() for row in rows if not row["meaning"]
+    ] == []
+    gate = {row["key"]: row["takes"] for row in inner["sparse.pattern.select.gate"]}
+    assert gate["ratio"] == "a number > 0.0 and <= 1.0 or null"
+    assert "layer" not in [row["key"] for row in inner["sparse.pattern.select.recorded"]]
+    same = [
+        json.loads(good("plans", "options", n, "--json")) for n in ("profile", "sparse.profile")
+    ]
+    assert same[0] == same[1] == {"sparse.profile": inner["sparse.profile"]}
+    assert list(json.loads(good("plans", "options", "sparse.candidates", "--json")))
     result = reattend("plans", "options", "mlla")
     assert result.exit_code == EXIT_BAD_INPUT
     assert "did you mean 'mla'?" in result.stderr

@@ -4,7 +4,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from reattend.errors import PlanError
-from reattend.plan_text import build, nearest, parse_yaml, read_mapping
+from reattend.plan_text import build, parse_yaml, read_mapping
+from reattend.plan_words import nearest
 
 
 @pytest.mark.parametrize(

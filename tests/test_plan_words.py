@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from reattend.cli import app
 from reattend.errors import PlanError
 from reattend.plan import Plan
+from reattend.plan_schema import allowed
 from reattend.plan_text import build
-from reattend.plan_words import allowed
 
 RANK = "a whole number >= 1, a list of whole numbers >= 1, auto or null"
 RULE: list[tuple[dict[str, Any], str]] = [
@@ -51,6 +51,42 @@ INSIDE: list[tuple[dict[str, Any], str]] = [
     ({"pattern": {}}, "pattern: a pattern needs a term"),
     ({"candidates": [{"window": 3}, {"wnd": 2}], "kv_density": 0.5}, "candidates.1 has no key"),
     ({"keep_full": 0.5}, "keep_full needs a `pattern`"),
+    ({"pattern": {"windw": 3}}, "did you mean 'window'? known here: columns, full, grid, powers"),
+    ({"pattern": {"window": True}}, "pattern.window must be a whole number, got true"),
+    (
+        {"pattern": {"window": 8, "sinks": "4"}},
+        "pattern.sinks must be a whole number >= 0, got '4'",
+    ),
+    (
+        {"pattern": {"slashes": [1, "2"]}},
+        "pattern.slashes must be a list of whole numbers, got [1,",
+    ),
+    ({"pattern": {"window": 8}, "evict": "yes"}, "evict must be true or false or null, got 'yes'"),
+    ({"pattern": {"window": 8}, "chosen": "me"}, "unknown key 'chosen'"),
+    (
+        {"candidates": [{"window": 3}, {"window": "9"}], "kv_density": 0.5},
+        "candidates.1.window must",
+    ),
+]
+SHARE = "pattern.select.ratio must be a number > 0.0 and <= 1.0 or null, got"
+SELECT: list[tuple[dict[str, Any], str]] = [
+    ({"kind": "blocks", "ratio": 1.5}, f"{SHARE} 1.5"),
+    ({"kind": "gate", "ratio": 0}, f"{SHARE} 0"),
+    ({"kind": "gate", "ratio": 0.5, "queries": "each"}, "pattern.select has no key 'queries'"),
+    (
+        {"kind": "blocks", "ratio": 0.5, "quer": "each"},
+        "did you mean 'queries'? known here: across",
+    ),
+    (
+        {"kind": "block", "topk": 3},
+        "pattern.select.kind must be vertical-slash, blocks, observed, ",
+    ),
+    ({"kind": "block", "topk": 3}, "or recorded, got 'block' (did you mean 'blocks'?)"),
+    ({"topk": 3}, "pattern.select.kind is missing (got {'topk': 3})"),
+    ({"kind": "recorded"}, "pattern.select.at is missing"),
+    ({"kind": "recorded", "at": [-1]}, "select.at must be a list of whole numbers >= 0, got [-1]"),
+    ({"kind": "blocks"}, "pattern.select: give exactly one budget"),
+    ({"kind": "blocks", "topk": "3"}, "pattern.select.topk must be a whole number > 0 or null"),
 ]
 SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"calibrate": {"tokens": -1}}, "tokens must be a whole number >= 0, got -1"),
@@ -99,6 +135,15 @@ def test_a_value_that_is_not_allowed(case, part):
     with pytest.raises(PlanError) as caught:
         Plan.load(whole(case))
     told(str(caught.value), part)
+
+
+@pytest.mark.parametrize(("select", "part"), SELECT, ids=str)
+def test_a_selector_that_is_not_allowed(select, part):
+    """By the kind that is written; the plan to look at is one with the same conversion."""
+    with pytest.raises(PlanError) as caught:
+        Plan.load(whole({"pattern": {"select": select}}))
+    told(str(caught.value), part)
+    assert "plans show a-shape`" in str(caught.value)
 
 
 @pytest.mark.parametrize(("plan", "part"), FORMS, ids=str)

@@ -18,7 +18,8 @@ from reattend.mixers.kinds import build_mixer
 from reattend.mixers.selecting import frame
 from reattend.mixers.selecting.budget import within
 from reattend.mixers.sparse_blocks import LEAST
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.routing import Blocks
 

@@ -18,7 +18,8 @@ from reattend import convert
 from reattend.errors import UnsupportedCacheError
 from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.patterns.pattern import HeadPattern
 
 

@@ -19,9 +19,11 @@ from reattend.mixers.dense import DenseAttention
 from reattend.mixers.kinds import build_mixer
 from reattend.mixers.scores import own_pattern
 from reattend.mixers.selecting.base import Asked
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.mixers.sparse_config import HeadClass
+from reattend.passes.rewrite.sparse import ToSparse
 from reattend.passes.rewrite.sparse_baseline import BEHIND, compared, lines, stated
 from reattend.passes.rewrite.sparse_gate import lesson as lesson_of
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.passes.rewrite.sparse_view import viewed
 from reattend.statistics import SiteStatistics
 
@@ -187,7 +189,7 @@ def test_what_was_trained_is_compared_with_vertical_slash_heads_that_read_as_muc
     for p in mixer.selecting.parameters():
         p.data = torch.zeros_like(p)  # no gate could know less
     method = mixer.selecting["0"]
-    sides = compared(mixer, texts[-1:], (0, 1), method)
+    sides = compared(mixer, texts[-1:], mixer.config.classes[0], method)
     assert sides is not None
     view = viewed(mixer, texts[-1], (0, 1))
     p = torch.cat([p for _, _, p in view.probabilities()])
@@ -202,6 +204,23 @@ def test_what_was_trained_is_compared_with_vertical_slash_heads_that_read_as_muc
     assert theirs.keys >= ours.keys
     assert BEHIND in stated(ours, theirs._replace(attention=ours.attention))
     assert BEHIND not in stated(ours, theirs._replace(attention=ours.attention - 1e-6))
+
+
+def test_what_is_compared_has_the_terms_beside_the_gate_and_leaves_something_out() -> None:
+    block = dense(config())
+    texts = statistics(block, tokens=40).samples[-1:]
+    mixer = untrained(block, block=4, topk=2)
+    (heads,), method = mixer.config.classes, mixer.selecting["0"]
+    sinks = HeadClass(
+        kv_heads=(0, 1), pattern=heads.pattern.model_copy(update={"sinks": 4, "window": 9})
+    )
+    few, more = (compared(mixer, texts, c, method) for c in (heads, sinks))
+    assert few is not None and more is not None and more[0].keys > few[0].keys + 0.1
+    whole = HeadClass(kv_heads=(0, 1), pattern=heads.pattern.model_copy(update={"window": 40}))
+    every = compared(mixer, texts, whole, method)
+    assert every is not None and every[0].keys == 1.0
+    told = stated(*every)
+    assert BEHIND not in told and told["attention_kept"].startswith("not compared")
 
 
 def masked(view: Any, method: Any) -> Tensor:

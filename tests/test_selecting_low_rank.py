@@ -12,12 +12,13 @@ from test_selecting_gate import statistics
 from zoo_models import build
 
 from reattend import convert
-from reattend.errors import ArgumentError
+from reattend.errors import ArgumentError, RefusedError
 from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.rewrite.base import dense_cost
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
 from reattend.passes.rewrite.sparse_guess import lesson as lesson_of
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.plan import Plan
 
 WHERE: dict[str, Any] = {"image_grid": (4, 5), "text_before": 1, "text_after": 2}
@@ -76,7 +77,8 @@ def test_what_is_taught_is_the_attention_of_the_image() -> None:
     x = torch.randn(23, HIDDEN, dtype=torch.float64)
     method = mixer.selecting["0"]
     lesson = lesson_of(mixer, x, (0, 1), method)
-    assert lesson is not None and lesson_of(mixer, x[:9], (0, 1), method) is None
+    with pytest.raises(ArgumentError, match="grid of 23 tokens was given 9"):
+        lesson_of(mixer, x[:9], (0, 1), method)
     with torch.no_grad():
         q, k, s = scores(block, x)
         guess = method.guess(q[None], k[None, ::2])[0]
@@ -110,7 +112,10 @@ def test_an_image_model_is_converted() -> None:
     assert (got - expected).abs().max() > 1e-4 and bool(got.isfinite().all())
     said = result.report.sites[0].options
     assert said["select"] == "low-rank (both)" and "low_rank_error" in said
-    assert said["attention_density"] == "0.250, at most"
+    assert said["attention_density"] == "0.353, at most"  # 5 of 17, and the class token
+    rule["image_grid"] = [3, 4]
+    with pytest.raises(RefusedError, match=r"1 \+ 3 x 4 tokens does not fit: the block reads 17"):
+        convert(model, plan={"rules": [rule]}, data=images, inputs=images[0])
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -17,7 +17,8 @@ from reattend.errors import ArgumentError
 from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
 from reattend.passes.rewrite.base import dense_cost
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.patterns.pattern import HeadPattern
 from reattend.plan import Plan
 

@@ -18,8 +18,9 @@ from reattend import convert, load
 from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.scores import own_pattern
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
 from reattend.passes.rewrite.sparse_boundaries import lesson as lesson_of
+from reattend.passes.rewrite.sparse_options import SparseOptions
 
 SMALL: dict[str, Any] = {
     "kind": "segments", "window": 2, "apart": 2, "theta": 1.0, "longest": 12, "local": 3,

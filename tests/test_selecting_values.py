@@ -17,7 +17,8 @@ from reattend import convert
 from reattend.mixers.base import Context
 from reattend.mixers.dense import DenseAttention
 from reattend.mixers.scores import own_pattern
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.passes.rewrite.sparse_values import lesson as lesson_of
 
 

@@ -15,8 +15,9 @@ from reattend.errors import TrainingError
 from reattend.mixers.base import Context
 from reattend.mixers.sparse import SparseAttention
 from reattend.passes.rewrite.base import Subject
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
 from reattend.passes.rewrite.sparse_alpha import alphas, best, blended, ramp
+from reattend.passes.rewrite.sparse_options import SparseOptions
 
 
 def mixer() -> SparseAttention:

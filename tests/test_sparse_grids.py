@@ -14,7 +14,8 @@ from reattend import convert
 from reattend.errors import ArgumentError, PlanError, RefusedError
 from reattend.mixers.base import Context
 from reattend.passes.rewrite.base import dense_cost
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.plan import Plan
 
 LOOKS_BOTH_WAYS = config().model_copy(
@@ -57,34 +58,43 @@ def test_presets_over_grids_are_published_sizes() -> None:
         assert made.cost(LOOKS_BOTH_WAYS, options).flops_per_token < before.flops_per_token
 
 
+def test_single_heads_are_told_where_the_image_lies() -> None:
+    own = {"kv_heads": [1], "pattern": {"grid": {"radius": 1}}}
+    options = SparseOptions.model_validate({"head_patterns": [own], "image_grid": (4, 4)})
+    assert options.head_patterns[0].pattern.grids[0].shape == (4, 4)
+    assert ToSparse().check(LOOKS_BOTH_WAYS, options) is None
+    assert SparseOptions.model_validate(options.model_dump()) == options
+
+
 def neighbourhood(**where: Any) -> dict[str, Any]:
     rule = {"sites": "*", "to": "sparse", "pattern": {"grid": {"radius": 1}}, **where}
     return {"rules": [rule]}
 
 
 def test_an_image_model_is_converted() -> None:
-    """ViT with 4 x 4 patches and a class token; a window as wide as the image is the original."""
+    """ViT with 4 x 4 patches and a class token; a window as wide as the image is refused."""
     model = build("vit")
     image = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    outputs = []
-    for radius in (1, 3):
-        plan = neighbourhood(image_grid=[4, 4], text_before=1)
-        plan["rules"][0]["pattern"]["grid"]["radius"] = radius
-        result = convert(model, plan=plan, inputs=image)
-        with torch.no_grad():
-            outputs.append(result.model(**image).logits)
+    plan = neighbourhood(image_grid=[4, 4], text_before=1)
+    result = convert(model, plan=plan, inputs=image)
     with torch.no_grad():
-        expected = model(**image).logits
-    assert float((outputs[0] - expected).abs().max()) > 1e-3
-    assert torch.allclose(outputs[1], expected, atol=1e-5)
+        moved = result.model(**image).logits - model(**image).logits
+    assert float(moved.abs().max()) > 1e-3
+    plan["rules"][0]["pattern"]["grid"]["radius"] = 3
+    with pytest.raises(RefusedError, match=r"hides nothing.* pattern\.grid\.radius=1"):
+        convert(model, plan=plan, inputs=image)
 
 
 @pytest.mark.slow
 def test_grids_that_do_not_fit_are_refused() -> None:
     model = build("vit")
     image = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    with pytest.raises(ArgumentError, match=r"grid of 4 x 4 tokens was given 17 tokens"):
+    fits = r"4 x 4 tokens does not fit: the block reads 17; .* \[4, 4\] with text_before: 1"
+    with pytest.raises(RefusedError, match=fits):
         convert(model, plan=neighbourhood(image_grid=[4, 4]), inputs=image)
+    mixer = converted(dense(LOOKS_BOTH_WAYS), pattern={"grid": {"radius": 1}}, image_grid=(4, 4))
+    with pytest.raises(ArgumentError, match=r"grid of 4 x 4 tokens was given 17 tokens"):
+        mixer(inputs(17, (0,))[0], Context())
     with pytest.raises(RefusedError, match="image_grid"):
         convert(model, plan=neighbourhood(), inputs=image)
     tiles = neighbourhood(image_grid=[4, 5], text_before=1)

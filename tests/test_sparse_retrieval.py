@@ -16,8 +16,8 @@ from reattend.errors import PlanError
 from reattend.mixers.base import Context
 from reattend.passes.rewrite.base import Answered, Subject
 from reattend.passes.rewrite.repeats import sources
-from reattend.passes.rewrite.sparse import SparseOptions
 from reattend.passes.rewrite.sparse_instant import area, averaged, distant
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.passes.rewrite.sparse_retrieval import retrieval
 from reattend.passes.rewrite.sparse_watch import Look
 from reattend.patterns.pattern import HeadPattern

@@ -15,7 +15,8 @@ from reattend.errors import PlanError
 from reattend.mixers.base import Mixer
 from reattend.mixers.sparse import SparseAttention
 from reattend.passes.rewrite.base import Subject
-from reattend.passes.rewrite.sparse import SparseOptions, ToSparse
+from reattend.passes.rewrite.sparse import ToSparse
+from reattend.passes.rewrite.sparse_options import SparseOptions
 
 
 def options(keep: float, **more: Any) -> SparseOptions:

@@ -11,7 +11,12 @@ from reattend.patterns.pattern import HeadPattern
 
 
 class HeadClass(Frozen):
-    """KV heads (with the query heads that read them) that share a pattern."""
+    """KV heads (with the query heads that read them) that share a pattern.
+
+    Attributes:
+        kv_heads: numbers of the KV heads, from 0.
+        pattern: what they see.
+    """
 
     kv_heads: tuple[int, ...] = Field(min_length=1)
     pattern: HeadPattern

@@ -127,6 +127,10 @@ class GridWindow(Grid):
     `box`: no axis differs by more than `radius`. `circle`: the squared distance is below radius^2
     (CLEAR, arXiv 2412.16112). `neighborhood`: as `box`, but a window at the border moves inside, so
     that every query sees the same number (NATTEN, arXiv 2204.07143).
+
+    Attributes:
+        radius: places to either side.
+        norm: the form, see the class.
     """
 
     radius: int = Field(gt=0)
@@ -155,7 +159,11 @@ class GridWindow(Grid):
 class GridTiles(Grid):
     """The grid in tiles; a query sees tiles within `radius` of its own, whole.
 
-    Sliding tile attention, arXiv 2502.04507. `tile`: grid places along every axis.
+    Sliding tile attention, arXiv 2502.04507.
+
+    Attributes:
+        tile: grid places along every axis.
+        radius: tiles to either side.
     """
 
     tile: tuple[int, ...]
@@ -190,6 +198,9 @@ class Radial(Grid):
     rows) see each other when less than (tokens of a frame) / 2^floor(log2 D) apart; where that is
     narrower than `block`, only every (block / width)-th frame is seen, in a window of `block`. The
     first frame is seen by all.
+
+    Attributes:
+        block: tokens of the narrowest window.
     """
 
     block: int = Field(default=128, gt=0)

@@ -6,7 +6,7 @@ Layout letters: d key head width.
 from __future__ import annotations
 
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,10 @@ class Gate(Budgeted):
     def reads(self, length: int) -> int:
         """Blocks of the budget, whole."""
         return min(length, self.units(-(-length // self.block)) * self.block)
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the blocks."""
+        return self._quarter_of_blocks(length, self.block)
 
     def stored(self, core: CoreConfig) -> float:
         """Summaries."""
@@ -125,6 +129,14 @@ class Segments(Budgeted):
     def reads(self, length: int) -> int:
         """Tokens of the budget, or those that are read in any case."""
         return min(length, max(self.units(length), self.local, self.longest + self.delay))
+
+    def covers(self, length: int) -> bool:
+        """Chunks may end before they are as long as they may be."""
+        return max(self.units(length), self.local) >= length
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the tokens, half of them the last ones."""
+        return {"local": min(self.local, max(1, length // 8)), **self._quarter(length)}
 
     def stored(self, core: CoreConfig) -> float:
         """What is predicted of a gap."""
@@ -243,8 +255,14 @@ class LowRank(Budgeted):
         return narrow + 2 * self.tokens * self.columns
 
     def reads(self, length: int) -> int:
-        """Tokens of the budget."""
-        return self.units(length)
+        """The share of so many that the budget and the text are of the image and its text."""
+        text = self.text_before + (self.text_after or 0)
+        most = min(self.tokens, self.units(self.tokens) + text)
+        return round(length * most / max(1, self.tokens))
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the image."""
+        return self._quarter(self.tokens)
 
     def work(self, length: int, core: CoreConfig) -> float:
         """Per query: narrowing it and a key, the key's sums, products with columns, and back."""

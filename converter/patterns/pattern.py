@@ -25,6 +25,8 @@ from reattend.patterns.terms import (
 
 #: no text is longer
 MOST = 1 << 40
+#: queries that stand for all where they differ, and pairs with keys that are looked at together
+QUERIES, AT_ONCE = 64, 1 << 22
 
 
 class HeadPattern(Frozen):
@@ -88,14 +90,17 @@ class HeadPattern(Frozen):
     def words(self) -> str:
         """For people: `sinks 4, window 256`."""
         given = self.model_dump(mode="json", exclude_defaults=True)
-        return ", ".join(
-            f"{name} {' '.join(f'{k} {v}' for k, v in value.items())}"
-            if isinstance(value, dict)
-            else name
-            if value is True
-            else f"{name} {value}"
-            for name, value in given.items()
-        )
+        parts = []
+        for name, value in given.items():
+            inner = getattr(self, name)
+            parts.append(
+                f"{name} {_inner_words(inner)}"
+                if isinstance(inner, Frozen)
+                else name
+                if value is True
+                else f"{name} {value}"
+            )
+        return ", ".join(parts)
 
     def sees(self, i: Tensor, j: Tensor, core: CoreConfig) -> Tensor:
         """Boolean, for positions that broadcast; negative ones are padding, which nobody sees.
@@ -111,27 +116,37 @@ class HeadPattern(Frozen):
         return seen & (i >= 0) & (j >= 0)
 
     def reads(self, length: int, core: CoreConfig) -> int:
-        """Keys that the last of `length` tokens sees; over a grid, its share of so many.
+        """Keys that the last of `length` tokens sees; a mean where the block looks both ways.
 
-        With a selector, at most.
+        Over a grid, its share of so many. With a selector, at most.
         """
-        last, keys = torch.tensor([[length - 1]]), torch.arange(length)[None]
+        seen, every = (float(n.double().mean()) for n in self.counted(length, core))
         if self.grids:
-            terms = round(self._share(core) * length)
-        else:
-            terms = int(self.sees(last, keys, core).sum())
-        if self.select is None:
-            return terms
-        every = int(own_pattern(core, last, keys).sum())
-        return min(every, terms + self.select.reads(length))
+            grid = self.grids[0]
+            tokens = grid.text_before + grid.tokens + (grid.text_after or 0)
+            seen, every = seen * length / tokens, every * length / tokens
+        chosen = 0 if self.select is None else self.select.reads(length)
+        return round(min(every, round(seen) + chosen))
 
-    def _share(self, core: CoreConfig) -> float:
-        """The share of the keys that a query of the grid sees, over some queries."""
-        grid = self.grids[0]
-        tokens = grid.text_before + grid.tokens + (grid.text_after or 0)
-        first, last = grid.text_before, grid.text_before + grid.tokens - 1
-        some = torch.linspace(first, last, min(64, grid.tokens)).long()[:, None]
-        return float(self.sees(some, torch.arange(tokens)[None], core).double().mean())
+    def counted(self, length: int, core: CoreConfig) -> tuple[Tensor, Tensor]:
+        """Keys that some queries see [Q], and that the block itself shows them.
+
+        The last of `length` tokens, or where the block looks both ways some of all; over a grid,
+        some of its own tokens, whose number it knows.
+        """
+        first, last, tokens = 0, length - 1, length
+        if self.grids:
+            grid = self.grids[0]
+            first, last = grid.text_before, grid.text_before + grid.tokens - 1
+            tokens = last + 1 + (grid.text_after or 0)
+        elif core.causal:
+            first = last
+        some = torch.linspace(first, last, min(QUERIES, last - first + 1), dtype=torch.float64)
+        keys, seen, every = torch.arange(tokens)[None], [], []
+        for i in some.long()[:, None].split(max(1, AT_ONCE // tokens)):
+            seen.append(self.sees(i, keys, core).sum(-1))
+            every.append(own_pattern(core, i, keys).expand(len(i), tokens).sum(-1))
+        return torch.cat(seen), torch.cat(every)
 
     def for_head(self, head: int, heads: int) -> HeadPattern:
         """This pattern for one of several KV heads: strides start at places of their own.
@@ -144,6 +159,19 @@ class HeadPattern(Frozen):
         shift = head * max(1, self.stride.period // heads)
         offset = (self.stride.offset + shift) % self.stride.period
         return self.model_copy(update={"stride": self.stride.model_copy(update={"offset": offset})})
+
+
+def _inner_words(value: Frozen) -> str:
+    """`blocks topk 3 block 64`: the kind, and numbers even where they are the usual ones."""
+    given = value.model_dump(mode="json")
+    usual = {name: field.default for name, field in type(value).model_fields.items()}
+    told = {k: v for k, v in given.items() if _is_number(v) or getattr(value, k) != usual[k]}
+    kind = [str(told.pop("kind"))] if "kind" in told else []
+    return " ".join([*kind, *(f"{k} {v}" for k, v in told.items())])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0
 
 
 def laid_out(pattern: Any, where: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ Layout letters: d key head width, G key/value heads.
 from __future__ import annotations
 
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -97,10 +97,24 @@ class Blocks(Budgeted):
         return prod(self.tile) if self.tile else self.block
 
     def reads(self, length: int) -> int:
-        """Blocks of the budget, whole."""
+        """Blocks of the budget, whole; of a grid, with its text, the share that they are."""
+        if self.tile and self.shape:
+            text, places = self.text_before + (self.text_after or 0), prod(self.shape)
+            read = self.units(places // self.size) * self.size + text
+            return round(length * read / (places + text))
         many = -(-length // self.size)
         sure = 0 if self.tile else min(many, self.first + self.last)
         return min(length, max(sure, self.units(many)) * self.size)
+
+    def covers(self, length: int) -> bool:
+        """A budget of all rows together leaves some with less."""
+        return self.ratio == 1.0 if self.across == "head" else super().covers(length)
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the blocks, or tiles."""
+        if self.tile and self.shape:
+            return self._quarter(prod(self.shape) // self.size)
+        return self._quarter_of_blocks(length, self.block, self.first + self.last + 1)
 
     def stored(self, core: CoreConfig) -> float:
         """What stands for blocks, where decoding asks for it."""
@@ -163,6 +177,10 @@ class Observed(Budgeted):
     def reads(self, length: int) -> int:
         """Blocks of the budget, whole."""
         return min(length, self.units(-(-length // self.block)) * self.block)
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the blocks."""
+        return self._quarter_of_blocks(length, self.block)
 
     def misfit(self, core: CoreConfig) -> str | None:
         """A causal block has no passes over one text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,11 @@ Phase = Literal["prefill", "decode", "both"]
 
 
 class Selector(Frozen, ABC):
-    """One way to choose keys."""
+    """One way to choose keys.
+
+    Attributes:
+        kind: the name of this one.
+    """
 
     @property
     def acts(self) -> Phase:
@@ -47,6 +51,14 @@ class Selector(Frozen, ABC):
     @abstractmethod
     def reads(self, length: int) -> int:
         """Keys that the last of `length` queries has selected, at most."""
+
+    def covers(self, length: int) -> bool:
+        """Whether nothing of so many keys is ever left out."""
+        return False
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """Keys and values of a plan with which something of so many keys is left out."""
+        return {}
 
     def stored(self, core: CoreConfig) -> float:
         """Numbers per token and KV head that a cache holds beside keys and values."""
@@ -99,6 +111,23 @@ class Budgeted(Selector):
         if self.measure == "range" and self.topp is None:
             raise ValueError("measure: range is for topp")
         return self
+
+    def covers(self, length: int) -> bool:
+        """By a number or a share; how many hold a share of the softmax is known at run time."""
+        return (self.topp, self.threshold) == (None, None) and self.reads(length) >= length
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the tokens."""
+        return self._quarter(length)
+
+    def _quarter(self, many: int, least: int = 1) -> dict[str, Any]:
+        return {"topk": max(least, many // 4)} if self.ratio is None else {"ratio": 0.25}
+
+    def _quarter_of_blocks(self, length: int, block: int, least: int = 1) -> dict[str, Any]:
+        """Of blocks that are small enough for at least 16."""
+        small = min(block, max(1, length // 16))
+        changed = {} if small == block else {"block": small}
+        return changed | self._quarter(-(-length // small), least)
 
     def units(self, many: int) -> int:
         """Of so many units, how many are chosen at most."""

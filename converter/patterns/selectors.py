@@ -10,9 +10,9 @@ Layout letters: d key head width, N queries, M keys, G key/value heads.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.learned import Gate, LowRank, Segments, Values
@@ -32,6 +32,13 @@ class VerticalSlash(Selector):
     queries are summed by key and by distance; the best `columns` keys and `slashes` distances are
     read by every query. The first `first_columns` and the last `last_slashes` are always among
     them. Decoding is dense.
+
+    Attributes:
+        columns: keys that every query reads.
+        slashes: distances at which every query reads a key.
+        last_queries: queries at the end of a prompt whose probabilities are summed.
+        first_columns: keys at the start that are always among the columns.
+        last_slashes: shortest distances that are always among the slashes.
     """
 
     kind: Literal["vertical-slash"]
@@ -49,6 +56,14 @@ class VerticalSlash(Selector):
     def reads(self, length: int) -> int:
         """Columns and diagonals, as if none crossed."""
         return min(length, self.columns + self.slashes)
+
+    def covers(self, length: int) -> bool:
+        """As many columns, or diagonals, as there are."""
+        return max(self.columns, self.slashes) >= length
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """An eighth of the columns and of the diagonals."""
+        return dict.fromkeys(("columns", "slashes"), max(1, length // 8))
 
     def misfit(self, core: CoreConfig) -> str | None:
         """Diagonals look back."""
@@ -113,11 +128,11 @@ class Recorded(Selector):
     Attributes:
         at: numbers of the layers that note, from 0.
         topk: tokens per query head.
-        layer: the layer this is for; a plan leaves it out.
+        layer: the layer this is for; not for plans.
     """
 
     kind: Literal["recorded"]
-    at: tuple[int, ...] = Field(min_length=1)
+    at: tuple[NonNegativeInt, ...] = Field(min_length=1)
     topk: int = Field(default=256, gt=0)
     layer: int | None = Field(default=None, ge=0)
 
@@ -140,6 +155,14 @@ class Recorded(Selector):
     def reads(self, length: int) -> int:
         """All keys, or the noted ones."""
         return length if self.source is None else min(length, self.topk)
+
+    def covers(self, length: int) -> bool:
+        """As many tokens as there are; layers that read everything belong to those that do not."""
+        return self.topk >= length
+
+    def sized(self, length: int) -> dict[str, Any]:
+        """A quarter of the tokens."""
+        return {"topk": max(1, length // 4)}
 
     def work(self, length: int, core: CoreConfig) -> float:
         """A layer that notes forms its scores once more."""

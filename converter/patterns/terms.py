@@ -117,6 +117,11 @@ class Stride(Term):
     """Every `period`-th block of keys, at the same places for all queries.
 
     Block n is seen if (n + offset) mod period == 0 (S2-Attention, Lin et al., arXiv 2407.17678).
+
+    Attributes:
+        period: one block in so many is seen.
+        offset: blocks that the first one is moved to the front by.
+        block: tokens per block.
     """
 
     by_key = True
@@ -135,7 +140,11 @@ class Stride(Term):
 
 
 class Powers(Term):
-    """Blocks whose distance is a power of two (PowerAttention, arXiv 2503.03588)."""
+    """Blocks whose distance is a power of two (PowerAttention, arXiv 2503.03588).
+
+    Attributes:
+        block: tokens per block.
+    """
 
     block: int = Field(default=64, gt=0)
 

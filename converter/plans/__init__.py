@@ -16,6 +16,12 @@ def preset_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in here.iterdir() if f.name.endswith(".yaml"))
 
 
+def preset_of(to: str) -> str:
+    """A preset that converts to this: one that works, for people whose own plan does not."""
+    names = ["transmla", *preset_names()]
+    return next((n for n in names if f"to: {to}\n" in preset_text(n)), names[0])
+
+
 def preset_text(name: str) -> str:
     """The YAML of one preset, comments included.
 

@@ -130,6 +130,13 @@ class Conversion(ABC):
         """
         return None
 
+    def check_tokens(self, config: DenseConfig, options: Any, tokens: int) -> Refusal | None:
+        """Why these options do not fit a block that always reads so many tokens, or None.
+
+        Asked after `check` found nothing.
+        """
+        return None
+
     def wants(self, config: DenseConfig, options: Any) -> frozenset[Need]:
         """The statistics that `build` and `allocate` will read."""
         return self.needs

@@ -7,6 +7,7 @@ its KV groups to different conversions. Each part is built as a block of its own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +72,18 @@ class Mixed(Conversion):
                 reasons.append(f"heads {list(p.heads)} (to: {p.to}): {refusal.reason}")
         return Refusal("; ".join(reasons)) if reasons else None
 
+    def check_within(
+        self, config: DenseConfig, options: MixedOptions, longest: int
+    ) -> Refusal | None:
+        """As `check`."""
+        return _first(config, options, lambda made, *part: made.check_within(*part, longest))
+
+    def check_tokens(
+        self, config: DenseConfig, options: MixedOptions, tokens: int
+    ) -> Refusal | None:
+        """As `check`."""
+        return _first(config, options, lambda made, *part: made.check_tokens(*part, tokens))
+
     def exact_setting(self, config: DenseConfig) -> MixedOptions:
         """One part, unchanged."""
         dense = conversion("dense")()
@@ -132,3 +145,14 @@ class Mixed(Conversion):
         mixer.o_proj = dense.o_proj
         worst = max((made.exactness for made in built), key=_ORDER.index)
         return Built(mixer.eval(), worst, {"groups": evidence})
+
+
+def _first(
+    config: DenseConfig, options: MixedOptions, ask: Callable[..., Refusal | None]
+) -> Refusal | None:
+    """The first part that is refused, with its heads."""
+    for p in options.groups:
+        refusal = ask(conversion(p.to)(), part_config(config, p.heads), p.options)
+        if refusal is not None:
+            return Refusal(f"heads {list(p.heads)} (to: {p.to}): {refusal.reason}")
+    return None

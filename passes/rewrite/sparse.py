@@ -7,15 +7,12 @@ presets name them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
-
-from reattend.mixers.config import Frozen
 from reattend.mixers.dense import DenseAttention, DenseConfig
 from reattend.mixers.sparse import SparseAttention
-from reattend.mixers.sparse_config import HeadClass, SparseConfig
+from reattend.mixers.sparse_config import SparseConfig
 from reattend.passes.base import Refusal
 from reattend.passes.rewrite.base import (
     Built,
@@ -29,125 +26,12 @@ from reattend.passes.rewrite.base import (
 from reattend.passes.rewrite.repeats import repeated
 from reattend.passes.rewrite.sparse_build import head_classes, sparse_like
 from reattend.passes.rewrite.sparse_cost import between, searched, settled
+from reattend.passes.rewrite.sparse_extent import misplaced, pointless, unread
 from reattend.passes.rewrite.sparse_find import find, trials
-from reattend.passes.rewrite.sparse_profile import ProfileOptions
+from reattend.passes.rewrite.sparse_options import SparseOptions
 from reattend.passes.rewrite.sparse_select import at_layer, calibrate, heads_seen, misfit, stated
 from reattend.passes.rewrite.sparse_teach import effort, taught
-from reattend.patterns.grids import GridWindow
-from reattend.patterns.pattern import HeadPattern, laid_out
 from reattend.statistics import Need
-
-
-class SparseOptions(Frozen):
-    """What the heads see.
-
-    Attributes:
-        pattern: of every KV head that nothing below names. A stride starts at a place of its own
-            in each head.
-        heads_full: KV heads that see every key.
-        head_patterns: patterns of single KV heads.
-        keep_full: share of the KV heads of all sites together that see every key; the others have
-            `pattern`.
-        candidates: patterns that each head may get, chosen by measuring (`sparse_search`).
-        kv_density: share of the keys that all heads together may read and keep, for `candidates`.
-        density_at: the length in tokens where that share is counted.
-        finder: how heads are chosen (`sparse_find`). For `keep_full`: `search` measures every head
-            once, `alpha` trains a number for each as DuoAttention does, in `steps` steps,
-            `retrieval` counts how often it looks at what the model copies, `instant` asks its mean
-            query and key. For `kv_density`: `search`, or `profile` as MoA does. `gate`
-            trains the selectors that learn (`sparse_teach`), in `steps` steps.
-        profile: how that looks; without candidates it has a grid of its own.
-        steps: how many `alpha` and `gate` train for, one batch each.
-        chosen: what a finder says of its choice; not for plans.
-        evict: whether caches forget what no later query sees; None: where the pattern allows it.
-        image_grid: places of the image (height, width) or video (frames, height, width), in tokens,
-            for patterns over a grid that do not say it themselves.
-        text_before: tokens before the grid: a class token, a prompt.
-        text_after: tokens behind it; None: any number.
-    """
-
-    pattern: HeadPattern = HeadPattern(full=True)
-    heads_full: tuple[int, ...] = ()
-    head_patterns: tuple[HeadClass, ...] = ()
-    keep_full: float | None = Field(default=None, ge=0.0, le=1.0)
-    candidates: tuple[HeadPattern, ...] = ()
-    kv_density: float | None = Field(default=None, gt=0.0, le=1.0)
-    density_at: int = Field(default=4096, gt=0)
-    finder: Literal["search", "alpha", "profile", "retrieval", "instant", "gate"] = "search"
-    steps: int = Field(default=2000, gt=0)
-    profile: ProfileOptions = ProfileOptions()
-    chosen: str = ""
-    evict: bool | None = None
-    image_grid: tuple[PositiveInt, ...] = Field(default=(), max_length=3)
-    text_before: int = Field(default=0, ge=0)
-    text_after: int | None = Field(default=0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _over_the_grid(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or not given.get("image_grid"):
-            return given
-        where = {
-            "shape": given["image_grid"],
-            "text_before": given.get("text_before", 0),
-            "text_after": given.get("text_after", 0),
-        }
-        try:
-            GridWindow(radius=1, **where)
-        except ValidationError:  # the option itself will be named
-            return given
-        found = {**given}
-        if "pattern" in given:
-            found["pattern"] = laid_out(given["pattern"], where)
-        if isinstance(given.get("candidates"), Sequence):
-            found["candidates"] = tuple(laid_out(p, where) for p in given["candidates"])
-        return found
-
-    @property
-    def searches(self) -> bool:
-        """Whether heads are chosen by measuring."""
-        return self.keep_full is not None or self.kv_density is not None
-
-    @property
-    def patterns(self) -> tuple[HeadPattern, ...]:
-        """All that heads may get."""
-        return (self.pattern, *self.candidates, *(c.pattern for c in self.head_patterns))
-
-    def decided(self, patterns: Mapping[int, HeadPattern]) -> SparseOptions:
-        """With the pattern of each KV head."""
-        full = tuple(h for h, p in patterns.items() if p.full)
-        rest = tuple(HeadClass(kv_heads=(h,), pattern=p) for h, p in patterns.items() if not p.full)
-        return SparseOptions(heads_full=full, head_patterns=rest, evict=self.evict)
-
-    @model_validator(mode="after")
-    def _are_consistent(self) -> SparseOptions:
-        named = [*self.heads_full, *(h for c in self.head_patterns for h in c.kv_heads)]
-        if len(named) != len(set(named)) or min(named, default=0) < 0:
-            raise ValueError(
-                "heads_full and head_patterns must name a KV head at most once, from 0"
-            )
-        if self.keep_full is not None and self.pattern.full:
-            raise ValueError("keep_full needs a `pattern` for the heads that do not stay full")
-        if self.keep_full is not None and (named or self.candidates):
-            raise ValueError("keep_full chooses heads for one `pattern`: name no heads beside it")
-        own_grid = self.finder == "profile"
-        if own_grid and self.kv_density is None:
-            raise ValueError("finder: profile chooses by kv_density")
-        if bool(self.candidates) != (self.kv_density is not None) and not own_grid:
-            raise ValueError("candidates and kv_density go together")
-        if self.finder in ("alpha", "retrieval", "instant") and self.keep_full is None:
-            raise ValueError(f"finder: {self.finder} chooses by keep_full")
-        kinds = [p.select.kind for p in self.patterns if p.select is not None and p.select.trained]
-        if bool(kinds) != (self.finder == "gate"):
-            kind = kinds[0] if kinds else "gate"
-            raise ValueError(f"select: {kind} and finder: gate go together: it is trained")
-        if self.finder == "gate" and self.searches:
-            raise ValueError("gates are trained for `pattern` or `head_patterns`, not to be chosen")
-        if self.image_grid and not any(p.grids or p.select for p in self.patterns):
-            raise ValueError("image_grid is for a pattern over a grid: give grid, tiles or radial")
-        if self.kv_density is not None and (named or not self.pattern.full):
-            raise ValueError("candidates are chosen for every head: give no pattern beside them")
-        return self
 
 
 class ToSparse(Conversion):
@@ -190,24 +74,21 @@ class ToSparse(Conversion):
             )
         if options.evict and not core.causal:
             return Refusal("evict: true, but a block that is not causal has no cache to shrink")
-        return misfit(config, wanted)
+        return misfit(config, wanted) or pointless(core, wanted, None, options.pattern)
 
     def check_within(
         self, config: DenseConfig, options: SparseOptions, longest: int
     ) -> Refusal | None:
-        """A pattern of places that hides nothing in the longest text would change nothing."""
-        core, every = config.core, HeadPattern(full=True)
-        asked = (*(c.pattern for c in head_classes(config, options)), *options.candidates)
-        patterns = [p for p in asked if not p.full]
-        chosen = any(p.grids or p.select is not None for p in patterns)
-        seen = every.reads(longest, core)
-        if not patterns or chosen or any(p.reads(longest, core) < seen for p in patterns):
-            return None
-        words = "; ".join(dict.fromkeys(p.words() for p in patterns))
-        return Refusal(
-            f"{words}: hides nothing, every query sees all {seen} keys it saw before (the model "
-            f"reads at most {longest} tokens): give smaller numbers, or `full: true` to change "
-            "nothing"
+        """A pattern that hides nothing in the longest text would change nothing."""
+        wanted = [*(c.pattern for c in head_classes(config, options)), *options.candidates]
+        return pointless(config.core, wanted, longest, options.pattern)
+
+    def check_tokens(
+        self, config: DenseConfig, options: SparseOptions, tokens: int
+    ) -> Refusal | None:
+        """Whether the image is where the patterns have it."""
+        return misplaced(
+            [*(c.pattern for c in head_classes(config, options)), *options.candidates], tokens
         )
 
     def undecided(self, options: SparseOptions) -> bool:
@@ -222,8 +103,10 @@ class ToSparse(Conversion):
             needs = {"texts"}
         return frozenset(needs | ({"gram"} if needs or self.undecided(options) else set()))
 
-    def for_layer(self, options: SparseOptions, layer: int, layers: int) -> SparseOptions:
+    def for_layer(self, options: SparseOptions, layer: int, layers: int) -> SparseOptions | Refusal:
         """Selectors that reach across layers are told where they are."""
+        if (why := unread(options.pattern, layers)) is not None:
+            return why
         return options.model_copy(update={"pattern": at_layer(options.pattern, layer)})
 
     def decodes_apart(self, options: SparseOptions) -> bool:

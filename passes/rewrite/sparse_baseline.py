@@ -20,7 +20,9 @@ from reattend.mixers.scores import own_pattern
 from reattend.mixers.selecting.base import Asked, Method
 from reattend.mixers.selecting.vertical_slash import VerticalSlashMethod
 from reattend.mixers.sparse import SparseAttention
+from reattend.mixers.sparse_config import HeadClass
 from reattend.passes.rewrite.sparse_view import View, viewed, width_of
+from reattend.patterns.pattern import HeadPattern
 from reattend.patterns.selectors import VerticalSlash
 
 #: Rows that are compared, and tokens of each: masks of all heads are formed.
@@ -37,14 +39,14 @@ class Kept(NamedTuple):
 
 
 def compared(
-    mixer: SparseAttention, texts: list[Tensor], kv_heads: tuple[int, ...], method: Method
+    mixer: SparseAttention, texts: list[Tensor], heads: HeadClass, method: Method
 ) -> tuple[Kept, Kept] | None:
-    """What the method keeps, and vertical-slash heads that read as much; None: not causal.
+    """What the heads keep, and vertical-slash heads that read as much; None: not causal.
 
     Args:
         mixer: the block.
         texts: rows of its input [n, D] that the method was not trained on.
-        kv_heads: of the method's class.
+        heads: the method's class; the terms of its pattern are read too.
         method: as trained.
     """
     if not mixer.config.core.causal or not texts:
@@ -52,8 +54,8 @@ def compared(
     method = copy.deepcopy(method).to(width_of(mixer))
     found: list[tuple[Kept, Kept]] = []
     for x_ND in texts[:ROWS]:
-        seen = viewed(mixer, x_ND[:TOKENS], kv_heads)
-        ours = _read(seen, method)
+        seen = viewed(mixer, x_ND[:TOKENS], heads.kv_heads)
+        ours = _read(seen, method, heads.pattern)
         low, high = 1, len(x_ND[:TOKENS])
         while low < high:
             middle = (low + high) // 2
@@ -67,6 +69,9 @@ def compared(
 
 def stated(ours: Kept, theirs: Kept) -> dict[str, str]:
     """For the report."""
+    if ours.keys == 1.0:
+        said = "nothing is left out of rows this short: raise calibrate.seq_len, or read less"
+        return {"attention_kept": f"not compared, {said} (looked at: {TOKENS} tokens at most)"}
     words = (
         f"{ours.attention:.4f} of the attention on {ours.keys:.3f} of the keys; untrained "
         f"vertical-slash: {theirs.attention:.4f} on {theirs.keys:.3f}"
@@ -86,12 +91,13 @@ def lines(size: int) -> VerticalSlashMethod:
 
 
 @torch.no_grad()
-def _read(seen: View, method: Method) -> Tensor:
-    """Which keys every query reads [H, n, n]: what is chosen, and itself."""
+def _read(seen: View, method: Method, pattern: HeadPattern | None = None) -> Tensor:
+    """Which keys every query reads [H, n, n]: what is chosen, itself, and a pattern's terms."""
     asked = Asked(seen.q_HNd[None], seen.k_GNd[None], seen.core, v_BGMe=seen.v_GNe[None])
     i, j = asked.positions()
     mask = method.choose(asked).mask()[0]
-    read: Tensor = (mask | (i == j)) & own_pattern(seen.core, i, j)
+    terms = (i == j) if pattern is None else pattern.sees(i, j, seen.core)
+    read: Tensor = (mask | terms) & own_pattern(seen.core, i, j)
     return read
 
 

@@ -24,7 +24,9 @@ def find(conversion: Conversion, sites: list[Subject], measure: Measure) -> list
         return search(conversion, sites, measure)
     if options.finder == "profile":
         return profile(conversion, sites, measure)
-    plain = type(options)(pattern=options.pattern, evict=options.evict)
+    plain = type(options)(
+        pattern=options.pattern, evict=options.evict, density_at=options.density_at
+    )
     if options.finder == "alpha":
         made: Any = {s.path: conversion.build(s.dense, s.statistics, plain).mixer for s in sites}
         scores = alphas(made, measure, options.steps)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from reattend.mixers.selecting.base import off_grid
 from reattend.mixers.selecting.low_rank import LowRankMethod
 from reattend.mixers.sparse import SparseAttention
 from reattend.passes.rewrite.sparse_view import View, viewed
@@ -42,8 +43,13 @@ class GuessLesson:
 @torch.no_grad()
 def lesson(
     mixer: SparseAttention, x_ND: Tensor, kv_heads: tuple[int, ...], method: LowRankMethod
-) -> GuessLesson | None:
-    """None: the row is no image of this size."""
-    if len(x_ND) != method.selector.tokens:
-        return None
+) -> GuessLesson:
+    """Of an image.
+
+    Raises:
+        ArgumentError: it has another size.
+    """
+    s = method.selector
+    if len(x_ND) != s.tokens:
+        raise off_grid(s.kind, s.tokens, len(x_ND))
     return GuessLesson(viewed(mixer, x_ND, kv_heads))

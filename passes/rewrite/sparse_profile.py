@@ -104,9 +104,7 @@ def profile(conversion: Conversion, sites: list[Subject], measure: Measure) -> l
             f"no plan reaches kv_density {options.kv_density}",
             where="to: sparse",
             why="the smallest rules hold "
-            + ", ".join(
-                f"{share:.0%} of {n}" for n, share in zip((*lengths, last), least, strict=True)
-            )
+            + ", ".join(f"{share:.1%} of {n}" for n, share in least)
             + " tokens",
             next_step="fewer profile.sinks, longer calibrate.seq_len, or a larger kv_density",
         )

@@ -100,7 +100,7 @@ def stated(config: SparseConfig, at: int) -> dict[str, Any]:
                 f"{density(False)} in prefill, {density(True)} in decoding, at most"
             )
     per_call = [s.kind for s in found if s.depends_on_calls]
-    if per_call:
+    if per_call and core.causal:
         told["depends on how a text is cut into calls"] = ", ".join(dict.fromkeys(per_call))
     return told
 

@@ -91,7 +91,7 @@ def taught(mixer: SparseAttention, texts: list[Tensor] | None, steps: int) -> di
             words = _train(method, lessons, steps, width_of(mixer))
             told = {f"{kind}_{lessons[0].measure}".replace("-", "_"): words}
             apart = [x for x, lesson in made if lesson is not None][-_measured(lessons) :]
-            if (sides := compared(mixer, apart, c.kv_heads, method)) is not None:
+            if (sides := compared(mixer, apart, c, method)) is not None:
                 told |= stated(*sides)
             for name, words in told.items():
                 more = name in found and name != BEHIND
@@ -141,7 +141,7 @@ def _train(method: Learner, lessons: Sequence[Lesson], steps: int, wide: torch.d
     method.load_state_dict(student.state_dict())
     where = "rows not trained on" if len(trained) < len(lessons) else "row trained on"
     after, unit = _mean(student, measured), trained[0].unit
-    return f"{before:.4f} -> {after:.4f} {unit} on {len(measured)} {where}"
+    return f"{before:.4g} -> {after:.4g} {unit} on {len(measured)} {where}"
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 from reattend.errors import ArgumentError
-from reattend.plan_text import nearest
+from reattend.plan_words import nearest
 from reattend.targets.onnx.contrib import Form, group_queries, skip_norms, state_output
 from reattend.targets.onnx.contrib_linear import sum_states
 from reattend.targets.onnx.functions import DOMAIN

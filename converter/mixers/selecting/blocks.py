@@ -86,7 +86,7 @@ class BlocksMethod(Method):
         if s.tile:
             return self._tiles(asked)
         i, _ = asked.positions()
-        region_M = torch.arange(-(-m // s.block), device=i.device).repeat_interleave(s.block)[:m]
+        region_M = torch.arange(m, device=i.device) // s.block
         query, row_N = asked.q_BHNd, torch.arange(len(i), device=i.device)
         if self.attended:
             query = turned(query, -i[:, 0], self.rotary)

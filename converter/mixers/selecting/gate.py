@@ -86,7 +86,7 @@ class GateMethod(Learner):
         allowed = reach(asked.core, i, s.block, regions, m)
         chosen = within(scores.masked_fill(own, float("-inf")), allowed, s, own)
         row_N = torch.arange(len(i), device=i.device)
-        region_M = torch.arange(regions, device=i.device).repeat_interleave(s.block)[:m]
+        region_M = torch.arange(m, device=i.device) // s.block
         each = chosen.repeat_interleave(asked.core.heads // asked.core.kv_heads, 1)
         step = s.block if s.block % 64 == 0 else 0
         return Routes(each, row_N, region_M, asked.first, step, s.block)
