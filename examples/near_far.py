@@ -88,7 +88,7 @@ class Pictures:
 class Videos:
     """Two balls that move, two keys that each flash in one frame; distance in frames."""
 
-    name, grid, steps = "video", (16, 4, 4), 900
+    name, grid, steps = "video", (16, 4, 4), 700
 
     def draw(self, rows: int, generator: torch.Generator) -> Samples:
         """So many videos of 16 frames of 16 x 16 points, whose edges are joined."""

@@ -78,6 +78,10 @@ PATTERNS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
     },
 }
 SHARES = (50, 25)
+NEAR = {
+    "picture": "the shape of a thing in a picture of 16 x 16 tokens",
+    "video": "which way a ball moves in a video of 16 frames of 4 x 4 tokens",
+}
 
 
 def _names() -> list[str]:
@@ -140,7 +144,8 @@ class Field:
         if images:
             plan["calibrate"] = {"tokens": images, "stages": ["layerwise"], "batch_size": BATCH}
         inputs = {"pixels": self.data[0]["pixels"][:2]}
-        return convert(self.model, plan=plan, inputs=inputs, data=self.data).model.eval()
+        data = self.data if images or "finder" in rule else None
+        return convert(self.model, plan=plan, inputs=inputs, data=data).model.eval()
 
     def read(self, model: Any) -> float:
         """The share of all pairs that is read, counted on some samples."""
@@ -234,14 +239,13 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['date']}, {results['device']}; {inputs['held']} samples that were not trained "
         "on. Percent of answers that are right, of four possible ones, asked of tokens (there is "
-        "no class token). near: the shape of a thing in a picture of 16 x 16 tokens, or which way "
-        "a ball moves in a video of 16 frames of 4 x 4 tokens. far: the kind of the key of its "
-        "colour, by the distance to it in tokens or frames. KL and relative error: of the "
-        "answers, against the original's. window: over the tokens in a row. sparsed: the last of "
-        f"{PASSES} passes, over samples from which noise goes away; the blocks are those that the "
-        "third one looked at. trained: every block "
-        f"against the original's own, on {inputs['trained']} samples, which have no answers. The "
-        "originals were trained in "
+        f"no class token). near: {' or '.join(NEAR[field] for field in took)}. far: the kind of "
+        "the key of its colour, by the distance to it in tokens, or frames. KL and relative "
+        "error: of the answers, against the original's. window: over the tokens in a row. "
+        f"sparsed: the last of {PASSES} passes, over samples from which noise goes away; the "
+        "blocks are those that the third one looked at. trained: every block against the "
+        f"original's own, on {inputs['trained']} samples, which have no answers. The originals "
+        "were trained beside other work in "
         + " and ".join(f"{seconds} s ({name})" for name, seconds in took.items())
         + f". Command: `{results['command']}`",
     ]
