@@ -234,6 +234,12 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['kl']:.3f} | {row['error']:.2f} |"
         )
     inputs = results["inputs"]
+    learned = ""
+    if any(row["name"].endswith("trained") for row in rows):
+        learned = (
+            "trained: every block against the original's own, on "
+            f"{inputs['trained']} samples, which have no answers. "
+        )
     took = {row["name"].partition(":")[0]: row["trained_seconds"] for row in rows}
     lines += [
         "",
@@ -243,9 +249,8 @@ def table(results: dict[str, Any]) -> str:
         "the key of its colour, by the distance to it in tokens, or frames. KL and relative "
         "error: of the answers, against the original's. window: over the tokens in a row. "
         f"sparsed: the last of {PASSES} passes, over samples from which noise goes away; the "
-        "blocks are those that the third one looked at. trained: every block against the "
-        f"original's own, on {inputs['trained']} samples, which have no answers. The originals "
-        "were trained beside other work in "
+        f"blocks are those that the third one looked at. {learned}The originals were trained "
+        "beside other work in "
         + " and ".join(f"{seconds} s ({name})" for name, seconds in took.items())
         + f". Command: `{results['command']}`",
     ]
