@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -11,15 +12,31 @@ def densities(model: Any, ids: Any) -> dict[str, float]:
     What is chosen at run time is counted on these rows in one pass; what chooses only while
     decoding is taken to read its budget.
     """
+
+    def run() -> None:
+        for row in ids:
+            model(row[None], use_cache=False)
+
+    return shares(model, ids.shape[1], run)
+
+
+def shares(model: Any, length: int, run: Callable[[], None]) -> dict[str, float]:
+    """As `densities`, of the pairs that the blocks see by themselves, causal or not.
+
+    Args:
+        model: with or without sparse blocks.
+        length: tokens of a row.
+        run: runs the model on the rows that are counted.
+    """
     import torch
 
+    from reattend.mixers.scores import own_pattern
     from reattend.mixers.sparse import SparseAttention
 
-    length = ids.shape[1]
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
-    pairs, full, heads = length * (length + 1) / 2, 0, 0
-    read, counted = 0.0, []
+    full, heads, read, counted = 0, 0, 0.0, []
     for mixer in (m for m in model.modules() if isinstance(m, SparseAttention)):
+        pairs = int(own_pattern(mixer.config.core, i, j).sum())
         for number, c in enumerate(mixer.config.classes):
             heads += len(c.kv_heads)
             full += len(c.kv_heads) * c.pattern.full
@@ -34,9 +51,9 @@ def densities(model: Any, ids: Any) -> dict[str, float]:
                 counted.append(Counted(mixer.selecting[str(number)], c.pattern, len(c.kv_heads)))
     if not heads:
         return {"attention": 1.0, "full_heads": 1.0}
-    with torch.no_grad():
-        for row in ids if counted else ():
-            model(row[None], use_cache=False)
+    if counted:
+        with torch.no_grad():
+            run()
     read += sum(c.finished() for c in counted)
     return {"attention": read / heads, "full_heads": full / heads}
 

@@ -1,0 +1,293 @@
+"""Sparse presets for models without a cache: what they lose on pictures and videos they never saw.
+
+    python examples/sparse_images.py
+
+A small vision transformer and a small video transformer learn questions about near and about far
+tokens (`near_far.py`; a few minutes each, once, the weights are kept outside of the repository).
+Every row converts it anew, sized to read about a half or a quarter of all pairs, which are counted,
+and measures on samples of other seeds; what reads least of a preset also after a short training of
+its blocks (`calibrate`). Every finished row is written at once, so the same command continues after
+an interruption. `--table` prints the Markdown table of an existing file and computes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import campaign
+from read_keys import shares
+
+HELD, COUNTED, TRAINED, BATCH, BATCHES, STEPS = 256, 16, 512, 16, 32, 200
+#: of `sparsed`, over one sample from which noise goes away
+PASSES = 6
+APART = (4, 8)
+#: where the keys of a thing lie: up to 4 tokens or frames away, up to 8, and farther
+SPANS = ("1-4", "5-8", ">8")
+
+
+def blocks(**more: Any) -> dict[str, Any]:
+    """A pattern of chosen blocks."""
+    return {"select": {"kind": "blocks", **more}}
+
+
+def guess(share: float) -> dict[str, Any]:
+    """Sparsifiner as published, but for the share."""
+    return {
+        "select": {"kind": "low-rank", "reduce_channels": 2, "reduce_tokens": 8, "ratio": share}
+    }
+
+
+def vmoba(share: float) -> dict[str, Any]:
+    """VMoBA as published, but for the tiles and the share of similarity."""
+    return blocks(
+        tiles=[[2, 0, 0], [0, 2, 2], [4, 2, 2]], own=True, across="head", topp=share,
+        measure="range",
+    )  # fmt: skip
+
+
+def observed(share: float) -> dict[str, Any]:
+    """SparseD as published, but for the size of blocks and the share."""
+    return {"select": {"kind": "observed", "block": 16, "ratio": share, "skip": 0.2}}
+
+
+#: field -> preset -> patterns that read about a half and a quarter of the pairs
+PATTERNS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
+    "picture": {
+        "window": ({"window": 75}, {"window": 35}),
+        "clear": tuple({"grid": {"radius": r, "norm": "circle"}} for r in (8, 5)),
+        "neighborhood": tuple({"grid": {"radius": r, "norm": "neighborhood"}} for r in (5, 4)),
+        "tile": tuple({"tiles": {"tile": [2, 2], "radius": r}} for r in (3, 2)),
+        "draft": tuple(blocks(tile=[2, 4], queries="pooled", ratio=r) for r in (0.5, 0.25)),
+        "biformer": tuple(blocks(tile=[2, 2], queries="pooled", topk=k) for k in (32, 16)),
+        "sparsifiner": (guess(0.5), guess(0.25)),
+        "sparsed": (observed(0.5), observed(0.25)),
+    },
+    "video": {
+        "window": ({"window": 75}, {"window": 35}),
+        "radial": ({"radial": {"block": 16}},),
+        "tile": tuple({"tiles": {"tile": [1, 4, 1], "radius": r}} for r in (4, 2)),
+        "draft": tuple(blocks(tile=[2, 2, 2], queries="pooled", ratio=r) for r in (0.5, 0.25)),
+        "vmoba": (vmoba(0.5), vmoba(0.25)),
+        "sparsed": (observed(0.5), observed(0.25)),
+    },
+}
+SHARES = (50, 25)
+NEAR = {
+    "picture": "the shape of a thing in a picture of 16 x 16 tokens",
+    "video": "which way a ball moves in a video of 16 frames of 4 x 4 tokens",
+}
+
+
+def _names() -> list[str]:
+    """The rows: what reads least of a preset is also trained."""
+    names = []
+    for field, presets in PATTERNS.items():
+        names.append(f"{field}: original")
+        for number, share in enumerate(SHARES):
+            for preset, found in presets.items():
+                if number < len(found):
+                    names.append(f"{field}: {preset} {share} %")
+                if number + 1 == len(found):
+                    names.append(f"{field}: {preset} {share} %, trained")
+    return names
+
+
+ORDER = _names()
+
+
+class Field:
+    """A trained encoder, what it is measured on and what its blocks may train on."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        import torch
+        from near_far import FIELDS, trained
+
+        self.field = FIELDS[name]
+        self.model, self.seconds = trained(self.field, args.seed, args.weights)
+        draw = torch.Generator().manual_seed(args.seed + 10_000)
+        self.held = self.field.draw(HELD, draw)
+        self.data = [{"pixels": self.field.draw(BATCH, draw).pixels} for _ in range(BATCHES)]
+        self.expected = self.answers(self.model)
+
+    def answers(self, model: Any, passes: int = 1) -> Any:
+        """Logits of the tokens that are asked, in the last pass: the others are over noise."""
+        import torch
+
+        from reattend.denoising import denoising
+
+        draw, parts = torch.Generator().manual_seed(0), []
+        for pixels in self.held.pixels.split(BATCH):
+            noise = torch.randn(pixels.shape, generator=draw)
+            with torch.no_grad(), denoising(model, passes) if passes > 1 else nullcontext():
+                for left in reversed(range(passes)):
+                    got = model(pixels + left / passes * noise)
+            parts.append(got)
+        return torch.cat(parts)[self.held.asked]
+
+    def converted(self, pattern: dict[str, Any], images: int) -> Any:
+        """With this pattern in every block, trained on so many samples."""
+        from reattend import convert
+
+        select = pattern.get("select", {})
+        rule: dict[str, Any] = {"sites": "*", "to": "sparse", "pattern": pattern}
+        if "window" not in pattern and select.get("kind") != "observed":
+            rule["image_grid"] = list(self.field.grid)
+        if select.get("kind") == "low-rank":
+            rule |= {"finder": "gate", "steps": STEPS}
+        plan: dict[str, Any] = {"rules": [rule]}
+        if images:
+            plan["calibrate"] = {"tokens": images, "stages": ["layerwise"], "batch_size": BATCH}
+        inputs = {"pixels": self.data[0]["pixels"][:2]}
+        data = self.data if images or "finder" in rule else None
+        return convert(self.model, plan=plan, inputs=inputs, data=data).model.eval()
+
+    def read(self, model: Any) -> float:
+        """The share of all pairs that is read, counted on some samples."""
+
+        def run() -> None:
+            model(self.held.pixels[:COUNTED])
+
+        return shares(model, math.prod(self.field.grid), run)["attention"]
+
+    def quality(self, model: Any, passes: int = 1) -> dict[str, Any]:
+        """Against the answers, and against the original."""
+        asked, got, want = self.held.asked, self.answers(model, passes), self.expected
+        right = got.argmax(-1) == self.held.answers_BN2[asked]
+        apart = self.held.distance_BN[asked]
+        bins = (apart <= APART[0], (apart > APART[0]) & (apart <= APART[1]), apart > APART[1])
+        p, q = want.log_softmax(-1), got.log_softmax(-1)
+        return {
+            "near": float(right[:, 0].float().mean()),
+            "far": [float(right[inside, 1].float().mean()) for inside in bins],
+            "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+            "error": float((got - want).norm() / want.norm()),
+        }
+
+
+class Campaign:
+    """The fields, trained when first asked for."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.fields: dict[str, Field] = {}
+
+    def inputs(self) -> dict[str, Any]:
+        """What the rows depend on; a results file of other inputs is not continued."""
+        return {"seed": self.args.seed, "held": HELD, "trained": TRAINED}
+
+    def field(self, name: str) -> Field:
+        """Trained."""
+        if name not in self.fields:
+            self.fields[name] = Field(name, self.args)
+        return self.fields[name]
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Convert and measure one row."""
+        begin = time.perf_counter()
+        where, _, what = name.partition(": ")
+        field = self.field(where)
+        found: dict[str, Any] = {"name": name, "trained_seconds": round(field.seconds)}
+        if what == "original":
+            return {**found, "read": 1.0, **field.quality(field.model)}
+        preset, share, *_ = what.split()
+        images = TRAINED if what.endswith("trained") else 0
+        pattern = PATTERNS[where][preset][SHARES.index(int(share))]
+        if preset == "vmoba":
+            pattern = self.sized(field.converted(pattern, 0), field, int(share) / 100)
+        model = field.converted(pattern, images)
+        passes = PASSES if preset == "sparsed" else 1
+        found |= {"pattern": pattern, "read": field.read(model), **field.quality(model, passes)}
+        return {**found, "seconds": round(time.perf_counter() - begin, 1)}
+
+    def sized(self, model: Any, field: Field, share: float) -> dict[str, Any]:
+        """VMoBA's share of similarity that reads this share of the pairs."""
+        from reattend.mixers.sparse import SparseAttention
+
+        low, high = 0.0, 1.0
+        for _ in range(7):
+            middle = (low + high) / 2
+            for mixer in (m for m in model.modules() if isinstance(m, SparseAttention)):
+                given = mixer.config.model_dump()
+                given["classes"][0]["pattern"]["select"]["topp"] = middle
+                mixer.begin(type(mixer.config).model_validate(given))
+            low, high = (middle, high) if field.read(model) < share else (low, middle)
+        return vmoba(round(high, 4))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"| plan | pairs read | near | far, {' / '.join(SPANS)} | KL | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = sorted(results["rows"], key=lambda row: ORDER.index(row["name"]))
+    for row in rows:
+        far = " / ".join(f"{100 * x:.0f}" for x in row["far"])
+        lines.append(
+            f"| {row['name']} | {100 * row['read']:.0f} % | {100 * row['near']:.0f} | {far} "
+            f"| {row['kl']:.3f} | {row['error']:.2f} |"
+        )
+    inputs = results["inputs"]
+    learned = ""
+    if any(row["name"].endswith("trained") for row in rows):
+        learned = (
+            "trained: every block against the original's own, on "
+            f"{inputs['trained']} samples, which have no answers. "
+        )
+    took = {row["name"].partition(":")[0]: row["trained_seconds"] for row in rows}
+    lines += [
+        "",
+        f"{results['date']}, {results['device']}; {inputs['held']} samples that were not trained "
+        "on. Percent of answers that are right, of four possible ones, asked of tokens (there is "
+        f"no class token). near: {' or '.join(NEAR[field] for field in took)}. far: the kind of "
+        "the key of its colour, by the distance to it in tokens, or frames. KL and relative "
+        "error: of the answers, against the original's. window: over the tokens in a row. "
+        f"sparsed: the last of {PASSES} passes, over samples from which noise goes away; the "
+        f"blocks are those that the third one looked at. {learned}The originals were trained "
+        "beside other work in "
+        + " and ".join(f"{seconds} s ({name})" for name, seconds in took.items())
+        + f". Command: `{results['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("examples/results/sparse_images.json"))
+    parser.add_argument("--weights", type=Path, default=Path.home() / ".cache/reattend-near-far",
+                        help="folder that keeps the trained encoders")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of the file")
+    parser.add_argument("--table", action="store_true", help="print the table of the file")
+    parser.add_argument("--only", default="", help="parts of the names wanted, separated by commas")
+    return campaign.run(parser.parse_args(argv), table, _run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Measure the missing rows, writing after each."""
+    subject = Campaign(args)
+    inputs = subject.inputs()
+    results = campaign.earlier(args, inputs)
+    if results is None:
+        return 2
+    results = {
+        "rows": [],
+        **results,
+        "command": f"python examples/sparse_images.py --out {campaign.shown(args.out)} "
+        f"--seed {args.seed}",
+        "device": campaign.device_name("cpu"),
+        "versions": campaign.versions(),
+        "inputs": inputs,
+    }
+    names = sorted(ORDER, key=lambda name: name.endswith("trained"))  # what takes longest is last
+    return campaign.fill(results, names, subject.row, args, table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
