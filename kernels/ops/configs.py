@@ -197,6 +197,10 @@ _H200: Rows = {
     ("latent_decode_wide", 2): _ranks((64, 64, 4, 3), (32, 64, 4, 3, 2), (32, 32, 4, 3, 2)),
     ("latent_decode_tall", 2): _ranks((64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2)),
 }
+# with the rows' addresses the widest spills
+_SM_90["routed_decode", 2] = _H200["attention_decode", 2] | {
+    256: _SM_90["routed_decode", 2][256]
+}
 _GFX942: Rows = {
     ("attention_prefill", 2): _heads((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
     ("attention_decode", 2): _heads((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
