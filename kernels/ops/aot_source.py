@@ -109,7 +109,9 @@ def source_of(form: Form) -> ASTSource:
             signature[name] = "fp32"
         elif name in _DATA or name in _POINTERS:
             kind = "fp32" if name == "y" and "decode" in form.kernel else data
-            signature[name] = "*" + _POINTERS.get(name, kind)
+            chunked = form.kernel in ("linear_state", "linear_read")
+            undivided = name == "state" and chunked and not full  # as exact as what reads it
+            signature[name] = "*" + (data if undivided else _POINTERS.get(name, kind))
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
