@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
@@ -194,14 +196,14 @@ def loss_of(model: nn.Module, samples: Samples) -> Tensor:
 def trained(field: Any, seed: int, folder: Path) -> tuple[Encoder, float]:
     """The encoder of a field and the seconds of its training, which the folder keeps."""
     torch.manual_seed(seed)
-    model, file = Encoder(math.prod(field.grid)), folder / f"{field.name}-{seed}.pt"
+    model, file = Encoder(math.prod(field.grid)), folder / f"{field.name}-{seed}.safetensors"
     if not file.exists():
         seconds = train(model, field, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"weights": model.state_dict(), "seconds": seconds}, file)
-    found = torch.load(file, weights_only=True)
-    model.load_state_dict(found["weights"])
-    return model.eval(), found["seconds"]
+        save_file(model.state_dict(), file, {"seconds": f"{seconds:.0f}"})
+    model.load_state_dict(load_file(file))
+    with safe_open(file, "pt") as opened:
+        return model.eval(), float(opened.metadata()["seconds"])
 
 
 def train(model: nn.Module, field: Any, seed: int) -> float:

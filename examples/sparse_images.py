@@ -3,7 +3,7 @@
     python examples/sparse_images.py
 
 A small vision transformer and a small video transformer learn questions about near and about far
-tokens (`near_far.py`; a few minutes each, once, the weights are kept outside of the repository).
+tokens (`near_far.py`; a few minutes each, where `--weights` has none).
 Every row converts it anew, sized to read about a half or a quarter of all pairs, which are counted,
 and measures on samples of other seeds; what reads least of a preset also after a short training of
 its blocks (`calibrate`). Every finished row is written at once, so the same command continues after
@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ class Field:
 
         self.field = FIELDS[name]
         self.model, self.seconds = trained(self.field, args.seed, args.weights)
+        weights = b"".join(x.numpy().tobytes() for x in self.model.state_dict().values())
+        self.weights = sha256(weights).hexdigest()
         draw = torch.Generator().manual_seed(args.seed + 10_000)
         self.held = self.field.draw(HELD, draw)
         self.data = [{"pixels": self.field.draw(BATCH, draw).pixels} for _ in range(BATCHES)]
@@ -192,7 +195,9 @@ class Campaign:
         begin = time.perf_counter()
         where, _, what = name.partition(": ")
         field = self.field(where)
-        found: dict[str, Any] = {"name": name, "trained_seconds": round(field.seconds)}
+        found: dict[str, Any] = {
+            "name": name, "trained_seconds": round(field.seconds), "weights": field.weights,
+        }  # fmt: skip
         if what == "original":
             return {**found, "read": 1.0, **field.quality(field.model)}
         preset, share, *_ = what.split()
@@ -260,8 +265,8 @@ def table(results: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("examples/results/sparse_images.json"))
-    parser.add_argument("--weights", type=Path, default=Path.home() / ".cache/reattend-near-far",
-                        help="folder that keeps the trained encoders")  # fmt: skip
+    parser.add_argument("--weights", type=Path, default=Path("examples/models/near-far"),
+                        help="folder of the encoders; they are trained where it has none")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="forget the rows of the file")
     parser.add_argument("--table", action="store_true", help="print the table of the file")
