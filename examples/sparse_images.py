@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("examples/results/sparse_images.json"))
     parser.add_argument("--weights", type=Path, default=Path("examples/models/near-far"),
-                        help="folder of the encoders; they are trained where it has none")  # fmt: skip
+                        help="folder of the encoders; trained where it has none")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="forget the rows of the file")
     parser.add_argument("--table", action="store_true", help="print the table of the file")
