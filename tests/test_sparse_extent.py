@@ -145,3 +145,10 @@ def test_single_heads_are_judged_too() -> None:
 )
 def test_words_have_the_sizes_that_count(pattern: dict[str, Any], words: str) -> None:
     assert HeadPattern.model_validate(pattern).words() == words
+
+
+def test_a_column_in_a_window_of_the_block_is_seen_by_those_behind_it() -> None:
+    core = config().core.model_copy(update={"pattern": "sliding", "window": 8})
+    assert not alone(HeadPattern(columns=(0, 9)), 256, core)
+    assert not alone(HeadPattern(columns=(200,)), 256, core)
+    assert alone(HeadPattern(columns=(255,)), 256, core)

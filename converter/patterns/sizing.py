@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.grids import Grid, GridWindow
@@ -35,7 +37,7 @@ def hides(pattern: HeadPattern, length: int, core: CoreConfig) -> bool:
     """Whether some query of so many tokens may not read a key that the block itself shows it."""
     if pattern.full or (pattern.select is not None and pattern.select.covers(length)):
         return False
-    seen, every = pattern.counted(length, core)
+    seen, every = _counted(pattern, length, core)
     return bool((seen < every).any())
 
 
@@ -43,8 +45,21 @@ def alone(pattern: HeadPattern, length: int, core: CoreConfig) -> bool:
     """Whether queries of so many tokens see themselves and nothing else, which the block shows."""
     if pattern.full or pattern.select is not None:
         return False
-    seen, every = pattern.counted(length, core)
+    seen, every = _counted(pattern, length, core)
     return bool((seen <= 1).all() and (every > 1).any())
+
+
+def _counted(pattern: HeadPattern, length: int, core: CoreConfig) -> tuple[Tensor, Tensor]:
+    """`HeadPattern.counted`, of causal blocks in shorter texts too, since it counts the last query.
+
+    In a window of the block's own, a column is seen by the queries close behind it only.
+    """
+    lengths = {length}
+    if core.causal:
+        lengths |= {2**n for n in range(1, 24)} | {c + 2 for c in pattern.columns}
+    counts = [pattern.counted(n, core) for n in sorted(lengths) if n <= length]
+    seen, every = zip(*counts, strict=True)
+    return torch.cat(seen), torch.cat(every)
 
 
 def sized(pattern: HeadPattern, length: int, core: CoreConfig) -> dict[str, Any]:
