@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.grids import Grid, GridWindow
@@ -37,29 +35,28 @@ def hides(pattern: HeadPattern, length: int, core: CoreConfig) -> bool:
     """Whether some query of so many tokens may not read a key that the block itself shows it."""
     if pattern.full or (pattern.select is not None and pattern.select.covers(length)):
         return False
-    seen, every = _counted(pattern, length, core)
-    return bool((seen < every).any())
+    counts = (pattern.counted(n, core) for n in reversed(_lengths(pattern, length, core)))
+    return any(bool((seen < every).any()) for seen, every in counts)
 
 
 def alone(pattern: HeadPattern, length: int, core: CoreConfig) -> bool:
     """Whether queries of so many tokens see themselves and nothing else, which the block shows."""
     if pattern.full or pattern.select is not None:
         return False
-    seen, every = _counted(pattern, length, core)
-    return bool((seen <= 1).all() and (every > 1).any())
+    counts = (pattern.counted(n, core) for n in _lengths(pattern, length, core))
+    if any(bool((seen > 1).any()) for seen, _ in counts):
+        return False
+    return bool((pattern.counted(length, core)[1] > 1).any())
 
 
-def _counted(pattern: HeadPattern, length: int, core: CoreConfig) -> tuple[Tensor, Tensor]:
-    """`HeadPattern.counted`, of causal blocks in shorter texts too, since it counts the last query.
-
-    In a window of the block's own, a column is seen by the queries close behind it only.
+def _lengths(pattern: HeadPattern, length: int, core: CoreConfig) -> list[int]:
+    """Lengths of texts that are asked, ascending: of a causal block the last query is counted, and
+    in a window of the block's own a column is seen by the queries close behind it only.
     """
     lengths = {length}
     if core.causal:
         lengths |= {2**n for n in range(1, 24)} | {c + 2 for c in pattern.columns}
-    counts = [pattern.counted(n, core) for n in sorted(lengths) if n <= length]
-    seen, every = zip(*counts, strict=True)
-    return torch.cat(seen), torch.cat(every)
+    return sorted(n for n in lengths if n <= length)
 
 
 def sized(pattern: HeadPattern, length: int, core: CoreConfig) -> dict[str, Any]:
