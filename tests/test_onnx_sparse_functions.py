@@ -47,7 +47,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def several_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tokens are more than one region of those that read the same rows."""
-    monkeypatch.setattr("reattend.targets.onnx.fragments.RUN", 8)
+    monkeypatch.setattr("reattend.targets.onnx.fragments.TILE", 8)
 
 
 def rows(seed: int = 0) -> list[np.ndarray]:
@@ -199,9 +199,12 @@ PATTERNS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("own", [0, 9])
+@pytest.mark.parametrize(("own", "short"), [(0, 64), (9, 64), (0, 8)])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_any_pattern_over_a_state_of_every_row(name: str, own: int) -> None:
+def test_any_pattern_over_a_state_of_every_row(
+    name: str, own: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reattend.targets.onnx.pattern_body.SHORT", short)
     pattern = HeadPattern(**PATTERNS[name])
     want, real = masked(pattern, own, 0.0)
     q, k, v = rows()

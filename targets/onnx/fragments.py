@@ -55,12 +55,14 @@ _SPAN = """
   start = Cast <to = 7> (kv_start)
   lengths = Cast <to = 7> (kv_len)"""
 
-# scores_any, visible -> weights in the scores' dtype. The softmax is in float32. The mask is added:
-# a Where over all heads takes ONNX Runtime twice as long.
-_SOFTMAX = """
+# visible -> bias
+_BIAS = """
+  bias = Where (visible, shown_score, hidden_score)"""
+# scores_any, bias -> weights in the scores' dtype. The softmax is in float32. The mask is added: a
+# Where over all heads takes ONNX Runtime twice as long.
+_BY_BIAS = """
   scores = Cast <to = 1> (scores_any)
 CAPPED
-  bias = Where (visible, shown_score, hidden_score)
   masked = Add (capped, bias)
   weights_float = Softmax <axis = -1> (masked)
   weights = CastLike (weights_float, scores_any)"""
@@ -171,7 +173,7 @@ MANY_WEIGHTS
 
 #: queries of a region: of fewer more rows are copied, of more each reads more that others chose
 RUN = 128
-#: queries that meet a block of keys together, where each query chooses for itself
+#: queries that meet rows of keys together, one head after another
 TILE = 64
 #: whether they are more than that
 MANY = """
@@ -244,7 +246,7 @@ def either(condition: str, form: str, masked: str) -> str:
 
 def finished(body: str, capped: bool, lifted: bool = True) -> str:
     """The body of a node with what stands for COMMON (or, without states, SIZES), REGIONS, SOFTMAX
-    and MANY_WEIGHTS.
+    (of BIAS and BY_BIAS) and MANY_WEIGHTS.
 
     Args:
         body: with these words on lines of their own.
@@ -254,6 +256,7 @@ def finished(body: str, capped: bool, lifted: bool = True) -> str:
     body = body.replace("COMMON", f"SIZES{_SPAN}")
     body = body.replace("\nSIZES", _SIZES + (CAP if capped else ""))
     body = body.replace("\nREGIONS", _REGIONS).replace("@RUN", str(RUN))
-    body = body.replace("@HALF", str(RUN // 2)).replace("@TILE", str(TILE))
+    body = body.replace("@TILE", str(TILE))
     body = body.replace("MANY_WEIGHTS", _SOFTMAX_OF_MANY if lifted else "SOFTMAX")
-    return body.replace("SOFTMAX", _SOFTMAX).replace("CAPPED", CAPPED if capped else NOT_CAPPED)
+    body = body.replace("SOFTMAX", "BIAS\nBY_BIAS").replace("\nBY_BIAS", _BY_BIAS)
+    return body.replace("\nBIAS", _BIAS).replace("CAPPED", CAPPED if capped else NOT_CAPPED)

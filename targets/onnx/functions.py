@@ -28,7 +28,8 @@ from reattend.targets.onnx.fragments import CAP, CAPPED
 from reattend.targets.onnx.gated_linear_body import GATED, gated_linear_body
 from reattend.targets.onnx.linear_body import linear_body
 from reattend.targets.onnx.linear_features import MAPS
-from reattend.targets.onnx.pattern_body import TERMS, pattern_body
+from reattend.targets.onnx.pattern_body import pattern_body
+from reattend.targets.onnx.pattern_terms import TERMS
 from reattend.targets.onnx.routed_body import NAME as ROUTED
 from reattend.targets.onnx.routed_body import routed_body
 from reattend.targets.onnx.selected_body import SELECTED, selected_body
@@ -203,7 +204,7 @@ class Uses:
     """
 
     rope_may_be_empty: bool = True
-    terms: tuple[str, ...] = TERMS
+    terms: tuple[str, ...] = tuple(TERMS)
     budgets: tuple[str, ...] = tuple(BUDGETS)
     capped: bool = True
     decayed: bool = True

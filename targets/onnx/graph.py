@@ -28,7 +28,7 @@ from reattend.targets.onnx.functions import (
 )
 from reattend.targets.onnx.layout import LayerLayout, StateTensor
 from reattend.targets.onnx.linear_features import MAPS
-from reattend.targets.onnx.pattern_body import TERMS
+from reattend.targets.onnx.pattern_terms import TERMS
 from reattend.targets.onnx.rewriting import attribute
 from reattend.targets.onnx.rotary import fuse_rotary
 from reattend.targets.onnx.selected_choice import BUDGETS
