@@ -238,21 +238,28 @@ _FIRST_SEEN = """
       first_seen = Reshape (first_near, as_first)
       is_sink = Less (number, sinks_int)
       chunk_or_sink = Where (is_sink, chunks, chunk)"""
-_CHUNK_OF_KEY = """
-          chunk_short = Cast <to = 6> (chunk_all)
-          each_query = Concat <axis = 0> (run_c_1, one_1)
-          chunk_of_key = Expand (chunk_short, each_query)"""
+_READS = """
+              first_t = Transpose <perm = [1, 0]> (first_tile)
+              first_of_any = ReduceMin <keepdims = 0> (first_t, axis_1)
+              first_of_row = Gather (first_of_any, chunk_all)
+              is_shown_any = LessOrEqual (first_of_row, key_row)
+              is_before = LessOrEqual (key_row, last_place)
+              is_read = And (is_shown_any, is_before)"""
 _SEEN = """
-              first_of_key = GatherElements <axis = 1> (first_tile, chunk_of_key)
-              is_shown = LessOrEqual (first_of_key, key_row)
-              is_past = LessOrEqual (key_row, place_tile)
-              visible = And (is_shown, is_past)"""
+              chunk_read = Gather (chunk_all, rows)
+              first_read_t = Gather (first_t, chunk_read)
+              row_read_1 = Unsqueeze (row_read, axis_1)
+              place_t = Transpose <perm = [1, 0]> (place_tile)
+              is_shown_t = LessOrEqual (first_read_t, row_read_1)
+              is_past_t = LessOrEqual (row_read_1, place_t)
+              visible_t = And (is_shown_t, is_past_t)
+              visible = Transpose <perm = [1, 0]> (visible_t)"""
 #: several tokens: what they choose; then many, and what few see
 CHOICE_OF_CHUNKS = _ENDS + _PRODUCTS_WITH_SUMS + _CHOSEN
 TILES_OF_CHUNKS = (
     ALL_ROWS
     + _FIRST_SEEN
-    + tiled({"first": "first_seen"}, {"chunk": "chunk_or_sink"}, _SEEN, _CHUNK_OF_KEY)
+    + tiled({"first": "first_seen"}, {"chunk": "chunk_or_sink"}, _READS, _SEEN)
 )
 PICK_OF_CHUNKS = (
     _ENDS

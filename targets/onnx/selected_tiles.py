@@ -1,9 +1,9 @@
-"""Several tokens under a mask, tile by tile, in ONNX's textual syntax.
+"""Several tokens that choose each for itself, tile by tile, in ONNX's textual syntax.
 
-Where neighbours together read most of the text, no rows are gathered for them: they meet every key
-under a mask. A tile of queries of one head at a time does, so its mask and its scores stay in a
-processor's cache from the first product to the second. Letters: B rows, H query heads, G KV heads,
-J query heads of each, N new tokens, M rows of keys, R tiles of c queries, d and e widths.
+A tile of queries of one head gathers the rows that one of them reads, and meets those under a mask:
+mask, rows and scores stay in a processor's cache from the first product to the second. Letters: B
+rows, H query heads, G KV heads, J query heads of each, N new tokens, M rows of keys, K of them that
+a tile reads, R tiles of c queries, d and e widths.
 """
 
 from __future__ import annotations
@@ -45,15 +45,21 @@ _BY_KEY = """
 _TILES = """
       tiles_y = Scan <
         body = of_head (BY_QUERY_head, BY_KEY_all) => (head_y)
-        {OF_HEAD
+        {
           head_y = Scan <
             body = of_tile (BY_QUERY_tile) => (tile_y)
-            {SEEN
+            {
+              last_place = ReduceMax <keepdims = 0> (place_tile)READS
+              rows_1 = NonZero (is_read)
+              rows = Squeeze (rows_1, axis_0)
+              row_read = Gather (key_row, rows)
+              key_read = Gather (key_all, rows)
+              value_read = Gather (value_all, rows)SEEN
               q_scaled = Mul (q_tile, factor)
-              key_t = Transpose <perm = [1, 0]> (key_all)
+              key_t = Transpose <perm = [1, 0]> (key_read)
               scores_any = MatMul (q_scaled, key_t)
 MANY_WEIGHTS
-              tile_y = MatMul (weights, value_all)
+              tile_y = MatMul (weights, value_read)
             },
             num_scan_inputs = QUERY_INPUTS
           > (BY_QUERY_head)
@@ -66,19 +72,17 @@ MANY_WEIGHTS
       several_y = Slice (y_runs, same, n_1, axis_2)"""
 
 
-def tiled(
-    by_query: Mapping[str, str], by_key: Mapping[str, str], seen: str, of_head: str = ""
-) -> str:
-    """Lines for many tokens that read the rows `used_key` and `used_value` [B, G, M, d or e].
+def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], reads: str, seen: str) -> str:
+    """Lines for many tokens that choose from the rows `used_key` and `used_value` [B, G, M, d or e].
 
     These are the tokens `key_number` [M].
 
     Args:
         by_query: under NAME, of which a tile has NAME_tile [c, f], values [B, H, N, f].
         by_key: under NAME, of which a head has NAME_all [M, ...], values [B, G, M, ...].
-        seen: lines that make `visible` [c, M] of a tile from these, from place_tile [c, 1], and
-            from key_row [M], all in 32 bits.
-        of_head: lines that several tiles of a head share; theirs have run_c_1 queries.
+        reads: lines that make `is_read` [M] of a tile from these, from place_tile [c, 1], from
+            its `last_place`, and from key_row [M], all in 32 bits.
+        seen: lines that make `visible` [c, K] from row_read [K], and whatever else at `rows` [K].
     """
     queries = {"place": "place_heads", **by_query}
     keys = {"key": "used_key", "value": "used_value", **by_key}
@@ -92,4 +96,4 @@ def tiled(
     for word, names in (("BY_QUERY", scanned), ("BY_KEY", list(keys))):
         for end in ("heads", "head", "tiles", "tile", "all"):
             scans = scans.replace(f"{word}_{end}", ", ".join(f"{name}_{end}" for name in names))
-    return lines + scans.replace("OF_HEAD", of_head).replace("SEEN", seen)
+    return lines + scans.replace("READS", reads).replace("SEEN", seen)

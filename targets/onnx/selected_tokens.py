@@ -59,12 +59,17 @@ _REACHED = """
       reached_any = Sub (place_more, free)
       reached_short = Cast <to = 6> (reached_any)
       reached = Expand (reached_short, by_heads)"""
+_NEAR = """
+              first_reached = ReduceMin <keepdims = 0> (reached_tile)
+              is_after = GreaterOrEqual (key_row, first_reached)
+              is_before = LessOrEqual (key_row, last_place)
+              is_read = And (is_before, is_after)"""
 _ALL_SEEN = """
-              is_past = LessOrEqual (key_row, place_tile)
-              is_near = GreaterOrEqual (key_row, reached_tile)
+              is_past = LessOrEqual (row_read, place_tile)
+              is_near = GreaterOrEqual (row_read, reached_tile)
               visible = And (is_past, is_near)"""
 #: every key: for many tokens, and for few
-TILES_OF_EVERY = ALL_ROWS + _REACHED + tiled({"reached": "reached"}, {}, _ALL_SEEN)
+TILES_OF_EVERY = ALL_ROWS + _REACHED + tiled({"reached": "reached"}, {}, _NEAR, _ALL_SEEN)
 EVERY = """
       chosen = Equal (place, place)"""
 
@@ -72,6 +77,7 @@ EVERY = """
 # first, so that of equal ones the later is left out, in laps of several times as many as are
 # chosen: as many of them as are to be chosen have a best token above a bound, so above it are all
 # that are chosen, and few others. Of those as many of the least are left out as there are too many.
+# A tile skips what is later than its queries.
 _BOUNDS = """
       forced = Constant <value_int = 0> ()
       total = Gather (lengths, zero)
@@ -81,16 +87,10 @@ BUDGET
       count_most = ReduceMax <keepdims = 0> (count)
       lap_least = Mul (count_most, four)
       laps_any = Div (total, lap_least)
-      laps = Max (laps_any, one)
-      laps_less = Sub (laps, one)
-      total_up = Add (total, laps_less)
-      lap = Div (total_up, laps)
-      laps_1 = Unsqueeze (laps, axis_0)
-      lap_1 = Unsqueeze (lap, axis_0)
-      as_laps = Concat <axis = 0> (others, laps_1, lap_1)
-      lap_rows = Mul (lap, laps)
-      lap_last = Sub (lap_rows, one)
-      key_number = Range (lap_last, minus_one, minus_one)
+      laps_most = Max (laps_any, one)
+      back_rows = Add (total, laps_most)
+      back_first = Sub (back_rows, one)
+      key_number = Range (back_first, minus_one, minus_one)
       row_back = Min (key_number, last_row)
       label_back = Gather <axis = 2> (present_label, row_back)
       used_key = Gather <axis = 2> (present_key, row_back)
@@ -106,20 +106,39 @@ BUDGET
       barely_none = Constant <value_float = 0.5e38> ()
       no_rank = Constant <value_float = 1.0e38> ()"""
 _BEST = """
-              label_t = Transpose <perm = [1, 0]> (label_all)
+              count_tile_most = ReduceMax <keepdims = 0> (count_tile)
+              count_tile_1 = Unsqueeze (count_tile_most, axis_0)
+              last_whole = Cast <to = 7> (last_place)
+              needed = Add (last_whole, one)
+              lap_least_own = Mul (count_tile_most, four)
+              laps_own = Div (needed, lap_least_own)
+              laps_some = Max (laps_own, one)
+              laps = Min (laps_some, laps_most)
+              laps_less = Sub (laps, one)
+              needed_up = Add (needed, laps_less)
+              lap = Div (needed_up, laps)
+              laps_1 = Unsqueeze (laps, axis_0)
+              lap_1 = Unsqueeze (lap, axis_0)
+              as_laps = Concat <axis = 0> (others, laps_1, lap_1)
+              lap_rows = Mul (lap, laps)
+              skipped_rows = Sub (back_rows, lap_rows)
+              skipped_rows_1 = Unsqueeze (skipped_rows, axis_0)
+              back_rows_1 = Unsqueeze (back_rows, axis_0)
+              label = Slice (label_all, skipped_rows_1, back_rows_1, axis_0)
+              rank_row = Slice (key_row, skipped_rows_1, back_rows_1, axis_0)
+              label_t = Transpose <perm = [1, 0]> (label)
               rank_any = MatMul (chooser_tile, label_t)
               rank_scores = Cast <to = 1> (rank_any)
 CAP_RANKS
-              is_later = Less (place_tile, key_row)
-              is_gone = Less (key_row, reached_tile)
+              is_later = Less (place_tile, rank_row)
+              is_gone = Less (rank_row, reached_tile)
               is_out = Or (is_later, is_gone)
               out_byte = Cast <to = 2> (is_out)
               out_rank = DequantizeLinear (out_byte, hidden_score)
               ranked = Add (ranks, out_rank)
               by_lap = Reshape (ranked, as_laps)
               best_of_lap = ReduceMax <keepdims = 0> (by_lap, axis_1)
-              count_tile_most = ReduceMax <keepdims = 0> (count_tile, axis_0)
-              best_values, best_at = TopK <axis = 1, sorted = 0> (best_of_lap, count_tile_most)
+              best_values, best_at = TopK <axis = 1, sorted = 0> (best_of_lap, count_tile_1)
               bound_any = ReduceMin <keepdims = 1> (best_values, axis_1)
               bound = Max (bound_any, barely)
               is_above = GreaterOrEqual (ranked, bound)
@@ -140,12 +159,31 @@ CAP_RANKS
               is_listed = Less (least, barely_none)
               is_kept = And (is_enough, is_listed)
               is_chosen = ScatterElements <axis = 1> (is_above, least_at, is_kept)
-              in_window = GreaterOrEqual (key_row, window_tile)
-              in_sinks = Less (key_row, sinks_short)
+              in_window = GreaterOrEqual (rank_row, window_tile)
+              in_sinks = Less (rank_row, sinks_short)
               is_beside = Or (in_window, in_sinks)
               is_wanted = Or (is_chosen, is_beside)
               is_in = Not (is_out)
-              visible = And (is_wanted, is_in)"""
+              is_seen = And (is_wanted, is_in)
+
+              one_by_c = Concat <axis = 0> (one_1, run_c_1)
+              each_one = ConstantOfShape <value: tensor = float[1] {1.0}> (one_by_c)
+              above_by_any = MatMul (each_one, above_float)
+              above_any = Squeeze (above_by_any, axis_0)
+              is_above_any = Greater (above_any, shown_score)
+              window_first = ReduceMin <keepdims = 0> (window_tile)
+              is_near_any = GreaterOrEqual (rank_row, window_first)
+              is_above_or_near = Or (is_above_any, is_near_any)
+              is_any = Or (is_above_or_near, in_sinks)
+              is_early = LessOrEqual (rank_row, last_place)
+              is_wanted_by_any = And (is_any, is_early)
+              is_skipped = ConstantOfShape <value: tensor = bool[1] {0}> (skipped_rows_1)
+              is_read = Concat <axis = 0> (is_skipped, is_wanted_by_any)"""
+_SEEN_READ = """
+              seen_t = Transpose <perm = [1, 0]> (is_seen)
+              seen_rows = Sub (rows, skipped_rows)
+              seen_read_t = Gather (seen_t, seen_rows)
+              visible = Transpose <perm = [1, 0]> (seen_read_t)"""
 TILES_OF_LABELS = (
     LABEL_OF_QUERY
     + _REACHED
@@ -154,6 +192,7 @@ TILES_OF_LABELS = (
         {"chooser": "chooser", "count": "count_heads", "reached": "reached", "window": "window"},
         {"label": "label_back"},
         _BEST,
+        _SEEN_READ,
     )
 )
 
