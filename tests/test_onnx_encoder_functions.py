@@ -49,6 +49,29 @@ def test_a_mask_is_read(softcap: float, size: int, limit: float) -> None:
         assert np.abs(y - want).max() <= limit
 
 
+@pytest.mark.parametrize("shape", [(B, H, T), (1, 1, T), (B, 1, 1), (1, H, T)])
+def test_tiles_read_what_their_queries_see(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of few rows, of all, and of none: their outputs mean nothing, but are finite."""
+    monkeypatch.setattr("reattend.targets.onnx.fragments.TILE", 8)
+    monkeypatch.setattr("reattend.targets.onnx.encoder_masked.LONG", 16)
+    q, k, v = rows()
+    near = np.abs(np.arange(T)[:, None] - np.arange(T)) < 5
+    near[24:32], near[32:40] = True, False
+    near = near if shape[2] == T else near[5:6]
+    seen = np.random.default_rng(2).random((*shape, T)) < 0.7
+    seen &= near
+    feed = {"q": q, "key": k, "value": v, "seen": seen}
+    rules = {"scale": SCALE, "softcap": 0.0}
+    want = masked_attention(*map(torch.from_numpy, feed.values()), **rules).numpy()
+    meant = np.broadcast_to(seen.any(-1, keepdims=True), (B, H, T, 1))
+    assert meant.any() and (shape[2] == 1 or not meant.all())
+    for (y,) in runs("MaskedAttention", feed, rules, ["y"]):
+        assert np.isfinite(y).all()
+        assert np.abs(np.where(meant, y - want, 0)).max() <= 1e-5
+
+
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize(("sinks", "window"), [(0, 3), (3, 5), (9, 1), (2, 40)])
 def test_sinks_and_a_window_on_both_sides(

@@ -92,8 +92,8 @@ BAND_BODY = f"""
       in_sinks = Less (place_j, s)
       in_either = Or (in_window, in_sinks)
       real_j = GreaterOrEqual (place_j, zero)
-      seen = And (in_either, real_j)
-      visible = Unsqueeze (seen, axis_1)
+      seen_any = And (in_either, real_j)
+      seen = Unsqueeze (seen_any, axis_1)
 MASKED
     }}
   >

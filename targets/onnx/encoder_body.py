@@ -1,10 +1,11 @@
 """The bodies of nodes of models without states, in ONNX's textual syntax.
 
 Which keys are read is said by inputs: what a pattern shows, or what was chosen before in the graph.
-`MaskedAttention` forms every score. The others read, for every region of queries, listed rows:
-`RegionAttention` the same ones in all heads and texts, `ChosenRegionAttention` rows of each head's
-own, and `BandAttention` (`encoder_band.py`) those near in the text. The first two take one region
-after another: scores stay in the processor's cache, and a box reads as many rows as it needs.
+`MaskedAttention` takes any mask (`encoder_masked.py`). The others read, for every region of
+queries, listed rows: `RegionAttention` the same ones in all heads and texts,
+`ChosenRegionAttention` rows of each head's own, and `BandAttention` (`encoder_band.py`) those near
+in the text. The first two take one region after another: scores stay in the processor's cache, and
+a box reads as many rows as it needs.
 Letters: B batch, H query heads, G key/value heads, J = H / G, N queries, M keys, R regions, c
 queries and K keys of a region, d and e widths.
 """
@@ -12,6 +13,7 @@ queries and K keys of a region, d and e widths.
 from __future__ import annotations
 
 from reattend.targets.onnx.encoder_band import BAND, BAND_BODY
+from reattend.targets.onnx.encoder_masked import masked
 from reattend.targets.onnx.fragments import OWN_ROWS, every_score, finished
 
 _START = """NAME <scale: float, softcap: floatMORE>
@@ -19,12 +21,6 @@ _START = """NAME <scale: float, softcap: floatMORE>
 {
 SIZES
 """
-
-_SEEN = """
-  visible = Identity (seen)
-MASKED
-  y = Identity (masked_y)
-}"""
 
 # a span [3]: where a region's rows begin and end among key_rows, and where its mask begins in seen
 _REGIONS = """
@@ -88,7 +84,7 @@ ENCODER = {
 #: attributes of a node beside scale and softcap, whole numbers
 WHOLE = {BAND: ("sinks", "window")}
 _BODIES = {
-    "MaskedAttention": _SEEN,
+    "MaskedAttention": "MASKED\n  y = Identity (masked_y)\n}",
     "RegionAttention": _REGIONS + _END,
     "ChosenRegionAttention": _CHOSEN + _END,
     BAND: BAND_BODY,
@@ -104,7 +100,7 @@ def encoder_body(name: str, capped: bool = True) -> str:
     """
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
     start = start.replace("MORE", "".join(f", {x}: int" for x in WHOLE.get(name, ())))
-    body = _BODIES[name].replace("\nMASKED", every_score("key", "value", "masked_y"))
+    body = _BODIES[name].replace("MASKED", masked())
     one = every_score("read_key", "read_value", "y_region", query="own_q", many="c_1")
     body = body.replace("\nOF_REGION", one)
     return finished(start + body, capped)
