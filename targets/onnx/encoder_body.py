@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from reattend.targets.onnx.encoder_band import BAND, BAND_BODY
 from reattend.targets.onnx.encoder_masked import masked
-from reattend.targets.onnx.fragments import OWN_ROWS, every_score, finished
+from reattend.targets.onnx.fragments import OWN_ROWS, finished
 
 _START = """NAME <scale: float, softcap: floatMORE>
 (INPUTS) => (y)
@@ -22,11 +22,30 @@ _START = """NAME <scale: float, softcap: floatMORE>
 SIZES
 """
 
-# a span [3]: where a region's rows begin and end among key_rows, and where its mask begins in seen
+# a span [3]: where a region's rows begin and end among key_rows, and where its mask begins in seen.
+# Scanned by region [R, ...], and inside by KV head [B G, ...].
 _REGIONS = """
   c_1 = Shape <start = 1, end = 2> (query_rows)
   two = Constant <value_ints = [2]> ()
   three = Constant <value_ints = [3]> ()
+  batch_1 = Shape <start = 0, end = 1> (q)
+  heads_1 = Shape <start = 1, end = 2> (q)
+  q_sizes = Shape <start = 2> (q)
+  key_sizes = Shape <start = 2> (key)
+  value_sizes = Shape <start = 2> (value)
+  width_1 = Shape <start = 3, end = 4> (q)
+  value_width_1 = Shape <start = 3, end = 4> (value)
+  pairs_1 = Mul (batch_1, g)
+  as_q_pairs = Concat <axis = 0> (pairs_1, others, q_sizes)
+  as_key_pairs = Concat <axis = 0> (pairs_1, key_sizes)
+  as_value_pairs = Concat <axis = 0> (pairs_1, value_sizes)
+  q_factored = Mul (q, factor)
+  q_pairs = Reshape (q_factored, as_q_pairs)
+  key_pairs = Reshape (key, as_key_pairs)
+  value_pairs = Reshape (value, as_value_pairs)
+  as_q_rows = Concat <axis = 0> (others, width_1)
+  as_y_pair = Concat <axis = 0> (others, c_1, value_width_1)
+  as_y_region = Concat <axis = 0> (batch_1, heads_1, c_1, value_width_1)
   y_first = Scan <
     body = of_a_region (int64[c] own_queries, int64[s] span) => (y_region)
     {
@@ -40,10 +59,27 @@ _REGIONS = """
       seen_flat = Slice (seen, seen_from, seen_until)
       by_query = Concat <axis = 0> (c_1, own_many)
       visible = Reshape (seen_flat, by_query)
-      own_q = Gather <axis = 2> (q, own_queries)
-      read_key = Gather <axis = 2> (key, own_rows)
-      read_value = Gather <axis = 2> (value, own_rows)
-OF_REGION
+MANY_BIAS
+      as_scores = Concat <axis = 0> (others, by_query)
+      as_weights = Concat <axis = 0> (others, own_many)
+      y_of_pairs = Scan <
+        body = of_a_pair (pair_q, pair_key, pair_value) => (y_pair)
+        {
+          own_q = Gather <axis = 1> (pair_q, own_queries)
+          read_key = Gather (pair_key, own_rows)
+          read_value = Gather (pair_value, own_rows)
+          q_rows = Reshape (own_q, as_q_rows)
+          key_t = Transpose <perm = [1, 0]> (read_key)
+          score_rows = MatMul (q_rows, key_t)
+          scores_any = Reshape (score_rows, as_scores)
+MANY_BY_BIAS
+          weight_rows = Reshape (weights, as_weights)
+          y_rows = MatMul (weight_rows, read_value)
+          y_pair = Reshape (y_rows, as_y_pair)
+        },
+        num_scan_inputs = 3
+      > (q_pairs, key_pairs, value_pairs)
+      y_region = Reshape (y_of_pairs, as_y_region)
     },
     num_scan_inputs = 2
   > (query_rows, spans)"""
@@ -101,6 +137,4 @@ def encoder_body(name: str, capped: bool = True) -> str:
     start = _START.replace("NAME", name).replace("INPUTS", ", ".join(ENCODER[name]))
     start = start.replace("MORE", "".join(f", {x}: int" for x in WHOLE.get(name, ())))
     body = _BODIES[name].replace("MASKED", masked())
-    one = every_score("read_key", "read_value", "y_region", query="own_q", many="c_1")
-    body = body.replace("\nOF_REGION", one)
     return finished(start + body, capped)

@@ -28,7 +28,7 @@ _BOXES: dict[int, tuple[tuple[int, ...], ...]] = {
 #: reading a row costs as much as so many queries that look at it
 _READING = 12
 #: a region costs as much besides as so many pairs
-_STARTING = 800
+_STARTING = 8000
 #: share of all pairs, all that included, above which a mask is as fast
 _PAYS = 0.9
 

@@ -67,16 +67,17 @@ CAPPED
   weights_float = Softmax <axis = -1> (masked)
   weights = CastLike (weights_float, scores_any)"""
 
-# The same for many queries. What is hidden is lifted to 64 below a query's highest score: a weight
-# of 1e-28, nothing beside its sum of 1, and no exponential that underflows. A processor may take 14
-# times as long over those (vectors of numbers below 1e-38). A byte becomes 0 or the hidden score
-# several times as fast as by a Where.
-_SOFTMAX_OF_MANY = """
-  scores = Cast <to = 1> (scores_any)
-CAPPED
+# The same for many queries. A byte becomes 0 or the hidden score several times as fast as by Where.
+_LIFTED_BIAS = """
   is_hidden_score = Not (visible)
   hidden_byte = Cast <to = 2> (is_hidden_score)
-  bias = DequantizeLinear (hidden_byte, hidden_score)
+  bias = DequantizeLinear (hidden_byte, hidden_score)"""
+# What is hidden is lifted to 64 below a query's highest score: a weight of 1e-28, nothing beside
+# its sum of 1, and no exponential that underflows. A processor may take 14 times as long over those
+# (vectors of numbers below 1e-38).
+_LIFTED_BY_BIAS = """
+  scores = Cast <to = 1> (scores_any)
+CAPPED
   masked = Add (capped, bias)
   far_below = Constant <value_float = 64.0> ()
   most_score = ReduceMax <keepdims = 1> (masked, others)
@@ -246,7 +247,7 @@ def either(condition: str, form: str, masked: str) -> str:
 
 def finished(body: str, capped: bool, lifted: bool = True) -> str:
     """The body of a node with what stands for COMMON (or, without states, SIZES), REGIONS, SOFTMAX
-    (of BIAS and BY_BIAS) and MANY_WEIGHTS.
+    (of BIAS and BY_BIAS) and MANY_WEIGHTS (of MANY_BIAS and MANY_BY_BIAS).
 
     Args:
         body: with these words on lines of their own.
@@ -257,6 +258,7 @@ def finished(body: str, capped: bool, lifted: bool = True) -> str:
     body = body.replace("\nSIZES", _SIZES + (CAP if capped else ""))
     body = body.replace("\nREGIONS", _REGIONS).replace("@RUN", str(RUN))
     body = body.replace("@TILE", str(TILE))
-    body = body.replace("MANY_WEIGHTS", _SOFTMAX_OF_MANY if lifted else "SOFTMAX")
+    body = body.replace("MANY_WEIGHTS", "MANY_BIAS\nMANY_BY_BIAS" if lifted else "SOFTMAX")
+    body = body.replace("\nMANY_BIAS", _LIFTED_BIAS).replace("\nMANY_BY_BIAS", _LIFTED_BY_BIAS)
     body = body.replace("SOFTMAX", "BIAS\nBY_BIAS").replace("\nBY_BIAS", _BY_BIAS)
     return body.replace("\nBIAS", _BIAS).replace("CAPPED", CAPPED if capped else NOT_CAPPED)

@@ -73,7 +73,7 @@ MANY_WEIGHTS
 
 
 def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], reads: str, seen: str) -> str:
-    """Lines for many tokens that choose from the rows `used_key` and `used_value` [B, G, M, d or e].
+    """Lines for many tokens that choose from `used_key` and `used_value` [B, G, M, d or e].
 
     These are the tokens `key_number` [M].
 
