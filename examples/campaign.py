@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,23 @@ def opened(args: argparse.Namespace) -> tuple[Any, Any]:
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     return model.to(args.device).eval(), AutoTokenizer.from_pretrained(args.model)
+
+
+def asked(model: Any, name: str, length: int) -> Any:
+    """How a row asks its model, as a `Yardstick`: token by token if its name says `decoded`.
+
+    Args:
+        model: of the row.
+        name: of the row.
+        length: tokens of a text.
+    """
+    from reattend.verify.scoring import cached_scorer
+    from reattend.verify.yardsticks import original
+
+    found = original(model, context=length)
+    if not name.endswith("decoded"):
+        return found
+    return replace(found, scorer=cached_scorer(model, chunk=1))
 
 
 def command(script: str, args: argparse.Namespace) -> list[str]:

@@ -160,10 +160,15 @@ class Block(nn.Module):
             linear(normed).view(b, n, HEADS, WIDTH // HEADS).transpose(1, 2)
             for linear in (self.q, self.k, self.v)
         )
+        q, k = self.turned(q), self.turned(k)
         seen = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, WIDTH)
         x_BND = x_BND + self.o(seen)
         more: Tensor = self.down(gelu(self.up(self.second_norm(x_BND))))
         return x_BND + more
+
+    def turned(self, x_BHNd: Tensor) -> Tensor:
+        """Queries or keys by their places: here as they are."""
+        return x_BHNd
 
 
 class Encoder(nn.Module):
@@ -196,9 +201,21 @@ def loss_of(model: nn.Module, samples: Samples) -> Tensor:
 def trained(field: Any, seed: int, folder: Path) -> tuple[Encoder, float]:
     """The encoder of a field and the seconds of its training, which the folder keeps."""
     torch.manual_seed(seed)
-    model, file = Encoder(math.prod(field.grid)), folder / f"{field.name}-{seed}.safetensors"
+    return kept(Encoder(math.prod(field.grid)), loss_of, field, seed, folder)
+
+
+def kept(model: Any, loss: Any, field: Any, seed: int, folder: Path) -> tuple[Any, float]:
+    """A model, trained where the folder does not have it, and the seconds that took.
+
+    Args:
+        model: untrained.
+        loss: (model, samples) -> nats.
+        field: what draws the samples, and names the file.
+        seed, folder: of the training; where weights are kept.
+    """
+    file = folder / f"{field.name}-{seed}.safetensors"
     if not file.exists():
-        seconds = train(model, field, seed)
+        seconds = train(model, loss, field, seed)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), file, {"seconds": f"{seconds:.0f}"})
     model.load_state_dict(load_file(file))
@@ -206,7 +223,7 @@ def trained(field: Any, seed: int, folder: Path) -> tuple[Encoder, float]:
         return model.eval(), float(opened.metadata()["seconds"])
 
 
-def train(model: nn.Module, field: Any, seed: int) -> float:
+def train(model: nn.Module, loss_of: Any, field: Any, seed: int) -> float:
     """Every step another batch; the seconds it took."""
     generator, begin = torch.Generator().manual_seed(seed + 1), time.perf_counter()
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers")]

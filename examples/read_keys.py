@@ -6,6 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 
+def noted(share: float, length: int, layers: int, at: int = 0) -> dict[str, Any]:
+    """TidalDecode's pattern where one layer chooses for all behind it, sized to read a share.
+
+    Args:
+        share: of the causal pairs of a decoded text, of which the layer and those before it read
+            all of their own.
+        length: tokens of the text.
+        layers: of the model.
+        at: number of the layer that chooses.
+    """
+    others = (layers * share - at - 1) / (layers - at - 1)
+    topk = round((1 - (1 - others) ** 0.5) * length)
+    return {"select": {"kind": "recorded", "at": [at], "topk": topk}}
+
+
 def densities(model: Any, ids: Any) -> dict[str, float]:
     """Shares of the causal pairs that are attended to, and of the KV heads that see every key.
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import campaign
 import recall_distance
-from read_keys import densities
+from read_keys import densities, noted
 
 STATISTICS_TOKENS, SINKS, STEPS = 16_384, 4, 60
 SHARES = (0.5, 0.25)
@@ -44,22 +43,21 @@ ORDER = (
 )
 
 
-def options(name: str, length: int, heads: int) -> dict[str, Any]:
+def options(name: str, length: int, heads: int, layers: int) -> dict[str, Any]:
     """The options of `to: sparse` for a row of the table: presets, sized for this length.
 
     Args:
         name: from `ORDER`.
         length: tokens of a text.
         heads: KV heads of all layers.
+        layers: of the model.
     """
     method, _, percent = name.partition(" ")
     if method == "tidal,":  # as published, the first two layers read everything
         return {"pattern": {"select": {"kind": "recorded", "at": [1], "topk": length // 4}}}
     share = float(percent.split()[0]) / 100
-    if method == "tidal":  # the first of four layers alone, a quarter of all pairs
-        others = (4 * share - 1) / 3
-        topk = round((1 - (1 - others) ** 0.5) * length)
-        return {"pattern": {"select": {"kind": "recorded", "at": [0], "topk": topk}}}
+    if method == "tidal":
+        return {"pattern": noted(share, length, layers)}
     window = round(share * length)
     if method in CHOOSING:
         return choosing(method, share, length)
@@ -151,19 +149,14 @@ class Campaign:
 
     def row(self, name: str) -> dict[str, Any]:
         """Convert and measure one row."""
-        from reattend.verify.scoring import cached_scorer
-        from reattend.verify.yardsticks import original
-
-        length, config = self.args.tokens, self.model.config
-        heads = config.num_hidden_layers * config.num_key_value_heads
-        given = {} if name == "original" else options(name, length, heads)
+        length, layers = self.args.tokens, self.model.config.num_hidden_layers
+        heads = layers * self.model.config.num_key_value_heads
+        given = {} if name == "original" else options(name, length, heads, layers)
         begin = time.perf_counter()
         model = self._converted(given) if given else self.model
         seconds = time.perf_counter() - begin
-        asked = original(model, context=length)
-        if name.endswith("decoded"):
-            asked = replace(asked, scorer=cached_scorer(model, chunk=1))
-        whole = original(self.model, context=length).cache_bytes_per_token
+        asked = campaign.asked(model, name, length)
+        whole = campaign.asked(self.model, "original", length).cache_bytes_per_token
         quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
         recall = {
             kind: recall_distance.accuracy(

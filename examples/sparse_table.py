@@ -3,8 +3,9 @@
     python examples/sparse_table.py --out examples/results/sparse_table.json
 
 Every row holds about the same share of the cache as its neighbours of the same share, counted on
-a real cache after 512 tokens. Heads are chosen on `calibration.txt`; held-out text is only measured
-on. Every finished row is written at once, so the same command continues after an interruption.
+a real cache after 512 tokens; `tidal` keeps every row and reads about that share, token by token.
+Heads are chosen on `calibration.txt`; held-out text is only measured on. Every finished row is
+written at once, so the same command continues after an interruption.
 `--table` prints the Markdown table of an existing file and computes nothing.
 """
 
@@ -16,8 +17,9 @@ import time
 from typing import Any
 
 import campaign
+from read_keys import densities, noted
 
-TOKENS, STATISTICS_TOKENS = 512, 16_384
+TOKENS, STATISTICS_TOKENS, LAYERS = 512, 16_384, 6
 #: name -> options of `to: sparse`; the shares are those of a cache of 512 tokens
 ROWS: dict[str, dict[str, Any]] = {
     "sinks + window 50 %": {"pattern": {"sinks": 4, "window": 252}},
@@ -28,6 +30,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "s2 25 %": {"pattern": {"window": 64, "stride": {"period": 7, "block": 16}}},
     "head-sparse 25 %": {"pattern": {"sinks": 4, "window": 44}, "keep_full": 2 / 12},
     "power, whole cache": {"pattern": {"sinks": 4, "window": 32, "powers": {"block": 16}}},
+    "tidal 50 % read, decoded": {"pattern": noted(0.50, TOKENS, LAYERS)},
+    "tidal 50 % read, second layer chooses, decoded": {"pattern": noted(0.50, TOKENS, LAYERS, 1)},
+    "tidal 25 % read, decoded": {"pattern": noted(0.25, TOKENS, LAYERS)},
 }
 
 
@@ -58,19 +63,18 @@ class Campaign:
 
     def row(self, name: str) -> dict[str, Any]:
         """Convert and measure one row."""
-        from reattend.verify.yardsticks import original
-
         begin = time.perf_counter()
         model = self.model if name == "original" else self._converted(ROWS[name])
         seconds = time.perf_counter() - begin
-        asked = original(model, context=TOKENS)
-        self.whole = original(self.model, context=TOKENS).cache_bytes_per_token
+        asked = campaign.asked(model, name, TOKENS)
+        whole = campaign.asked(self.model, "original", TOKENS).cache_bytes_per_token
         quality = asked.measure(self.text, teacher=self.model, with_recall=False).to_dict()
         recall = {k: v.to_dict() for k, v in asked.recall(self.text, seed=self.args.seed).items()}
         return {
             "name": name, "options": ROWS.get(name), "seconds": round(seconds, 1),
             "cache_bytes_per_token": asked.cache_bytes_per_token,
-            "share": asked.cache_bytes_per_token / self.whole,
+            "share": asked.cache_bytes_per_token / whole,
+            "read": densities(model, self.text.packed[0][:4])["attention"],
             **quality, "recall": recall,
         }  # fmt: skip
 
@@ -87,23 +91,26 @@ class Campaign:
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| heads see | cache after 512 tokens | perplexity | KL | copy: right (nats) "
+        "| heads see | cache after 512 tokens | pairs read | perplexity | KL | copy: right (nats) "
         "| passkey: right (gain) | several keys: right (gain) |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     order = ["original", *ROWS]
     for row in sorted(results["rows"], key=lambda row: order.index(row["name"])):
         lines.append(
-            f"| {row['name']} | {100 * row['share']:.1f} % | {row['perplexity']:.2f} "
-            f"| {row['kl']:.4f} | {campaign.recall_cells(row['recall'])}"
+            f"| {row['name']} | {100 * row['share']:.1f} % | {100 * row['read']:.0f} % "
+            f"| {row['perplexity']:.2f} | {row['kl']:.4f} | {campaign.recall_cells(row['recall'])}"
         )
     lines += [
         "",
         f"{results['model']}, {results['date']}, {results['device']}, no training; "
         f"{results['inputs']['rows']} x {TOKENS} held-out tokens. Shares are counted on a real "
-        "cache; `power` reads fewer keys and keeps all. `head-sparse` chooses the heads that stay "
-        f"full on {STATISTICS_TOKENS:,} tokens of calibration.txt. Gain: nats per key token over "
-        f"the same key never shown. Command: `{results['command']}`",
+        "cache; pairs of a token and a key are those of a text of as many tokens; `power` and "
+        "`tidal` read fewer keys and keep all. `decoded`: token by token, where the first of six "
+        "layers, or the first two, read everything, and the last of these notes the tokens that "
+        "the layers behind it read; all other rows in one pass. `head-sparse` chooses the heads "
+        f"that stay full on {STATISTICS_TOKENS:,} tokens of calibration.txt. Gain: nats per key "
+        f"token over the same key never shown. Command: `{results['command']}`",
     ]
     return "\n".join(lines)
 

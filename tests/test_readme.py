@@ -92,6 +92,7 @@ def script(name):
         ("sparse", "sparse_table", "sparse_table", "README.md"),
         ("sparse-recall", "sparse_recall", "sparse_recall", "README.md"),
         ("sparse-images", "sparse_images", "sparse_images", "README.md"),
+        ("sparse-diffusion", "sparse_diffusion", "sparse_diffusion", "README.md"),
         ("linear", "linear_table", "linear_table", "README.md"),
         ("linear-images", "linear_images", "linear_images", "docs/math/linear.md"),
         ("gate", "gate_table", "gate_table", "docs/math/sparse.md"),
