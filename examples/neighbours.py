@@ -2,9 +2,10 @@
 
     python examples/neighbours.py --model examples/models/pycode-gqa
 
-A row of 512 tokens of the model's calibration text, a quarter of the keys each, blocks of 16; the
-last 256 queries count. Printed: the share of the keys before a block of 1, 16 or 64 queries that
-some query of the block has chosen, mean over heads and layers. A gather for it reads that share.
+A row of 512 tokens of the model's calibration text, a quarter of the keys each where a name does
+not say else, blocks of 16; the last 256 queries count. Printed: the share of the keys before a
+block of 1, 16 or 64 queries that some query of the block has chosen, mean over heads and layers. A
+gather for it reads that share.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "seer": {"kind": "gate", "block": 16, "gate_dim": 32, "ratio": 0.25},
     "dhsa": {"kind": "segments", "local": 32, "ratio": 0.25},
     "dma": {"kind": "values", "ratio": 0.25},
-}
+    "double-sparsity, a sixteenth": {
+        "kind": "channels", "share": 1 / 8, "ratio": 1 / 16, "phase": "both",
+    },
+}  # fmt: skip
 BLOCKS, TOKENS, STEPS = (1, 16, 64), 512, 30
 
 

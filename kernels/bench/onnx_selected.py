@@ -1,4 +1,5 @@
-"""Nodes whose heads choose keys at run time against dense ones, on a CPU: one token, or 512.
+"""Nodes whose heads choose keys at run time against dense ones, on a CPU: one token, 512, or a
+prompt.
 
     python kernels/bench/onnx_selected.py --out kernels/bench/results/onnx_selected.json
 
@@ -87,10 +88,17 @@ MINFERENCE = {"kind": "vertical-slash", "columns": 438, "slashes": 100}
 SCATTERED = {"kind": "vertical-slash", "columns": 100, "slashes": 800}
 LINES = {"minference": MINFERENCE, "minference, 800 diagonals": SCATTERED}
 ALL_LABELS = {**LABELS, "phase": "both"}  # by the plan prompts are dense
-PROMPTS = tuple(
-    Case(f"{name}: 512 new on 3584, {kv_heads} KV heads", 4096, kv_heads, select, 512)
-    for name, select in {"draft": DRAFT, **PLANS, **LINES, "double-sparsity": ALL_LABELS}.items()
-    for kv_heads in (8, 2)
+IN_PROMPTS = {"draft": DRAFT, **PLANS, **LINES, "double-sparsity": ALL_LABELS}
+PROMPTS = (
+    *(
+        Case(f"{name}: 512 new on 3584, {kv_heads} KV heads", 4096, kv_heads, select, 512)
+        for name, select in IN_PROMPTS.items()
+        for kv_heads in (8, 2)
+    ),
+    *(
+        Case(f"{name}: prompt of 4096", 4096, 8, select, 4096)
+        for name, select in IN_PROMPTS.items()
+    ),
 )
 
 

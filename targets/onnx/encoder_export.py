@@ -32,7 +32,8 @@ from reattend.targets.onnx.verify import LIMITS, passed
 
 #: what is saved by each node
 _SAVES = {
-    "MaskedAttention": "nothing: every score is formed, under a mask",
+    "MaskedAttention": "reads and arithmetic of more than 512 tokens: 64 neighbours read the rows "
+    "that one of them sees, where those are less than three quarters of all",
     "RegionAttention": "reads and arithmetic: boxes of queries read the rows that they see",
     "BandAttention": "reads and arithmetic: what is near is read, in texts not padded on the left",
     "ChosenRegionAttention": "reads and arithmetic: tiles of queries read the tiles they chose",

@@ -34,7 +34,8 @@ _KNOWN: dict[type[Selector], set[str]] = {
 }  # fmt: skip
 #: what is saved, by the calls in which a selector acts
 _SAVES = {
-    "both": "reads while decoding: the rows that are chosen; prompts read every key",
+    "both": "reads: the rows that are chosen, in prompts those that one of 64 neighbours chose; "
+    "ranking reads every label",
     "decode": "reads while decoding: the rows that are chosen; prompts are dense",
 }
 #: nodes whose blocks of keys meet the queries that chose them
@@ -51,8 +52,9 @@ _OTHER = {
         "reads: the rows that are chosen, in prompts by queries that chose a "
         "block together, unless sinks or a window are seen beside",
     ),
-    "SegmentsAttention": "reads of values while decoding: those of rows that are chosen; ranking "
-    "chunks reads every key, and so do prompts; on a CPU both take longer than a dense layer",
+    "SegmentsAttention": "reads: of values the rows that are chosen, in prompts of both those that "
+    "one of 64 neighbours chose; ranking chunks reads every key, and on a CPU decoding takes longer "
+    "than a dense layer",
 }
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU
