@@ -53,8 +53,8 @@ _OTHER = {
         "block together, unless sinks or a window are seen beside",
     ),
     "SegmentsAttention": "reads: of values the rows that are chosen, in prompts of both those that "
-    "one of 64 neighbours chose; ranking chunks reads every key, and on a CPU decoding takes longer "
-    "than a dense layer",
+    "one of 64 neighbours chose; ranking chunks reads every key, and on a CPU decoding takes "
+    "longer than a dense layer",
 }
 #: tokens of the longest text that an export is checked with on account of a selector; torch attends
 #: to it densely, on one CPU
