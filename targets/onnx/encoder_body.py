@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from reattend.targets.onnx.encoder_band import BAND, BAND_BODY
 from reattend.targets.onnx.encoder_masked import masked
-from reattend.targets.onnx.fragments import OWN_ROWS, finished
+from reattend.targets.onnx.fragments import OWN_ROWS, ROWS_OF_HEAD, finished
 
 _START = """NAME <scale: float, softcap: floatMORE>
 (INPUTS) => (y)
@@ -43,8 +43,8 @@ _REGIONS = """
   q_pairs = Reshape (q_factored, as_q_pairs)
   key_pairs = Reshape (key, as_key_pairs)
   value_pairs = Reshape (value, as_value_pairs)
-  as_q_rows = Concat <axis = 0> (others, width_1)
-  as_y_pair = Concat <axis = 0> (others, c_1, value_width_1)
+  q_flat = Concat <axis = 0> (others, width_1)
+  as_y_head = Concat <axis = 0> (others, c_1, value_width_1)
   as_y_region = Concat <axis = 0> (batch_1, heads_1, c_1, value_width_1)
   y_first = Scan <
     body = of_a_region (int64[c] own_queries, int64[s] span) => (y_region)
@@ -52,7 +52,7 @@ _REGIONS = """
       rows_from = Slice (span, axis_0, axis_1)
       rows_until = Slice (span, axis_1, two)
       seen_from = Slice (span, two, three)
-      own_rows = Slice (key_rows, rows_from, rows_until)
+      rows = Slice (key_rows, rows_from, rows_until)
       own_many = Sub (rows_until, rows_from)
       seen_many = Mul (own_many, c_1)
       seen_until = Add (seen_from, seen_many)
@@ -63,26 +63,16 @@ MANY_BIAS
       as_scores = Concat <axis = 0> (others, by_query)
       as_weights = Concat <axis = 0> (others, own_many)
       y_of_pairs = Scan <
-        body = of_a_pair (pair_q, pair_key, pair_value) => (y_pair)
+        body = of_a_pair (pair_q, head_key, head_value) => (head_y)
         {
-          own_q = Gather <axis = 1> (pair_q, own_queries)
-          read_key = Gather (pair_key, own_rows)
-          read_value = Gather (pair_value, own_rows)
-          q_rows = Reshape (own_q, as_q_rows)
-          key_t = Transpose <perm = [1, 0]> (read_key)
-          score_rows = MatMul (q_rows, key_t)
-          scores_any = Reshape (score_rows, as_scores)
-MANY_BY_BIAS
-          weight_rows = Reshape (weights, as_weights)
-          y_rows = MatMul (weight_rows, read_value)
-          y_pair = Reshape (y_rows, as_y_pair)
+          head_q = Gather <axis = 1> (pair_q, own_queries)HEAD
         },
         num_scan_inputs = 3
       > (q_pairs, key_pairs, value_pairs)
       y_region = Reshape (y_of_pairs, as_y_region)
     },
     num_scan_inputs = 2
-  > (query_rows, spans)"""
+  > (query_rows, spans)""".replace("HEAD", ROWS_OF_HEAD.replace("HOW", "MANY_BY_BIAS"))
 
 _CHOSEN = f"""
   rows_first = Transpose <perm = [2, 0, 1, 3]> (key_rows)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from reattend.targets.onnx.fragments import RUNS, every_score, finished
+from reattend.targets.onnx.fragments import ROWS_OF_HEAD, RUNS, every_score, finished
 from reattend.targets.onnx.pattern_terms import TERMS
 
 #: rows of a state up to which a call of few queries is quicker in one piece
@@ -128,17 +128,7 @@ BIAS
               as_weights = Concat <axis = 0> (others, rows_many)
               region_y = Scan <
                 body = of_head (head_q, head_key, head_value) => (head_y)
-                {{
-                  read_key = Gather (head_key, rows)
-                  read_value = Gather (head_value, rows)
-                  q_one = Reshape (head_q, q_flat)
-                  key_t = Transpose <perm = [1, 0]> (read_key)
-                  scores_one = MatMul (q_one, key_t)
-                  scores_any = Reshape (scores_one, as_scores)
-BY_BIAS
-                  weights_one = Reshape (weights, as_weights)
-                  y_one = MatMul (weights_one, read_value)
-                  head_y = Reshape (y_one, as_y_head)
+                {{{ROWS_OF_HEAD.replace("HOW", "BY_BIAS")}
                 }},
                 num_scan_inputs = 3
               > (region_q, text_key, text_value)
