@@ -78,7 +78,6 @@ _OUTPUT = every_score("read_key", "read_value", "together_y")
 # more rows than it needs. Scanned by text [B, ...], by region [R, ...], by KV head [G, ...].
 _BY_REGION = f"""
       run_most = Constant <value_int = @TILE> (){RUNS}
-      axis_end = Constant <value_ints = [-1]> ()
       index_run = Gather <axis = 1> (index_bn, run_at)
       as_index_run = Concat <axis = 0> (same, runs_1, run_c_1)
       texts_index = Reshape (index_run, as_index_run)

@@ -79,7 +79,6 @@ EVERY = """
 # that are chosen, and few others. Of those as many of the least are left out as there are too many.
 # A tile skips what is later than its queries.
 _BOUNDS = """
-      forced = Constant <value_int = 0> ()
       total = Gather (lengths, zero)
       four = Constant <value_int = 4> ()
       minus_one = Constant <value_int = -1> ()
