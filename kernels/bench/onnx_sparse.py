@@ -70,6 +70,7 @@ CASES = (
     Case("sinks and window: token 16384", 1, 16384, 8, A_SHAPE),
     Case("elastic: 512 new on 4096", 512, 4608, 8, ELASTIC),
     Case("elastic: token 4096", 1, 4096, 8, ELASTIC),
+    Case("s2: prompt of 4096", 4096, 4096, 8, S2),
     Case("s2: 512 new on 4096", 512, 4608, 8, S2),
     Case("s2: token 4096", 1, 4096, 8, S2),
     Case("s2, window 256, every 16th block: 512 new on 4096", 512, 4608, 8, S2_LESS),
