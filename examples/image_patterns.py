@@ -16,6 +16,8 @@ NEAR = {
 #: field -> ends of the distances of keys, in tokens or frames, that are counted apart
 APART = {"picture": (4, 8), "video": (4, 8), "long video": (4, 16)}
 SHARES = (50, 25)
+#: how a row is trained -> the stage of the plan
+STAGES = {"trained": "layerwise", "trained end to end": "end-to-end"}
 
 
 def blocks(**more: Any) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def _names() -> list[str]:
                 if number < len(found):
                     names.append(f"{field}: {preset} {share} %")
                 if number + 1 == len(found):
-                    names.append(f"{field}: {preset} {share} %, trained")
+                    names += [f"{field}: {preset} {share} %, {way}" for way in STAGES]
     return names
 
 

@@ -5,9 +5,10 @@
 Small transformers of pictures, of videos and of longer videos learn questions about near and about
 far tokens (`near_far.py`; a few minutes each, where `--weights` has none). Every row converts one
 anew, sized to read about a half or a quarter of all pairs (`image_patterns.py`), which are counted,
-and measures on samples of other seeds; what reads least of a preset also after a short training of
-its blocks (`calibrate`). Every finished row is written at once, so the same command continues after
-an interruption. `--table` prints the Markdown table of an existing file and computes nothing.
+and measures on samples of other seeds; what reads least of a preset also after short trainings
+(`calibrate`), block by block and end to end. Every finished row is written at once, so the same
+command continues after an interruption. `--table` prints the Markdown table of an existing file and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import campaign
-from image_patterns import APART, NEAR, ORDER, PATTERNS, SHARES
+from image_patterns import APART, NEAR, ORDER, PATTERNS, SHARES, STAGES
 from read_keys import shares
 
 HELD, COUNTED, TRAINED, BATCH, BATCHES, STEPS = 256, 16, 512, 16, 32, 200
@@ -61,8 +62,8 @@ class Field:
             parts.append(got)
         return torch.cat(parts)[self.held.asked]
 
-    def converted(self, pattern: dict[str, Any], images: int) -> Any:
-        """With this pattern in every block, trained on so many samples."""
+    def converted(self, pattern: dict[str, Any], stage: str = "") -> Any:
+        """With this pattern in every block, trained in this stage."""
         from reattend import convert
 
         select = pattern.get("select", {})
@@ -72,10 +73,10 @@ class Field:
         if select.get("kind") == "low-rank":
             rule |= {"finder": "gate", "steps": STEPS}
         plan: dict[str, Any] = {"rules": [rule]}
-        if images:
-            plan["calibrate"] = {"tokens": images, "stages": ["layerwise"], "batch_size": BATCH}
+        if stage:
+            plan["calibrate"] = {"tokens": TRAINED, "stages": [stage], "batch_size": BATCH}
         inputs = {"pixels": self.data[0]["pixels"][:2]}
-        data = self.data if images or "finder" in rule else None
+        data = self.data if stage or "finder" in rule else None
         return convert(self.model, plan=plan, inputs=inputs, data=data).model.eval()
 
     def read(self, model: Any) -> float:
@@ -130,11 +131,11 @@ class Campaign:
         if what == "original":
             return {**found, "read": 1.0, **field.quality(field.model)}
         preset, share, *_ = what.split()
-        images = TRAINED if what.endswith("trained") else 0
+        stage = STAGES.get(what.partition(", ")[2], "")
         pattern = PATTERNS[where][preset][SHARES.index(int(share))]
         if preset == "vmoba":
-            pattern = self.sized(field.converted(pattern, 0), field, pattern, int(share) / 100)
-        model = field.converted(pattern, images)
+            pattern = self.sized(field.converted(pattern), field, pattern, int(share) / 100)
+        model = field.converted(pattern, stage)
         passes = PASSES if preset == "sparsed" else 1
         found |= {"pattern": pattern, "read": field.read(model), **field.quality(model, passes)}
         return {**found, "seconds": round(time.perf_counter() - begin, 1)}
@@ -179,10 +180,10 @@ def table(results: dict[str, Any]) -> str:
         )
     inputs = results["inputs"]
     learned = ""
-    if any(row["name"].endswith("trained") for row in rows):
+    if any(", trained" in row["name"] for row in rows):
         learned = (
-            "trained: every block against the original's own, on "
-            f"{inputs['trained']} samples, which have no answers. "
+            "trained: every block against the original's own, or end to end against what the "
+            f"original answers, on {inputs['trained']} samples, which have no answers. "
         )
     lines += [
         "",
@@ -228,7 +229,7 @@ def _run(args: argparse.Namespace) -> int:
         "versions": campaign.versions(),
         "inputs": inputs,
     }
-    names = sorted(ORDER, key=lambda name: name.endswith("trained"))  # what takes longest is last
+    names = sorted(ORDER, key=lambda name: ", trained" in name)  # what takes longest is last
     return campaign.fill(results, names, subject.row, args, table)
 
 
