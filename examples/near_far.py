@@ -2,7 +2,7 @@
 
 Two keys lie in every sample, one red and one blue, each of one of four kinds. Everything else is
 red or blue too, and every token on it is asked two questions. *near*, told by the tokens around it:
-which of four shapes (a picture), which way it moves (a video). *far*: of what kind is the key of
+which of four shapes (a picture), how it moves (a video). *far*: of what kind is the key of
 its colour, which lies anywhere in the picture, or in any frame of the video. There is no class
 token. Layout letters: B batch, T frames, K things, C colours, N tokens, D width.
 """
@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, interpolate, scaled_dot_product_attention
 
 PATCH, KINDS, LAYERS, HEADS, WIDTH = 4, 4, 3, 4, 64
 BATCH, MATRICES, REST = 16, 0.02, 3e-3
@@ -51,7 +51,7 @@ class Samples:
 class Pictures:
     """Two keys and six things on 64 x 64 points; distance in tokens, the larger of both axes."""
 
-    name, grid, steps = "picture", (16, 16), 900
+    name, grid, steps, start = "picture", (16, 16), 900, ""
 
     def draw(self, rows: int, generator: torch.Generator) -> Samples:
         """So many pictures."""
@@ -87,25 +87,38 @@ class Pictures:
         return Samples(pixels[:, :, None], answers.flatten(1, 2), distance.flatten(1))
 
 
+@dataclass(frozen=True)
 class Videos:
-    """Two balls that move, two keys that each flash in one frame; distance in frames."""
+    """Two balls that move, two keys that each flash in one frame; distance in frames.
 
-    name, grid, steps = "video", (16, 4, 4), 700
+    Attributes:
+        name: of the field.
+        grid: frames, and tokens along both axes of a frame.
+        steps: of the training.
+        ways: how a ball may move from frame to frame, in points down and across.
+        start: the field whose encoder this one's starts as, its places drawn out or together.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    steps: int
+    ways: tuple[tuple[int, int], ...] = ((0, 1), (0, -1), (1, 0), (-1, 0))
+    start: str = ""
 
     def draw(self, rows: int, generator: torch.Generator) -> Samples:
-        """So many videos of 16 frames of 16 x 16 points, whose edges are joined."""
-        frames, side = self.grid[0], 4 * PATCH
+        """So many videos of square frames, whose edges are joined."""
+        (frames, wide, _), side = self.grid, self.grid[1] * PATCH
         time_T = torch.arange(frames)
         way_BC = _below(4, (rows, 2), generator)
-        step_BC2 = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]])[way_BC]
+        step_BC2 = torch.tensor(self.ways)[way_BC]
         start_BC2 = _below(side, (rows, 2, 2), generator)
         kind_BC = _below(KINDS, (rows, 2), generator)
         flash_BC = _below(frames, (rows, 2), generator)
         flash_BC[:, 1] = (flash_BC[:, 0] + 1 + _below(frames - 1, (rows,), generator)) % frames
         corner_BC2 = _below(side - 7, (rows, 2, 2), generator)
         pixels = 0.2 * torch.randn(rows, 3, frames, side, side, generator=generator)
-        answers = torch.full((rows, frames, 4, 4, 2), NONE)
-        distance = torch.zeros(rows, frames, 4, 4)
+        answers = torch.full((rows, *self.grid, 2), NONE)
+        distance = torch.zeros(rows, *self.grid)
         b, t = torch.arange(rows)[:, None, None, None], time_T[:, None, None]
         for c in range(2):
             at_BT2 = (start_BC2[:, c, None] + time_T[:, None] * step_BC2[:, c, None]) % side
@@ -120,8 +133,8 @@ class Videos:
             for channel in (2 * c, 1):
                 pixels.index_put_((b[..., 0], torch.tensor(channel), *place), glyph, True)
             middle = (at_BT2 + 2) % side // PATCH
-            here = middle[..., 0, None] == torch.arange(4)
-            here = here[..., None] & (middle[..., 1, None] == torch.arange(4))[..., None, :]
+            down, across = (middle[..., n, None] == torch.arange(wide) for n in (0, 1))
+            here = down[..., None] & across[..., None, :]
             told = torch.stack([way_BC[:, c], kind_BC[:, c]], -1)[:, None, None, None]
             twice = here & (answers[..., 0] != NONE)  # both balls: neither is asked
             answers = torch.where(here[..., None], told, answers)
@@ -131,7 +144,14 @@ class Videos:
         return Samples(pixels, answers.flatten(1, 3), distance.flatten(1))
 
 
-FIELDS: dict[str, Any] = {field.name: field for field in (Pictures(), Videos())}
+FIELDS: dict[str, Any] = {
+    field.name: field
+    for field in (
+        Pictures(),
+        Videos("video", (16, 4, 4), 700),
+        Videos("long video", (48, 3, 3), 700, ((0, 0), (0, 1), (1, 0), (1, 1)), "video"),
+    )
+}
 
 
 def _below(end: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -201,7 +221,14 @@ def loss_of(model: nn.Module, samples: Samples) -> Tensor:
 def trained(field: Any, seed: int, folder: Path) -> tuple[Encoder, float]:
     """The encoder of a field and the seconds of its training, which the folder keeps."""
     torch.manual_seed(seed)
-    return kept(Encoder(math.prod(field.grid)), loss_of, field, seed, folder)
+    model = Encoder(math.prod(field.grid))
+    if field.start and not _file(field, seed, folder).exists():
+        start(model, field, trained(FIELDS[field.start], seed, folder)[0])
+    return kept(model, loss_of, field, seed, folder)
+
+
+def _file(field: Any, seed: int, folder: Path) -> Path:
+    return folder / f"{field.name.replace(' ', '-')}-{seed}.safetensors"
 
 
 def kept(model: Any, loss: Any, field: Any, seed: int, folder: Path) -> tuple[Any, float]:
@@ -213,7 +240,7 @@ def kept(model: Any, loss: Any, field: Any, seed: int, folder: Path) -> tuple[An
         field: what draws the samples, and names the file.
         seed, folder: of the training; where weights are kept.
     """
-    file = folder / f"{field.name}-{seed}.safetensors"
+    file = _file(field, seed, folder)
     if not file.exists():
         seconds = train(model, loss, field, seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,6 +248,14 @@ def kept(model: Any, loss: Any, field: Any, seed: int, folder: Path) -> tuple[An
     model.load_state_dict(load_file(file))
     with safe_open(file, "pt") as opened:
         return model.eval(), float(opened.metadata()["seconds"])
+
+
+def start(model: Encoder, field: Any, other: Encoder) -> None:
+    """Give an encoder the weights of another one, whose places it resizes to the field's grid."""
+    weights = other.state_dict()
+    places = weights["places"].T.unflatten(1, FIELDS[field.start].grid)
+    resized = interpolate(places[None], field.grid, mode="trilinear")[0]
+    model.load_state_dict({**weights, "places": resized.flatten(1).T})
 
 
 def train(model: nn.Module, loss_of: Any, field: Any, seed: int) -> float:

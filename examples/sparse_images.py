@@ -2,12 +2,13 @@
 
     python examples/sparse_images.py
 
-A small vision transformer and a small video transformer learn questions about near and about far
-tokens (`near_far.py`; a few minutes each, where `--weights` has none).
-Every row converts it anew, sized to read about a half or a quarter of all pairs, which are counted,
-and measures on samples of other seeds; what reads least of a preset also after a short training of
-its blocks (`calibrate`). Every finished row is written at once, so the same command continues after
-an interruption. `--table` prints the Markdown table of an existing file and computes nothing.
+Small transformers of pictures, of videos and of longer videos learn questions about near and about
+far tokens (`near_far.py`; a few minutes each, where `--weights` has none). Every row converts one
+anew, sized to read about a half or a quarter of all pairs (`image_patterns.py`), which are counted,
+and measures on samples of other seeds; what reads least of a preset also after short trainings
+(`calibrate`), block by block and end to end. Every finished row is written at once, so the same
+command continues after an interruption. `--table` prints the Markdown table of an existing file and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -22,84 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import campaign
+from image_patterns import APART, NEAR, ORDER, PATTERNS, SHARES, STAGES
 from read_keys import shares
 
 HELD, COUNTED, TRAINED, BATCH, BATCHES, STEPS = 256, 16, 512, 16, 32, 200
 #: of `sparsed`, over one sample from which noise goes away
 PASSES = 6
-APART = (4, 8)
-#: where the keys of a thing lie: up to 4 tokens or frames away, up to 8, and farther
-SPANS = ("1-4", "5-8", ">8")
-
-
-def blocks(**more: Any) -> dict[str, Any]:
-    """A pattern of chosen blocks."""
-    return {"select": {"kind": "blocks", **more}}
-
-
-def guess(share: float) -> dict[str, Any]:
-    """Sparsifiner as published, but for the share."""
-    return {
-        "select": {"kind": "low-rank", "reduce_channels": 2, "reduce_tokens": 8, "ratio": share}
-    }
-
-
-def vmoba(share: float) -> dict[str, Any]:
-    """VMoBA as published, but for the tiles and the share of similarity."""
-    return blocks(
-        tiles=[[2, 0, 0], [0, 2, 2], [4, 2, 2]], own=True, across="head", topp=share,
-        measure="range",
-    )  # fmt: skip
-
-
-def observed(share: float) -> dict[str, Any]:
-    """SparseD as published, but for the size of blocks and the share."""
-    return {"select": {"kind": "observed", "block": 16, "ratio": share, "skip": 0.2}}
-
-
-#: field -> preset -> patterns that read about a half and a quarter of the pairs
-PATTERNS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
-    "picture": {
-        "window": ({"window": 75}, {"window": 35}),
-        "clear": tuple({"grid": {"radius": r, "norm": "circle"}} for r in (8, 5)),
-        "neighborhood": tuple({"grid": {"radius": r, "norm": "neighborhood"}} for r in (5, 4)),
-        "tile": tuple({"tiles": {"tile": [2, 2], "radius": r}} for r in (3, 2)),
-        "draft": tuple(blocks(tile=[2, 4], queries="pooled", ratio=r) for r in (0.5, 0.25)),
-        "biformer": tuple(blocks(tile=[2, 2], queries="pooled", topk=k) for k in (32, 16)),
-        "sparsifiner": (guess(0.5), guess(0.25)),
-        "sparsed": (observed(0.5), observed(0.25)),
-    },
-    "video": {
-        "window": ({"window": 75}, {"window": 35}),
-        "radial": ({"radial": {"block": 16}},),
-        "tile": tuple({"tiles": {"tile": [1, 4, 1], "radius": r}} for r in (4, 2)),
-        "draft": tuple(blocks(tile=[2, 2, 2], queries="pooled", ratio=r) for r in (0.5, 0.25)),
-        "vmoba": (vmoba(0.5), vmoba(0.25)),
-        "sparsed": (observed(0.5), observed(0.25)),
-    },
-}
-SHARES = (50, 25)
-NEAR = {
-    "picture": "the shape of a thing in a picture of 16 x 16 tokens",
-    "video": "which way a ball moves in a video of 16 frames of 4 x 4 tokens",
-}
-
-
-def _names() -> list[str]:
-    """The rows: what reads least of a preset is also trained."""
-    names = []
-    for field, presets in PATTERNS.items():
-        names.append(f"{field}: original")
-        for number, share in enumerate(SHARES):
-            for preset, found in presets.items():
-                if number < len(found):
-                    names.append(f"{field}: {preset} {share} %")
-                if number + 1 == len(found):
-                    names.append(f"{field}: {preset} {share} %, trained")
-    return names
-
-
-ORDER = _names()
 
 
 class Field:
@@ -133,8 +62,8 @@ class Field:
             parts.append(got)
         return torch.cat(parts)[self.held.asked]
 
-    def converted(self, pattern: dict[str, Any], images: int) -> Any:
-        """With this pattern in every block, trained on so many samples."""
+    def converted(self, pattern: dict[str, Any], stage: str = "") -> Any:
+        """With this pattern in every block, trained in this stage."""
         from reattend import convert
 
         select = pattern.get("select", {})
@@ -144,10 +73,10 @@ class Field:
         if select.get("kind") == "low-rank":
             rule |= {"finder": "gate", "steps": STEPS}
         plan: dict[str, Any] = {"rules": [rule]}
-        if images:
-            plan["calibrate"] = {"tokens": images, "stages": ["layerwise"], "batch_size": BATCH}
+        if stage:
+            plan["calibrate"] = {"tokens": TRAINED, "stages": [stage], "batch_size": BATCH}
         inputs = {"pixels": self.data[0]["pixels"][:2]}
-        data = self.data if images or "finder" in rule else None
+        data = self.data if stage or "finder" in rule else None
         return convert(self.model, plan=plan, inputs=inputs, data=data).model.eval()
 
     def read(self, model: Any) -> float:
@@ -163,7 +92,8 @@ class Field:
         asked, got, want = self.held.asked, self.answers(model, passes), self.expected
         right = got.argmax(-1) == self.held.answers_BN2[asked]
         apart = self.held.distance_BN[asked]
-        bins = (apart <= APART[0], (apart > APART[0]) & (apart <= APART[1]), apart > APART[1])
+        first, second = APART[self.field.name]
+        bins = (apart <= first, (apart > first) & (apart <= second), apart > second)
         p, q = want.log_softmax(-1), got.log_softmax(-1)
         return {
             "near": float(right[:, 0].float().mean()),
@@ -201,17 +131,19 @@ class Campaign:
         if what == "original":
             return {**found, "read": 1.0, **field.quality(field.model)}
         preset, share, *_ = what.split()
-        images = TRAINED if what.endswith("trained") else 0
+        stage = STAGES.get(what.partition(", ")[2], "")
         pattern = PATTERNS[where][preset][SHARES.index(int(share))]
         if preset == "vmoba":
-            pattern = self.sized(field.converted(pattern, 0), field, int(share) / 100)
-        model = field.converted(pattern, images)
+            pattern = self.sized(field.converted(pattern), field, pattern, int(share) / 100)
+        model = field.converted(pattern, stage)
         passes = PASSES if preset == "sparsed" else 1
         found |= {"pattern": pattern, "read": field.read(model), **field.quality(model, passes)}
         return {**found, "seconds": round(time.perf_counter() - begin, 1)}
 
-    def sized(self, model: Any, field: Field, share: float) -> dict[str, Any]:
-        """VMoBA's share of similarity that reads this share of the pairs."""
+    def sized(
+        self, model: Any, field: Field, pattern: dict[str, Any], share: float
+    ) -> dict[str, Any]:
+        """VMoBA with the share of similarity that reads this share of the pairs."""
         from reattend.mixers.sparse import SparseAttention
 
         low, high = 0.0, 1.0
@@ -222,17 +154,25 @@ class Campaign:
                 given["classes"][0]["pattern"]["select"]["topp"] = middle
                 mixer.begin(type(mixer.config).model_validate(given))
             low, high = (middle, high) if field.read(model) < share else (low, middle)
-        return vmoba(round(high, 4))
+        return {"select": {**pattern["select"], "topp": round(high, 4)}}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = [
-        f"| plan | pairs read | near | far, {' / '.join(SPANS)} | KL | error |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The results as Markdown, a table per field."""
     rows = sorted(results["rows"], key=lambda row: ORDER.index(row["name"]))
+    lines: list[str] = []
+    took: dict[str, float] = {}
     for row in rows:
+        field = row["name"].partition(":")[0]
+        if field not in took:
+            first, second = APART[field]
+            spans = f"1-{first} / {first + 1}-{second} / >{second}"
+            lines += [
+                "",
+                f"| plan | pairs read | near | far, {spans} | KL | error |",
+                "|---|---|---|---|---|---|",
+            ]
+        took[field] = row["trained_seconds"]
         far = " / ".join(f"{100 * x:.0f}" for x in row["far"])
         lines.append(
             f"| {row['name']} | {100 * row['read']:.0f} % | {100 * row['near']:.0f} | {far} "
@@ -240,12 +180,11 @@ def table(results: dict[str, Any]) -> str:
         )
     inputs = results["inputs"]
     learned = ""
-    if any(row["name"].endswith("trained") for row in rows):
+    if any(", trained" in row["name"] for row in rows):
         learned = (
-            "trained: every block against the original's own, on "
-            f"{inputs['trained']} samples, which have no answers. "
+            "trained: every block against the original's own, or end to end against what the "
+            f"original answers, on {inputs['trained']} samples, which have no answers. "
         )
-    took = {row["name"].partition(":")[0]: row["trained_seconds"] for row in rows}
     lines += [
         "",
         f"{results['date']}, {results['device']}; {inputs['held']} samples that were not trained "
@@ -256,10 +195,10 @@ def table(results: dict[str, Any]) -> str:
         f"sparsed: the last of {PASSES} passes, over samples from which noise goes away; the "
         f"blocks are those that the third one looked at. {learned}The originals were trained "
         "beside other work in "
-        + " and ".join(f"{seconds} s ({name})" for name, seconds in took.items())
+        + ", ".join(f"{seconds} s ({name})" for name, seconds in took.items())
         + f". Command: `{results['command']}`",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -290,7 +229,7 @@ def _run(args: argparse.Namespace) -> int:
         "versions": campaign.versions(),
         "inputs": inputs,
     }
-    names = sorted(ORDER, key=lambda name: name.endswith("trained"))  # what takes longest is last
+    names = sorted(ORDER, key=lambda name: ", trained" in name)  # what takes longest is last
     return campaign.fill(results, names, subject.row, args, table)
 
 
