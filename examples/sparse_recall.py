@@ -213,7 +213,8 @@ def table(results: dict[str, Any]) -> str:
         f"{STEPS} steps, what learns to choose keys in {LEARNING_STEPS}. `% read`: keys are "
         "chosen at run time among all (power: by distance), which are kept (not by heads to "
         "which minference gives a window); in one pass, where draft and minference choose for the "
-        "whole text at once. `decoded`: token by token, the last two of four layers read what the second one noted; where a share is read, the last "
+        "whole text at once. `decoded`: token by token, the last two of four layers read what the "
+        "second one noted; where a share is read, the last "
         "three what the first one noted, which alone reads a quarter. Command: "
         f"`{results['command']}`",
     ]
