@@ -16,9 +16,11 @@ from reattend.errors import ArgumentError, CaptureError
 from reattend.inputs import LENGTH, made_up
 from reattend.install.adapter import Adapter
 from reattend.targets.onnx.encoder import Encoder, leaves
+from reattend.targets.onnx.encoder_masked import LONG
 from reattend.targets.onnx.encoder_mixer import WholeSparse
 from reattend.targets.onnx.encoder_session import EncoderSession
 from reattend.targets.onnx.flavours import Flavour
+from reattend.targets.onnx.fragments import TILE
 from reattend.targets.onnx.functions import DOMAIN
 from reattend.targets.onnx.graph import attach, evaluation_copy, tidy, translated
 from reattend.targets.onnx.manifest import (
@@ -32,7 +34,7 @@ from reattend.targets.onnx.verify import LIMITS, passed
 
 #: what is saved by each node
 _SAVES = {
-    "MaskedAttention": "reads and arithmetic of more than 512 tokens: 64 neighbours read the rows "
+    "MaskedAttention": f"reads and arithmetic of more than {LONG} tokens: {TILE} neighbours read the rows "
     "that one of them sees, where those are less than three quarters of all",
     "RegionAttention": "reads and arithmetic: boxes of queries read the rows that they see",
     "BandAttention": "reads and arithmetic: what is near is read, in texts not padded on the left",
