@@ -74,8 +74,8 @@ def test_an_image_model_gives_torchs_logits(images: Any) -> None:
     """Static patterns, tiles, tiles of a head's own, and a trained guess: a layer each."""
     model, artifact = images
     assert [entry.op for entry in artifact.manifest.layers] == OPS
-    boxes, masked = (entry.saves for entry in artifact.manifest.layers[1:3])
-    assert "boxes of queries" in boxes and "of more than 512 tokens" in masked
+    tiles, masked = (entry.saves for entry in artifact.manifest.layers[1:3])
+    assert "tiles they chose" in tiles and "of more than 512 tokens" in masked
     pixels = image(3)
     with torch.no_grad():
         want, plain = model(pixel_values=pixels).logits.numpy(), vit()(pixel_values=pixels).logits

@@ -34,8 +34,8 @@ from reattend.targets.onnx.verify import LIMITS, passed
 
 #: what is saved by each node
 _SAVES = {
-    "MaskedAttention": f"reads and arithmetic of more than {LONG} tokens: {TILE} neighbours read the rows "
-    "that one of them sees, where those are less than three quarters of all",
+    "MaskedAttention": f"reads and arithmetic of more than {LONG} tokens: {TILE} neighbours read "
+    "the rows that one of them sees, where those are less than three quarters of all",
     "RegionAttention": "reads and arithmetic: boxes of queries read the rows that they see",
     "BandAttention": "reads and arithmetic: what is near is read, in texts not padded on the left",
     "ChosenRegionAttention": "reads and arithmetic: tiles of queries read the tiles they chose",
