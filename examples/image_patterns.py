@@ -40,9 +40,9 @@ def vmoba(share: float, places: list[int]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def observed(share: float) -> dict[str, Any]:
+def observed(share: float, block: int = 16) -> dict[str, Any]:
     """SparseD as published, but for the size of blocks and the share."""
-    return {"select": {"kind": "observed", "block": 16, "ratio": share, "skip": 0.2}}
+    return {"select": {"kind": "observed", "block": block, "ratio": share, "skip": 0.2}}
 
 
 #: field -> preset -> patterns that read about a half and a quarter of the pairs

@@ -21,27 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import campaign
+from image_patterns import observed
 from read_keys import shares
 
-PASSES, SKIP, BLOCK, BATCH = 16, 0.2, 8, 32
+PASSES, BLOCK, BATCH = 16, 8, 32
 #: passes of `sparsed` that read everything
-DENSE = int(PASSES * SKIP) + 2
+DENSE = int(PASSES * observed(1.0)["select"]["skip"]) + 2
 #: how far the record of a value is: up to a quarter of the row, up to the half, and farther
 APART = (64, 128)
 SPANS = ("2-64", "66-128", ">128")
 
 
-def observed(share: float) -> dict[str, Any]:
-    """SparseD as published, but for the size of blocks and the share."""
-    return {"select": {"kind": "observed", "block": BLOCK, "ratio": share, "skip": SKIP}}
-
-
 ROWS: dict[str, dict[str, Any]] = {
     "window 50 %": {"window": 75},
-    "sparsed 50 %": observed(0.5),
+    "sparsed 50 %": observed(0.5, BLOCK),
     "window 25 %": {"window": 35},
-    "sparsed 25 %": observed(0.25),
-    "sparsed 10 %": observed(0.1),
+    "sparsed 25 %": observed(0.25, BLOCK),
+    "sparsed 10 %": observed(0.1, BLOCK),
 }
 ORDER = ("original", *ROWS)
 

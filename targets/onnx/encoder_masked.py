@@ -9,7 +9,7 @@ tile reads, d and e widths.
 
 from __future__ import annotations
 
-from reattend.targets.onnx.fragments import RUNS, every_score
+from reattend.targets.onnx.fragments import RUNS, every_score, meeting
 
 #: keys from which on a mask is read tile by tile
 LONG = 512
@@ -74,19 +74,13 @@ _TILES = f"""
                   read_value = Gather (own_value, rows)
                   seen_t = Transpose <perm = [1, 0]> (own_seen)
                   seen_read_t = Gather (seen_t, rows)
-                  visible = Transpose <perm = [1, 0]> (seen_read_t)
-                  key_t = Transpose <perm = [1, 0]> (read_key)
-                  scores_any = MatMul (own_q, key_t)
-MANY_WEIGHTS
-                  few_y = MatMul (weights, read_value)
+                  visible = Transpose <perm = [1, 0]> (seen_read_t){
+    meeting("own_q", "read_key", "read_value", "few_y")
+}
                 }},
                 else_branch = of_all () => (all_y)
                 {{
-                  visible = Identity (own_seen)
-                  key_t = Transpose <perm = [1, 0]> (own_key)
-                  scores_any = MatMul (own_q, key_t)
-MANY_WEIGHTS
-                  all_y = MatMul (weights, own_value)
+                  visible = Identity (own_seen){meeting("own_q", "own_key", "own_value", "all_y")}
                 }}
               >
             }},

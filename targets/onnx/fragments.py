@@ -172,6 +172,15 @@ MANY_WEIGHTS
       y_region = MatMul (weights, read_value)"""
 
 
+def meeting(query: str, key: str, value: str, result: str) -> str:
+    """Lines that make `result` [c, e] of a head's scaled queries [c, d] from `visible` and rows."""
+    return f"""
+                  key_t = Transpose <perm = [1, 0]> ({key})
+                  scores_any = MatMul ({query}, key_t)
+MANY_WEIGHTS
+                  {result} = MatMul (weights, {value})"""
+
+
 #: head_q [J, c, d], head_key [M, d] and head_value [M, e] of one KV head, the `rows` [K] that it
 #: reads, and their bias [c, K] -> head_y in the shape as_y_head; q_flat [-1, d], as_scores
 #: [-1, c, K] and as_weights [-1, K] are shapes. HOW: BY_BIAS or MANY_BY_BIAS.

@@ -9,7 +9,7 @@ One new token reads only what it has chosen: those rows are gathered, beside sin
 token itself at least), and the rest is never touched. Few tokens attend under a mask; of more, each
 region's rows are gathered where they choose by regions (`selected_prompts.py`, `selected_lines.py`,
 `selected_values.py`), a block meets the queries that chose it (`selected_routed.py`), or tiles of
-queries see every key (`selected_tiles.py`). What chooses is `selected_choice.py`.
+queries gather what one of them reads (`selected_tiles.py`). What chooses is `selected_choice.py`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from reattend.targets.onnx.fragments import RUNS
+from reattend.targets.onnx.fragments import RUNS, meeting
 
 # scanned by KV head [B G, ...], and inside by tile [J R, c, ...]
 _BEFORE = f"""
@@ -55,11 +55,7 @@ _TILES = """
               row_read = Gather (key_row, rows)
               key_read = Gather (key_all, rows)
               value_read = Gather (value_all, rows)SEEN
-              q_scaled = Mul (q_tile, factor)
-              key_t = Transpose <perm = [1, 0]> (key_read)
-              scores_any = MatMul (q_scaled, key_t)
-MANY_WEIGHTS
-              tile_y = MatMul (weights, value_read)
+              q_scaled = Mul (q_tile, factor)MEETING
             },
             num_scan_inputs = QUERY_INPUTS
           > (BY_QUERY_head)
@@ -96,4 +92,5 @@ def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], reads: str, se
     for word, names in (("BY_QUERY", scanned), ("BY_KEY", list(keys))):
         for end in ("heads", "head", "tiles", "tile", "all"):
             scans = scans.replace(f"{word}_{end}", ", ".join(f"{name}_{end}" for name in names))
+    scans = scans.replace("MEETING", meeting("q_scaled", "key_read", "value_read", "tile_y"))
     return lines + scans.replace("READS", reads).replace("SEEN", seen)
