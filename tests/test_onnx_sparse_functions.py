@@ -199,12 +199,9 @@ PATTERNS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("own", "short"), [(0, 64), (9, 64), (0, 8)])
+@pytest.mark.parametrize("own", [0, 9])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_any_pattern_over_a_state_of_every_row(
-    name: str, own: int, short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("reattend.targets.onnx.pattern_body.SHORT", short)
+def test_any_pattern_over_a_state_of_every_row(name: str, own: int) -> None:
     pattern = HeadPattern(**PATTERNS[name])
     want, real = masked(pattern, own, 0.0)
     q, k, v = rows()
@@ -212,12 +209,14 @@ def test_any_pattern_over_a_state_of_every_row(
     key, value = (np.concatenate([x, spare + 0 * x[:, :, :3]], 2) for x in (k, v))
     rules: Any = {"scale": SCALE, "sliding_window": own, "softcap": 0.0}
     runs: Any = {}
-    for at, n in ((0, T), (10, 30), (T - 1, 1), (0, 6)):
+    for at, n in ((0, T), (10, 30), (0, 6), *((at, 1) for at in (0, 6, 7, 8, 29, T - 1))):
         end = np.full(B, at + n)
         values = [np.ascontiguousarray(q[:, :, at : at + n]), key, value, START, end]
         feed: Any = dict(zip(("q", "key", "value", "kv_start", "kv_len"), values, strict=True))
         if not runs:
-            made = one_node("PatternAttention", feed, ["y"], rules | pattern_attributes(pattern))
+            rules_here = rules | pattern_attributes(pattern)
+            uses = Uses(terms=tuple(PATTERNS[name]), capped=False, sliding=bool(own))
+            made = one_node("PatternAttention", feed, ["y"], rules_here, uses)
             runs["onnxruntime"] = onnxruntime.InferenceSession(
                 made.SerializeToString(), providers=["CPUExecutionProvider"]
             )

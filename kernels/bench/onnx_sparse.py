@@ -143,8 +143,8 @@ def pattern(rows: Rows) -> Call:
     rules |= pattern_attributes(HeadPattern(**case.pattern))
     read = ["q", "present_key", "present_value", "kv_start", "kv_len"]
     nodes.append(helper.make_node("PatternAttention", read, ["y"], domain=DOMAIN, **rules))
-    terms = tuple(dict.fromkeys(name.removesuffix("_slope") for name in case.pattern))
-    functions = [function_proto("PatternAttention", Uses(terms=terms, capped=False))]
+    uses = Uses(terms=tuple(case.pattern), capped=False, sliding=False)
+    functions = [function_proto("PatternAttention", uses)]
     outputs = ["y", "present_key", "present_value"]
     return bound(session(nodes, inputs, outputs, functions), inputs, states)
 

@@ -199,6 +199,7 @@ class Uses:
         terms: terms that some `PatternAttention` has.
         budgets: budgets that some node of `selected_body` has.
         capped: some node that is sparse or routed has a softcap.
+        sliding: the block of some node has a window of its own.
         decayed: some node of linear attention has decays.
         maps: feature maps that some `WindowLinearAttention` has.
     """
@@ -207,6 +208,7 @@ class Uses:
     terms: tuple[str, ...] = tuple(TERMS)
     budgets: tuple[str, ...] = tuple(BUDGETS)
     capped: bool = True
+    sliding: bool = True
     decayed: bool = True
     maps: tuple[str, ...] = MAPS
 
@@ -228,7 +230,7 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
     if name == "SparseAttention":
         return _DOMAIN_LINE + sparse_body(uses.capped)
     if name == "PatternAttention":
-        return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped)
+        return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped, uses.sliding)
     if name == ROUTED:
         return _OWN_DOMAIN_LINE + routed_body(uses.capped)
     if name == "LinearAttention":

@@ -181,6 +181,7 @@ def _uses(model: Any, layers: list[LayerLayout]) -> Uses:
             if any(attribute(node, name, none) != none for node in nodes)
         ),
         capped=any(attribute(node, "softcap") for node in nodes),
+        sliding=any(attribute(node, "sliding_window") for node in nodes),
         decayed=any(attribute(node, "decays") for node in nodes),
         maps=tuple(
             name

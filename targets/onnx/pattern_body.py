@@ -1,10 +1,11 @@
 """The body of `PatternAttention` in ONNX's textual syntax: any union of terms, standard operators.
 
 The state holds every row. Which of them queries see is computed from positions, and only those are
-gathered, for few queries of a short text together and else by regions of queries: a decode step
-reads what its pattern shows, but nothing is forgotten.
+gathered, of one token or of a region of queries: a decode step reads what its pattern shows, but
+nothing is forgotten.
 
-Positions count from the first real token; a row of padding sees itself, so that it stays finite.
+Positions count from the first real token, in int32, which is divided four times as fast as int64; a
+row of padding sees itself, so that it stays finite.
 """
 
 from __future__ import annotations
@@ -12,71 +13,87 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from reattend.targets.onnx.fragments import ROWS_OF_HEAD, RUNS, every_score, finished
+from reattend.targets.onnx.fragments import ROWS_OF_HEAD, RUNS, finished
 from reattend.targets.onnx.pattern_terms import TERMS
-
-#: rows of a state up to which a call of few queries is quicker in one piece
-SHORT = 2048
 
 _PATTERN = """PatternAttention
 <scale: float, sliding_window: int = 0, softcap: float = 0.0, sinks: int = 0, window: int = 0,
  window_slope: tensor, stride: ints, powers: int = 0, columns: ints, slashes: ints>
 (q, key, value, kv_start, kv_len) => (y)
 {
-COMMON
+SIZES
+  p0 = Constant <value: tensor = int32 {0}> ()
+  p1 = Constant <value: tensor = int32 {1}> ()
+  start = Cast <to = 6> (kv_start)
+  lengths = Cast <to = 6> (kv_len)
+  endless = Constant <value_int = 2147483647> ()
+REACH
 ONCE
-  axes_01 = Constant <value_ints = [0, 1]> ()
-  m_1 = Shape <start = 2, end = 3> (key)
-  m = Squeeze (m_1, axis_0)
-  start_b1 = Unsqueeze (start, axis_1)
-  length_b1 = Unsqueeze (lengths, axis_1)
-  query = Range (zero, n, one)
-  before = Sub (length_b1, n)
-  index_bn = Add (before, query)
-  row = Range (zero, m, one)
-  j_bm = Sub (row, start_b1)
-  j_b1m = Unsqueeze (j_bm, axis_1)
-  few = Constant <value_int = @TILE> ()
-  short = Constant <value_int = @SHORT> ()
-  is_many = Less (few, n)
-  is_far = Less (short, m)
-  is_long = Or (is_many, is_far)
-  y = If (is_long) <
-    then_branch = by_region () => (regions_y)
+  is_step = Equal (n, one)
+  y = If (is_step) <
+    then_branch = step () => (step_y)
+    {
+STEP
+    },
+    else_branch = by_region () => (regions_y)
     {
 BY_REGION
-    },
-    else_branch = together () => (together_y)
-    {
-TOGETHER
     }
   >
 }"""
 
-# all queries of the call read what one of them sees
-_TOGETHER = """
-      index = Unsqueeze (index_bn, axis_2)
-      i_bn = Sub (index_bn, start_b1)
-      i = Unsqueeze (i_bn, axis_2)
-      j = Identity (j_b1m)
-      apart = Sub (index, row)
-SEEN
-      seen_int = Cast <to = 6> (seen)
-      seen_by_any = ReduceMax <keepdims = 0> (seen_int, axes_01)
-      is_seen = Cast <to = 9> (seen_by_any)
-      read_1 = NonZero (is_seen)
-      read = Squeeze (read_1, axis_0)
-      seen_read = Gather <axis = 2> (seen, read)
-      read_key = Gather <axis = 2> (key, read)
-      read_value = Gather <axis = 2> (value, read)
-      visible = Unsqueeze (seen_read, axis_1)"""
-_OUTPUT = every_score("read_key", "read_value", "together_y")
+# One token: of a text, all that it sees is read and nothing of it hidden. By text, by KV head.
+_STEP = """
+      by_group = Concat <axis = 0> (same, g, others, same)
+      q_rows = Reshape (q, by_group)
+      q_scaled = Mul (q_rows, factor)
+      last_b = Sub (lengths, p1)
+      texts_y = Scan <
+        body = of_text (text_q, text_key, text_value, text_start, text_last, text_end) => (text_y)
+        {
+          row_0 = Min (text_start, text_last)
+FIRST
+          row = Range (row_first, text_end, p1)
+          i = Sub (text_last, row_0)
+          j = Sub (row, row_0)
+          apart = Sub (text_last, row)
+TERMS
+          rows = Compress <axis = 0> (row, UNION)
+          text_y = Scan <
+            body = of_head (head_q, head_key, head_value) => (head_y)
+            {
+              read_key = Gather (head_key, rows)
+              read_value = Gather (head_value, rows)
+              key_t = Transpose <perm = [1, 0]> (read_key)
+              scores_any = MatMul (head_q, key_t)
+              scores = Cast <to = 1> (scores_any)
+CAPPED
+              weights_float = Softmax <axis = -1> (capped)
+              weights = CastLike (weights_float, scores_any)
+              head_y = MatMul (weights, read_value)
+            },
+            num_scan_inputs = 3
+          > (text_q, text_key, text_value)
+        },
+        num_scan_inputs = 6
+      > (q_scaled, key, value, start, last_b, lengths)
+      as_step_y = Constant <value_ints = [0, -1, 1, 0]> ()
+      step_y = Reshape (texts_y, as_step_y)"""
 
 # The queries of each region read its own rows, and those that one of them may see by its first and
 # last position; which they do see is looked at for those rows only, once for all heads. One region
 # of one head after another meets its rows: scores stay in a processor's cache, and no region reads
 # more rows than it needs. Scanned by text [B, ...], by region [R, ...], by KV head [G, ...].
 _BY_REGION = f"""
+      m_1 = Shape <start = 2, end = 3> (key)
+      m_any = Squeeze (m_1, axis_0)
+      m = Cast <to = 6> (m_any)
+      row = Range (p0, m, p1)
+      n_32 = Cast <to = 6> (n)
+      query = Range (p0, n_32, p1)
+      before = Sub (lengths, n_32)
+      before_b1 = Unsqueeze (before, axis_1)
+      index_bn = Add (before_b1, query)
       run_most = Constant <value_int = @TILE> (){RUNS}
       index_run = Gather <axis = 1> (index_bn, run_at)
       as_index_run = Concat <axis = 0> (same, runs_1, run_c_1)
@@ -100,21 +117,19 @@ _BY_REGION = f"""
               first_index = ReduceMin <keepdims = 1> (region_index, axis_0)
               last_index = ReduceMax <keepdims = 1> (region_index, axis_0)
               first_any = Sub (first_index, text_start)
-              i_r = Max (first_any, zero)
+              i_r = Max (first_any, p0)
               last_r = Sub (last_index, text_start)
               apart_r = Sub (i_r, j_r)
               far_r = Sub (last_r, j_r)
 REGION_TERMS
-              real_r = GreaterOrEqual (j_r, zero)
-              past_r = GreaterOrEqual (far_r, zero)
-              near_r = Less (apart_r, reach)
-              allowed_r = And (near_r, real_r)
+              real_r = GreaterOrEqual (j_r, p0)
+              past_r = GreaterOrEqual (far_r, p0)
+ALLOWED_R
               wanted_r = And (allowed_r, REGION_UNION)
               is_after_first = GreaterOrEqual (row, first_index)
               wanted_or_own = Or (wanted_r, is_after_first)
               read_r = And (wanted_or_own, past_r)
-              rows_1 = NonZero (read_r)
-              rows = Squeeze (rows_1, axis_0)
+              rows = Compress <axis = 0> (row, read_r)
               rows_many = Shape (rows)
               index_c1 = Unsqueeze (region_index, axis_1)
               i = Sub (index_c1, text_start)
@@ -145,15 +160,41 @@ BIAS
 
 # seen: what queries at i see of keys at j, apart from each other; all broadcast
 _SEEN = """
-      is_past = GreaterOrEqual (apart, zero)
-      is_real = GreaterOrEqual (j, zero)
-      is_near = Less (apart, reach)
+      is_past = GreaterOrEqual (apart, p0)
+      is_real = GreaterOrEqual (j, p0)
       past_real = And (is_past, is_real)
-      allowed = And (past_real, is_near)
+ALLOWED
 TERMS
       wanted = And (allowed, UNION)
-      itself = Equal (apart, zero)
+      itself = Equal (apart, p0)
       seen = Or (wanted, itself)"""
+
+# how far a block itself looks back, where some node's has a window of its own; and where none has
+_SLIDING = {
+    "\nREACH": """
+  own_any = Constant <value_int: int = @sliding_window> ()
+  is_own = Greater (own_any, zero)
+  reach_any = Where (is_own, own_any, endless)
+  reach = Cast <to = 6> (reach_any)""",
+    "\nFIRST": """
+          farthest = Sub (text_end, reach)
+          row_first = Max (row_0, farthest)""",
+    "\nALLOWED_R": """
+              near_r = Less (apart_r, reach)
+              allowed_r = And (near_r, real_r)""",
+    "\nALLOWED": """
+      is_near = Less (apart, reach)
+      allowed = And (past_real, is_near)""",
+}
+_ENDLESS = {
+    "\nREACH": "",
+    "\nFIRST": """
+          row_first = Identity (row_0)""",
+    "\nALLOWED_R": """
+              allowed_r = Identity (real_r)""",
+    "\nALLOWED": """
+      allowed = Identity (past_real)""",
+}
 
 
 def _of_region(text: str) -> str:
@@ -172,20 +213,27 @@ def _union(lines: dict[str, str], end: str = "") -> tuple[str, str]:
     return text, union
 
 
-def pattern_body(terms: Collection[str] = tuple(TERMS), capped: bool = True) -> str:
+def pattern_body(
+    terms: Collection[str] = tuple(TERMS), capped: bool = True, sliding: bool = True
+) -> str:
     """`PatternAttention` without the domain's line.
 
     Args:
-        terms: those of `TERMS` that some node has; at least one.
+        terms: those of `TERMS` that some node has.
         capped: some node may have a softcap.
+        sliding: the block of some node may have a window of its own.
     """
-    used = {name: term for name, term in TERMS.items() if name in terms}
+    other = "window" if "window_slope" in terms else "window_slope"  # one of both, for every node
+    shown = {"window", "window_slope", *terms} - {other}
+    used = {name: term for name, term in TERMS.items() if name in shown}
     own, union = _union({n: term.seen for n, term in used.items()})
     first = {n: term.region or _of_region(term.seen) for n, term in used.items()}
     of_region, region_union = _union(first, "_r")
-    body = _PATTERN.replace("\nBY_REGION", _BY_REGION).replace("\nTOGETHER", _TOGETHER + _OUTPUT)
+    body = _PATTERN.replace("\nBY_REGION", _BY_REGION).replace("\nSTEP", _STEP)
     body = body.replace("\nREGION_TERMS", of_region).replace("REGION_UNION", region_union)
     body = body.replace("\nONCE", "".join(term.once for term in used.values()))
-    body = body.replace("@SHORT", str(SHORT)).replace("\nSEEN", _SEEN)
+    body = body.replace("\nSEEN", _SEEN)
+    for word, lines in (_SLIDING if sliding else _ENDLESS).items():
+        body = body.replace(word, lines)
     body = body.replace("\nTERMS", own).replace("UNION", union)
     return finished(body, capped, lifted=False)  # few of the rows read are hidden from a query

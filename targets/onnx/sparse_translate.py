@@ -60,7 +60,8 @@ def pattern_attributes(pattern: HeadPattern) -> dict[str, Any]:
     stride = pattern.stride
     return {
         "sinks": pattern.sinks,
-        "window": pattern.window,
+        # a query sees itself
+        "window": pattern.window if pattern.window_slope else max(pattern.window, 1),
         "window_slope": numpy_helper.from_array(np.array(pattern.window_slope, np.float64)),
         "stride": [stride.period, stride.offset, stride.block] if stride else _NO_STRIDE,
         "powers": pattern.powers.block if pattern.powers else 0,
@@ -74,8 +75,8 @@ def has_term(node: Any, term: str) -> bool:
     if node.op_type != "PatternAttention":
         return False
     given = attribute(node, term)
-    if term == "window":
-        return bool(given) or bool(attribute(node, "window_slope").numpy())
+    if term == "window_slope":
+        return bool(given.numpy())
     if term == "stride":
         return list(given) != _NO_STRIDE
     if term in ("columns", "slashes"):
