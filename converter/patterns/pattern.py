@@ -115,6 +115,14 @@ class HeadPattern(Frozen):
             seen = seen & union
         return seen & (i >= 0) & (j >= 0)
 
+    def by_key(self, j: Tensor) -> Tensor:
+        """Boolean: keys that every later query sees, wherever it stands."""
+        seen = torch.zeros_like(j, dtype=torch.bool)
+        for term in self.terms:
+            if term.by_key:
+                seen = seen | term.sees(j, j)
+        return seen & (j >= 0)
+
     def reads(self, length: int, core: CoreConfig) -> int:
         """Keys that the last of `length` tokens sees; a mean where the block looks both ways.
 

@@ -31,7 +31,8 @@ from timing import in_turns, times_faster
 from reattend.mixers.config import CoreConfig
 from reattend.patterns.pattern import HeadPattern
 from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
-from reattend.targets.onnx.sparse_translate import pattern_attributes
+from reattend.targets.onnx.kept_body import KEPT
+from reattend.targets.onnx.sparse_translate import kept_attributes, pattern_attributes
 
 COMMAND = "python kernels/bench/onnx_sparse.py --out kernels/bench/results/onnx_sparse.json"
 HEADS, WIDTH, SCALE = 8, 64, 64**-0.5
@@ -149,6 +150,34 @@ def pattern(rows: Rows) -> Call:
     return bound(session(nodes, inputs, outputs, functions), inputs, states)
 
 
+def kept(rows: Rows) -> Call:
+    """`KeptAttention`, its states filled by the tokens before and as long as the text needs."""
+    case, meant = rows.case, HeadPattern(**rows.case.pattern)
+    past, wide = case.m - case.n, meant.window + int(meant.window_slope * case.m)
+    here = meant.by_key(torch.arange(case.m)).nonzero()[:, 0].numpy()
+    early, times = here[here < past], np.arange(max(0, past - wide), past)
+    inputs, states = rows.new(), {}
+    for place, size, at, of in (
+        ("ring", wide, times % wide, times), ("kept", len(here) + 1, np.arange(len(early)), early)
+    ):  # fmt: skip
+        for name, array in (("key", rows.k), ("value", rows.v)):
+            held = np.zeros((1, case.kv_heads, size, WIDTH), np.float32)
+            held[:, :, at] = array[:, :, of]
+            states[f"past_{place}_{name}"] = (f"{place}_{name}", held)
+    inputs = (
+        {k: inputs[k] for k in ("q", "key", "value")}
+        | {k: held for k, (_, held) in states.items()}
+        | {k: inputs[k] for k in ("kv_start", "kv_len")}
+    )
+    rules: dict[str, Any] = {"scale": SCALE, "sliding_window": 0, "softcap": 0.0}
+    outputs = ["y", *(out for out, _ in states.values())]
+    node = helper.make_node(
+        KEPT, list(inputs), outputs, domain=DOMAIN, **rules | kept_attributes(meant)
+    )
+    uses = Uses(terms=tuple(case.pattern), capped=False, sliding=False)
+    return bound(session([node], inputs, outputs, [function_proto(KEPT, uses)]), inputs, states)
+
+
 def standard(rows: Rows, masked: bool) -> Call:
     """The standard Attention over all keys."""
     inputs = {"q": rows.q, "k": rows.k, "v": rows.v}
@@ -185,7 +214,8 @@ def group_query(rows: Rows, window: int) -> Call:
 def ways(rows: Rows) -> dict[str, tuple[Call, Array]]:
     """Each way, and the mask whose result it has to give."""
     case = rows.case
-    made = {"ours": (ring(rows) if case.window else pattern(rows), rows.seen)}
+    node = ring if case.window else kept if HeadPattern(**case.pattern).monotone else pattern
+    made = {"ours": (node(rows), rows.seen)}
     made["mask"] = (standard(rows, masked=True), rows.seen)
     if case.n == case.m:
         made["causal"] = (standard(rows, masked=False), rows.past)

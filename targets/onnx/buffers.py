@@ -7,36 +7,40 @@ on a state of bounded size first copies the rows it reads of it (`sparse_body.py
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 GROWTH = 256
+_ROWS = re.compile(r"(\d*)C(?:/(\d+))?(?:\+(\d+))?$")
 
 
 @dataclass(frozen=True)
 class StateSpec:
     """A state tensor as the manifest lists it; `shape` holds letters B and C and numbers.
 
-    C/64 is a row for every 64 tokens, rounded up. One without a C is of bounded size: it is the
-    same whatever the capacity is.
+    C/64 is a row for every 64 tokens, rounded up; 3C/64+80 three for so many, and 80. One without a
+    C is of bounded size: it is the same whatever the capacity is. In a `ring` token t stands in row
+    t mod the number of rows.
     """
 
     input: str
     output: str
     shape: tuple[str | int, ...]
+    ring: bool = False
 
     @property
     def row_axis(self) -> int | None:
         """Which axis grows with the capacity."""
-        return next((i for i, s in enumerate(self.shape) if str(s).startswith("C")), None)
+        return next((i for i, s in enumerate(self.shape) if "C" in str(s)), None)
 
     def rows(self, tokens: int) -> int:
         """Rows of that axis that so many tokens have."""
         assert self.row_axis is not None
-        block = int(str(self.shape[self.row_axis]).partition("/")[2] or 1)
-        return -(-tokens // block)
+        each, block, more = _ROWS.findall(str(self.shape[self.row_axis]))[0]
+        return int(each or 1) * -(-tokens // int(block or 1)) + int(more or 0)
 
     def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
         """The shape in numbers."""
@@ -132,8 +136,14 @@ class StateBuffers:
                 grown.append(held)
                 continue
             array = np.zeros(spec.sizes(self.batch, capacity), self.dtype)
-            rows = (slice(None),) * spec.row_axis + (slice(0, spec.rows(used)),)
-            array[rows] = held[rows]
+            every = (slice(None),) * spec.row_axis
+            many = held.shape[spec.row_axis]
+            if spec.ring:
+                times = np.arange(max(0, used - many), used)
+                array[(*every, times % array.shape[spec.row_axis])] = held[(*every, times % many)]
+            else:
+                rows = slice(0, min(spec.rows(used), many))
+                array[(*every, rows)] = held[(*every, rows)]
             grown.append(array)
         self.capacity = capacity
         self._hold(grown)

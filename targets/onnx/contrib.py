@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reattend.targets.onnx.functions import DOMAIN
+from reattend.targets.onnx.kept_body import KEPT
 from reattend.targets.onnx.linear_body import LINEAR
 from reattend.targets.onnx.rewriting import attribute, forget, producer, take_over
 from reattend.targets.onnx.selected_body import SELECTED
@@ -28,6 +29,7 @@ _HEADS_APART = [0, 2, 1, 3]
 _SPARSE = {
     "SparseAttention": "GroupQueryAttention has a window but no first tokens, its state keeps "
     "every row, and on a CPU its window saves no time",
+    KEPT: "GroupQueryAttention's state keeps every row, and it sees no rows but a window's",
     "RoutedAttention": "no operator of ONNX Runtime leaves heads out for some tokens",
     "PatternAttention": "no operator of ONNX Runtime for CPUs gathers the rows that heads see",
 }
@@ -68,7 +70,7 @@ def group_queries(model: Any, ids: Any, mask: Any) -> dict[str, Form]:
 
 def state_output(node: Any) -> str:
     """The name of the first state that belongs to a node of ours, as it is after the call."""
-    if node.op_type in ("SparseAttention", *SELECTED, *LINEAR):
+    if node.op_type in ("SparseAttention", KEPT, *SELECTED, *LINEAR):
         written = node.outputs[1]
     else:
         written = node.inputs[2 if node.op_type == "LatentAttention" or _follows(node) else 1]

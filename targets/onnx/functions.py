@@ -26,6 +26,7 @@ from reattend.targets.onnx.encoder_body import ENCODER, encoder_body
 from reattend.targets.onnx.encoder_observed import OBSERVED, observed_body
 from reattend.targets.onnx.fragments import CAP, CAPPED
 from reattend.targets.onnx.gated_linear_body import GATED, gated_linear_body
+from reattend.targets.onnx.kept_body import KEPT, kept_body
 from reattend.targets.onnx.linear_body import linear_body
 from reattend.targets.onnx.linear_features import MAPS
 from reattend.targets.onnx.pattern_body import pattern_body
@@ -196,7 +197,7 @@ class Uses:
 
     Attributes:
         rope_may_be_empty: some latent node has R = 0.
-        terms: terms that some `PatternAttention` has.
+        terms: terms that some `PatternAttention` or `KeptAttention` has.
         budgets: budgets that some node of `selected_body` has.
         capped: some node that is sparse or routed has a softcap.
         sliding: the block of some node has a window of its own.
@@ -231,6 +232,8 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
         return _DOMAIN_LINE + sparse_body(uses.capped)
     if name == "PatternAttention":
         return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped, uses.sliding)
+    if name == KEPT:
+        return _DOMAIN_LINE + kept_body(uses.terms, uses.capped, uses.sliding)
     if name == ROUTED:
         return _OWN_DOMAIN_LINE + routed_body(uses.capped)
     if name == "LinearAttention":
@@ -262,7 +265,8 @@ def function_proto(name: str, uses: Uses = EVERYTHING) -> Any:
             `PatternAttention` (the same inputs), `RoutedAttention` (the same and, before kv_start,
             active [B, U, N]; it calls `Attention`), or `SparseAttention` (q, key [B, G, N, d],
             value [B, G, N, e], past_key [B, G, sinks + window, d], past_value, kv_start, kv_len)
-            -> y, present_key, present_value; or one of `selected_body.KINDS`,
+            -> y, present_key, present_value, or `KeptAttention` (the same with ring_key,
+            ring_value, kept_key, kept_value as states); or one of `selected_body.KINDS`,
             of `linear_body.LINEAR`, or of `encoder_body.ENCODER`.
         uses: what the nodes of the file need.
     """

@@ -112,7 +112,7 @@ def _capture(step: Step, dtype: torch.dtype) -> Any:
 
 def _dynamic_state(tensor: StateTensor) -> dict[int, Any]:
     auto = torch.export.Dim.AUTO
-    return {0: auto} if tensor.rows else {0: auto, 2 if tensor.heads else 1: auto}
+    return {0: auto, 2 if tensor.heads else 1: auto} if tensor.growing else {0: auto}
 
 
 def _name_dimensions(model: Any, step: Step) -> None:

@@ -7,7 +7,7 @@ r latent rank, R rotary width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -36,10 +36,16 @@ KEEP_DENSE = "convert the rest too, with the rule `to: dense` (or use plan ident
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One fixed-capacity tensor: [B, C, width], or [B, heads, C, width] where `heads` > 0.
+    """One fixed-capacity tensor: [B, rows, width], or [B, heads, rows, width] where `heads` > 0.
 
-    `name` begins with the number of the node, and a dot, where the layer has several. `rows`: its
-    own capacity, whatever that of the session is; 0: C. `block`: tokens that a row is for.
+    It has `rows` rows and `growing` more for every `block` tokens of the session's capacity C.
+
+    Attributes:
+        name: begins with the number of the node, and a dot, where the layer has several.
+        rows: whatever the capacity is; 0: none, and `growing` is 1.
+        block: tokens.
+        per_block: `growing`, where there are rows of both kinds.
+        ring: token t stands in row t mod its rows.
     """
 
     layer: int
@@ -48,6 +54,13 @@ class StateTensor:
     width: int
     rows: int = 0
     block: int = 1
+    per_block: int = 0
+    ring: bool = False
+
+    @property
+    def growing(self) -> int:
+        """Rows for every `block` tokens."""
+        return self.per_block or int(not self.rows)
 
     @property
     def input(self) -> str:
@@ -67,13 +80,16 @@ class StateTensor:
     @property
     def letters(self) -> list[str | int]:
         """Its shape for the manifest."""
-        rows: str | int = self.rows or ("C" if self.block == 1 else f"C/{self.block}")
+        each = f"{self.growing}C" if self.growing > 1 else "C"
+        grown = f"{each}/{self.block}" if self.block > 1 else each
+        whole = f"{grown}+{self.rows}" if self.rows else grown
+        rows: str | int = whole if self.growing else self.rows
         return ["B", self.heads, rows, self.width] if self.heads else ["B", rows, self.width]
 
     def shape(self, batch: int, capacity: int) -> tuple[int, ...]:
         """Its shape for these sizes."""
-        capacity = self.rows or -(-capacity // self.block)
-        middle = (self.heads, capacity) if self.heads else (capacity,)
+        rows = self.rows + self.growing * -(-capacity // self.block)
+        middle = (self.heads, rows) if self.heads else (rows,)
         return (batch, *middle, self.width)
 
 
@@ -206,10 +222,11 @@ def _describe(path: str, layer: int, node: _Node, group: str) -> GroupLayout:
     if isinstance(config, SparseConfig) and head_class is not None:
         form = sparse_form(path, config, head_class)
         heads = len(head_class.kv_heads)
-        first, second = _key_value(layer, group, config, heads, form.rows)
+        room = form.rows, form.block, form.per_block, form.ring
+        first, second = _key_value(layer, group, config, heads, *room)
         words = head_class.pattern.words()
         more = tuple(
-            StateTensor(layer, f"{group}{x.name}", heads, x.width, x.rows, x.block)
+            StateTensor(layer, f"{group}{x.name}", heads, x.width, x.rows, x.block, x.per_block)
             for x in form.extra
         )
         return GroupLayout(form.op, first, second, part, form, words, more, form.saves)
@@ -234,11 +251,12 @@ def routed_form(config: RoutedConfig) -> tuple[str, str]:
 
 
 def _key_value(
-    layer: int, group: str, config: BlockConfig, heads: int, rows: int
+    layer: int, group: str, config: BlockConfig, heads: int, *room: Any
 ) -> tuple[StateTensor, StateTensor]:
+    """Both, with the same `rows`, `block`, `per_block` and `ring`."""
     core = config.core
-    first = StateTensor(layer, f"{group}key", heads, core.qk_head_dim, rows)
-    return first, StateTensor(layer, f"{group}value", heads, core.v_head_dim, rows)
+    first = StateTensor(layer, f"{group}key", heads, core.qk_head_dim, *room)
+    return first, StateTensor(layer, f"{group}value", heads, core.v_head_dim, *room)
 
 
 def conv_tails(layer: int, group: str, config: SelectiveConfig) -> tuple[StateTensor, ...]:

@@ -18,7 +18,7 @@ from reattend.targets.onnx.encoder_observed import OBSERVED
 from reattend.targets.onnx.flavours import Flavour
 from reattend.targets.onnx.layout import GroupLayout, LayerLayout, StateTensor
 
-SCHEMA = 6
+SCHEMA = 7
 #: inputs of a file with passes over one input: which pass a call is, counted from 1, of how many,
 #: and tokens that are filled in
 PASS = ("pass_number", "passes", "new_tokens")
@@ -48,9 +48,13 @@ class StateEntry(_Part):
     Attributes:
         input, output: of the graph.
         layer, name: whose it is.
-        shape: letters and numbers; `C/64`: a row for every 64 tokens, rounded up. P blocks of
-            queries and K blocks that each reads: what one pass over a text found, for the next.
-        capacity: rows that it has, however many tokens there are; null: C, at least one per token.
+        shape: letters and numbers; `C/64`: a row for every 64 tokens, rounded up; `3C/64+80`: three
+            for so many, and 80. P blocks of queries and K blocks that each reads: what one pass
+            over a text found, for the next.
+        capacity: rows that it has, however many tokens there are; null: as many as `shape` says of
+            C, at least the number of tokens.
+        ring: token t, padding counted, stands in row t mod the number of rows: whoever moves it to
+            a buffer of more rows puts it there.
     """
 
     input: str
@@ -59,6 +63,7 @@ class StateEntry(_Part):
     name: str
     shape: list[str | int]
     capacity: int | None = None
+    ring: bool = False
 
 
 class LayerEntry(_Part):
@@ -67,7 +72,8 @@ class LayerEntry(_Part):
     Attributes:
         path, layer: the module and the number of the layer.
         op: what it is in our words: `Attention`, `LatentAttention`, `SparseAttention` (sinks and a
-            window, state of bounded size), `PatternAttention` (any pattern, state of every row),
+            window, state of bounded size), `KeptAttention` (other KV-monotone patterns, states of
+            what later queries may see), `PatternAttention` (any pattern, state of every row),
             `LinearAttention` and `WindowLinearAttention` (sums, state of bounded size), or what
             chooses keys at run time (state of every row), see `selected_body.KINDS`. Of a model
             without caches one of `WHOLE`; `A + B`: a grid, and the text around it.
@@ -122,7 +128,7 @@ class CheckEntry(_Part):
 class Manifest(_Part):
     """The file as a whole; `schema_version` rises when a reader must change."""
 
-    schema_version: Literal[1, 2, 3, 4, 5, 6] = 6
+    schema_version: Literal[1, 2, 3, 4, 5, 6, 7] = 7
     file: str = MODEL
     data: str = DATA
     dtype: Literal["float32", "float16"]
@@ -175,10 +181,8 @@ def describe(
         "inputs": [_entry(v, config.vocab_size) for v in graph.graph.inputs],
         "outputs": [_entry(v, config.vocab_size) for v in graph.graph.outputs],
         "states": [_state(t) for t in tensors],
-        "cache_bytes_per_token": ceil(
-            size * sum(max(t.heads, 1) * t.width / t.block for t in tensors if not t.rows)
-        ),
-        "cache_bytes_fixed": size * sum(t.heads * t.width * t.rows for t in tensors),
+        "cache_bytes_per_token": ceil(size * sum(t.numbers * t.growing / t.block for t in tensors)),
+        "cache_bytes_fixed": size * sum(t.numbers * t.rows for t in tensors),
         # ONNX Runtime's GroupQueryAttention takes a later chunk of one row only.
         "chunk_rows": 1 if any(f.op == GROUP_QUERY for f in forms.values()) else None,
         "generation": generation(model),
@@ -212,7 +216,7 @@ def _layer(layer: LayerLayout, group: GroupLayout, form: Form) -> LayerEntry:
 def _state(tensor: StateTensor) -> StateEntry:
     return StateEntry(
         input=tensor.input, output=tensor.output, layer=tensor.layer, name=tensor.name,
-        shape=tensor.letters, capacity=tensor.rows or None,
+        shape=tensor.letters, capacity=None if tensor.growing else tensor.rows, ring=tensor.ring,
     )  # fmt: skip
 
 

@@ -71,7 +71,9 @@ class Session:
 
         self.ort = started(self.folder / self.manifest.file, providers, threads, prepare)
         self.capacity, self.prefill_chunk = capacity, prefill_chunk
-        self._specs = [StateSpec(s.input, s.output, tuple(s.shape)) for s in self.manifest.states]
+        self._specs = [
+            StateSpec(s.input, s.output, tuple(s.shape), s.ring) for s in self.manifest.states
+        ]
         self._given = [v.name for v in self.ort.get_inputs() if not v.name.startswith("state.")]
         shapes = {entry.name: entry.shape for entry in self.manifest.outputs}
         self._vocabulary = int(shapes["logits"][-1])

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Extra:
-    """A state beside keys and values: [B, G, one row per `block` tokens, or `rows`, width]."""
+    """A state beside keys and values: [B, G, rows, width], its rows as of a `StateTensor`."""
 
     name: str
     width: int
     block: int = 1
     rows: int = 0
+    per_block: int = 0
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SparseForm:
 
     Attributes:
         op: the node.
-        rows: of its state; 0: the capacity of the session.
+        rows, block, per_block, ring: of the states of keys and values, as of a `StateTensor`.
         sinks, window: of a state of bounded size.
         saves: what of the pattern's saving the file has, for the manifest.
         extra: further states, for what chooses at run time.
@@ -31,6 +32,9 @@ class SparseForm:
 
     op: str
     rows: int = 0
+    block: int = 1
+    per_block: int = 0
+    ring: bool = False
     sinks: int = 0
     window: int = 0
     saves: str = ""

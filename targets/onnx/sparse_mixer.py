@@ -20,11 +20,16 @@ from reattend.mixers.recurrent import RecurrentAttention
 from reattend.mixers.sparse import SparseAttention
 from reattend.parts import picked, query_heads
 from reattend.passes.rewrite.sparse_build import sparse_like
+from reattend.targets.onnx.kept_body import KEPT
 from reattend.targets.onnx.linear_mixer import traced_linear
 from reattend.targets.onnx.recurrent_mixer import traced_recurrent
 from reattend.targets.onnx.selected_body import SELECTED
 from reattend.targets.onnx.selected_ops import selected_attention
-from reattend.targets.onnx.sparse_ops import pattern_attention, sink_window_attention
+from reattend.targets.onnx.sparse_ops import (
+    kept_attention,
+    pattern_attention,
+    sink_window_attention,
+)
 from reattend.targets.onnx.state import FixedGroups, FixedState
 
 
@@ -84,6 +89,12 @@ class TracedSparse(SparseAttention):
             state.put(first, second)
             return y
         pattern = head_class.pattern.model_dump_json(exclude_defaults=True)
+        if form.op == KEPT:
+            y, *written = kept_attention(
+                q, keys, values, *state.past(), *state.span(), pattern=pattern, **rules
+            )
+            state.put(*written)
+            return y
         if form.op in SELECTED:
             method, (first, second, *more) = self.selecting[str(number)], state.past()
             weights = [*method.parameters(), *method.buffers()]

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from reattend.patterns.pattern import HeadPattern
+from reattend.targets.onnx.kept_body import KEPT, KNOWN
 from reattend.targets.onnx.rewriting import attribute
 from reattend.targets.onnx.schema import our_op
+from reattend.targets.onnx.sparse_ops import kept_attention as _kept  # noqa: F401
 from reattend.targets.onnx.sparse_ops import pattern_attention as _pattern  # noqa: F401
 from reattend.targets.onnx.sparse_ops import sink_window_attention as _window  # noqa: F401
 
@@ -22,7 +24,7 @@ _NO_STRIDE, _NONE_LISTED = [0, 0, 1], [-1]
 
 def sparse_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The entries of `custom_translation_table` for sparse heads."""
-    sparse, pattern_node = _sparse_op(), _pattern_op()
+    sparse, pattern_node, kept = _sparse_op(), _pattern_op(), _kept_op()
 
     def translate_window(
         q: Any, k: Any, v: Any, past_key: Any, past_value: Any, start: Any, length: Any, *,
@@ -44,7 +46,19 @@ def sparse_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             scale=float(scale), sliding_window=int(sliding_window), softcap=float(softcap), **terms,
         )  # fmt: skip
 
+    def translate_kept(
+        q: Any, k: Any, v: Any, ring_key: Any, ring_value: Any, kept_key: Any, kept_value: Any,
+        start: Any, length: Any, *,
+        pattern: str, scale: float, sliding_window: int = 0, softcap: float = 0.0,
+    ) -> Any:  # fmt: skip
+        return kept(
+            q, k, v, ring_key, ring_value, kept_key, kept_value, start, length,
+            scale=float(scale), sliding_window=int(sliding_window), softcap=float(softcap),
+            **kept_attributes(HeadPattern.model_validate_json(pattern)),
+        )  # fmt: skip
+
     return {
+        torch.ops.reattend.kept_attention.default: translate_kept,
         torch.ops.reattend.sink_window_attention.default: translate_window,
         torch.ops.reattend.pattern_attention.default: translate_pattern,
     }
@@ -70,9 +84,14 @@ def pattern_attributes(pattern: HeadPattern) -> dict[str, Any]:
     }
 
 
+def kept_attributes(pattern: HeadPattern) -> dict[str, Any]:
+    """The same for `KeptAttention`, which knows fewer terms."""
+    return {name: value for name, value in pattern_attributes(pattern).items() if name in KNOWN}
+
+
 def has_term(node: Any, term: str) -> bool:
     """Whether a node of an `onnx_ir` graph has a term of `TERMS`."""
-    if node.op_type != "PatternAttention":
+    if node.op_type not in ("PatternAttention", KEPT) or term not in node.attributes:
         return False
     given = attribute(node, term)
     if term == "window_slope":
@@ -91,10 +110,21 @@ def _sparse_op() -> Any:
     return our_op("SparseAttention", names, outputs, attributes, dict.fromkeys(_SPAN, "I"))
 
 
+_TERMS = {
+    "sinks": "int", "window": "int", "window_slope": "tensor", "stride": "ints", "powers": "int",
+    "columns": "ints", "slashes": "ints",
+}  # fmt: skip
+
+
+def _kept_op() -> Any:
+    attributes = _RULES | {name: kind for name, kind in _TERMS.items() if name in KNOWN}
+    states = ("ring_key", "ring_value", "kept_key", "kept_value")
+    past = ("past_ring_key", "past_ring_value", "past_key", "past_value")
+    names = ("q", "key", "value", *past, *_SPAN)
+    return our_op(KEPT, names, ("y", *states), attributes, dict.fromkeys(_SPAN, "I"))
+
+
 def _pattern_op() -> Any:
-    attributes = _RULES | {
-        "sinks": "int", "window": "int", "window_slope": "tensor", "stride": "ints",
-        "powers": "int", "columns": "ints", "slashes": "ints",
-    }  # fmt: skip
+    attributes = _RULES | _TERMS
     names = ("q", "key", "value", *_SPAN)
     return our_op("PatternAttention", names, ("y",), attributes, dict.fromkeys(_SPAN, "I"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reattend.errors import GateError
 from reattend.install.adapter import Adapter
-from reattend.targets.onnx.layout import LayerLayout
+from reattend.targets.onnx.layout import LayerLayout, StateTensor
 from reattend.targets.onnx.manifest import CheckEntry
 from reattend.targets.onnx.routed_body import FEW
 from reattend.targets.onnx.routed_body import NAME as ROUTED
@@ -64,7 +64,7 @@ def shapes(layers: list[LayerLayout], longest: int | None) -> list[Size]:
         layers: of the model.
         longest: tokens that the model has positions for; None: it says nothing.
     """
-    rows = max(tensor.rows for layer in layers for tensor in layer.tensors)
+    rows = max(_held_whole(tensor) for layer in layers for tensor in layer.tensors)
     chosen = max(_chosen_from(layer) for layer in layers)
     routed = any(group.op == ROUTED for layer in layers for group in layer.groups)
     short = [*SHAPES, GATHERED] if routed else list(SHAPES)
@@ -75,6 +75,13 @@ def shapes(layers: list[LayerLayout], longest: int | None) -> list[Size]:
         prompt = min(prompt, longest - 2)
     share = 0.5 if chosen else 1.0
     return [*short, Size(1, prompt, 3, 2, share)] if prompt > 9 else short
+
+
+def _held_whole(tensor: StateTensor) -> int:
+    """Tokens from which on a state does not hold every one; 0 if it always does."""
+    if tensor.rows == 0 or tensor.growing >= tensor.block:
+        return tensor.rows if not tensor.growing else 0
+    return -(-tensor.rows * tensor.block // (tensor.block - tensor.growing))
 
 
 def _chosen_from(layer: LayerLayout) -> int:

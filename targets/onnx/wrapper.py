@@ -66,7 +66,11 @@ class Step(nn.Module):
         States with a row for several tokens get a number of rows that is nothing else's.
         """
         position = torch.arange(past, past + new)[None].expand(batch, -1).contiguous()
-        rows = [capacity if t.block == 1 else (capacity + 6) * t.block for t in self.state_tensors]
+        plain = [t.block == 1 and not t.per_block for t in self.state_tensors]
+        rows = [
+            capacity if is_plain else (capacity + 6) * t.block
+            for t, is_plain in zip(self.state_tensors, plain, strict=True)
+        ]
         shapes = [t.shape(batch, c) for t, c in zip(self.state_tensors, rows, strict=True)]
         states = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         mask = torch.ones(batch, past + new, dtype=torch.int64)
