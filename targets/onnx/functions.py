@@ -81,10 +81,10 @@ _DENSE = """{
   scale_float = Constant <value_float: float = @scale> ()
   factor = CastLike (scale_float, q)
   by_group = Concat <axis = 0> (same, g, others, same)
-  q_rows = Reshape (q, by_group)
-  q_scaled = Mul (q_rows, factor)
+  q_scaled = Mul (q, factor)
+  q_rows = Reshape (q_scaled, by_group)
   key_t = Transpose <perm = [0, 1, 3, 2]> (key)
-  score_rows = MatMul (q_scaled, key_t)
+  score_rows = MatMul (q_rows, key_t)
   score_shape = Concat <axis = 0> (same, others, n, same)
 SOFTMAX
   weight_rows = Reshape (weights, by_group)

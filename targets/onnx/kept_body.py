@@ -101,12 +101,12 @@ NEAR
       both_seen = Concat <axis = 1> (kept_seen, ring_seen)
       visible = Unsqueeze (both_seen, axes_12)
       by_group = Concat <axis = 0> (same, g, others, same)
-      q_rows = Reshape (q, by_group)
-      q_scaled = Mul (q_rows, factor)
+      q_scaled = Mul (q, factor)
+      q_rows = Reshape (q_scaled, by_group)
       kept_key_t = Transpose <perm = [0, 1, 3, 2]> (step_key)
       ring_key_t = Transpose <perm = [0, 1, 3, 2]> (step_ring_key)
-      kept_scores = MatMul (q_scaled, kept_key_t)
-      ring_scores = MatMul (q_scaled, ring_key_t)
+      kept_scores = MatMul (q_rows, kept_key_t)
+      ring_scores = MatMul (q_rows, ring_key_t)
       scores_any = Concat <axis = 3> (kept_scores, ring_scores)
 BIAS
 BY_BIAS

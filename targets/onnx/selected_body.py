@@ -134,10 +134,10 @@ _GATHERED = """
       apart_shape = Concat <axis = 0> (same, choosers, others, same)
       chosen_key = Reshape (rows_key, apart_shape)
       chosen_value = Reshape (rows_value, apart_shape)
-      q_rows = Reshape (q, apart_shape)
-      q_scaled = Mul (q_rows, factor)
+      q_scaled = Mul (q, factor)
+      q_rows = Reshape (q_scaled, apart_shape)
       key_t = Transpose <perm = [0, 1, 3, 2]> (chosen_key)
-      scores_any = MatMul (q_scaled, key_t)
+      scores_any = MatMul (q_rows, key_t)
 SOFTMAX
       y_rows = MatMul (weights, chosen_value)
       by_head = Concat <axis = 0> (same, others, n_1, same)

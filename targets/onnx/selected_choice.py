@@ -159,8 +159,8 @@ _MEANS = """
   summary_any = Identity (block_mean)"""
 BLOCKS = """
   as_group = Concat <axis = 0> (same, g, others, same)
-  q_group = Reshape (q, as_group)
-  q_short = Mul (q_group, factor)
+  q_to_rank = Mul (q, factor)
+  q_short = Reshape (q_to_rank, as_group)
   rank_rows = MatMul (q_short, summary_t)
   as_heads = Concat <axis = 0> (same, others, n_1, many_1)
   rank_any = Reshape (rank_rows, as_heads)

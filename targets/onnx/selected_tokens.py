@@ -19,12 +19,12 @@ LABELS = """
   present_label = TensorScatter <axis = 2> (past_label, new_label, write)"""
 LABEL_OF_QUERY = """
   as_group = Concat <axis = 0> (same, g, others, same)
-  q_group = Reshape (q, as_group)
+  q_to_rank = Mul (q, factor)
+  q_group = Reshape (q_to_rank, as_group)
   q_many = Shape <start = 2, end = 3> (q_group)
   by_query = Concat <axis = 0> (batch_1, one_1, q_many, one_1)
   q_channels = Expand (channels_1, by_query)
-  q_label = GatherElements <axis = 3> (q_group, q_channels)
-  q_short = Mul (q_label, factor)"""
+  q_short = GatherElements <axis = 3> (q_group, q_channels)"""
 BY_LABEL = (
     LABEL_OF_QUERY
     + """
@@ -206,8 +206,8 @@ NOTING = """
     then_branch = note () => (noted_now)
     {
       note_group = Concat <axis = 0> (same, g, others, same)
-      note_q = Reshape (q, note_group)
-      note_q_scaled = Mul (note_q, factor)
+      note_q = Mul (q, factor)
+      note_q_scaled = Reshape (note_q, note_group)
       note_key_t = Transpose <perm = [0, 1, 3, 2]> (present_key)
       note_rows = MatMul (note_q_scaled, note_key_t)
       note_heads = Concat <axis = 0> (same, others, n_1, room_1)

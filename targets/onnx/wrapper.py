@@ -66,10 +66,9 @@ class Step(nn.Module):
         States with a row for several tokens get a number of rows that is nothing else's.
         """
         position = torch.arange(past, past + new)[None].expand(batch, -1).contiguous()
-        plain = [t.block == 1 and not t.per_block for t in self.state_tensors]
         rows = [
-            capacity if is_plain else (capacity + 6) * t.block
-            for t, is_plain in zip(self.state_tensors, plain, strict=True)
+            (capacity + 6) * t.block if t.per_block or t.block > 1 else capacity
+            for t in self.state_tensors
         ]
         shapes = [t.shape(batch, c) for t, c in zip(self.state_tensors, rows, strict=True)]
         states = [torch.zeros(shape, dtype=dtype) for shape in shapes]
