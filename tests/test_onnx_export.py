@@ -168,7 +168,7 @@ def test_manifest_and_folder(made: Any) -> None:
     assert content["generation"] == {
         "bos_token_id": 1, "eos_token_id": [2], "pad_token_id": None
     }  # fmt: skip
-    assert [c["steps"] for c in content["checks"]] == [1, 1]
+    assert [c["steps"] for c in content["checks"]] == [1, 1, 1]
     assert artifact.max_error <= 1e-4
     assert (artifact.path / "model.onnx.data").stat().st_size > 10_000
     assert (artifact.path / "generation_config.json").is_file()
@@ -208,11 +208,11 @@ def test_a_wrong_file_is_not_published(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gate sees a mistake in the function body (here: no query sees its own key)."""
-    from reattend.targets.onnx import functions
+    from reattend.targets.onnx import dense_body
 
-    wrong = functions._SOFTMAX.replace("LessOrEqual (row, last)", "Less (row, last)")
-    assert wrong != functions._SOFTMAX
-    monkeypatch.setattr(functions, "_SOFTMAX", wrong)
+    wrong = dense_body._BODY.replace("LessOrEqual (row, last)", "Less (row, last)")
+    assert wrong != dense_body._BODY
+    monkeypatch.setattr(dense_body, "_BODY", wrong)
     with pytest.raises(GateError, match="torch's logits"):
         export_onnx(made["mla"][0], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -17,24 +17,26 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from reattend.kernels.attention import attention  # noqa: E402
 from reattend.kernels.latent_attention import latent_attention  # noqa: E402
+from reattend.targets.onnx import dense_body  # noqa: E402
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, Uses, function_proto  # noqa: E402
 
 B, H, G, C = 3, 4, 2, 12
 OPS = {"Attention": attention, "LatentAttention": latent_attention}
 
 
-def inputs(name: str, n: int, rope: int, dtype: Any) -> dict[str, np.ndarray]:
+def inputs(name: str, n: int, rope: int, dtype: Any, long: int = 1) -> dict[str, np.ndarray]:
+    c, end = C * long, 9 * long
     if name == "Attention":
-        shapes = {"q": (B, H, n, 8), "key": (B, G, C, 8), "value": (B, G, C, 5)}
+        shapes = {"q": (B, H, n, 8), "key": (B, G, c, 8), "value": (B, G, c, 5)}
     else:
         shapes = {
             "q_nope": (B, H, n, 6), "q_rope": (B, H, n, rope),
-            "latent": (B, C, 6), "rope": (B, C, rope),
+            "latent": (B, c, 6), "rope": (B, c, rope),
         }  # fmt: skip
     random = np.random.default_rng(0)
     feed = {k: random.standard_normal(s).astype(dtype) for k, s in shapes.items()}
     # Row 1 has two pads; row 2 only pads, so none of its queries sees anything.
-    feed["kv_start"], feed["kv_len"] = np.array([0, 2, 9]), np.array([9, 9, 9])
+    feed["kv_start"], feed["kv_len"] = np.array([0, 2, end]), np.array([end, end, end])
     return feed
 
 
@@ -57,6 +59,7 @@ def model(name: str, feed: dict[str, np.ndarray], attributes: dict[str, Any], em
     return made
 
 
+PLAIN = {"scale": 0.3, "causal": 1, "sliding_window": 0, "softcap": 0.0}
 RULES = {
     "causal": {},
     "full": {"causal": 0},
@@ -72,9 +75,56 @@ RULES = {
 def test_body_means_what_the_torch_op_means(
     name: str, n: int, rope: int, rule: str, dtype: Any, limit: float
 ) -> None:
-    attributes = {"scale": 0.3, "causal": 1, "sliding_window": 0, "softcap": 0.0} | RULES[rule]
+    attributes = PLAIN | RULES[rule]
     feed = inputs(name, n, rope, dtype)
-    made = model(name, feed, attributes, empty=rope == 0)
+    is_the_torch_op(name, feed, model(name, feed, attributes, empty=rope == 0), attributes, limit)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("tile", "n"), [(2, 4), (2, 9), (3, 7), (7, 8)])
+@pytest.mark.parametrize(
+    ("name", "rope"), [("Attention", 4), *(("LatentAttention", r) for r in (4, 0))]
+)
+def test_tiles_mean_what_the_torch_op_means(
+    name: str, rope: int, tile: int, n: int, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_body, "DENSE_TILE", tile)
+    monkeypatch.setattr(dense_body, "FEW", 1)
+    attributes = PLAIN | RULES[rule]
+    feed = inputs(name, n, rope, np.float32)
+    is_the_torch_op(name, feed, model(name, feed, attributes, empty=rope == 0), attributes, 1e-5)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "window of 100"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_long_prompt_means_what_the_torch_op_means(name: str, rule: str) -> None:
+    attributes = PLAIN | RULES.get(rule, {"sliding_window": 100})
+    feed = inputs(name, 300, 4, np.float32, long=40)
+    is_the_torch_op(name, feed, model(name, feed, attributes, empty=False), attributes, 1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_prompt_does_not_read_what_nothing_was_written_to(name: str) -> None:
+    """Nor what a window has left behind: such rows may be anything, even no number."""
+    attributes = PLAIN | {"sliding_window": 20}
+    feed = inputs(name, 40, 4, np.float32, long=40)
+    feed["kv_start"][:], feed["kv_len"][:] = 0, 300
+    made = model(name, feed, attributes, empty=False)
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    before = session.run(None, feed)[0]
+    for rows in [v for k, v in feed.items() if v.shape[-2:-1] == (C * 40,)]:
+        rows[..., 300:, :] = np.nan
+        rows[..., : 300 - 40 - 20 + 1, :] = np.nan
+    np.testing.assert_array_equal(session.run(None, feed)[0], before)
+
+
+def is_the_torch_op(
+    name: str, feed: dict[str, np.ndarray], made: Any, attributes: dict[str, Any], limit: float
+) -> None:
+    """In both runtimes, and in the dtype that was given; of row 2, which sees nothing, 0."""
+    dtype = next(iter(feed.values())).dtype
     tensors = [torch.from_numpy(v) for v in feed.values()]
     tensors = [t.float() if t.is_floating_point() else t for t in tensors]
     expected = OPS[name](*tensors, **(attributes | {"causal": bool(attributes["causal"])}))[0]
@@ -90,9 +140,8 @@ def test_body_means_what_the_torch_op_means(
 
 def test_unused_rows_do_not_matter_when_finite() -> None:
     feed = inputs("LatentAttention", 2, 4, np.float32)
-    attributes = {"scale": 0.3, "causal": 1, "sliding_window": 0, "softcap": 0.0}
     session = onnxruntime.InferenceSession(
-        model("LatentAttention", feed, attributes, False).SerializeToString(),
+        model("LatentAttention", feed, PLAIN, False).SerializeToString(),
         providers=["CPUExecutionProvider"],
     )
     before = session.run(None, feed)[0]

@@ -207,9 +207,9 @@ TILE = 64
 MANY = """
       few = Constant <value_int = @TILE> ()
       is_many = Less (few, n)"""
-#: queries in the order of the call, `run_most` at a time: q_regions [B, H, R, c, d]. The last query
-#: fills up the last region; `run_at` says which query stands where.
-RUNS = """
+#: queries in the order of the call, `run_most` at a time. The last query fills up the last region;
+#: `run_at` says which query stands where.
+RUN_AT = """
       run_c = Min (n, run_most)
       run_c_1 = Unsqueeze (run_c, axis_0)
       run_c_less = Sub (run_c, one)
@@ -219,7 +219,9 @@ RUNS = """
       run_rows = Mul (runs, run_c)
       run_any = Range (zero, run_rows, one)
       run_last = Sub (n, one)
-      run_at = Min (run_any, run_last)
+      run_at = Min (run_any, run_last)"""
+#: those queries: q_regions [B, H, R, c, d]
+RUNS = f"""{RUN_AT}
       q_run = Gather <axis = 2> (q, run_at)
       as_runs = Concat <axis = 0> (same, same, runs_1, run_c_1, others)
       q_regions = Reshape (q_run, as_runs)"""

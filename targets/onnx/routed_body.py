@@ -17,7 +17,7 @@ NAME = "RoutedAttention"
 FEW = 16
 #: queries that are gathered together: fewer see fewer rows that are hidden from them, more make
 #: larger products
-STRETCH = 256
+STRETCH = 128
 
 _BODY = """RoutedAttention
 <scale: float, causal: int = 1, sliding_window: int = 0, softcap: float = 0.0>
@@ -103,8 +103,16 @@ CAP
           at_2 = NonZero (mine)
           at = Squeeze (at_2, axis_0)
           at_query = Add (at, from_query)
-          q_all = Gather <axis = 0> (q_units, of_unit)
-          q_some = Gather <axis = 1> (q_all, at_query)
+          unit_1 = Unsqueeze (of_unit, axis_0)
+          unit_next = Add (unit_1, axis_1)
+          query_1 = Unsqueeze (from_query, axis_0)
+          query_next = Add (query_1, stretch_1)
+          of_stretch = Concat <axis = 0> (unit_1, query_1)
+          stretch_end = Concat <axis = 0> (unit_next, query_next)
+          axes_02 = Constant <value_ints = [0, 2]> ()
+          q_stretch_one = Slice (q_units, of_stretch, stretch_end, axes_02)
+          q_stretch = Squeeze (q_stretch_one, axis_0)
+          q_some = Gather <axis = 1> (q_stretch, at)
           q_scaled = Mul (q_some, factor)
           start = Gather <axis = 0> (starts, row)
           length = Gather <axis = 0> (lengths, row)
@@ -118,10 +126,15 @@ CAP
           from = Max (from_near, start)
           until_1 = Unsqueeze (until, axis_0)
           from_1 = Unsqueeze (from, axis_0)
-          key_all = Gather <axis = 0> (key_groups, place)
-          key_some = Slice (key_all, from_1, until_1, axis_0)
-          value_all = Gather <axis = 0> (value_groups, place)
-          value_some = Slice (value_all, from_1, until_1, axis_0)
+          place_1 = Unsqueeze (place, axis_0)
+          place_next = Add (place_1, axis_1)
+          corner = Concat <axis = 0> (place_1, from_1)
+          corner_end = Concat <axis = 0> (place_next, until_1)
+          axes_01 = Constant <value_ints = [0, 1]> ()
+          key_one = Slice (key_groups, corner, corner_end, axes_01)
+          key_some = Squeeze (key_one, axis_0)
+          value_one = Slice (value_groups, corner, corner_end, axes_01)
+          value_some = Squeeze (value_one, axis_0)
           key_t = Transpose <perm = [1, 0]> (key_some)
           scores_own = MatMul (q_scaled, key_t)
           scores = Cast <to = 1> (scores_own)
@@ -138,7 +151,9 @@ CAPPED
           after_first = GreaterOrEqual (rows, first_c)
           before_last = LessOrEqual (rows, last_c)
           visible = And (after_first, before_last)
-          bias = Where (visible, nothing_float, hidden_score)
+          is_hidden = Not (visible)
+          hidden_byte = Cast <to = 2> (is_hidden)
+          bias = DequantizeLinear (hidden_byte, hidden_score)
           masked = Add (capped, bias)
           weights_float = Softmax <axis = -1> (masked)
           weights = CastLike (weights_float, scores_own)

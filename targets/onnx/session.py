@@ -32,7 +32,7 @@ class Session:
             moves the states to larger buffers, which copies them once.
         threads: compute threads; ONNX Runtime's choice when not given.
         prefill_chunk: long prompts run in pieces of this many tokens, which bounds the memory of
-            the attention scores ([B, H, chunk, C] per layer).
+            a call: the rows of a piece in every layer, and what its attention makes of them.
         library: reattend's own kernels (`reattend.targets.onnx.library`): a path, True for the
             built one, False for none. By default files of flavour `custom` use the built one.
 

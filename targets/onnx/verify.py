@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reattend.errors import GateError
 from reattend.install.adapter import Adapter
+from reattend.targets.onnx.dense_body import DENSE_TILE, INPUTS
 from reattend.targets.onnx.layout import LayerLayout, StateTensor
 from reattend.targets.onnx.manifest import CheckEntry
 from reattend.targets.onnx.routed_body import FEW
@@ -33,8 +34,11 @@ class Size(NamedTuple):
 
 
 SHAPES = (Size(2, 6, 2, 1), Size(1, 9, 0, 1))
-# Queries enough that those of every head are gathered.
+# Queries enough that those of every head are gathered, or that they are cut into tiles.
 GATHERED = Size(2, 2 * FEW + 3, 5, 1)
+TILED = Size(1, DENSE_TILE + 5, 3, 1)
+# Tokens of a prompt from which on it is more than the short ones that all exports pass.
+_LONGER = 10
 # Tokens of a prompt beyond the longest ring of rows: it has turned, in pieces of 512 too.
 _BEYOND = 515
 
@@ -57,8 +61,8 @@ def check_file(path: Path) -> None:
 
 
 def shapes(layers: list[LayerLayout], longest: int | None) -> list[Size]:
-    """What to compare: short prompts, and one that does not fit into any state of bounded size, or
-    from which heads choose.
+    """What to compare: short prompts, longer ones where nodes take those another way, and one that
+    does not fit into any state of bounded size, or from which heads choose.
 
     Args:
         layers: of the model.
@@ -66,15 +70,15 @@ def shapes(layers: list[LayerLayout], longest: int | None) -> list[Size]:
     """
     rows = max(_held_whole(tensor) for layer in layers for tensor in layer.tensors)
     chosen = max(_chosen_from(layer) for layer in layers)
-    routed = any(group.op == ROUTED for layer in layers for group in layer.groups)
-    short = [*SHAPES, GATHERED] if routed else list(SHAPES)
-    if not rows and not chosen:
-        return short
-    prompt = max(rows + min(rows, _BEYOND), chosen)
+    ops = {group.op for layer in layers for group in layer.groups}
+    long = [GATHERED] if ROUTED in ops else []
+    long += [TILED] if ops & INPUTS.keys() else []
+    if rows or chosen:
+        prompt = max(rows + min(rows, _BEYOND), chosen)
+        long.append(Size(1, prompt, 3, 2, 0.5 if chosen else 1.0))
     if longest is not None:
-        prompt = min(prompt, longest - 2)
-    share = 0.5 if chosen else 1.0
-    return [*short, Size(1, prompt, 3, 2, share)] if prompt > 9 else short
+        long = [size._replace(prompt=min(size.prompt, longest - size.steps)) for size in long]
+    return [*SHAPES, *(size for size in long if size.prompt >= _LONGER)]
 
 
 def _held_whole(tensor: StateTensor) -> int:
