@@ -141,7 +141,7 @@ _DENSE_SIZES = """  n_1 = Shape <start = 2, end = 3> (q)
   e_1 = Shape <start = 3, end = 4> (value)
   scale_float = Constant <value_float: float = @scale> ()
   factor = CastLike (scale_float, q)"""
-_DENSE_TILE = f"""
+_DENSE_READS = f"""
           tile_q = Gather <axis = 2> (q, at_tile)
           tile_key = Slice (key, from_1, until_1, axis_2)
           tile_value = Slice (value, from_1, until_1, axis_2){
@@ -197,7 +197,7 @@ _ROPE_OR_NONE = """
           else_rows = Identity (nope_scores)
         }
       >"""
-_LATENT_TILE = """
+_LATENT_READS = """
           tile_nope = Gather <axis = 2> (q_nope, at_tile)
           tile_rope = Gather <axis = 2> (q_rope, at_tile)
           read_latent = Slice (latent, from_1, until_1, axis_1)
@@ -218,12 +218,12 @@ def dense_body(name: str, rope_may_be_empty: bool = True, capped: bool = True) -
         capped: some node may have a softcap.
     """
     if name == "Attention":
-        sizes, tile = _DENSE_SIZES, _DENSE_TILE
+        sizes, tile = _DENSE_SIZES, _DENSE_READS
         few = every_score("key", "value", "few_y")
     else:
         rope = _ROPE_OR_NONE if rope_may_be_empty else _ROPE
         sizes, few = _LATENT_SIZES, _latent("q_", "", "few_y", "n_1", rope)
-        tile = _LATENT_TILE + _latent("tile_", "read_", "tile_y", "run_c_1", rope)
+        tile = _LATENT_READS + _latent("tile_", "read_", "tile_y", "run_c_1", rope)
     # a prompt's own pairs are hidden along its diagonal only
     tile = tile.replace("MANY_WEIGHTS", "MANY_BIAS\nBY_BIAS")
     text = _BODY.replace("NAME", name).replace("(INPUTS)", f"({', '.join(INPUTS[name])})")
