@@ -31,7 +31,7 @@ from reattend.mixers.config import CoreConfig, RotaryConfig
 from reattend.mixers.selecting.base import Whole
 from reattend.mixers.selecting.methods import method
 from reattend.patterns.pattern import HeadPattern
-from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto
+from reattend.targets.onnx.functions import DOMAIN, Uses, function_proto, with_called
 from reattend.targets.onnx.selected_body import KINDS
 from reattend.targets.onnx.selected_layout import attributes, selected_form
 from reattend.targets.onnx.selected_ops import selected_attention
@@ -169,7 +169,8 @@ def ours(rows: Rows) -> Call:
     rules = RULES | attributes(rows.case.pattern, ROTARY)
     node = helper.make_node(rows.form.op, list(inputs), outputs, domain=DOMAIN, **rules)
     budgets = tuple(b for b in Uses().budgets if getattr(rows.case.pattern.select, b, None))
-    functions = [function_proto(rows.form.op, Uses(budgets=budgets, capped=False))]
+    uses = Uses(budgets=budgets, capped=False)
+    functions = [function_proto(name, uses) for name in with_called({rows.form.op})]
     return bound(session([node], inputs, outputs, functions), inputs, held)
 
 

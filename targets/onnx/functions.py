@@ -27,7 +27,7 @@ from reattend.targets.onnx.pattern_body import pattern_body
 from reattend.targets.onnx.pattern_terms import TERMS
 from reattend.targets.onnx.routed_body import NAME as ROUTED
 from reattend.targets.onnx.routed_body import routed_body
-from reattend.targets.onnx.selected_body import SELECTED, selected_body
+from reattend.targets.onnx.selected_body import CALLING, SELECTED, selected_body
 from reattend.targets.onnx.selected_choice import BUDGETS
 from reattend.targets.onnx.sparse_body import sparse_body
 from reattend.targets.onnx.window_linear_body import window_linear_body
@@ -67,7 +67,7 @@ EVERYTHING = Uses()
 
 
 #: nodes whose bodies call another of ours
-CALLS = {ROUTED: "Attention"}
+CALLS = dict.fromkeys((ROUTED, *CALLING), "Attention")
 
 
 def with_called(names: set[str]) -> list[str]:
@@ -92,7 +92,8 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
     if name == "WindowLinearAttention":
         return _DOMAIN_LINE + window_linear_body(uses.decayed, uses.maps)
     if name in SELECTED:
-        return _DOMAIN_LINE + selected_body(name, uses.budgets, uses.capped)
+        line = _OWN_DOMAIN_LINE if name in CALLS else _DOMAIN_LINE
+        return line + selected_body(name, uses.budgets, uses.capped)
     if name in ENCODER:
         return _DOMAIN_LINE + encoder_body(name, uses.capped)
     if name == OBSERVED:

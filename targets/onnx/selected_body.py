@@ -9,14 +9,15 @@ One new token reads only what it has chosen: those rows are gathered, beside sin
 token itself at least), and the rest is never touched. Few tokens attend under a mask; of more, each
 region's rows are gathered where they choose by regions (`selected_prompts.py`, `selected_lines.py`,
 `selected_values.py`), a block meets the queries that chose it (`selected_routed.py`), or tiles of
-queries gather what one of them reads (`selected_tiles.py`). What chooses is `selected_choice.py`.
+queries gather what one of them reads (`selected_tiles.py`). Calls that read every row, as those of
+selectors that leave prompts dense, are calls of `Attention`. What chooses is `selected_choice.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from reattend.targets.onnx.fragments import MANY, either, every_score, finished, one_token
+from reattend.targets.onnx.fragments import MANY, either, every_score, finished
 from reattend.targets.onnx.selected_attended import ATTENDED, CERTAIN, inner_caps
 from reattend.targets.onnx.selected_choice import (
     BLOCKS,
@@ -40,13 +41,11 @@ from reattend.targets.onnx.selected_routed import routed_or
 from reattend.targets.onnx.selected_segments import CHUNK_ATTRIBUTES, CHUNKS, PREDICTOR
 from reattend.targets.onnx.selected_tokens import (
     BY_LABEL,
-    EVERY,
     LABELS,
     MASK_OF_TOKENS,
     NOTING,
     PICK_OF_NOTED,
     PICK_OF_TOKENS,
-    TILES_OF_EVERY,
     TILES_OF_LABELS,
 )
 from reattend.targets.onnx.selected_values import PICK_OF_SCORED, REGIONS_OF_SCORED, SCORED
@@ -143,13 +142,15 @@ SOFTMAX
       by_head = Concat <axis = 0> (same, others, n_1, same)
       step_y = Reshape (y_rows, by_head)"""
 
-# one token, every row
+# Every row: that is `Attention`. Rows of these states are positions, without padding.
 _EVERY_ROW = """
-      row = Range (zero, room, one)
-      apart = Sub (place, row)
-      is_past = GreaterOrEqual (apart, zero)
-      is_near = Less (apart, reach)
-      visible = And (is_past, is_near)""" + one_token("present_key", "present_value")
+      first_row = Sub (start, start)
+      rows_end = Sub (lengths, start)
+      RESULT = ai.reattend.Attention <scale: float = @scale, causal = 1,
+        sliding_window: int = @sliding_window, softcap: float = @softcap>
+        (q, present_key, present_value, first_row, rows_end)"""
+_EVERY_STEP = _EVERY_ROW.replace("RESULT", "step_y")
+_EVERY = _EVERY_ROW.replace("RESULT", "several_y")
 
 # chosen [B, S, N, M]: what each of several tokens has chosen of the first M rows
 _TOTAL = """
@@ -193,7 +194,7 @@ class Kind:
         always: lines for every call.
         step: lines that choose for one token (`pick`, `picked`); None: it reads every row.
         several: lines that choose for several (`chosen`).
-        reading: what several do with it; in `_MASKED` they see every row, or not.
+        reading: what several do with it.
     """
 
     options: dict[str, str]
@@ -227,7 +228,7 @@ _BLOCK = {"block": "int", **_BUDGETS}
 _ENDS = {"first": "int", "last": "int"}
 _LABEL_INPUTS, _LABEL = ("past_label", "channels"), ("present_label",)
 _SUMMARY = ("present_summary",)
-_EVERY, _BY_LABEL = _in_tiles(TILES_OF_EVERY, EVERY), BY_LABEL + MASK_OF_TOKENS
+_BY_LABEL = BY_LABEL + MASK_OF_TOKENS
 KINDS = {
     "BlocksAttention": Kind(
         _BLOCK, ("past_summary",), _SUMMARY, SUMMARY + BLOCKS, PICK_OF_BLOCKS, MASK_OF_BLOCKS,
@@ -269,6 +270,8 @@ KINDS = {
 #: inputs and outputs that are whole numbers
 INTEGERS = ("kv_start", "kv_len", "channels", "noted")
 SELECTED = tuple(KINDS)
+#: nodes whose bodies call `Attention`
+CALLING = tuple(name for name, kind in KINDS.items() if kind.step is None or kind.reading is _EVERY)
 
 
 def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> str:
@@ -288,7 +291,7 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
         "INPUTS": ", ".join(kind.all_inputs),
         "OUTPUTS": ", ".join(kind.all_outputs),
         "ALWAYS": kind.always,
-        "STEP": _EVERY_ROW if kind.step is None else kind.step + _GATHERED,
+        "STEP": _EVERY_STEP if kind.step is None else kind.step + _GATHERED,
         "SEVERAL": kind.reading.replace("CHOSEN", kind.several),
     }
     body = _NODE

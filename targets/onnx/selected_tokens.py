@@ -6,7 +6,7 @@ heads, N new tokens, r channels of a label, K tokens.
 
 from __future__ import annotations
 
-from reattend.targets.onnx.selected_tiles import ALL_ROWS, tiled
+from reattend.targets.onnx.selected_tiles import tiled
 
 # Double Sparsity: a few channels of every key beside it
 LABELS = """
@@ -59,19 +59,6 @@ _REACHED = """
       reached_any = Sub (place_more, free)
       reached_short = Cast <to = 6> (reached_any)
       reached = Expand (reached_short, by_heads)"""
-_NEAR = """
-              first_reached = ReduceMin <keepdims = 0> (reached_tile)
-              is_after = GreaterOrEqual (key_row, first_reached)
-              is_before = LessOrEqual (key_row, last_place)
-              is_read = And (is_before, is_after)"""
-_ALL_SEEN = """
-              is_past = LessOrEqual (row_read, place_tile)
-              is_near = GreaterOrEqual (row_read, reached_tile)
-              visible = And (is_past, is_near)"""
-#: every key: for many tokens, and for few
-TILES_OF_EVERY = ALL_ROWS + _REACHED + tiled({"reached": "reached"}, {}, _NEAR, _ALL_SEEN)
-EVERY = """
-      chosen = Equal (place, place)"""
 
 # Where each query's number is known beforehand, nothing is sorted. Tokens go from the last to the
 # first, so that of equal ones the later is left out, in laps of several times as many as are
