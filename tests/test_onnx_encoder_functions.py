@@ -72,17 +72,18 @@ def test_tiles_read_what_their_queries_see(
         assert np.abs(np.where(meant, y - want, 0)).max() <= 1e-5
 
 
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("padding", ["none", "right", "left", "all"])
 @pytest.mark.parametrize(("sinks", "window"), [(0, 3), (3, 5), (9, 1), (2, 40)])
 def test_sinks_and_a_window_on_both_sides(
     sinks: int, window: int, padding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Regions that do not divide the text; a window too wide to pay; padding on the wrong side."""
-    monkeypatch.setattr("reattend.targets.onnx.fragments.RUN", 8)
+    """Regions that do not divide the text; a window of everything; a text that is only padding."""
+    monkeypatch.setattr("reattend.targets.onnx.fragments.TILE", 8)
     q, k, v = rows()
     real = np.ones((B, T), bool)
     if padding != "none":
-        real[0, slice(-9, None) if padding == "right" else slice(9)] = False
+        where = {"right": slice(-9, None), "left": slice(9), "all": slice(None)}[padding]
+        real[0, where] = False
     place = np.where(real, real.cumsum(1) - 1, -1)
     core = CoreConfig(
         heads=H, kv_heads=2, qk_head_dim=8, v_head_dim=6, scale=SCALE, softcap=1.5, pattern="full"

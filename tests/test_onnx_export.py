@@ -210,9 +210,9 @@ def test_a_wrong_file_is_not_published(
     """The gate sees a mistake in the function body (here: no query sees its own key)."""
     from reattend.targets.onnx import dense_body
 
-    wrong = dense_body._BODY.replace("LessOrEqual (row, last)", "Less (row, last)")
-    assert wrong != dense_body._BODY
-    monkeypatch.setattr(dense_body, "_BODY", wrong)
+    wrong = dense_body._TILES.replace("LessOrEqual (row, last)", "Less (row, last)")
+    assert wrong != dense_body._TILES
+    monkeypatch.setattr(dense_body, "_TILES", wrong)
     with pytest.raises(GateError, match="torch's logits"):
         export_onnx(made["mla"][0], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -200,10 +200,20 @@ class Radial(Grid):
     first frame is seen by all.
 
     Attributes:
-        block: tokens of the narrowest window.
+        block: tokens of the narrowest window, no more than a frame has.
     """
 
     block: int = Field(default=128, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_a_frame(self) -> Radial:
+        frame = prod(self.shape[1:])
+        if self.shape and self.block > frame:
+            raise ValueError(
+                f"radial's block of {self.block} tokens is larger than a frame of {frame}, which"
+                f" leaves out most frames next to each other: give block: {frame} or less"
+            )
+        return self
 
     @property
     def reach(self) -> tuple[int, ...]:

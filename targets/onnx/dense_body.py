@@ -95,28 +95,7 @@ CAP_LINES
       first_n = Expand (first_bn, every_query)
       last_n = Expand (last_bn, every_query)
       last_row = Sub (m, one)
-      y_tiles = Scan <
-        body = of_tile (at_tile) => (tile_y)
-        {{
-          first_tile = Gather <axis = 1> (first_n, at_tile)
-          last_tile = Gather <axis = 1> (last_n, at_tile)
-          from_any = ReduceMin <keepdims = 0> (first_tile)
-          until_any = ReduceMax <keepdims = 0> (last_tile)
-          until_in = Clip (until_any, zero, last_row)
-          from_row = Clip (from_any, zero, until_in)
-          until_row = Add (until_in, one)
-          from_1 = Unsqueeze (from_row, axis_0)
-          until_1 = Unsqueeze (until_row, axis_0)
-          row = Range (from_row, until_row, one)
-          first = Unsqueeze (first_tile, axis_13)
-          last = Unsqueeze (last_tile, axis_13)
-          after_first = GreaterOrEqual (row, first)
-          before_last = LessOrEqual (row, last)
-          visible = And (after_first, before_last)
-MEET_TILE
-        }},
-        num_scan_inputs = 1
-      > (at_tiles)
+Y_TILES
       y_apart = Transpose <perm = [1, 2, 0, 3, 4]> (y_tiles)
       as_y = Concat <axis = 0> (same, same, others, e_1)
       y_runs = Reshape (y_apart, as_y)
@@ -134,6 +113,44 @@ MEET_FEW
   nothing = CastLike (shown_score, y_any)
   y = Where (alive, y_any, nothing)
 }}"""
+
+_TILES = """
+      MADE = Scan <
+        body = of_tile (at_tile) => (tile_y)
+        {
+          first_tile = Gather <axis = 1> (first_n, at_tile)
+          last_tile = Gather <axis = 1> (last_n, at_tile)
+          from_any = ReduceMin <keepdims = 0> (first_tile)
+          until_any = ReduceMax <keepdims = 0> (last_tile)
+          until_in = Clip (until_any, zero, last_row)
+          from_row = Clip (from_any, zero, until_in)
+          until_row = Add (until_in, one)
+          from_1 = Unsqueeze (from_row, axis_0)
+          until_1 = Unsqueeze (until_row, axis_0)
+          row = Range (from_row, until_row, one)
+          first = Unsqueeze (first_tile, axis_13)
+          last = Unsqueeze (last_tile, axis_13)
+          after_first = GreaterOrEqual (row, first)
+          before_last = LessOrEqual (row, last)
+          visible = And (after_first, before_last)
+MEET_TILE
+        },
+        num_scan_inputs = 1
+      > (at_tiles)"""
+# Tiles of a window hide much of what they read, others their own pairs along the diagonal only. The
+# condition depends on lengths: of an If in a branch that it folds, ONNX Runtime 1.31 loses inputs.
+_BOTH_TILES = """
+      longest = ReduceMax <keepdims = 0> (length_b1)
+      is_shorter = Less (window, longest)
+      is_near = And (has_window, is_shorter)
+      y_tiles = If (is_near) <
+        then_branch = near_the_tile () => (near_tiles)
+        {NEAR
+        },
+        else_branch = up_to_the_tile () => (all_tiles)
+        {ALL
+        }
+      >"""
 
 _DENSE_SIZES = """  n_1 = Shape <start = 2, end = 3> (q)
   m_1 = Shape <start = 2, end = 3> (key)
@@ -209,13 +226,16 @@ def _latent(query: str, row: str, result: str, many: str, rope: str) -> str:
     return text.replace("RESULT", result).replace("MANY_ROWS", many)
 
 
-def dense_body(name: str, rope_may_be_empty: bool = True, capped: bool = True) -> str:
+def dense_body(
+    name: str, rope_may_be_empty: bool = True, capped: bool = True, sliding: bool = True
+) -> str:
     """The function `ai.reattend::<name>` of `INPUTS`.
 
     Args:
         name: of the node.
         rope_may_be_empty: some latent node has R = 0.
         capped: some node may have a softcap.
+        sliding: some node may have a window.
     """
     if name == "Attention":
         sizes, tile = _DENSE_SIZES, _DENSE_READS
@@ -224,10 +244,15 @@ def dense_body(name: str, rope_may_be_empty: bool = True, capped: bool = True) -
         rope = _ROPE_OR_NONE if rope_may_be_empty else _ROPE
         sizes, few = _LATENT_SIZES, _latent("q_", "", "few_y", "n_1", rope)
         tile = _LATENT_READS + _latent("tile_", "read_", "tile_y", "run_c_1", rope)
-    # a prompt's own pairs are hidden along its diagonal only
-    tile = tile.replace("MANY_WEIGHTS", "MANY_BIAS\nBY_BIAS")
+    scan = _TILES.replace("MEET_TILE", tile[1:])
+    plain = scan.replace("MANY_WEIGHTS", "MANY_BIAS\nBY_BIAS")
+    lifted = scan.replace("MANY_WEIGHTS", "MANY_BIAS\nMANY_BY_BIAS")
+    tiles = plain.replace("MADE", "y_tiles")
+    if sliding:
+        both = _BOTH_TILES.replace("NEAR", lifted.replace("MADE", "near_tiles"))
+        tiles = both.replace("ALL", plain.replace("MADE", "all_tiles"))
     text = _BODY.replace("NAME", name).replace("(INPUTS)", f"({', '.join(INPUTS[name])})")
     text = text.replace("SIZES_OF", sizes).replace("CAP_LINES", CAP[1:] if capped else "")
-    text = text.replace("MEET_TILE", tile[1:]).replace("MEET_FEW", few[1:])
+    text = text.replace("\nY_TILES", tiles).replace("MEET_FEW", few[1:])
     text = text.replace("DENSE_TILE", str(DENSE_TILE)).replace("FEW", str(FEW))
     return finished(text, capped, lifted=False)

@@ -72,7 +72,7 @@ MANY_BIAS
       y_region = Reshape (y_of_pairs, as_y_region)
     },
     num_scan_inputs = 2
-  > (query_rows, spans)""".replace("HEAD", ROWS_OF_HEAD.replace("HOW", "MANY_BY_BIAS"))
+  > (query_rows, spans)""".replace("HEAD", ROWS_OF_HEAD)
 
 _CHOSEN = f"""
   rows_first = Transpose <perm = [2, 0, 1, 3]> (key_rows)

@@ -185,7 +185,7 @@ MANY_WEIGHTS
 
 #: head_q [J, c, d], head_key [M, d] and head_value [M, e] of one KV head, the `rows` [K] that it
 #: reads, and their bias [c, K] -> head_y in the shape as_y_head; q_flat [-1, d], as_scores
-#: [-1, c, K] and as_weights [-1, K] are shapes. HOW: BY_BIAS or MANY_BY_BIAS.
+#: [-1, c, K] and as_weights [-1, K] are shapes.
 ROWS_OF_HEAD = """
           read_key = Gather (head_key, rows)
           read_value = Gather (head_value, rows)
@@ -193,7 +193,7 @@ ROWS_OF_HEAD = """
           key_t = Transpose <perm = [1, 0]> (read_key)
           scores_one = MatMul (q_one, key_t)
           scores_any = Reshape (scores_one, as_scores)
-HOW
+MANY_BY_BIAS
           weights_one = Reshape (weights, as_weights)
           y_one = MatMul (weights_one, read_value)
           head_y = Reshape (y_one, as_y_head)"""

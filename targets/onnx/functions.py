@@ -78,7 +78,7 @@ def with_called(names: set[str]) -> list[str]:
 def function_text(name: str, uses: Uses = EVERYTHING) -> str:
     """The body of `ai.reattend::<name>` in ONNX's textual syntax."""
     if name == "SparseAttention":
-        return _DOMAIN_LINE + sparse_body(uses.capped)
+        return _DOMAIN_LINE + sparse_body(uses.capped, uses.sliding)
     if name == "PatternAttention":
         return _DOMAIN_LINE + pattern_body(uses.terms, uses.capped, uses.sliding)
     if name == KEPT:
@@ -98,7 +98,7 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
         return _DOMAIN_LINE + encoder_body(name, uses.capped)
     if name == OBSERVED:
         return _DOMAIN_LINE + observed_body(uses.capped)
-    return _DOMAIN_LINE + dense_body(name, uses.rope_may_be_empty, uses.capped)
+    return _DOMAIN_LINE + dense_body(name, uses.rope_may_be_empty, uses.capped, uses.sliding)
 
 
 def function_proto(name: str, uses: Uses = EVERYTHING) -> Any:

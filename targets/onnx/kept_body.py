@@ -18,7 +18,14 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from reattend.targets.onnx.fragments import finished
-from reattend.targets.onnx.pattern_regions import POSITIONS, by_region, filled, renamed, union
+from reattend.targets.onnx.pattern_regions import (
+    POSITIONS,
+    QUERIES,
+    by_region,
+    filled,
+    renamed,
+    union,
+)
 from reattend.targets.onnx.pattern_terms import TERMS
 
 KEPT = "KeptAttention"
@@ -135,13 +142,11 @@ _NEAR = {
 }
 
 # rows: [kept | ring | new]. What stands where follows from how many tokens there were.
-_SEVERAL = f"""
-      n_p = Cast <to = 6> (n)
+_SEVERAL = f"""{QUERIES}
       past = Sub (total, n_p)
       rows_key = Concat <axis = 2> (past_key, past_ring_key, key)
       rows_value = Concat <axis = 2> (past_value, past_ring_value, value)
       nowhere = Constant <value: tensor = int32 {{-1073741824}}> ()
-      start_b1 = Unsqueeze (start, axis_1)
       place_any = Compress <axis = 0> (j_k, is_kept)
       kept_many = Shape (place_any)
       spare_any = Sub (k_1, kept_many)
@@ -164,9 +169,6 @@ _SEVERAL = f"""
       new_time = Range (past, total, p1)
       new_j = Sub (new_time, start_b1)
       j_rows = Concat <axis = 1> (kept_j, ring_j, new_j)
-      old_1 = Add (k_1, w_1)
-      earlier = Expand (nowhere, old_1)
-      row_time = Concat <axis = 0> (earlier, new_time)
 {by_region("rows_key", "rows_value")}
       ring_next = Sub (newest, behind)
       ring_is_new = GreaterOrEqual (ring_next, past)
@@ -211,4 +213,4 @@ def kept_body(terms: Collection[str] = KNOWN, capped: bool = True, sliding: bool
     body = _KEPT.replace("\nSTEP", step.replace("\nNEAR", _NEAR[sliding]))
     body = body.replace("\nBY_KEY\n", f"{by_key}\n").replace("BY_KEY_UNION", key_union)
     body = body.replace("\nSEVERAL", _SEVERAL).replace("\nPOSITIONS", POSITIONS)
-    return finished(filled(body, shown, sliding), capped, lifted=False)
+    return finished(filled(body, shown, sliding), capped)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from reattend.targets.onnx.fragments import finished
-from reattend.targets.onnx.pattern_regions import POSITIONS, by_region, filled
+from reattend.targets.onnx.pattern_regions import POSITIONS, QUERIES, by_region, filled
 from reattend.targets.onnx.pattern_terms import TERMS
 
 _PATTERN = """PatternAttention
@@ -33,7 +33,7 @@ STEP
       m_any = Squeeze (m_1, axis_0)
       m = Cast <to = 6> (m_any)
       row_time = Range (p0, m, p1)
-      start_b1 = Unsqueeze (start, axis_1)
+QUERIES
       j_rows = Sub (row_time, start_b1)
 BY_REGION
     }
@@ -90,5 +90,6 @@ def pattern_body(
         sliding: the block of some node may have a window of its own.
     """
     body = _PATTERN.replace("\nPOSITIONS", POSITIONS).replace("\nSTEP", _STEP)
+    body = body.replace("\nQUERIES", QUERIES)
     body = filled(body.replace("\nBY_REGION", by_region("key", "value")), terms, sliding)
-    return finished(body, capped, lifted=False)  # few of the rows read are hidden from a query
+    return finished(body, capped)

@@ -7,7 +7,7 @@ be, and its output means nothing.
 
 One new token reads only what it has chosen: those rows are gathered, beside sinks, a window (the
 token itself at least), and the rest is never touched. Few tokens attend under a mask; of more, each
-region's rows are gathered where they choose by regions (`selected_prompts.py`, `selected_lines.py`,
+region's rows are gathered where they choose by regions (`selected_prompts.py`,
 `selected_values.py`), a block meets the queries that chose it (`selected_routed.py`), or tiles of
 queries gather what one of them reads (`selected_tiles.py`). Calls that read every row, as those of
 selectors that leave prompts dense, are calls of `Attention`. What chooses is `selected_choice.py`.
@@ -35,7 +35,7 @@ from reattend.targets.onnx.selected_chunks import (
     PICK_OF_CHUNKS,
     TILES_OF_CHUNKS,
 )
-from reattend.targets.onnx.selected_lines import LINE_ATTRIBUTES, lines_or
+from reattend.targets.onnx.selected_lines import LINE_ATTRIBUTES, TILES_OF_LINES
 from reattend.targets.onnx.selected_prompts import POOLED, REGIONS
 from reattend.targets.onnx.selected_routed import routed_or
 from reattend.targets.onnx.selected_segments import CHUNK_ATTRIBUTES, CHUNKS, PREDICTOR
@@ -153,10 +153,9 @@ _EVERY_STEP = _EVERY_ROW.replace("RESULT", "step_y")
 _EVERY = _EVERY_ROW.replace("RESULT", "several_y")
 
 # chosen [B, S, N, M]: what each of several tokens has chosen of the first M rows
-_TOTAL = """
+_MASKED = """
       total = Gather (lengths, zero)
-      total_1 = Unsqueeze (total, axis_0)"""
-_UNDER_A_MASK = """
+      total_1 = Unsqueeze (total, axis_0)
 CHOSEN
       read_key = Slice (present_key, same, total_1, axis_2)
       read_value = Slice (present_value, same, total_1, axis_2)
@@ -173,10 +172,8 @@ CHOSEN
       visible = Unsqueeze (seen, axis_2)
       choosers = Shape <start = 1, end = 2> (chosen)
       by_chooser = Concat <axis = 0> (same, choosers, others, n_1, total_1)"""
-_UNDER_A_MASK += every_score("read_key", "read_value", "several_y", shape="by_chooser")
-_MASKED = _TOTAL + _UNDER_A_MASK
+_MASKED += every_score("read_key", "read_value", "several_y", shape="by_chooser")
 _ROUTED = routed_or(_MASKED)
-_ALONG_LINES = lines_or(_TOTAL, _UNDER_A_MASK)
 
 
 def _in_tiles(tiles: str, chosen: str) -> str:
@@ -247,7 +244,7 @@ KINDS = {
         PICK_OF_BLOCKS, MASK_OF_BLOCKS, _ROUTED,
     ),
     "PooledBlocksAttention": Kind(_BLOCK, (), (), "", None, POOLED, REGIONS),
-    "VerticalSlashAttention": Kind(LINE_ATTRIBUTES, (), (), "", None, "", _ALONG_LINES),
+    "VerticalSlashAttention": Kind(LINE_ATTRIBUTES, (), (), "", None, "", TILES_OF_LINES),
     "ChannelsAttention": Kind(
         _BUDGETS, _LABEL_INPUTS, _LABEL, LABELS, BY_LABEL + PICK_OF_TOKENS, "", _EVERY
     ),

@@ -1,17 +1,16 @@
 """Columns and diagonals of a prompt, in ONNX's textual syntax: MInference.
 
-The meaning is that of `reattend.mixers.selecting.vertical_slash`. Lines are the same for all
-queries of a head, so a region of c queries reads the blocks of keys that a chosen diagonal passes
-through, which lie at the same distances for every region, and the chosen columns that lie in none
-of those. In a block each query sees what its lines show. Where that is half of the text, or queries
-are few, all keys are read under a mask. Letters: B rows, H query heads, N new tokens, M tokens so
-far, R regions, T blocks at a distance, C columns, K rows that a region reads.
+The meaning is that of `reattend.mixers.selecting.vertical_slash`. A tile of queries of one head
+gathers the rows that one of its lines passes for one of them (`selected_tiles.py`). Which of them
+lie on a diagonal is the same for all tiles, moved: what c queries see of a row depends on its
+distance from the first of them, and is listed once for a head by that distance. Letters: B rows, H
+query heads, G KV heads, J query heads of each, N new tokens, M tokens so far, c queries of a tile,
+K rows that it reads.
 """
 
 from __future__ import annotations
 
-from reattend.targets.onnx.fragments import either
-from reattend.targets.onnx.selected_prompts import PLACES, READ, SEEN_BY
+from reattend.targets.onnx.selected_tiles import ALL_ROWS, tiled
 
 #: attributes of the node, and their types
 LINE_ATTRIBUTES = dict.fromkeys(
@@ -91,158 +90,96 @@ CAP_RANKS
       slash_taken = Greater (slash_best, rarely)
       slashes_best = ScatterElements <axis = 2> (column_none, slash_order, slash_taken)
       in_window_of = Less (number, w)
-      slashes = Or (slashes_best, in_window_of)"""
+      slashes_any = Or (slashes_best, in_window_of)
+      in_reach = Less (number, reach)
+      slashes = And (slashes_any, in_reach)"""
 
-# The distances of blocks, and the columns, that some diagonal or query may need [B, H, T] and
-# [B, H, C]; as many for every head.
-_LISTED = """
-      axis_3 = Constant <value_ints = [3]> ()
-      c = Constant <value_int = @TILE> ()
-      c_1 = Unsqueeze (c, axis_0)
-      inside = Range (zero, c, one)
-      total_up = Add (total_less, c)
-      slash_blocks = Div (total_up, c)
-      slash_span = Mul (slash_blocks, c)
-      slash_any = Range (zero, slash_span, one)
-      slash_in = Min (slash_any, total_less)
-      slash_used = Gather <axis = 2> (slashes, slash_in)
-      slash_float = Cast <to = 1> (slash_used)
-      as_slash_blocks = Concat <axis = 0> (same, same, others, c_1)
-      slash_by_block = Reshape (slash_float, as_slash_blocks)
-      slash_block = ReduceMax <keepdims = 0> (slash_by_block, axis_3)
-      first_block = Slice (slash_block, same, one_1, axis_2)
-      no_block = Mul (first_block, nothing_float)
-      slash_from = Concat <axis = 2> (slash_block, no_block)
-      slash_upto = Concat <axis = 2> (no_block, slash_block)
-      touched = Max (slash_from, slash_upto)
-      touched_many = ReduceSum <keepdims = 0> (touched, axis_2)
-      touched_most = ReduceMax <keepdims = 0> (touched_many)
-      touched_int = Cast <to = 7> (touched_most)
-      columns_float = Cast <to = 1> (columns)
-      columns_many = ReduceSum <keepdims = 0> (columns_float, axis_2)
-      columns_largest = ReduceMax <keepdims = 0> (columns_many)
-      columns_count = Cast <to = 7> (columns_largest)
-      touched_rows = Mul (touched_int, c)
-      rows_many = Add (touched_rows, columns_count)
-      rows_twice = Add (rows_many, rows_many)
-      is_little = Less (rows_twice, total)
-      is_many = LessOrEqual (c, n)
-      is_gathered = And (is_little, is_many)"""
+# Lines by KV head [B, G, J, M]; reached: whether one of c queries sees what lies so far before the
+# last of them. Of every query, whose lines it has and where it stands, padding below 0.
+_BY_HEAD = """
+      c_most = Constant <value_int = @TILE> ()
+      slash_short = Cast <to = 6> (slashes)
+      axis_of_lines = Constant <value_int = 2> ()
+      slashes_upto = CumSum (slash_short, axis_of_lines)
+      c_before = Constant <value_ints = [0, 0, @TILE, 0, 0, 0]> ()
+      slashes_moved = Pad (slashes_upto, c_before)
+      slashes_under = Slice (slashes_moved, same, total_1, axis_2)
+      is_reached = Less (slashes_under, slashes_upto)
+      as_lines = Concat <axis = 0> (same, g, others, total_1)
+      slash_lines = Reshape (slashes, as_lines)
+      column_lines = Reshape (columns, as_lines)
+      reached_lines = Reshape (is_reached, as_lines)
+      each_1 = Div (heads_1, g)
+      each = Squeeze (each_1, axis_0)
+      member_any = Range (zero, each, one)
+      member_short = Cast <to = 6> (member_any)
+      member_each = Unsqueeze (member_short, axis_1)
+      by_group = Concat <axis = 0> (g, each_1, one_1)
+      member_group = Expand (member_each, by_group)
+      member_head = Reshape (member_group, by_heads)
+      batch_1 = Shape <start = 0, end = 1> (q)
+      by_query = Concat <axis = 0> (batch_1, heads_1, n_1, one_1)
+      member_of = Expand (member_head, by_query)
+      stands_any = Unsqueeze (place_any, axes_13)
+      stands_short = Cast <to = 6> (stands_any)
+      stands_at = Expand (stands_short, by_query)
+      none_short = Cast <to = 6> (zero)
+      farthest = Min (reach, total)
+      reach_short = Cast <to = 6> (farthest)
+      c_less = Sub (c_most, one)
+      c_less_1 = Unsqueeze (c_less, axis_0)
+      c_less_short = Cast <to = 6> (c_less)
+      passings = Add (total, c_less)
+      passings_short = Cast <to = 6> (passings)
+      passing = Range (zero, passings, one)
+      passing_first = Unsqueeze (passing, axis_1)
+      run_query = Min (n, c_most)
+      inside = Range (zero, run_query, one)
+      passing_at = Add (passing_first, inside)
+      by_inside = Shape <start = 1> (passing_at)
+      as_passings = Concat <axis = 0> (others, by_inside)
+      no_lines = Concat <axis = 0> (each_1, c_less_1)
+      no_slash = ConstantOfShape <value: tensor = bool[1] {0}> (no_lines)"""
 
-# rows [B, H, R, K] and visible [B, H, R, c, K]: first the blocks, then the columns
-_GATHERED = f"""
-      axis_4 = Constant <value_ints = [4]> ()
-      half = Constant <value_float = 0.5> ()
-      d = Shape <start = 3, end = 4> (key){PLACES}
-      regions_1 = Unsqueeze (regions, axis_0){SEEN_BY}
-      touched_1 = Unsqueeze (touched_int, axis_0)
-      block_best, block_back = TopK <axis = 2, sorted = 0> (touched, touched_1)
-      is_touched = Greater (block_best, half)
-      region_block_4 = Unsqueeze (region_block, axes_13)
-      block_back_1 = Unsqueeze (block_back, axis_2)
-      key_block = Sub (region_block_4, block_back_1)
-      key_block_1 = Unsqueeze (key_block, axis_4)
-      key_first = Mul (key_block_1, c)
-      block_rows_5 = Add (key_first, inside)
-      flat_rows = Concat <axis = 0> (same, same, same, others)
-      block_rows = Reshape (block_rows_5, flat_rows)
-
-      axes_24 = Constant <value_ints = [2, 4]> ()
-      inside_column = Unsqueeze (inside, axis_1)
-      inside_apart = Sub (inside_column, inside)
-      axis_of_t = Constant <value_ints = [1]> ()
-      inside_apart_1 = Unsqueeze (inside_apart, axis_of_t)
-      block_back_4 = Unsqueeze (block_back, axes_24)
-      apart_first = Mul (block_back_4, c)
-      line_apart_of = Add (apart_first, inside_apart_1)
-      line_apart_in = Clip (line_apart_of, zero, total_less)
-      flat_lines = Concat <axis = 0> (same, same, others)
-      line_index = Reshape (line_apart_in, flat_lines)
-      on_slash_flat = GatherElements <axis = 2> (slashes, line_index)
-      touched_rows_1 = Unsqueeze (touched_rows, axis_0)
-      as_lines = Concat <axis = 0> (same, same, one_1, c_1, touched_rows_1)
-      on_slash = Reshape (on_slash_flat, as_lines)
-      apart_past = GreaterOrEqual (line_apart_of, zero)
-      apart_near = Less (line_apart_of, reach)
-      is_touched_4 = Unsqueeze (is_touched, axes_24)
-      apart_sees = And (apart_past, apart_near)
-      apart_shown = And (apart_sees, is_touched_4)
-      block_shown = Reshape (apart_shown, as_lines)
-      block_row_in = Clip (block_rows, zero, total_less)
-      block_row_index = Reshape (block_row_in, flat_lines)
-      on_column_flat = GatherElements <axis = 2> (columns, block_row_index)
-      as_by_region = Concat <axis = 0> (same, same, regions_1, one_1, touched_rows_1)
-      on_column = Reshape (on_column_flat, as_by_region)
-      is_row = GreaterOrEqual (block_rows, zero)
-      is_row_5 = Unsqueeze (is_row, axis_3)
-      on_line = Or (on_slash, on_column)
-      on_row = And (is_row_5, block_shown)
-      block_sees = And (on_line, on_row)
-
-      columns_count_1 = Unsqueeze (columns_count, axis_0)
-      listed_best, listed = TopK <axis = 2, sorted = 0> (columns_float, columns_count_1)
-      is_listed = Greater (listed_best, half)
-      listed_block = Div (listed, c)
-      listed_block_1 = Unsqueeze (listed_block, axis_2)
-      listed_back_any = Sub (region_block_4, listed_block_1)
-      listed_back = Clip (listed_back_any, zero, slash_blocks)
-      listed_back_flat = Reshape (listed_back, flat_lines)
-      listed_in_flat = GatherElements <axis = 2> (touched, listed_back_flat)
-      as_listed = Concat <axis = 0> (same, same, regions_1, columns_count_1)
-      listed_in = Reshape (listed_in_flat, as_listed)
-      in_no_block = Less (listed_in, half)
-      is_listed_1 = Unsqueeze (is_listed, axis_2)
-      is_apart = And (in_no_block, is_listed_1)
-      listed_1 = Unsqueeze (listed, axis_2)
-      as_listed_rows = Concat <axis = 0> (one_1, one_1, regions_1, one_1)
-      listed_rows = Expand (listed_1, as_listed_rows)
-      listed_begin = Where (is_apart, listed_1, endless)
-      listed_end = Add (listed_1, reach)
-      listed_begin_5 = Unsqueeze (listed_begin, axis_3)
-      listed_end_5 = Unsqueeze (listed_end, axis_3)
-      listed_past = LessOrEqual (listed_begin_5, query_place)
-      listed_near = Less (query_place, listed_end_5)
-      listed_sees = And (listed_past, listed_near)
-      rows = Concat <axis = 3> (block_rows, listed_rows)
-      visible = Concat <axis = 4> (block_sees, listed_sees){READ}"""
-
-# chosen [B, H, N, M]. What a query sees by distance is what the query before it sees, moved by one:
-# a row of all distances is repeated, and cut again into rows that are one shorter.
-_CHOSEN = """
-      band = Add (n, total)
-      band_place = Range (zero, band, one)
-      band_first = Add (first, last)
-      band_first_1 = Unsqueeze (band_first, axes_12)
-      band_apart = Sub (band_first_1, band_place)
-      band_in = Clip (band_apart, zero, total_less)
-      by_heads_3 = Concat <axis = 0> (one_1, heads_1, one_1)
-      band_at = Expand (band_in, by_heads_3)
-      band_seen = GatherElements <axis = 2> (slashes, band_at)
-      band_1 = Unsqueeze (band_seen, axis_2)
-      repeated = Concat <axis = 0> (one_1, one_1, n_1, one_1)
-      band_rows = Expand (band_1, repeated)
-      flat_bands = Concat <axis = 0> (same, same, others)
-      band_flat = Reshape (band_rows, flat_bands)
-      band_less = Sub (band, one)
-      band_long = Mul (n, band_less)
-      band_end = Add (band_long, last)
-      last_1 = Unsqueeze (last, axis_0)
-      band_end_1 = Unsqueeze (band_end, axis_0)
-      band_cut = Slice (band_flat, last_1, band_end_1, axis_2)
-      as_moved = Concat <axis = 0> (same, same, n_1, others)
-      band_moved = Reshape (band_cut, as_moved)
-      last_axis = Constant <value_ints = [3]> ()
-      on_slash = Slice (band_moved, same, total_1, last_axis)
-      on_column = Unsqueeze (columns, axis_2)
-      chosen = Or (on_slash, on_column)"""
-
-
-def lines_or(total: str, masked: str) -> str:
-    """Lines for several tokens.
-
-    Args:
-        total: that say how many tokens there are.
-        masked: that read every key; CHOSEN in them says which they see.
-    """
-    masked = masked.replace("\nCHOSEN", _CHOSEN)
-    return f"{total}{_LINES}{_LISTED}{either('is_gathered', _GATHERED, masked)}"
+# By how far a row lies before the first query, from c - 1 behind it on: which of c see it [J x, c].
+_PASSED = """
+          slash_between = Concat <axis = 1> (no_slash, slash_all, no_slash)
+          passed_each = Gather <axis = 1> (slash_between, passing_at)
+          passed = Reshape (passed_each, as_passings)"""
+_READS = """
+              member = ReduceMax <keepdims = 0> (member_tile)
+              column_one = Gather (column_all, member)
+              reached_one = Gather (reached_all, member)
+              ago = Sub (last_place, key_row)
+              is_behind = GreaterOrEqual (ago, none_short)
+              ago_in = Max (ago, none_short)
+              on_any_slash = Gather (reached_one, ago_in)
+              on_any = Or (on_any_slash, column_one)
+              is_read = And (on_any, is_behind)"""
+_SEEN = """
+              first_at = ReduceMin <keepdims = 0> (stands_tile)
+              first_passing = Add (first_at, c_less_short)
+              member_passing = Mul (member, passings_short)
+              passing_of_first = Add (first_passing, member_passing)
+              passing_of_row = Sub (passing_of_first, row_read)
+              on_slash_t = Gather (passed, passing_of_row)
+              on_slash = Transpose <perm = [1, 0]> (on_slash_t)
+              is_column = Gather (column_one, rows)
+              is_past = GreaterOrEqual (place_tile, row_read)
+              row_end = Add (row_read, reach_short)
+              is_near = Less (place_tile, row_end)
+              is_allowed = And (is_past, is_near)
+              on_column = And (is_column, is_allowed)
+              visible = Or (on_slash, on_column)"""
+TILES_OF_LINES = (
+    ALL_ROWS
+    + _LINES
+    + _BY_HEAD
+    + tiled(
+        {"member": "member_of", "stands": "stands_at"},
+        {"slash": "slash_lines", "column": "column_lines", "reached": "reached_lines"},
+        _READS,
+        _SEEN,
+        once=_PASSED,
+    )
+)

@@ -45,7 +45,7 @@ _BY_KEY = """
 _TILES = """
       tiles_y = Scan <
         body = of_head (BY_QUERY_head, BY_KEY_all) => (head_y)
-        {
+        {ONCE
           head_y = Scan <
             body = of_tile (BY_QUERY_tile) => (tile_y)
             {
@@ -68,7 +68,13 @@ _TILES = """
       several_y = Slice (y_runs, same, n_1, axis_2)"""
 
 
-def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], reads: str, seen: str) -> str:
+def tiled(
+    by_query: Mapping[str, str],
+    by_key: Mapping[str, str],
+    reads: str,
+    seen: str,
+    once: str = "",
+) -> str:
     """Lines for many tokens that choose from `used_key` and `used_value` [B, G, M, d or e].
 
     These are the tokens `key_number` [M].
@@ -79,6 +85,7 @@ def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], reads: str, se
         reads: lines that make `is_read` [M] of a tile from these, from place_tile [c, 1], from
             its `last_place`, and from key_row [M], all in 32 bits.
         seen: lines that make `visible` [c, K] from row_read [K], and whatever else at `rows` [K].
+        once: lines for a head, before its tiles.
     """
     queries = {"place": "place_heads", **by_query}
     keys = {"key": "used_key", "value": "used_value", **by_key}
@@ -93,4 +100,4 @@ def tiled(by_query: Mapping[str, str], by_key: Mapping[str, str], reads: str, se
         for end in ("heads", "head", "tiles", "tile", "all"):
             scans = scans.replace(f"{word}_{end}", ", ".join(f"{name}_{end}" for name in names))
     scans = scans.replace("MEETING", meeting("q_scaled", "key_read", "value_read", "tile_y"))
-    return lines + scans.replace("READS", reads).replace("SEEN", seen)
+    return lines + scans.replace("READS", reads).replace("SEEN", seen).replace("ONCE", once)

@@ -3,9 +3,9 @@
 Its state is of bounded size: rows 0..sinks-1 hold the first tokens of each sequence, the `window`
 rows behind them are a ring, in which token t of the batch (padding counted, so that all rows of the
 batch agree) stands at t mod window. One new token is written first and then attends to the whole
-state. Several attend in chunks of at most `window` queries to [sinks | the `window` tokens before
-the chunk | the chunk]: N (sinks + 2 window) products and not N^2, however long the text is. A sink
-inside the window counts once, as sink.
+state, of which nothing is copied. Several attend to [sinks | ring | new] by regions
+(`pattern_regions.py`): N (sinks + window) products and not N^2, however long the text is, and the
+scores of one region of one head at a time. A sink inside the window counts once, as sink.
 
 What a state receives is computed from a copy (`rows_key`, `rows_value`) of all that is read of it:
 both may be one buffer, and a runtime knows only what depends on what.
@@ -17,168 +17,119 @@ Positions count from the first real token; a row of padding gets finite numbers 
 from __future__ import annotations
 
 from reattend.targets.onnx.fragments import finished, one_token
+from reattend.targets.onnx.pattern_regions import POSITIONS, QUERIES, by_region, filled
 
 _SPARSE = """SparseAttention
 <scale: float, window: int, sinks: int = 0, sliding_window: int = 0, softcap: float = 0.0>
 (q, key, value, past_key, past_value, kv_start, kv_len) => (y, present_key, present_value)
 {
-COMMON
+SIZES
+POSITIONS
+ONCE
   axes_12 = Constant <value_ints = [1, 2]> ()
-  axes_13 = Constant <value_ints = [1, 3]> ()
-  w = Constant <value_int: int = @window> ()
-  s = Constant <value_int: int = @sinks> ()
-  s_1 = Unsqueeze (s, axis_0)
-  size = Add (s, w)
-  sink = Range (zero, s, one)
   total = Gather (lengths, zero)
-  newest = Sub (total, one)
-  turn = Mod (newest, w)
+  newest = Sub (total, p1)
+  turn = Mod (newest, width)
+  sink = Range (p0, sinks_p, p1)
+  ring_slot = Range (p0, width, p1)
+  turned = Sub (turn, ring_slot)
+  behind = Mod (turned, width)
   is_step = Equal (n, one)
   y, present_key, present_value = If (is_step) <
     then_branch = step () => (step_y, step_key, step_value)
     {
-      place_b = Sub (newest, start)
-      to_sinks = Less (place_b, s)
-      at_sink = Max (place_b, zero)
-      at_ring = Add (s, turn)
-      at = Where (to_sinks, at_sink, at_ring)
-      step_key = TensorScatter <axis = 2> (past_key, key, at)
-      step_value = TensorScatter <axis = 2> (past_value, value, at)
-      slot = Range (zero, size, one)
-      ring_slot = Sub (slot, s)
-      turned = Sub (turn, ring_slot)
-      behind = Mod (turned, w)
-      place = Unsqueeze (place_b, axis_1)
-      ring_place = Sub (place, behind)
-      is_in_ring = GreaterOrEqual (ring_place, s)
-      is_sink = Less (slot, s)
-      is_ring = Not (is_sink)
-      ring_seen = And (is_ring, is_in_ring)
-      ago = Sub (place, slot)
-      is_past = GreaterOrEqual (ago, zero)
-      is_near = Less (ago, reach)
-      is_sink_past = And (is_sink, is_past)
-      sink_seen = And (is_sink_past, is_near)
-      seen = Or (sink_seen, ring_seen)
-      visible = Unsqueeze (seen, axes_12)
-ONE_TOKEN
+STEP
     },
-    else_branch = chunks () => (chunks_y, chunks_key, chunks_value)
+    else_branch = several () => (regions_y, several_key, several_value)
     {
-      past = Sub (total, n)
-      last = Sub (n, one)
-      c = Min (n, w)
-      c_less = Sub (c, one)
-      n_up = Add (n, c_less)
-      chunks_n = Div (n_up, c)
-      several = Greater (chunks_n, one)
-      held = Min (w, past)
-      b = Where (several, w, held)
-      first_b = Sub (past, start)
-      first = Unsqueeze (first_b, axis_1)
-      sink_new = Sub (sink, first)
-      sink_new_b1 = Unsqueeze (sink_new, axes_13)
-      is_old = Less (sink_new_b1, zero)
-      sink_at = Clip (sink_new_b1, zero, last)
-      batch_heads = Shape <start = 0, end = 2> (key)
-      d = Shape <start = 3, end = 4> (key)
-      e = Shape <start = 3, end = 4> (value)
-      sink_key_shape = Concat <axis = 0> (batch_heads, s_1, d)
-      sink_value_shape = Concat <axis = 0> (batch_heads, s_1, e)
-      sink_key_at = Expand (sink_at, sink_key_shape)
-      sink_value_at = Expand (sink_at, sink_value_shape)
-      sink_key_new = GatherElements <axis = 2> (key, sink_key_at)
-      sink_value_new = GatherElements <axis = 2> (value, sink_value_at)
-      size_1 = Unsqueeze (size, axis_0)
-      sink_key_old = Slice (past_key, same, s_1, axis_2)
-      sink_value_old = Slice (past_value, same, s_1, axis_2)
-      ring_key = Slice (past_key, s_1, size_1, axis_2)
-      ring_value = Slice (past_value, s_1, size_1, axis_2)
-      sink_key = Where (is_old, sink_key_old, sink_key_new)
-      sink_value = Where (is_old, sink_value_old, sink_value_new)
-      rows_key = Concat <axis = 2> (sink_key, ring_key, key)
-      rows_value = Concat <axis = 2> (sink_value, ring_value, value)
-
-      span = Add (b, c)
-      reads = Range (zero, span, one)
-      chunk = Range (zero, chunks_n, one)
-      chunk_first = Mul (chunk, c)
-      chunk_1 = Unsqueeze (chunk_first, axis_1)
-      begin = Sub (past, b)
-      reads_from = Add (chunk_1, begin)
-      read_time = Add (reads_from, reads)
-      read_new = Sub (read_time, past)
-      is_new = GreaterOrEqual (read_new, zero)
-      read_new_ok = Min (read_new, last)
-      read_new_row = Add (read_new_ok, size)
-      read_turn = Mod (read_time, w)
-      read_old_row = Add (read_turn, s)
-      read_row = Where (is_new, read_new_row, read_old_row)
-      chunks_1 = Unsqueeze (chunks_n, axis_0)
-      sinks_shape = Concat <axis = 0> (chunks_1, s_1)
-      sink_rows = Expand (sink, sinks_shape)
-      chunk_rows = Concat <axis = 1> (sink_rows, read_row)
-      chunk_key = Gather <axis = 2> (rows_key, chunk_rows)
-      chunk_value = Gather <axis = 2> (rows_value, chunk_rows)
-
-      query = Range (zero, c, one)
-      query_1 = Unsqueeze (query, axis_1)
-      query_index = Add (chunk_1, query)
-      query_row = Min (query_index, last)
-      query_time = Add (query_index, past)
-      query_b = Add (query_1, b)
-      apart = Sub (query_b, reads)
-      is_before = GreaterOrEqual (apart, zero)
-      is_close = Less (apart, w)
-      in_window = And (is_before, is_close)
-      start_b11 = Unsqueeze (start, axes_12)
-      read_place = Sub (read_time, start_b11)
-      is_no_sink = GreaterOrEqual (read_place, s)
-      read_seen = Unsqueeze (is_no_sink, axis_2)
-      near_seen = And (read_seen, in_window)
-      query_place = Sub (query_time, start_b11)
-      others_last = Unsqueeze (query_place, others)
-      ago = Sub (others_last, sink)
-      is_past = GreaterOrEqual (ago, zero)
-      is_near = Less (ago, reach)
-      sink_seen = And (is_past, is_near)
-      seen = Concat <axis = 3> (sink_seen, near_seen)
-      visible = Unsqueeze (seen, axes_12)
-
-      q_chunks = Gather <axis = 2> (q, query_row)
-      q_scaled = Mul (q_chunks, factor)
-      chunk_sizes = Shape <start = 2> (q_scaled)
-      by_group = Concat <axis = 0> (same, g, others, chunk_sizes)
-      q_rows = Reshape (q_scaled, by_group)
-      key_shared = Unsqueeze (chunk_key, axis_2)
-      key_t = Transpose <perm = [0, 1, 2, 3, 5, 4]> (key_shared)
-      scores_any = MatMul (q_rows, key_t)
-MANY_WEIGHTS
-      value_shared = Unsqueeze (chunk_value, axis_2)
-      y_chunks = MatMul (weights, value_shared)
-      heads_1 = Shape <start = 1, end = 2> (q)
-      y_by_head = Concat <axis = 0> (same, heads_1, others, e)
-      y_padded = Reshape (y_chunks, y_by_head)
-      chunks_y = Slice (y_padded, same, n_1, axis_2)
-
-      slot = Range (zero, w, one)
-      turned = Sub (turn, slot)
-      behind = Mod (turned, w)
-      slot_time = Sub (newest, behind)
-      slot_new = Sub (slot_time, past)
-      slot_is_new = GreaterOrEqual (slot_new, zero)
-      slot_from_new = Add (slot_new, size)
-      slot_from_old = Add (slot, s)
-      slot_row = Where (slot_is_new, slot_from_new, slot_from_old)
-      state_row = Concat <axis = 0> (sink, slot_row)
-      chunks_key = Gather <axis = 2> (rows_key, state_row)
-      chunks_value = Gather <axis = 2> (rows_value, state_row)
+SEVERAL
     }
   >
 }"""
 
+_STEP = f"""
+      place_b = Sub (newest, start)
+      to_sinks = Less (place_b, sinks_p)
+      at_sink = Max (place_b, p0)
+      at_ring = Add (sinks_p, turn)
+      at_any = Where (to_sinks, at_sink, at_ring)
+      at = Cast <to = 7> (at_any)
+      step_key = TensorScatter <axis = 2> (past_key, key, at)
+      step_value = TensorScatter <axis = 2> (past_value, value, at)
+      i = Unsqueeze (place_b, axis_1)
+      ring_place = Sub (i, behind)
+      in_ring = GreaterOrEqual (ring_place, sinks_p)
+      in_sinks = LessOrEqual (sink, i)
+NEAR
+      seen = Concat <axis = 1> (sink_seen, in_ring)
+      visible = Unsqueeze (seen, axes_12)
+{one_token("step_key", "step_value")[1:]}"""
 
-def sparse_body(capped: bool = True) -> str:
-    """`SparseAttention` without the domain's line; `capped`: some node may have a softcap."""
-    body = _SPARSE.replace("\nONE_TOKEN", one_token("step_key", "step_value"))
-    return finished(body, capped)
+# how far away a sink is
+_NEAR = {
+    True: """
+      ago = Sub (i, sink)
+      is_near = Less (ago, reach)
+      sink_seen = And (in_sinks, is_near)""",
+    False: """
+      sink_seen = Identity (in_sinks)""",
+}
+
+# rows: [sinks | ring | new]. What stands where follows from how many tokens there were.
+_SEVERAL = f"""{QUERIES}
+      past = Sub (total, n_p)
+      rows_key = Concat <axis = 2> (past_key, key)
+      rows_value = Concat <axis = 2> (past_value, value)
+      nowhere = Constant <value: tensor = int32 {{-1073741824}}> ()
+      sink_time = Add (start_b1, sink)
+      is_before = Less (sink_time, past)
+      sink_j = Where (is_before, sink, nowhere)
+      past_last = Sub (past, p1)
+      ring_turned = Sub (past_last, ring_slot)
+      ring_behind = Mod (ring_turned, width)
+      ring_time = Sub (past_last, ring_behind)
+      ring_place = Sub (ring_time, start_b1)
+      is_no_sink = GreaterOrEqual (ring_place, sinks_p)
+      ring_j = Where (is_no_sink, ring_place, nowhere)
+      new_time = Range (past, total, p1)
+      new_j = Sub (new_time, start_b1)
+      j_rows = Concat <axis = 1> (sink_j, ring_j, new_j)
+{by_region("rows_key", "rows_value")}
+      ring_next = Sub (newest, behind)
+      ring_is_new = GreaterOrEqual (ring_next, past)
+      size = Add (sinks_p, width)
+      new_row_0 = Sub (size, past)
+      ring_new_row = Add (ring_next, new_row_0)
+      ring_old_row = Add (ring_slot, sinks_p)
+      ring_row = Where (ring_is_new, ring_new_row, ring_old_row)
+      next_ring_key = Gather <axis = 2> (rows_key, ring_row)
+      next_ring_value = Gather <axis = 2> (rows_value, ring_row)
+      is_not_later = Less (sink_time, total)
+      is_since = Not (is_before)
+      sink_is_new = And (is_not_later, is_since)
+      sink_new_row = Add (sink_time, new_row_0)
+      sink_row = Where (sink_is_new, sink_new_row, sink)
+      sink_row_int = Cast <to = 7> (sink_row)
+      axes_13 = Constant <value_ints = [1, 3]> ()
+      sink_index_b = Unsqueeze (sink_row_int, axes_13)
+      texts_heads = Shape <start = 0, end = 2> (key)
+      one_1d = Constant <value_ints = [1]> ()
+      sinks_1 = Shape (sink)
+      as_index = Concat <axis = 0> (texts_heads, sinks_1, one_1d)
+      sink_index = Expand (sink_index_b, as_index)
+      next_sink_key = GatherND <batch_dims = 2> (rows_key, sink_index)
+      next_sink_value = GatherND <batch_dims = 2> (rows_value, sink_index)
+      several_key = Concat <axis = 2> (next_sink_key, next_ring_key)
+      several_value = Concat <axis = 2> (next_sink_value, next_ring_value)"""
+
+
+def sparse_body(capped: bool = True, sliding: bool = True) -> str:
+    """`SparseAttention` without the domain's line.
+
+    Args:
+        capped: some node may have a softcap.
+        sliding: the block of some node may have a window of its own.
+    """
+    body = _SPARSE.replace("\nSTEP", _STEP.replace("\nNEAR", _NEAR[sliding]))
+    body = body.replace("\nSEVERAL", _SEVERAL).replace("\nPOSITIONS", POSITIONS)
+    return finished(filled(body, ("sinks", "window"), sliding), capped)
