@@ -226,34 +226,6 @@ RUNS = f"""{RUN_AT}
       as_runs = Concat <axis = 0> (same, same, runs_1, run_c_1, others)
       q_regions = Reshape (q_run, as_runs)"""
 
-# q_regions [B, H, R, c, d], read_key and read_value [B, G, R, K, d or e], and visible [B or 1, G or
-# 1, R, 1, c, K] -> y_flat [B, H, R c, e]. Heads of a group are rows of one product.
-_REGIONS = """
-  q_factored = Mul (q_regions, factor)
-  region_sizes = Shape <start = 2, end = 5> (q_factored)
-  by_head_shape = Concat <axis = 0> (same, g, others, region_sizes)
-  q_split = Reshape (q_factored, by_head_shape)
-  q_beside = Transpose <perm = [0, 1, 3, 2, 4, 5]> (q_split)
-  beside_sizes = Shape <start = 3, end = 5> (q_beside)
-  d_last = Shape <start = 5, end = 6> (q_beside)
-  as_rows_beside = Concat <axis = 0> (same, same, same, others, d_last)
-  q_rows_beside = Reshape (q_beside, as_rows_beside)
-  region_key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
-  score_rows_beside = MatMul (q_rows_beside, region_key_t)
-  as_scores_beside = Concat <axis = 0> (same, same, same, beside_sizes, others)
-  scores_any = Reshape (score_rows_beside, as_scores_beside)
-MANY_WEIGHTS
-  keys_last = Shape <start = 5, end = 6> (weights)
-  as_weights_beside = Concat <axis = 0> (same, same, same, others, keys_last)
-  weight_rows_beside = Reshape (weights, as_weights_beside)
-  y_rows_beside = MatMul (weight_rows_beside, read_value)
-  y_split = Reshape (y_rows_beside, as_scores_beside)
-  y_apart = Transpose <perm = [0, 1, 3, 2, 4, 5]> (y_split)
-  heads_all = Shape <start = 1, end = 2> (q_regions)
-  e_last = Shape <start = 5, end = 6> (y_apart)
-  as_y_flat = Concat <axis = 0> (same, heads_all, others, e_last)
-  y_flat = Reshape (y_apart, as_y_flat)"""
-
 
 def either(condition: str, form: str, masked: str) -> str:
     """Lines for several tokens, `several_y`: of a form of their own where a value says so.
@@ -275,8 +247,8 @@ def either(condition: str, form: str, masked: str) -> str:
 
 
 def finished(body: str, capped: bool, lifted: bool = True) -> str:
-    """The body of a node with what stands for COMMON (or, without states, SIZES), REGIONS, SOFTMAX
-    (of BIAS and BY_BIAS) and MANY_WEIGHTS (of MANY_BIAS and MANY_BY_BIAS).
+    """The body of a node with what stands for COMMON (or, without states, SIZES), SOFTMAX (of BIAS
+    and BY_BIAS) and MANY_WEIGHTS (of MANY_BIAS and MANY_BY_BIAS).
 
     Args:
         body: with these words on lines of their own.
@@ -285,8 +257,7 @@ def finished(body: str, capped: bool, lifted: bool = True) -> str:
     """
     body = body.replace("COMMON", f"SIZES{_SPAN}")
     body = body.replace("\nSIZES", _SIZES + (CAP if capped else ""))
-    body = body.replace("\nREGIONS", _REGIONS).replace("@RUN", str(RUN))
-    body = body.replace("@TILE", str(TILE))
+    body = body.replace("@RUN", str(RUN)).replace("@TILE", str(TILE))
     body = body.replace("MANY_WEIGHTS", "MANY_BIAS\nMANY_BY_BIAS" if lifted else "SOFTMAX")
     body = body.replace("\nMANY_BIAS", _LIFTED_BIAS).replace("\nMANY_BY_BIAS", _LIFTED_BY_BIAS)
     body = body.replace("SOFTMAX", "BIAS\nBY_BIAS").replace("\nBY_BIAS", _BY_BIAS)

@@ -7,11 +7,11 @@ regions of queries, Q blocks of keys, c tokens per block, K rows that a region r
 
 from __future__ import annotations
 
-from reattend.targets.onnx.fragments import read_rows
+from reattend.targets.onnx.selected_regions import listed_regions
 
 # Regions [B, R] of c queries each, at multiples of c: the block of each, where it begins, and the
 # region of each query.
-PLACES = """
+_PLACES = """
       c_less = Sub (c, one)
       n_less = Sub (n, one)
       n_more = Add (n_less, c_less)
@@ -33,7 +33,7 @@ POOLED = f"""
       axis_3 = Constant <value_ints = [3]> ()
       axis_4 = Constant <value_ints = [4]> ()
       axis_end = Constant <value_ints = [-1]> ()
-      float_one = Constant <value_float = 1.0> (){PLACES}
+      float_one = Constant <value_float = 1.0> (){_PLACES}
       region_b1n = Unsqueeze (region_bn, axis_1)
       in_region = Equal (region_b1n, region_number_1)
       real_bn = GreaterOrEqual (place_any, zero)
@@ -113,40 +113,6 @@ RANK
       by_block = ScatterElements <axis = 3> (none, order, taken)
       with_own = Or (by_block, certain)"""
 
-# Places of the queries of a region, to be held against its rows: query_place [B, 1, R, c, 1].
-SEEN_BY = """
-      axes_14 = Constant <value_ints = [1, 4]> ()
-      region_from_1 = Unsqueeze (region_from, axis_2)
-      region_place = Add (region_from_1, inside)
-      query_place = Unsqueeze (region_place, axes_14)"""
-
-# The queries of every region with `rows` [B, H, R, K], of which each sees `visible`
-# [B, H, R, c, K].
-READ = f"""
-      first_11 = Unsqueeze (first, axes_12)
-      q_at_any = Sub (region_place, first_11)
-      q_at_in = Clip (q_at_any, zero, last)
-      as_q_at = Concat <axis = 0> (same, one_1, others, one_1)
-      q_at_flat = Reshape (q_at_in, as_q_at)
-      q_at = Expand (q_at_flat, by_heads)
-      q_flat = GatherND <batch_dims = 2> (q, q_at)
-      as_regions_q = Concat <axis = 0> (same, same, regions_1, c_1, d)
-      q_regions = Reshape (q_flat, as_regions_q)
-      q_scaled = Mul (q_regions, factor)
-      rows_in = Clip (rows, zero, last_row){read_rows("present_key", "present_value")}
-      key_t = Transpose <perm = [0, 1, 2, 4, 3]> (read_key)
-      scores_any = MatMul (q_scaled, key_t)
-MANY_WEIGHTS
-      y_regions = MatMul (weights, read_value)
-      as_rows = Concat <axis = 0> (same, same, others, value_width)
-      y_rows = Reshape (y_regions, as_rows)
-      region_begin_bn = Mul (region_bn, c)
-      in_block_bn = Mod (place_bn, c)
-      y_at_bn = Add (region_begin_bn, in_block_bn)
-      y_at_b1n1 = Unsqueeze (y_at_bn, axes_13)
-      y_at = Expand (y_at_b1n1, by_heads)
-      several_y = GatherND <batch_dims = 2> (y_rows, y_at)"""
-
 # Every region of queries with the rows that it reads, gathered: those of its blocks, and first
 # tokens and a window that lie in none of them. Of these a query sees what is not later than itself,
 # nor further than the row's reach. A row that is not read begins after every query.
@@ -192,12 +158,31 @@ CHOSEN
       window_reach = Min (w, reach)
       window_end = Add (window_row, window_reach)
       pick_end = Add (pick, reach)
-      rows = Concat <axis = 3> (sink_row, window_row, pick)
+      rows_listed = Concat <axis = 3> (sink_row, window_row, pick)
       rows_begin = Concat <axis = 3> (sink_begin, window_begin, pick_begin)
-      rows_end = Concat <axis = 3> (sink_end, window_end, pick_end){SEEN_BY}
-      begins = Unsqueeze (rows_begin, axis_3)
-      ends = Unsqueeze (rows_end, axis_3)
-      is_past = LessOrEqual (begins, query_place)
-      is_near = Less (query_place, ends)
-      visible = And (is_past, is_near)
-      axes_12 = Constant <value_ints = [1, 2]> (){READ}"""
+      rows_end = Concat <axis = 3> (sink_end, window_end, pick_end)
+      axes_12 = Constant <value_ints = [1, 2]> ()
+      axes_14 = Constant <value_ints = [1, 4]> ()
+      region_from_1 = Unsqueeze (region_from, axis_2)
+      region_place = Add (region_from_1, inside)
+      places = Unsqueeze (region_place, axes_14)
+      first_11 = Unsqueeze (first, axes_12)
+      q_at_any = Sub (region_place, first_11)
+      q_at_in = Clip (q_at_any, zero, last)
+      as_q_at = Concat <axis = 0> (same, one_1, others, one_1)
+      q_at_flat = Reshape (q_at_in, as_q_at)
+      q_at = Expand (q_at_flat, by_heads)
+      q_rows = GatherND <batch_dims = 2> (q, q_at)
+      heads_each = Div (heads_1, g)
+      regions_each = Mul (heads_each, regions_1)
+      as_regions_q = Concat <axis = 0> (others, regions_each, one_1, c_1, d)
+      regions_q = Reshape (q_rows, as_regions_q){listed_regions(bounded=False)}
+      rows_all = Shape <start = 0, end = 1> (q)
+      as_rows = Concat <axis = 0> (rows_all, heads_1, others, value_last)
+      y_rows = Reshape (regions_y, as_rows)
+      region_begin_bn = Mul (region_bn, c)
+      in_block_bn = Mod (place_bn, c)
+      y_at_bn = Add (region_begin_bn, in_block_bn)
+      y_at_b1n1 = Unsqueeze (y_at_bn, axes_13)
+      y_at = Expand (y_at_b1n1, by_heads)
+      several_y = GatherND <batch_dims = 2> (y_rows, y_at)"""

@@ -11,7 +11,8 @@ that it reads, D of them that some of its queries do not see.
 
 from __future__ import annotations
 
-from reattend.targets.onnx.fragments import RUNS, read_rows
+from reattend.targets.onnx.fragments import RUNS
+from reattend.targets.onnx.selected_regions import listed_regions
 
 SCORED = """
   value_beside = Transpose <perm = [0, 2, 1, 3]> (new_value)
@@ -152,7 +153,7 @@ _READ = f"""
       pick_after = Add (listed, w)
       pick_begin = Where (pick_real, pick_after, endless)
       pick_end = Add (listed, reach)
-      rows = Concat <axis = 3> (sink_row, window_row, listed)
+      rows_listed = Concat <axis = 3> (sink_row, window_row, listed)
       rows_begin = Concat <axis = 3> (sink_begin, window_begin, pick_begin)
       rows_end = Concat <axis = 3> (sink_end, window_end, pick_end)
       sinks_1 = Unsqueeze (sinks_int, axis_0)
@@ -160,17 +161,23 @@ _READ = f"""
       fixed_many = Add (sinks_1, window_many_1)
       always = Expand (minus_one, fixed_many)
       rows_at = Concat <axis = 0> (always, standing)
-      begins = Unsqueeze (rows_begin, axis_3)
-      ends = Unsqueeze (rows_end, axis_3)
-      is_past = LessOrEqual (begins, place_c1)
-      is_near = Less (place_c1, ends)
-      is_chosen = Less (rows_at, bound)
-      is_between = And (is_past, is_near)
-      seen_region = And (is_between, is_chosen)
-      visible = Unsqueeze (seen_region, axis_3)
-      rows_in = Clip (rows, zero, last_row){read_rows("present_key", "present_value")}
-REGIONS
+      places = Identity (place_c1)
+      run_sizes = Shape <start = 2> (q_regions)
+      as_groups = Concat <axis = 0> (same, g, others, run_sizes)
+      q_groups = Reshape (q_regions, as_groups)
+      q_beside = Transpose <perm = [0, 1, 3, 2, 4, 5]> (q_groups)
+      beside_sizes = Shape <start = 2> (q_beside)
+      as_regions_q = Concat <axis = 0> (others, beside_sizes)
+      regions_q = Reshape (q_beside, as_regions_q){listed_regions(bounded=True)}
+      y_sizes = Shape <start = 1> (regions_y)
+      as_y_groups = Concat <axis = 0> (others, g, y_sizes)
+      y_groups = Reshape (regions_y, as_y_groups)
+      y_apart = Transpose <perm = [0, 1, 3, 2, 4, 5]> (y_groups)
+      heads_1 = Shape <start = 1, end = 2> (q)
+      as_y = Concat <axis = 0> (same, heads_1, others, value_last)
+      y_flat = Reshape (y_apart, as_y)
       several_y = Slice (y_flat, same, n_1, axis_2)"""
+
 
 REGIONS_OF_SCORED = f"""
       run_most = Constant <value_int = @RUN> (){RUNS}{_LISTED}{_READ}"""
