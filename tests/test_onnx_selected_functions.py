@@ -147,7 +147,9 @@ class Node:
         if self.run is None:
             more = attributes(self.pattern, ROTARY)
             budgets = tuple(n for n in Uses().budgets if getattr(self.pattern.select, n, None))
-            uses = Uses(budgets=budgets, capped=bool(self.core.softcap))
+            uses = Uses(
+                budgets=budgets, capped=bool(self.core.softcap), sliding=bool(self.core.window)
+            )
             made = one_node(self.form.op, feed, outputs, rules | more, uses)
             self.run = (
                 ReferenceEvaluator(made)

@@ -82,7 +82,8 @@ def one_node(
         kind = KINDS.get(array.dtype.type, TensorProto.INT64)
         given.append(helper.make_tensor_value_info(key, kind, letters))
     kind = KINDS[next(iter(values.values())).dtype.type]
-    uses = uses or Uses(capped=bool(attributes.get("softcap")))
+    own = attributes.get("sliding_window")
+    uses = uses or Uses(capped=bool(attributes.get("softcap")), sliding=bool(own))
     made = helper.make_model(
         helper.make_graph(
             [helper.make_node(name, list(values), outputs, domain=DOMAIN, **attributes)],

@@ -169,7 +169,7 @@ def ours(rows: Rows) -> Call:
     rules = RULES | attributes(rows.case.pattern, ROTARY)
     node = helper.make_node(rows.form.op, list(inputs), outputs, domain=DOMAIN, **rules)
     budgets = tuple(b for b in Uses().budgets if getattr(rows.case.pattern.select, b, None))
-    uses = Uses(budgets=budgets, capped=False)
+    uses = Uses(budgets=budgets, capped=False, sliding=False)
     functions = [function_proto(name, uses) for name in with_called({rows.form.op})]
     return bound(session([node], inputs, outputs, functions), inputs, held)
 

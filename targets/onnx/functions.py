@@ -93,7 +93,7 @@ def function_text(name: str, uses: Uses = EVERYTHING) -> str:
         return _DOMAIN_LINE + window_linear_body(uses.decayed, uses.maps)
     if name in SELECTED:
         line = _OWN_DOMAIN_LINE if name in CALLS else _DOMAIN_LINE
-        return line + selected_body(name, uses.budgets, uses.capped)
+        return line + selected_body(name, uses.budgets, uses.capped, uses.sliding)
     if name in ENCODER:
         return _DOMAIN_LINE + encoder_body(name, uses.capped)
     if name == OBSERVED:

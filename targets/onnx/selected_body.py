@@ -37,7 +37,7 @@ from reattend.targets.onnx.selected_chunks import (
 )
 from reattend.targets.onnx.selected_lines import LINE_ATTRIBUTES, TILES_OF_LINES
 from reattend.targets.onnx.selected_prompts import POOLED, REGIONS
-from reattend.targets.onnx.selected_routed import routed_or
+from reattend.targets.onnx.selected_routed import in_blocks, routed_or
 from reattend.targets.onnx.selected_segments import CHUNK_ATTRIBUTES, CHUNKS, PREDICTOR
 from reattend.targets.onnx.selected_tokens import (
     BY_LABEL,
@@ -271,13 +271,16 @@ SELECTED = tuple(KINDS)
 CALLING = tuple(name for name, kind in KINDS.items() if kind.step is None or kind.reading is _EVERY)
 
 
-def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> str:
+def selected_body(
+    name: str, budgets: tuple[str, ...], capped: bool = True, sliding: bool = True
+) -> str:
     """The body of a node of `SELECTED` without the domain's line.
 
     Args:
         name: of the node.
         budgets: those that some node of the file has.
         capped: some node may have a softcap.
+        sliding: the block of some node may have a window of its own.
     """
     kind = KINDS[name]
     if name == "EveryChannelsAttention" and not set(budgets) <= set(COUNTS):
@@ -294,5 +297,5 @@ def selected_body(name: str, budgets: tuple[str, ...], capped: bool = True) -> s
     body = _NODE
     for word, text in lines.items():
         body = body.replace(word, text)
-    body = inner_caps(ranking(body, name, budgets, capped), capped)
+    body = in_blocks(inner_caps(ranking(body, name, budgets, capped), capped), sliding)
     return finished(body, capped)

@@ -125,8 +125,8 @@ def listed_regions(bounded: bool) -> str:
     """Lines that make `regions_y` [B G, T, J, c, e] of regions that read rows listed for them.
 
     `regions_q` [B G, T, J, c, d] at `places` [B, 1, R, c, 1] read of the states the rows
-    `rows_listed` [B, X, R, K], each seen by the queries from `rows_begin` to before `rows_end`. The first one is
-    read, whether seen or not.
+    `rows_listed` [B, X, R, K], each seen by the queries from `rows_begin` to before `rows_end`. The
+    first one listed is read, whether seen or not.
 
     Args:
         bounded: and seen only where it stands, at `rows_at` [K], before the query's `bound`
@@ -134,5 +134,5 @@ def listed_regions(bounded: bool) -> str:
     """
     text = _REGIONS
     for word, lines in (_WITH if bounded else _WITHOUT).items():
-        text = re.sub(rf"(?<![A-Z_]){word}(?![A-Z_])", lambda _, lines=lines: lines, text)
+        text = re.sub(rf"(?<![A-Z_]){word}(?![A-Z_])", lines, text)
     return text.replace("ROWS_OF_HEAD", ROWS_OF_HEAD)

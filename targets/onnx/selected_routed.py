@@ -70,8 +70,9 @@ _SLOTS = """
       used_most = Div (last_of_all, c)
       tile_block = Min (tile_block_any, used_most)"""
 
-#: every tile against its block, one of one head after another: mask and scores stay in a processor's
-#: cache. Scanned by KV head [B G, ...], by what chooses with it [S / G, ...], and by tile [T, ...].
+#: every tile against its block, one of one head after another: mask and scores stay in a
+#: processor's cache. Scanned by KV head [B G, ...], by what chooses with it [S / G, ...], and by
+#: tile [T, ...].
 _TILES = """
       j_1 = Div (heads_r, choosers)
       members = Div (choosers, g)
@@ -86,7 +87,8 @@ _TILES = """
       as_query_tiles = Concat <axis = 0> (others, members, tiles_1, t_1)
       query_tiles = Reshape (query_short, as_query_tiles)
       as_block_tiles = Concat <axis = 0> (others, members, tiles_1)
-      block_tiles = Reshape (tile_block, as_block_tiles)
+      block_short = Cast <to = 6> (tile_block)
+      block_tiles = Reshape (block_short, as_block_tiles)
       key_sizes = Shape <start = 2> (present_key)
       value_sizes = Shape <start = 2> (present_value)
       as_key_heads = Concat <axis = 0> (others, key_sizes)
@@ -99,9 +101,12 @@ _TILES = """
       place_heads_any = Expand (place_short, by_key_heads)
       as_place_heads = Concat <axis = 0> (others, n_1)
       place_heads = Reshape (place_heads_any, as_place_heads)
-      reach_in = Min (reach, room)
-      reach_short = Cast <to = 6> (reach_in)
       none_short = Cast <to = 6> (zero)
+      one_short = Cast <to = 6> (one)
+      c_short = Cast <to = 6> (c)
+      room_last = Cast <to = 6> (last_row)
+      inside_r = Range (none_short, c_short, one_short)
+BLOCK_ONCE
       far_below = Constant <value_float = 64.0> ()
       as_q_rows = Concat <axis = 0> (others, d_r)
       as_tile_scores = Concat <axis = 0> (t_1, j_1, others)
@@ -116,27 +121,18 @@ _TILES = """
               member_y, member_log = Scan <
                 body = of_tile (tile_query, block_of_tile) => (tile_y, tile_log)
                 {
-                  rows_from = Mul (block_of_tile, c)
-                  rows_end_any = Add (rows_from, c)
-                  rows_end = Min (rows_end_any, room)
-                  rows_from_1 = Unsqueeze (rows_from, axis_0)
-                  rows_end_1 = Unsqueeze (rows_end, axis_0)
-                  key_read = Slice (key_own, rows_from_1, rows_end_1, axis_0)
-                  value_read = Slice (value_own, rows_from_1, rows_end_1, axis_0)
+                  row_from = Mul (block_of_tile, c_short)
+                  row_any = Add (row_from, inside_r)
+                  row_read = Min (row_any, room_last)
+                  key_read = Gather (key_own, row_read)
+                  value_read = Gather (value_own, row_read)
                   q_any = Gather (q_own, tile_query)
                   q_rows = Reshape (q_any, as_q_rows)
                   key_read_t = Transpose <perm = [1, 0]> (key_read)
                   score_rows = MatMul (q_rows, key_read_t)
                   scores_any = Reshape (score_rows, as_tile_scores)
-                  row_any = Range (rows_from, rows_end, one)
-                  row_read = Cast <to = 6> (row_any)
-                  place_any_tile = Gather (place_own, tile_query)
-                  place_tile = Unsqueeze (place_any_tile, axes_12r)
-                  is_past = LessOrEqual (row_read, place_tile)
-                  row_end = Add (row_read, reach_short)
-                  is_near = Less (place_tile, row_end)
-                  visible = And (is_past, is_near)
-MANY_BIAS
+                  place_tile = Gather (place_own, tile_query)
+BLOCK_BIAS
   scores = Cast <to = 1> (scores_any)
 CAPPED
                   masked = Add (capped, bias)
@@ -163,30 +159,64 @@ CAPPED
         num_scan_inputs = 6
       > (key_heads, value_heads, place_heads, q_members, query_tiles, block_tiles)"""
 
+# what a query sees inside of a block: from a table [c, c], or compared where a block's own pattern
+# may end in it
+_PAST = {
+    "\nBLOCK_ONCE": """
+      c_last = Sub (c_short, one_short)
+      inside_column = Unsqueeze (inside_r, axis_1)
+      is_past_of = LessOrEqual (inside_r, inside_column)
+      bias_of = Where (is_past_of, shown_score, hidden_score)""",
+    "\nBLOCK_BIAS": """
+                  ago_any = Sub (place_tile, row_from)
+                  ago = Clip (ago_any, none_short, c_last)
+                  bias_any = Gather (bias_of, ago)
+                  bias = Unsqueeze (bias_any, axis_1)""",
+}
+_NEAR = {
+    "\nBLOCK_ONCE": """
+      reach_in = Min (reach, room)
+      reach_short = Cast <to = 6> (reach_in)""",
+    "\nBLOCK_BIAS": """
+                  place_t1 = Unsqueeze (place_tile, axes_12r)
+                  is_past = LessOrEqual (row_any, place_t1)
+                  row_end = Add (row_any, reach_short)
+                  is_near = Less (place_t1, row_end)
+                  visible = And (is_past, is_near)
+MANY_BIAS""",
+}
+
 #: the parts of every query
 _MERGED = """
-      as_slots_j = Concat <axis = 0> (batch_1, choosers, slots_1, j_1)
-      log_slots = Reshape (log_tiles, as_slots_j)
+      as_log_parts = Concat <axis = 0> (batch_1, choosers, others)
+      log_parts = Reshape (log_tiles, as_log_parts)
+      as_y_parts = Concat <axis = 0> (batch_1, choosers, others, e_r)
+      y_parts = Reshape (y_tiles, as_y_parts)
       slot_last = Sub (slots, one)
-      slot_in = Min (slot_3, slot_last)
-      pick_index = Unsqueeze (slot_in, others)
-      log_picks = GatherND <batch_dims = 2> (log_slots, pick_index)
-      picks = Shape <start = 3, end = 4> (all_blocks)
-      as_picks = Concat <axis = 0> (same, same, n_1, picks, j_1)
-      log_5 = Reshape (log_picks, as_picks)
-      taken_5 = Unsqueeze (all_taken, axis_4r)
+      slot_in = Min (slot_4, slot_last)
+      slot_5 = Unsqueeze (slot_in, axis_3r)
+      j_of = Squeeze (j_1, axis_0)
+      member_j = Range (zero, j_of, one)
+      member_j1 = Unsqueeze (member_j, axis_1)
+      part_first = Mul (slot_5, j_of)
+      part_at = Add (part_first, member_j1)
+      part_flat = Reshape (part_at, flat_3)
+      part_index = Unsqueeze (part_flat, others)
+      log_picks = GatherND <batch_dims = 2> (log_parts, part_index)
+      part_sizes = Shape (part_at)
+      log_5 = Reshape (log_picks, part_sizes)
+      taken_5 = Unsqueeze (all_taken, axis_3r)
       log_shown = Where (taken_5, log_5, hidden_score)
-      query_part_float = Softmax <axis = 3> (log_shown)
+      query_part_float = Softmax <axis = -1> (log_shown)
       query_part = CastLike (query_part_float, q)
-      query_part_6 = Unsqueeze (query_part, others)
-      as_y_slots = Concat <axis = 0> (batch_1, choosers, slots_1, others)
-      y_slots = Reshape (y_tiles, as_y_slots)
-      y_picks_any = GatherND <batch_dims = 2> (y_slots, pick_index)
-      as_y_picks = Concat <axis = 0> (same, same, n_1, picks, j_1, e_r)
+      query_part_row = Unsqueeze (query_part, axis_4r)
+      y_picks_any = GatherND <batch_dims = 2> (y_parts, part_index)
+      as_y_picks = Concat <axis = 0> (part_sizes, e_r)
       y_picks = Reshape (y_picks_any, as_y_picks)
-      y_parts = Mul (y_picks, query_part_6)
-      y_by_chooser = ReduceSum <keepdims = 0> (y_parts, axis_3r)
-      y_apart = Transpose <perm = [0, 1, 3, 2, 4]> (y_by_chooser)
+      y_by_chooser = MatMul (query_part_row, y_picks)
+      as_y_groups = Concat <axis = 0> (same, same, same, j_1, e_r)
+      y_groups = Reshape (y_by_chooser, as_y_groups)
+      y_apart = Transpose <perm = [0, 1, 3, 2, 4]> (y_groups)
       as_y = Concat <axis = 0> (same, heads_r, n_1, e_r)
       several_y = Reshape (y_apart, as_y)"""
 
@@ -214,3 +244,15 @@ def routed_or(masked: str) -> str:
       is_routed = And (is_many, is_alone)"""
         + either("is_routed", _ROUTED, masked)
     )
+
+
+def in_blocks(body: str, sliding: bool) -> str:
+    """The body with what a query sees inside of a block.
+
+    Args:
+        body: with lines of `routed_or`, or without.
+        sliding: the block of some node may have a window of its own.
+    """
+    for word, lines in (_NEAR if sliding else _PAST).items():
+        body = body.replace(word, lines)
+    return body
