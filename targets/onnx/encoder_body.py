@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from reattend.targets.onnx.encoder_band import BAND, BAND_BODY
 from reattend.targets.onnx.encoder_masked import masked
-from reattend.targets.onnx.fragments import OWN_ROWS, ROWS_OF_HEAD, finished
+from reattend.targets.onnx.fragments import OWN_ROWS, ROWS_OF_HEAD, ROWS_TOGETHER, finished
 
 _START = """NAME <scale: float, softcap: floatMORE>
 (INPUTS) => (y)
@@ -74,7 +74,7 @@ MANY_BIAS
     num_scan_inputs = 2
   > (query_rows, spans)""".replace("HEAD", ROWS_OF_HEAD)
 
-_CHOSEN = f"""
+_CHOSEN = f"""{ROWS_TOGETHER}
   rows_first = Transpose <perm = [2, 0, 1, 3]> (key_rows)
   seen_some = Transpose <perm = [2, 0, 1, 3, 4]> (seen)
   r_1 = Shape <start = 0, end = 1> (query_rows)
@@ -83,7 +83,7 @@ _CHOSEN = f"""
   seen_first = Expand (seen_some, by_region)
   y_first = Scan <
     body = of_a_region (
-      int64[c] own_queries, int64[b, h, k] rows_in, bool[sb, sh, sc, sk] visible
+      int64[c] own_queries, int64[b, h, k] rows_in, bool[sb, sh, sc, sk] own_seen
     ) => (y_region)
     {{
       own_q = Gather <axis = 2> (q, own_queries){OWN_ROWS}

@@ -16,7 +16,7 @@ from reattend.mixers.scores import attend
 from reattend.mixers.selecting.base import Asked
 from reattend.mixers.selecting.observed import ObservedMethod
 from reattend.patterns.routing import Observed
-from reattend.targets.onnx.fragments import OWN_ROWS, finished
+from reattend.targets.onnx.fragments import OWN_ROWS, ROWS_TOGETHER, finished
 
 OBSERVED = "ObservedAttention"
 INPUTS = ("q", "key", "value", "past_blocks", "phase", "prompt_blocks")
@@ -115,7 +115,7 @@ _COUNTS = _COUNT.replace("MINE", "prompt").replace("MANY", "prompt_blocks") + _C
 
 # blocks [B, H, P, K] -> block_y: every block of queries with the rows of its blocks, and of its
 # own block the query's own row, where that is not among them. One block of queries after another.
-_READ = f"""
+_READ = f"""{ROWS_TOGETHER}
       own_begin = Mul (number, c)
       own_begin_p1 = Unsqueeze (own_begin, others)
       own_row_pc = Add (own_begin_p1, inside)
@@ -149,7 +149,7 @@ _READ = f"""
           has_not = Not (has)
           has_not_1 = Unsqueeze (has_not, axis_2)
           is_alone = And (has_not_1, is_self)
-          visible = Concat <axis = 3> (is_chosen, is_alone)
+          own_seen = Concat <axis = 3> (is_chosen, is_alone)
           own_queries = Min (place, n_less)
           own_q = Gather <axis = 2> (q, own_queries){OWN_ROWS}
         }},

@@ -142,36 +142,60 @@ def every_score(
     return text.replace("MANY_ROWS", many).replace("RESULT", result).replace("SHAPE", shape)
 
 
-# The rows [B, H, R, K] that regions of queries read (or [B, H, K]: one region), of each query
-# head's own KV head (or H = G): read_key and read_value [B, H, R, K, d or e].
-_READ_ROWS = """
-      row_1 = Constant <value_ints = [1]> ()
-      as_index = Concat <axis = 0> (same, g, others, row_1)
-      row_index = Reshape (rows_in, as_index)
-      key_flat = GatherND <batch_dims = 2> (HELD_KEY, row_index)
-      value_flat = GatherND <batch_dims = 2> (HELD_VALUE, row_index)
-      rows_shape = Shape (rows_in)
-      key_width = Shape <start = 3, end = 4> (key)
-      value_width = Shape <start = 3, end = 4> (value)
-      as_keys = Concat <axis = 0> (rows_shape, key_width)
-      as_values = Concat <axis = 0> (rows_shape, value_width)
-      read_key = Reshape (key_flat, as_keys)
-      read_value = Reshape (value_flat, as_values)"""
-
-
-def read_rows(key: str, value: str) -> str:
-    """Lines that gather, of these values, the rows `rows_in` that each region of queries reads."""
-    return _READ_ROWS.replace("HELD_KEY", key).replace("HELD_VALUE", value)
-
-
-#: own_q [B, H, c, d], rows_in [B, H, K] and visible [B or 1, H or 1, c or 1, K or 1] of one region
-#: -> y_region [B, H, c, e]
-OWN_ROWS = f"""{read_rows("key", "value")}
+#: all rows of all heads together, and where those of a query head begin
+ROWS_TOGETHER = """
+      texts_1 = Shape <start = 0, end = 1> (q)
+      heads_all_1 = Shape <start = 1, end = 2> (q)
+      held_1 = Shape <start = 2, end = 3> (key)
+      key_width_1 = Shape <start = 3, end = 4> (key)
+      value_width_1 = Shape <start = 3, end = 4> (value)
+      pairs_1 = Mul (texts_1, g)
+      pairs_all = Squeeze (pairs_1, axis_0)
+      pair_number = Range (zero, pairs_all, one)
+      pair_first = Mul (pair_number, held_1)
+      each_one = Constant <value_ints = [1]> ()
+      as_pairs = Concat <axis = 0> (texts_1, g, each_one)
+      pair_rows = Reshape (pair_first, as_pairs)
+      heads_each_1 = Div (heads_all_1, g)
+      by_member = Concat <axis = 0> (texts_1, g, heads_each_1)
+      member_rows = Expand (pair_rows, by_member)
+      by_text_head = Concat <axis = 0> (texts_1, heads_all_1, each_one)
+      head_first = Reshape (member_rows, by_text_head)
+      by_text_head_4 = Concat <axis = 0> (by_text_head, each_one)
+      as_key_rows = Concat <axis = 0> (others, key_width_1)
+      as_value_rows = Concat <axis = 0> (others, value_width_1)
+      keys_together = Reshape (key, as_key_rows)
+      values_together = Reshape (value, as_value_rows)"""
+#: own_q [B, H, c, d], rows_in [B, H, K] and own_seen [B or 1, H or 1, c or 1, K or 1] of one region
+#: -> y_region [B, H, c, e], one head after another; behind `ROWS_TOGETHER`
+OWN_ROWS = """
+      rows_of_head = Add (rows_in, head_first)
+      own_list_1 = Shape <start = 2> (rows_in)
+      as_own_rows = Concat <axis = 0> (others, own_list_1)
+      rows_by_head = Reshape (rows_of_head, as_own_rows)
       own_scaled = Mul (own_q, factor)
-      key_t = Transpose <perm = [0, 1, 3, 2]> (read_key)
-      scores_any = MatMul (own_scaled, key_t)
+      own_sizes = Shape <start = 2> (own_q)
+      as_own_q = Concat <axis = 0> (others, own_sizes)
+      q_by_head = Reshape (own_scaled, as_own_q)
+      seen_sizes = Shape <start = 2> (own_seen)
+      as_own_seen = Concat <axis = 0> (others, seen_sizes)
+      seen_each = Expand (own_seen, by_text_head_4)
+      seen_by_head = Reshape (seen_each, as_own_seen)
+      y_by_own_head = Scan <
+        body = of_own_head (head_q, head_rows, visible) => (head_y)
+        {
+          read_key = Gather (keys_together, head_rows)
+          read_value = Gather (values_together, head_rows)
+          key_t = Transpose <perm = [1, 0]> (read_key)
+          scores_any = MatMul (head_q, key_t)
 MANY_WEIGHTS
-      y_region = MatMul (weights, read_value)"""
+          head_y = MatMul (weights, read_value)
+        },
+        num_scan_inputs = 3
+      > (q_by_head, rows_by_head, seen_by_head)
+      own_c_1 = Shape <start = 2, end = 3> (own_q)
+      as_y_region = Concat <axis = 0> (texts_1, heads_all_1, own_c_1, value_width_1)
+      y_region = Reshape (y_by_own_head, as_y_region)"""
 
 
 def meeting(query: str, key: str, value: str, result: str) -> str:
