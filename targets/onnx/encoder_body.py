@@ -4,7 +4,7 @@ Which keys are read is said by inputs: what a pattern shows, or what was chosen 
 `MaskedAttention` takes any mask (`encoder_masked.py`). The others read, for every region of
 queries, listed rows: `RegionAttention` the same ones in all heads and texts,
 `ChosenRegionAttention` rows of each head's own, and `BandAttention` (`encoder_band.py`) those near
-in the text. The first two take one region after another: scores stay in the processor's cache, and
+in the text. One region of one head comes after another: scores stay in the processor's cache, and
 a box reads as many rows as it needs.
 Letters: B batch, H query heads, G key/value heads, J = H / G, N queries, M keys, R regions, c
 queries and K keys of a region, d and e widths.

@@ -7,10 +7,11 @@ be, and its output means nothing.
 
 One new token reads only what it has chosen: those rows are gathered, beside sinks, a window (the
 token itself at least), and the rest is never touched. Few tokens attend under a mask; of more, each
-region's rows are gathered where they choose by regions (`selected_prompts.py`,
-`selected_values.py`), a block meets the queries that chose it (`selected_routed.py`), or tiles of
-queries gather what one of them reads (`selected_tiles.py`). Calls that read every row, as those of
-selectors that leave prompts dense, are calls of `Attention`. What chooses is `selected_choice.py`.
+region gathers the rows listed for it (`selected_prompts.py`, `selected_values.py`,
+`selected_regions.py`), a block meets the queries that chose it (`selected_routed.py`), or tiles of
+queries gather what one of them reads (`selected_tiles.py`, `selected_lines.py`). Calls that read
+every row, as those of selectors that leave prompts dense, are calls of `Attention`. What chooses is
+`selected_choice.py`.
 """
 
 from __future__ import annotations
