@@ -41,6 +41,8 @@ MIB = 1 << 20
 #: layer; first products; first gradients; first cached decoding; the report's page with its plots.
 OPENING, CAPTURED, CAPTURED_LAYER = 17 * MIB, 12 * MIB, 5 * MIB
 RUNNING, TRAINING, VERIFYING, PLOTTING = 12 * MIB, 4 * MIB, 18 * MIB, 52 * MIB
+#: oneDNN keeps a kernel for every shape of a 16-bit product, and every decoded token has a new one.
+KERNELS_OF_SHAPES = 20 * MIB
 #: What the exporter, its graph and ONNX Runtime hold beside weights; measured as above.
 EXPORTING = 117 * MIB
 #: A tokenizer's memory per byte of the text it is given; measured. Half of it stays fragmented.
@@ -172,6 +174,7 @@ def memory(
     if plan.verify.peers and rows is not None:
         peers = new + sum(peer_bytes(c) for c in converted)
         measuring = peers + max(measuring, running + tokens, solving_bytes(width))
+    base += KERNELS_OF_SHAPES if element == 2 else 0
     found["verify"] = base + VERIFYING + measuring
     copied = 0 if owned else sizes.weights
     found["publish"] = base + PLOTTING + copied
