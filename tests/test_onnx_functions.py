@@ -18,10 +18,20 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 from reattend.kernels.attention import attention  # noqa: E402
 from reattend.kernels.latent_attention import latent_attention  # noqa: E402
 from reattend.targets.onnx import dense_body  # noqa: E402
+from reattend.targets.onnx.encoder_body import ENCODER  # noqa: E402
+from reattend.targets.onnx.encoder_observed import OBSERVED  # noqa: E402
 from reattend.targets.onnx.functions import DOMAIN, OPSET, VERSION, Uses, function_proto  # noqa: E402
+from reattend.targets.onnx.gated_linear_body import GATED  # noqa: E402
+from reattend.targets.onnx.kept_body import KEPT  # noqa: E402
+from reattend.targets.onnx.routed_body import NAME as ROUTED  # noqa: E402
+from reattend.targets.onnx.selected_body import SELECTED  # noqa: E402
 
 B, H, G, C = 3, 4, 2, 12
 OPS = {"Attention": attention, "LatentAttention": latent_attention}
+EVERY = (
+    *OPS, "SparseAttention", "PatternAttention", KEPT, ROUTED, *SELECTED, *ENCODER, OBSERVED,
+    "LinearAttention", GATED, "WindowLinearAttention",
+)  # fmt: skip
 
 
 def inputs(name: str, n: int, rope: int, dtype: Any, long: int = 1) -> dict[str, np.ndarray]:
@@ -40,7 +50,13 @@ def inputs(name: str, n: int, rope: int, dtype: Any, long: int = 1) -> dict[str,
     return feed
 
 
-def model(name: str, feed: dict[str, np.ndarray], attributes: dict[str, Any], empty: bool) -> Any:
+def model(
+    name: str,
+    feed: dict[str, np.ndarray],
+    attributes: dict[str, Any],
+    empty: bool,
+    sliding: bool = True,
+) -> Any:
     kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
     given = [
         helper.make_tensor_value_info(k, kinds.get(v.dtype, TensorProto.INT64), v.shape)
@@ -53,7 +69,8 @@ def model(name: str, feed: dict[str, np.ndarray], attributes: dict[str, Any], em
             "one_node", given, [helper.make_tensor_value_info("y", kind, list("bhne"))],
         ),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=[function_proto(name, Uses(rope_may_be_empty=empty))], ir_version=11,
+        functions=[function_proto(name, Uses(rope_may_be_empty=empty, sliding=sliding))],
+        ir_version=11,
     )  # fmt: skip
     onnx.checker.check_model(made, full_check=True)
     return made
@@ -88,17 +105,22 @@ def test_body_means_what_the_torch_op_means(
 def test_tiles_mean_what_the_torch_op_means(
     name: str, rope: int, tile: int, n: int, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a file in which some node has a window, and in one without."""
     monkeypatch.setattr(dense_body, "DENSE_TILE", tile)
     monkeypatch.setattr(dense_body, "FEW", 1)
     attributes = PLAIN | RULES[rule]
     feed = inputs(name, n, rope, np.float32)
-    is_the_torch_op(name, feed, model(name, feed, attributes, empty=rope == 0), attributes, 1e-5)
+    for sliding in (True, False):
+        if sliding or not attributes["sliding_window"]:
+            made = model(name, feed, attributes, empty=rope == 0, sliding=sliding)
+            is_the_torch_op(name, feed, made, attributes, 1e-5)
 
 
-@pytest.mark.parametrize("rule", [*RULES, "window of 100"])
+@pytest.mark.parametrize("rule", [*RULES, "window of 100", "window of 1000"])
 @pytest.mark.parametrize("name", OPS)
 def test_a_long_prompt_means_what_the_torch_op_means(name: str, rule: str) -> None:
-    attributes = PLAIN | RULES.get(rule, {"sliding_window": 100})
+    window = {"sliding_window": int(rule.split()[-1])} if "of" in rule.split() else {}
+    attributes = PLAIN | RULES.get(rule, window)
     feed = inputs(name, 300, 4, np.float32, long=40)
     is_the_torch_op(name, feed, model(name, feed, attributes, empty=False), attributes, 1e-5)
 
@@ -118,6 +140,23 @@ def test_a_prompt_does_not_read_what_nothing_was_written_to(name: str) -> None:
         rows[..., 300:, :] = np.nan
         rows[..., : 300 - 40 - 20 + 1, :] = np.nan
     np.testing.assert_array_equal(session.run(None, feed)[0], before)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_no_name_of_a_branch_is_one_of_what_is_around_it(name: str, sliding: bool) -> None:
+    """The standard forbids it, onnx's checker lets inputs of a Scan do so, and ONNX Runtime reads
+    the wrong one where sizes are fixed."""
+
+    def names(nodes: Any, inputs: list[str], around: set[str]) -> None:
+        made = [*inputs, *(o for node in nodes for o in node.output if o)]
+        assert len(made) == len(set(made))
+        assert not set(made) & around
+        for branch in (a.g for node in nodes for a in node.attribute if a.HasField("g")):
+            names(branch.node, [i.name for i in branch.input], around | set(made))
+
+    body = function_proto(name, Uses(sliding=sliding))
+    names(body.node, list(body.input), set())
 
 
 def is_the_torch_op(

@@ -106,8 +106,10 @@ def core_of(own: int, softcap: float, width: int = E) -> CoreConfig:
 class Node:
     """A node with its states, in one of three runtimes."""
 
-    def __init__(self, pattern: HeadPattern, core: CoreConfig, runtime: str) -> None:
-        self.pattern, self.core, self.runtime = pattern, core, runtime
+    def __init__(
+        self, pattern: HeadPattern, core: CoreConfig, runtime: str, fixed: bool = False
+    ) -> None:
+        self.pattern, self.core, self.runtime, self.fixed = pattern, core, runtime, fixed
         self.form = selected_form("here", pattern, core)
         torch.manual_seed(3)
         assert pattern.select is not None
@@ -148,9 +150,11 @@ class Node:
             more = attributes(self.pattern, ROTARY)
             budgets = tuple(n for n in Uses().budgets if getattr(self.pattern.select, n, None))
             uses = Uses(
-                budgets=budgets, capped=bool(self.core.softcap), sliding=bool(self.core.window)
+                budgets=budgets,
+                capped=bool(self.core.softcap),
+                sliding=bool(self.core.window) or self.fixed,
             )
-            made = one_node(self.form.op, feed, outputs, rules | more, uses)
+            made = one_node(self.form.op, feed, outputs, rules | more, uses, self.fixed)
             self.run = (
                 ReferenceEvaluator(made)
                 if self.runtime == "reference"
@@ -254,10 +258,36 @@ def test_a_prompt_reads_nothing_that_no_line_shows() -> None:
     assert np.abs(y - want).max() <= 1e-5
 
 
+PROMPTS = ("moba", "gate", "anchored", "attended", "pooled", "values", "chunks", "lines")
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_sizes_may_be_fixed(case: str) -> None:
+    """A runtime folds what depends on them; also without a window, in a file that has one."""
+    said, own, softcap = CASES[case]
+    pattern, core = HeadPattern.model_validate(said), core_of(own, softcap, width_of(said))
+    y = outputs(Node(pattern, core, "onnxruntime", fixed=True), [23])
+    want = outputs(Node(pattern, core, "torch"), [23])
+    real = (np.arange(23) >= START[:, None])[:, None, :, None]
+    assert np.abs(np.where(real, y - want, 0)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_prompt_reads_nothing_that_was_not_written(case: str) -> None:
+    said, own, softcap = CASES[case]
+    pattern, core = HeadPattern.model_validate(said), core_of(own, softcap, width_of(said))
+    node = Node(pattern, core, "onnxruntime")
+    for held in node.state[:2]:
+        held[:] = np.nan
+    y = outputs(node, [23])
+    want = outputs(Node(pattern, core, "torch"), [23])
+    real = (np.arange(23) >= START[:, None])[:, None, :, None]
+    assert np.abs(np.where(real, y - want, 0)).max() <= 1e-5
+
+
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_body_is_valid(name: str, capped: bool) -> None:
-    """Names of one branch may not be those of what is around it."""
     body = function_proto(name, Uses(capped=capped))
     around = onnx.checker.C.CheckerContext()
     around.ir_version = 11

@@ -73,12 +73,17 @@ def masked(pattern: HeadPattern, own: int, softcap: float) -> tuple[np.ndarray, 
 
 
 def one_node(
-    name: str, values: dict[str, Any], outputs: list[str], attributes: Any, uses: Any = None
+    name: str,
+    values: dict[str, Any],
+    outputs: list[str],
+    attributes: Any,
+    uses: Any = None,
+    fixed: bool = False,
 ) -> Any:
-    """A model of one node; `values`: its inputs as arrays, whose second to last size varies."""
+    """A model of one node; `values`: its inputs as arrays, whose sizes vary if not `fixed`."""
     given = []
     for key, array in values.items():
-        letters = [None] * array.ndim
+        letters = list(array.shape) if fixed else [None] * array.ndim
         kind = KINDS.get(array.dtype.type, TensorProto.INT64)
         given.append(helper.make_tensor_value_info(key, kind, letters))
     kind = KINDS[next(iter(values.values())).dtype.type]
@@ -108,8 +113,12 @@ RUNTIMES = ("torch", "onnxruntime", "reference")
 class Ring:
     """`SparseAttention` in one of the runtimes, with a state that was used before."""
 
-    def __init__(self, runtime: str, dtype: Any, rules: dict[str, Any]) -> None:
+    def __init__(
+        self, runtime: str, dtype: Any, rules: dict[str, Any], sliding: bool = False
+    ) -> None:
         self.runtime, self.rules = runtime, rules
+        own = bool(rules["sliding_window"])
+        self.uses = Uses(capped=bool(rules["softcap"]), sliding=own or sliding)
         size = rules["sinks"] + rules["window"]
         random = np.random.default_rng(1)
         self.state = [(9 * random.standard_normal((B, G, size, w))).astype(dtype) for w in (D, E)]
@@ -129,7 +138,7 @@ class Ring:
         feed: Any = dict(zip(names, values, strict=True))
         outputs = ["y", "present_key", "present_value"]
         if self.run is None:
-            made = one_node("SparseAttention", feed, outputs, self.rules)
+            made = one_node("SparseAttention", feed, outputs, self.rules, self.uses)
             if self.runtime == "reference":
                 self.run = ReferenceEvaluator(made)
             else:
@@ -159,6 +168,7 @@ RULES = {
     "more sinks than window": (6, 3, 0, 0.0),
     "block with a window": (2, 5, 8, 0.0),
     "softcap": (1, 16, 0, 2.0),
+    "beside a block with a window": (2, 5, 0, 0.0),
 }
 
 
@@ -170,7 +180,7 @@ def test_sinks_and_window_on_a_ring(case: str, runtime: str) -> None:
     rules |= {"sliding_window": own, "softcap": softcap}
     want, real = masked(HeadPattern(sinks=sinks, window=window), own, softcap)
     for pieces in PIECES:
-        ring, at, got = Ring(runtime, np.float32, rules), 0, []
+        ring, at, got = Ring(runtime, np.float32, rules, "beside" in case), 0, []
         for n in pieces:
             new = [np.ascontiguousarray(x[:, :, at : at + n]) for x in rows()]
             at += n

@@ -200,7 +200,7 @@ def test_strides_of_the_heads_of_a_layer_cover_every_block_once() -> None:
         ({"sinks": -1}, "greater than or equal"),
         ({"window": 3, "window_slope": 1.5}, "less than or equal"),
         ({"tiles": {"shape": [4, 4], "tile": [3, 2]}}, "does not divide"),
-        ({"radial": {"shape": [8, 4, 4], "block": 17}}, "larger than a frame of 16"),
+        ({"radial": {"shape": [8, 4, 4], "block": 32}}, "two frames of 16 or more"),
         ({"grid": {"shape": [0, 4], "radius": 1}}, "at least one token"),
         ({"colums": [1]}, "Extra inputs"),
     ],

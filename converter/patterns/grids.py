@@ -32,7 +32,7 @@ class Grid(Term):
     """A grid of tokens, rows last: (height, width) or (frames, height, width).
 
     Attributes:
-        shape: places along every axis; empty: not known yet, see `placed`.
+        shape: places along every axis; empty: not known yet, see `laid_out`.
         text_before: tokens of the sequence before the grid (a class token, a prompt).
         text_after: tokens behind it; None: any number.
     """
@@ -200,7 +200,7 @@ class Radial(Grid):
     first frame is seen by all.
 
     Attributes:
-        block: tokens of the narrowest window, no more than a frame has.
+        block: tokens of the narrowest window, less than two frames have.
     """
 
     block: int = Field(default=128, gt=0)
@@ -208,10 +208,10 @@ class Radial(Grid):
     @model_validator(mode="after")
     def _fits_a_frame(self) -> Radial:
         frame = prod(self.shape[1:])
-        if self.shape and self.block > frame:
+        if self.shape and self.block >= 2 * frame:
             raise ValueError(
-                f"radial's block of {self.block} tokens is larger than a frame of {frame}, which"
-                f" leaves out most frames next to each other: give block: {frame} or less"
+                f"radial's block of {self.block} tokens is two frames of {frame} or more, which"
+                f" leaves out frames next to each other: give block: {2 * frame - 1} or less"
             )
         return self
 

@@ -124,7 +124,7 @@ def ring(rows: Rows) -> Call:
     inputs |= {k: new[k] for k in ("kv_start", "kv_len")}
     outputs = ["y", "present_key", "present_value"]
     node = helper.make_node("SparseAttention", list(inputs), outputs, domain=DOMAIN, **rules)
-    functions = [function_proto("SparseAttention", Uses(capped=False))]
+    functions = [function_proto("SparseAttention", Uses(capped=False, sliding=False))]
     return bound(session([node], inputs, outputs, functions), inputs, state)
 
 

@@ -253,6 +253,7 @@ def dense_body(
         tiles = both.replace("ALL", plain.replace("MADE", "all_tiles"))
     text = _BODY.replace("NAME", name).replace("(INPUTS)", f"({', '.join(INPUTS[name])})")
     text = text.replace("SIZES_OF", sizes).replace("CAP_LINES", CAP[1:] if capped else "")
+    few = few.replace("MANY_WEIGHTS", "SOFTMAX")
     text = text.replace("\nY_TILES", tiles).replace("MEET_FEW", few[1:])
     text = text.replace("DENSE_TILE", str(DENSE_TILE)).replace("FEW", str(FEW))
-    return finished(text, capped, lifted=False)
+    return finished(text, capped)

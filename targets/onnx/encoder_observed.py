@@ -114,7 +114,7 @@ _COUNTS = _COUNT.replace("MINE", "prompt").replace("MANY", "prompt_blocks") + _C
 ).replace("MANY", "new_many")
 
 # blocks [B, H, P, K] -> block_y: every block of queries with the rows of its blocks, and of its
-# own block the query's own row, where that is not among them. One block of queries after another.
+# own block the query's own row, where that is not among them. One block of one head after another.
 _READ = f"""{ROWS_TOGETHER}
       own_begin = Mul (number, c)
       own_begin_p1 = Unsqueeze (own_begin, others)

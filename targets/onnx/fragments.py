@@ -75,14 +75,15 @@ _LIFTED_BIAS = """
 # What is hidden is lifted to 64 below a query's highest score: a weight of 1e-28, nothing beside
 # its sum of 1, and no exponential that underflows. A processor may take 14 times as long over those
 # (vectors of numbers below 1e-38).
-_LIFTED_BY_BIAS = """
-  scores = Cast <to = 1> (scores_any)
-CAPPED
-  masked = Add (capped, bias)
+LIFT = """
   far_below = Constant <value_float = 64.0> ()
   most_score = ReduceMax <keepdims = 1> (masked, others)
   least_score = Sub (most_score, far_below)
-  lifted_scores = Max (masked, least_score)
+  lifted_scores = Max (masked, least_score)"""
+_LIFTED_BY_BIAS = f"""
+  scores = Cast <to = 1> (scores_any)
+CAPPED
+  masked = Add (capped, bias){LIFT}
   weights_float = Softmax <axis = -1> (lifted_scores)
   weights = CastLike (weights_float, scores_any)"""
 
@@ -167,7 +168,8 @@ ROWS_TOGETHER = """
       keys_together = Reshape (key, as_key_rows)
       values_together = Reshape (value, as_value_rows)"""
 #: own_q [B, H, c, d], rows_in [B, H, K] and own_seen [B or 1, H or 1, c or 1, K or 1] of one region
-#: -> y_region [B, H, c, e], one head after another; behind `ROWS_TOGETHER`
+#: -> y_region [B, H, c, e], one head after another; behind `ROWS_TOGETHER`. Rows of a head are
+#: those of all heads from `head_first` on: one that is not below M would be another head's.
 OWN_ROWS = """
       rows_of_head = Add (rows_in, head_first)
       own_list_1 = Shape <start = 2> (rows_in)
@@ -227,10 +229,14 @@ MANY_BY_BIAS
 RUN = 128
 #: queries that meet rows of keys together, one head after another
 TILE = 64
-#: whether they are more than that
+#: whether they are more than that, and no constant where sizes are fixed: of an `If` that it folds
+#: in a branch, ONNX Runtime 1.31 loses what `Scan`s in it read, and crashes
 MANY = """
       few = Constant <value_int = @TILE> ()
-      is_many = Less (few, n)"""
+      is_more = Less (few, n)
+      text_length = Gather (lengths, zero)
+      is_text = GreaterOrEqual (text_length, zero)
+      is_many = And (is_more, is_text)"""
 #: queries in the order of the call, `run_most` at a time. The last query fills up the last region;
 #: `run_at` says which query stands where.
 RUN_AT = """
@@ -270,19 +276,18 @@ def either(condition: str, form: str, masked: str) -> str:
       >"""
 
 
-def finished(body: str, capped: bool, lifted: bool = True) -> str:
-    """The body of a node with what stands for COMMON (or, without states, SIZES), SOFTMAX (of BIAS
-    and BY_BIAS) and MANY_WEIGHTS (of MANY_BIAS and MANY_BY_BIAS).
+def finished(body: str, capped: bool) -> str:
+    """The body of a node with what stands for COMMON (or SIZES alone), SOFTMAX (of BIAS and
+    BY_BIAS) and MANY_WEIGHTS (of MANY_BIAS and MANY_BY_BIAS).
 
     Args:
         body: with these words on lines of their own.
         capped: some node may have a softcap.
-        lifted: many queries lift what is hidden; it pays where that is much of what is read.
     """
     body = body.replace("COMMON", f"SIZES{_SPAN}")
     body = body.replace("\nSIZES", _SIZES + (CAP if capped else ""))
     body = body.replace("@RUN", str(RUN)).replace("@TILE", str(TILE))
-    body = body.replace("MANY_WEIGHTS", "MANY_BIAS\nMANY_BY_BIAS" if lifted else "SOFTMAX")
+    body = body.replace("MANY_WEIGHTS", "MANY_BIAS\nMANY_BY_BIAS")
     body = body.replace("\nMANY_BIAS", _LIFTED_BIAS).replace("\nMANY_BY_BIAS", _LIFTED_BY_BIAS)
     body = body.replace("SOFTMAX", "BIAS\nBY_BIAS").replace("\nBY_BIAS", _BY_BIAS)
     return body.replace("\nBIAS", _BIAS).replace("CAPPED", CAPPED if capped else NOT_CAPPED)

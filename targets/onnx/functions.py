@@ -8,7 +8,8 @@ takes over where one is loaded.
 
 Semantics are those of `reattend::attention`: query i is at index kv_len - N + i and sees key j iff
 kv_start <= j < kv_len, j <= index (causal) and index - j < sliding_window (if > 0). A query that
-sees nothing gives 0. Rows outside [kv_start, kv_len) must hold finite numbers: their weight is 0.
+sees nothing gives 0. Rows outside [kv_start, kv_len) must hold finite numbers: some are
+read, for a weight of 0.
 """
 
 from __future__ import annotations

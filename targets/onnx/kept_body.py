@@ -27,6 +27,7 @@ from reattend.targets.onnx.pattern_regions import (
     union,
 )
 from reattend.targets.onnx.pattern_terms import TERMS
+from reattend.targets.onnx.ring_rows import NEXT, PLACES
 
 KEPT = "KeptAttention"
 #: terms that depend on the key alone, and all that the node knows
@@ -68,7 +69,7 @@ BY_KEY
 STEP
     },
     else_branch = several ()
-      => (regions_y, several_ring_key, several_ring_value, several_key, several_value)
+      => (regions_y, next_ring_key, next_ring_value, next_kept_key, next_kept_value)
     {
 SEVERAL
     }
@@ -141,12 +142,9 @@ _NEAR = {
       ring_seen = Identity (ring_any)""",
 }
 
-# rows: [kept | ring | new]. What stands where follows from how many tokens there were.
-_SEVERAL = f"""{QUERIES}
-      past = Sub (total, n_p)
+_SEVERAL = f"""{QUERIES}{PLACES}
       rows_key = Concat <axis = 2> (past_key, past_ring_key, key)
       rows_value = Concat <axis = 2> (past_value, past_ring_value, value)
-      nowhere = Constant <value: tensor = int32 {{-1073741824}}> ()
       place_any = Compress <axis = 0> (j_k, is_kept)
       kept_many = Shape (place_any)
       spare_any = Sub (k_1, kept_many)
@@ -158,42 +156,11 @@ _SEVERAL = f"""{QUERIES}
       is_place = GreaterOrEqual (kept_place, p0)
       is_held = And (is_before, is_place)
       kept_j = Where (is_held, kept_place, nowhere)
-      past_last = Sub (past, p1)
-      ring_turned = Sub (past_last, slot)
-      ring_behind = Mod (ring_turned, w)
-      ring_time = Sub (past_last, ring_behind)
-      ring_place = Sub (ring_time, start_b1)
       ring_place_any = Max (ring_place, p0)
       ring_is_kept = Gather (is_kept, ring_place_any)
       ring_j = Where (ring_is_kept, nowhere, ring_place)
-      new_time = Range (past, total, p1)
-      new_j = Sub (new_time, start_b1)
       j_rows = Concat <axis = 1> (kept_j, ring_j, new_j)
-{by_region("rows_key", "rows_value")}
-      ring_next = Sub (newest, behind)
-      ring_is_new = GreaterOrEqual (ring_next, past)
-      held_rows = Add (k, w)
-      new_row_0 = Sub (held_rows, past)
-      ring_new_row = Add (ring_next, new_row_0)
-      ring_old_row = Add (slot, k)
-      ring_row = Where (ring_is_new, ring_new_row, ring_old_row)
-      several_ring_key = Gather <axis = 2> (rows_key, ring_row)
-      several_ring_value = Gather <axis = 2> (rows_value, ring_row)
-      is_not_later = Less (kept_time, total)
-      is_since = Not (is_before)
-      is_in_call = And (is_not_later, is_since)
-      kept_is_new = And (is_in_call, is_place)
-      kept_new_row = Add (kept_time, new_row_0)
-      kept_row = Where (kept_is_new, kept_new_row, kept_slot)
-      kept_row_int = Cast <to = 7> (kept_row)
-      axes_13 = Constant <value_ints = [1, 3]> ()
-      kept_index_b = Unsqueeze (kept_row_int, axes_13)
-      texts_heads = Shape <start = 0, end = 2> (key)
-      one_1d = Constant <value_ints = [1]> ()
-      as_index = Concat <axis = 0> (texts_heads, k_1, one_1d)
-      kept_index = Expand (kept_index_b, as_index)
-      several_key = GatherND <batch_dims = 2> (rows_key, kept_index)
-      several_value = GatherND <batch_dims = 2> (rows_value, kept_index)"""
+{by_region("rows_key", "rows_value")}{NEXT}"""
 
 
 def kept_body(terms: Collection[str] = KNOWN, capped: bool = True, sliding: bool = True) -> str:

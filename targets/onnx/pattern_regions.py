@@ -1,7 +1,9 @@
 """Several queries and rows of any positions, region by region, in ONNX's textual syntax.
 
 Positions count from the first real token, in int32, which is divided four times as fast as int64.
-With caches a row of padding sees itself, so that it stays finite.
+With caches a row of padding sees itself, so that it stays finite. Letters: B texts, H query heads,
+G KV heads, J query heads of each, N queries, S rows, R regions of c queries, K rows that one reads,
+d and e widths.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ POSITIONS = """
   p1 = Constant <value: tensor = int32 {1}> ()
   start = Cast <to = 6> (kv_start)
   lengths = Cast <to = 6> (kv_len)
-  endless = Constant <value_int = 2147483647> ()
 REACH"""
 
 #: start_b1 [B, 1], and where the queries of a call stand: i_bn [B, N]
@@ -136,6 +137,7 @@ _SLIDING = {
     "\nREACH": """
   own_any = Constant <value_int: int = @sliding_window> ()
   is_own = Greater (own_any, zero)
+  endless = Constant <value_int = 2147483647> ()
   reach_any = Where (is_own, own_any, endless)
   reach = Cast <to = 6> (reach_any)""",
     "\nFIRST": """
@@ -185,7 +187,8 @@ def by_region(key: str, value: str) -> str:
 
 
 def filled(body: str, terms: Collection[str], sliding: bool) -> str:
-    """A body with what terms say in the places of ONCE, TERMS, UNION, REGION_TERMS and SEEN.
+    """A body with lines in the places of what terms say (ONCE, TERMS, UNION, REGION_TERMS), of what
+    is read and seen (READ, SEEN) and of a block's own window (REACH, FIRST, ALLOWED, ALLOWED_R).
 
     Args:
         body: with `POSITIONS`.
@@ -199,7 +202,8 @@ def filled(body: str, terms: Collection[str], sliding: bool) -> str:
 
 
 def filled_both_ways(body: str, terms: dict[str, Term]) -> str:
-    """The same for tokens without an order, which see these terms on either side of them."""
+    """The same for tokens without an order, which see these terms on either side of them; without
+    `POSITIONS`, but for p0 and p1."""
     return _with_terms(body, terms, _BOTH_WAYS)
 
 

@@ -1,4 +1,4 @@
-"""What the terms of a pattern see, in ONNX's textual syntax, for `PatternAttention`."""
+"""What the terms of a pattern see, in ONNX's textual syntax."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ TERMS = {
         """
   powers_any = Constant <value_int: int = @powers> ()
   has_powers = Greater (powers_any, zero)
-  powers_block_any = Where (has_powers, powers_any, endless)
+  one_block = Constant <value_int = 2147483647> ()
+  powers_block_any = Where (has_powers, powers_any, one_block)
   powers_block = Cast <to = 6> (powers_block_any)""",
         """
   query_block = Div (i, powers_block)

@@ -43,8 +43,8 @@ _ROUTED = ("BlocksAttention", "AnchoredBlocksAttention", "AttendedBlocksAttentio
 _OTHER = {
     "PooledBlocksAttention": "reads of prompts: the rows that blocks of queries chose; decoding is "
     "dense",
-    "VerticalSlashAttention": "reads of prompts: the rows that lines of a head pass through, "
-    "unless those are half of all, which are read under a mask; decoding is dense",
+    "VerticalSlashAttention": "reads of prompts: the rows that lines of a head pass through; "
+    "decoding is dense",
     "ValuesAttention": "reads: the rows that are chosen, in prompts those that a region's queries "
     "chose",
     **dict.fromkeys(

@@ -9,7 +9,7 @@ blocks that one query reads, c tokens of a block, T tiles of t queries, d and e 
 
 from __future__ import annotations
 
-from reattend.targets.onnx.fragments import MANY, either
+from reattend.targets.onnx.fragments import LIFT, MANY, either
 
 # by_block [B, S, N, Q]: the chosen ones; with_own, and those one by one: all_blocks, all_taken
 _NEEDED = """
@@ -22,7 +22,6 @@ _NEEDED = """
 _SLOTS = """
       axis_3r = Constant <value_ints = [3]> ()
       axis_4r = Constant <value_ints = [4]> ()
-      axes_12r = Constant <value_ints = [1, 2]> ()
       two_r = Constant <value_int = 2> ()
       three_r = Constant <value_int = 3> ()
       tile_most = Constant <value_int = @TILE> ()
@@ -73,7 +72,7 @@ _SLOTS = """
 #: every tile against its block, one of one head after another: mask and scores stay in a
 #: processor's cache. Scanned by KV head [B G, ...], by what chooses with it [S / G, ...], and by
 #: tile [T, ...].
-_TILES = """
+_TILES = f"""
       j_1 = Div (heads_r, choosers)
       members = Div (choosers, g)
       as_choosers = Concat <axis = 0> (same, choosers, j_1, n_1, others)
@@ -104,29 +103,28 @@ _TILES = """
       none_short = Cast <to = 6> (zero)
       one_short = Cast <to = 6> (one)
       c_short = Cast <to = 6> (c)
-      room_last = Cast <to = 6> (last_row)
       inside_r = Range (none_short, c_short, one_short)
 BLOCK_ONCE
-      far_below = Constant <value_float = 64.0> ()
       as_q_rows = Concat <axis = 0> (others, d_r)
       as_tile_scores = Concat <axis = 0> (t_1, j_1, others)
       as_tile_y = Concat <axis = 0> (t_1, j_1, e_r)
       y_tiles, log_tiles = Scan <
         body = of_key_head (key_own, value_own, place_own, q_of, query_of, block_of)
           => (head_y, head_log)
-        {
+        {{
+          text_last = ReduceMax <keepdims = 0> (place_own)
           head_y, head_log = Scan <
-            body = of_member (q_own, query_own, block_own) => (member_y, member_log)
-            {
+            body = of_member (q_member, query_own, block_own) => (member_y, member_log)
+            {{
               member_y, member_log = Scan <
                 body = of_tile (tile_query, block_of_tile) => (tile_y, tile_log)
-                {
+                {{
                   row_from = Mul (block_of_tile, c_short)
                   row_any = Add (row_from, inside_r)
-                  row_read = Min (row_any, room_last)
+                  row_read = Min (row_any, text_last)
                   key_read = Gather (key_own, row_read)
                   value_read = Gather (value_own, row_read)
-                  q_any = Gather (q_own, tile_query)
+                  q_any = Gather (q_member, tile_query)
                   q_rows = Reshape (q_any, as_q_rows)
                   key_read_t = Transpose <perm = [1, 0]> (key_read)
                   score_rows = MatMul (q_rows, key_read_t)
@@ -135,10 +133,7 @@ BLOCK_ONCE
 BLOCK_BIAS
   scores = Cast <to = 1> (scores_any)
 CAPPED
-                  masked = Add (capped, bias)
-                  largest = ReduceMax <keepdims = 1> (masked, others)
-                  least = Sub (largest, far_below)
-                  lifted_scores = Max (masked, least)
+                  masked = Add (capped, bias){LIFT}
                   weights_float = Softmax <axis = -1> (lifted_scores)
                   weights = CastLike (weights_float, scores_any)
                   weight_rows_shape = Shape (score_rows)
@@ -147,15 +142,15 @@ CAPPED
                   tile_y = Reshape (y_rows, as_tile_y)
                   largest_part = ReduceMax <keepdims = 1> (weights_float, others)
                   largest_log = Log (largest_part)
-                  total_log = Sub (largest, largest_log)
+                  total_log = Sub (most_score, largest_log)
                   tile_log = Squeeze (total_log, others)
-                },
+                }},
                 num_scan_inputs = 2
               > (query_own, block_own)
-            },
+            }},
             num_scan_inputs = 3
           > (q_of, query_of, block_of)
-        },
+        }},
         num_scan_inputs = 6
       > (key_heads, value_heads, place_heads, q_members, query_tiles, block_tiles)"""
 
@@ -175,6 +170,7 @@ _PAST = {
 }
 _NEAR = {
     "\nBLOCK_ONCE": """
+      axes_12r = Constant <value_ints = [1, 2]> ()
       reach_in = Min (reach, room)
       reach_short = Cast <to = 6> (reach_in)""",
     "\nBLOCK_BIAS": """
@@ -225,7 +221,6 @@ _ROUTED = (
       heads_r = Shape <start = 1, end = 2> (q)
       d_r = Shape <start = 3, end = 4> (key)
       e_r = Shape <start = 3, end = 4> (value)
-      as_flat_rows = Concat <axis = 0> (same, same, same, others)
       last_of_all = ReduceMax <keepdims = 0> (place_bn)"""
     + _NEEDED
     + _SLOTS

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from reattend.targets.onnx.fragments import finished, one_token
 from reattend.targets.onnx.pattern_regions import POSITIONS, QUERIES, by_region, filled
+from reattend.targets.onnx.ring_rows import NEXT, PLACES
 
 _SPARSE = """SparseAttention
 <scale: float, window: int, sinks: int = 0, sliding_window: int = 0, softcap: float = 0.0>
@@ -29,11 +30,13 @@ ONCE
   axes_12 = Constant <value_ints = [1, 2]> ()
   total = Gather (lengths, zero)
   newest = Sub (total, p1)
-  turn = Mod (newest, width)
-  sink = Range (p0, sinks_p, p1)
-  ring_slot = Range (p0, width, p1)
-  turned = Sub (turn, ring_slot)
-  behind = Mod (turned, width)
+  k = Identity (sinks_p)
+  w = Identity (width)
+  kept_slot = Range (p0, k, p1)
+  slot = Range (p0, w, p1)
+  turn = Mod (newest, w)
+  turned = Sub (turn, slot)
+  behind = Mod (turned, w)
   is_step = Equal (n, one)
   y, present_key, present_value = If (is_step) <
     then_branch = step () => (step_y, step_key, step_value)
@@ -49,17 +52,17 @@ SEVERAL
 
 _STEP = f"""
       place_b = Sub (newest, start)
-      to_sinks = Less (place_b, sinks_p)
+      to_sinks = Less (place_b, k)
       at_sink = Max (place_b, p0)
-      at_ring = Add (sinks_p, turn)
+      at_ring = Add (k, turn)
       at_any = Where (to_sinks, at_sink, at_ring)
       at = Cast <to = 7> (at_any)
       step_key = TensorScatter <axis = 2> (past_key, key, at)
       step_value = TensorScatter <axis = 2> (past_value, value, at)
       i = Unsqueeze (place_b, axis_1)
       ring_place = Sub (i, behind)
-      in_ring = GreaterOrEqual (ring_place, sinks_p)
-      in_sinks = LessOrEqual (sink, i)
+      in_ring = GreaterOrEqual (ring_place, k)
+      in_sinks = LessOrEqual (kept_slot, i)
 NEAR
       seen = Concat <axis = 1> (sink_seen, in_ring)
       visible = Unsqueeze (seen, axes_12)
@@ -68,59 +71,27 @@ NEAR
 # how far away a sink is
 _NEAR = {
     True: """
-      ago = Sub (i, sink)
+      ago = Sub (i, kept_slot)
       is_near = Less (ago, reach)
       sink_seen = And (in_sinks, is_near)""",
     False: """
       sink_seen = Identity (in_sinks)""",
 }
 
-# rows: [sinks | ring | new]. What stands where follows from how many tokens there were.
-_SEVERAL = f"""{QUERIES}
-      past = Sub (total, n_p)
+# sinks are the rows that are kept
+_SEVERAL = f"""{QUERIES}{PLACES}
       rows_key = Concat <axis = 2> (past_key, key)
       rows_value = Concat <axis = 2> (past_value, value)
-      nowhere = Constant <value: tensor = int32 {{-1073741824}}> ()
-      sink_time = Add (start_b1, sink)
-      is_before = Less (sink_time, past)
-      sink_j = Where (is_before, sink, nowhere)
-      past_last = Sub (past, p1)
-      ring_turned = Sub (past_last, ring_slot)
-      ring_behind = Mod (ring_turned, width)
-      ring_time = Sub (past_last, ring_behind)
-      ring_place = Sub (ring_time, start_b1)
-      is_no_sink = GreaterOrEqual (ring_place, sinks_p)
+      kept_time = Add (start_b1, kept_slot)
+      is_before = Less (kept_time, past)
+      is_place = GreaterOrEqual (kept_slot, p0)
+      sink_j = Where (is_before, kept_slot, nowhere)
+      is_no_sink = GreaterOrEqual (ring_place, k)
       ring_j = Where (is_no_sink, ring_place, nowhere)
-      new_time = Range (past, total, p1)
-      new_j = Sub (new_time, start_b1)
       j_rows = Concat <axis = 1> (sink_j, ring_j, new_j)
-{by_region("rows_key", "rows_value")}
-      ring_next = Sub (newest, behind)
-      ring_is_new = GreaterOrEqual (ring_next, past)
-      size = Add (sinks_p, width)
-      new_row_0 = Sub (size, past)
-      ring_new_row = Add (ring_next, new_row_0)
-      ring_old_row = Add (ring_slot, sinks_p)
-      ring_row = Where (ring_is_new, ring_new_row, ring_old_row)
-      next_ring_key = Gather <axis = 2> (rows_key, ring_row)
-      next_ring_value = Gather <axis = 2> (rows_value, ring_row)
-      is_not_later = Less (sink_time, total)
-      is_since = Not (is_before)
-      sink_is_new = And (is_not_later, is_since)
-      sink_new_row = Add (sink_time, new_row_0)
-      sink_row = Where (sink_is_new, sink_new_row, sink)
-      sink_row_int = Cast <to = 7> (sink_row)
-      axes_13 = Constant <value_ints = [1, 3]> ()
-      sink_index_b = Unsqueeze (sink_row_int, axes_13)
-      texts_heads = Shape <start = 0, end = 2> (key)
-      one_1d = Constant <value_ints = [1]> ()
-      sinks_1 = Shape (sink)
-      as_index = Concat <axis = 0> (texts_heads, sinks_1, one_1d)
-      sink_index = Expand (sink_index_b, as_index)
-      next_sink_key = GatherND <batch_dims = 2> (rows_key, sink_index)
-      next_sink_value = GatherND <batch_dims = 2> (rows_value, sink_index)
-      several_key = Concat <axis = 2> (next_sink_key, next_ring_key)
-      several_value = Concat <axis = 2> (next_sink_value, next_ring_value)"""
+{by_region("rows_key", "rows_value")}{NEXT}
+      several_key = Concat <axis = 2> (next_kept_key, next_ring_key)
+      several_value = Concat <axis = 2> (next_kept_value, next_ring_value)"""
 
 
 def sparse_body(capped: bool = True, sliding: bool = True) -> str:
